@@ -1,0 +1,5 @@
+"""``python -m cachebuilder``: the same as the ``cachebuilder`` command."""
+
+from cachebuilder.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The artifact: one deterministic tar.zst with its index first."""

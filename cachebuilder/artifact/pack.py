@@ -1,0 +1,120 @@
+"""Write an artifact: equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+from cachebuilder import __version__
+from cachebuilder.artifact.index import Entry, File, Fingerprint, Index
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.errors import ArtifactError
+from cachebuilder.paths import write_atomically
+from cachebuilder.plan import Kernel, Plan
+
+INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
+
+#: Measured on the DeepSeek-V3 cache (`benchmarks/packing.py`).
+_LEVEL = 19
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written: the file, its sha256, its size, and the size of the tar inside, bytes."""
+
+    path: Path
+    sha256: str
+    size: int
+    unpacked_size: int
+
+
+def pack(
+    output: Path,
+    name: str,
+    manifest: bytes,
+    plan: Plan,
+    cubins: Mapping[str, bytes],
+    fingerprint: Fingerprint,
+) -> Packed:
+    """Write the artifact of ``plan`` to ``output``, whole or not at all.
+
+    Args:
+        manifest: the manifest's bytes as given.
+        cubins: each entry's compiled kernel.
+
+    Raises:
+        ArtifactError: ``output`` cannot be written.
+    """
+    contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
+    index = Index(
+        name=name,
+        fingerprint=fingerprint,
+        fingerprint_digest=fingerprint.digest(),
+        ops=plan.ops,
+        entries=tuple(
+            Entry(
+                name=kernel.entry,
+                files=tuple(
+                    File(name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+                    for file, data in contents[kernel.entry].items()
+                ),
+                selected_by=kernel.selected_by,
+            )
+            for kernel in plan.kernels
+        ),
+        recorded={"cachebuilder": __version__, "torch": plan.torch, "python": plan.python, "gpu": plan.gpu.name},
+    )
+    tar = _tar(index, manifest, plan, contents)
+    data = compress(tar)
+    try:
+        write_atomically(output, data)
+    except OSError as error:
+        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
+    return Packed(output, hashlib.sha256(data).hexdigest(), len(data), len(tar))
+
+
+def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
+    """An entry's files as DeepGEMM would have written them."""
+    data = {
+        entry_files.SOURCE: kernel.source.encode(),
+        entry_files.CUBIN: cubin,
+        entry_files.METADATA: (kernel.metadata or "").encode(),
+        entry_files.MARKER: b"",
+    }
+    return {file: data[file] for file in entry_files.FILES[plan.generation]}
+
+
+def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mapping[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        _add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+        _add(tar, MANIFEST, manifest)
+        # By file name first, then by source: like stands next to like, which is what the compressor needs.
+        by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
+        for file in entry_files.FILES[plan.generation]:
+            for kernel in by_source:
+                _add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file])
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    member.mode = 0o644
+    member.mtime = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+    tar.addfile(member, io.BytesIO(data))
+
+
+def compress(data: bytes) -> bytes:
+    """One zstd frame with content size and checksum."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        _LEVEL, source_size=len(data), write_content_size=True, write_checksum=True
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)

@@ -1,0 +1,45 @@
+"""``cachebuilder inspect``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from cachebuilder.artifact.read import read_index
+from cachebuilder.cli import shared
+from cachebuilder.deepgemm import entries as entry_files
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(path_type=Path, dir_okay=False))
+@shared.json_option
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Print what is in ARTIFACT and what must agree for it to be of use. Reads the index only."""
+    index = read_index(artifact)
+    if as_json:
+        click.echo(index.model_dump_json(indent=1, exclude_none=True))
+        return
+    with artifact.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    unpacked = sum(file.size for entry in index.entries for file in entry.files)
+    click.echo(f"{index.name}: {len(index.entries)} kernels, {shared.size(artifact.stat().st_size)} "
+               f"({shared.size(unpacked)} unpacked)")
+    click.echo(f"sha256       {digest}")
+    click.echo(f"fingerprint  {index.fingerprint_digest}")
+    for field, value in index.fingerprint.model_dump(mode="json", exclude_none=True).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        first, *rest = text.strip().splitlines() or [""]
+        click.echo(f"  {field:<16} {first}")
+        for line in rest:
+            click.echo(f"  {'':<16} {line}")
+    click.echo("recorded")
+    for field, value in index.recorded.items():
+        click.echo(f"  {field:<16} {value}")
+    families = Counter(entry_files.kernel_name(index.fingerprint.generation, e.name) for e in index.entries)
+    click.echo("kernels")
+    for name, count in sorted(families.items(), key=str):
+        click.echo(f"  {count:>6}  {name}")

@@ -1,0 +1,58 @@
+"""``cachebuilder plan``."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import click
+
+from cachebuilder import build as building
+from cachebuilder import plan as planning
+from cachebuilder.cli import shared
+from cachebuilder.ops import OPS
+
+
+@click.command()
+@shared.manifest_argument
+@shared.json_option
+@shared.nvcc_option
+@shared.deep_gemm_option
+@shared.store_option
+def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
+    """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
+    inputs = building.find_inputs(manifest, nvcc, deep_gemm)
+    with shared.show_progress() as progress:
+        made = planning.make(
+            inputs.manifest,
+            inputs.installation,
+            inputs.toolchain,
+            lambda done, total: progress("plan", done, total),
+            reuse=use_store,
+        )
+    if as_json:
+        click.echo(made.model_dump_json(indent=1, exclude_none=True))
+        return
+    for index, fields in enumerate(made.ops):
+        op = OPS[str(fields["op"])].model_validate(fields)
+        for sm_count in made.sm_counts:
+            click.echo(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
+            for kernel in made.kernels:
+                for selection in kernel.selected_by:
+                    if (selection.op, selection.sm_count) == (index, sm_count):
+                        click.echo(_line(kernel, selection))
+    sms = ", ".join(map(str, made.sm_counts))
+    click.echo(
+        f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs, "
+        f"{inputs.installation.distribution} {inputs.installation.version} ({made.generation}), torch {made.torch}, "
+        f"peak memory {shared.size(made.peak_bytes)}"
+    )
+
+
+def _line(kernel: planning.Kernel, selection: planning.Selection) -> str:
+    """A kernel with the points that select it, wrapped at 80 columns."""
+    head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
+    points = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in selection.ranges)
+    if steps := {r.step for r in selection.ranges if r.step != 1 and r.first != r.last}:
+        points += f" (step {', '.join(map(str, sorted(steps)))})"
+    return textwrap.fill(points, 80, initial_indent=f"{head:<50} ", subsequent_indent=" " * 51)

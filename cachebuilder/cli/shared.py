@@ -1,0 +1,75 @@
+"""What the verbs share: options, progress, and how numbers are written."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
+deep_gemm_option = click.option(
+    "--deep-gemm",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="The deep_gemm package to plan for; default: the installed one, else vLLM's own copy.",
+)
+nvcc_option = click.option(
+    "--nvcc",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+store_option = click.option(
+    "--store/--no-store",
+    "use_store",
+    default=True,
+    help="Keep plans and compiled kernels in the user's cache folder and take them from there.",
+)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (step, done, total) that draws bars on a terminal and writes a line now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=None)
+            bars.update(tasks[step], completed=done, total=total or None)
+
+        yield show
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    said: dict[str, int] = {}
+
+    def say(step: str, done: int, total: int) -> None:
+        quarter = 4 * done // total if total else -1
+        if quarter > said.get(step, 0):
+            said[step] = quarter
+            print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

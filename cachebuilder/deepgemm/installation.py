@@ -1,0 +1,145 @@
+"""The DeepGEMM copy in use: where it is, its version, its cache generation, its headers; found without importing it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from cachebuilder.errors import InstallationError
+
+Generation = Literal["legacy", "deepjit"]
+
+#: What the compiled extension of each generation says somewhere and the other's never does: DeepJIT's commit marker
+#: (``deep_jit/cache/disk.hpp``) and legacy's complaint (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
+_MARKS: dict[Generation, bytes] = {"deepjit": b".committed", "legacy": b"Corrupted JIT cache directory"}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One copy of DeepGEMM on disk.
+
+    Attributes:
+        path: the package folder, the one with ``__init__.py`` and ``include/``.
+        distribution: the PyPI distribution it came with (``sgl-deep-gemm``, ``vllm``), or ``path`` for a bare folder.
+        version: that distribution's version, or the copy's own.
+    """
+
+    path: Path
+    distribution: str
+    version: str
+
+    @cached_property
+    def extension(self) -> Path:
+        """The compiled extension. Raises `InstallationError` where there is none."""
+        found = sorted(self.path.glob("_C*.so"))
+        if not found:
+            raise InstallationError(f"wanted DeepGEMM's compiled extension _C*.so, found none in {self.path}")
+        return found[0]
+
+    @cached_property
+    def generation(self) -> Generation:
+        """Which cache layout this copy reads and writes, told from its compiled extension.
+
+        Raises:
+            InstallationError: neither, or both.
+        """
+        code = self.extension.read_bytes()
+        found = [generation for generation, mark in _MARKS.items() if mark in code]
+        if len(found) != 1:
+            raise InstallationError(
+                f"{self.path}: wanted a DeepGEMM of the legacy or the DeepJIT generation, found neither's mark",
+                hint="cachebuilder knows DeepGEMM 2.5 (legacy) to 2.8 (DeepJIT); other versions may need a newer one",
+            )
+        return found[0]
+
+    @property
+    def include(self) -> Path:
+        """The folder DeepGEMM hands to nvcc."""
+        return self.path / "include"
+
+    @cached_property
+    def headers_digest(self) -> str:
+        """sha256 over the names and bytes of ``include/deep_gemm/``: the headers that enter a kernel's key."""
+        return _digest_tree(self.include / "deep_gemm")
+
+    @cached_property
+    def include_digest(self) -> str:
+        """sha256 over the names and bytes of all of ``include/``, CUTLASS and CuTe too: what nvcc may read."""
+        return _digest_tree(self.include)
+
+    @cached_property
+    def code_digest(self) -> str:
+        """sha256 over the copy's own code: the extension and the Python files, which decide what is asked for."""
+        digest = hashlib.sha256(self.extension.read_bytes())
+        for file in sorted(self.path.rglob("*.py")):
+            digest.update(f"{file.relative_to(self.path)}\0".encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def cutlass_version(self) -> str:
+        """major.minor.patch out of ``include/cutlass/version.h``."""
+        try:
+            text = (self.include / "cutlass" / "version.h").read_text()
+        except OSError:
+            raise InstallationError(f"wanted CUTLASS's headers in {self.include}, found no cutlass/version.h") from None
+        return ".".join(
+            re.search(rf"#define\s+CUTLASS_{part}\s+(\d+)", text)[1]  # type: ignore[index]
+            for part in ("MAJOR", "MINOR", "PATCH")
+        )
+
+
+def find(path: Path | None = None) -> Installation:
+    """The copy at ``path``, else the installed ``deep_gemm``, else the one inside vLLM.
+
+    Raises:
+        InstallationError: there is none, or ``path`` is not one.
+    """
+    if path is not None:
+        return _at(path.resolve())
+    spec = util.find_spec("deep_gemm")
+    if spec is not None and spec.submodule_search_locations:
+        return _at(Path(list(spec.submodule_search_locations)[0]).resolve())
+    spec = util.find_spec("vllm")
+    if spec is not None and spec.submodule_search_locations:
+        inside = Path(list(spec.submodule_search_locations)[0]) / "third_party" / "deep_gemm"
+        if inside.is_dir():
+            return _at(inside.resolve())
+    raise InstallationError(
+        "wanted DeepGEMM: an installed deep_gemm or vLLM's own copy; found neither",
+        hint="pip install sgl-deep-gemm, or name a copy with --deep-gemm PATH",
+    )
+
+
+def _at(path: Path) -> Installation:
+    if not (path / "__init__.py").is_file() or not (path / "include" / "deep_gemm").is_dir():
+        raise InstallationError(f"wanted a deep_gemm package folder (with include/deep_gemm), found {path}")
+    root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
+    for distribution in metadata.distributions(path=[str(root)]):
+        name = distribution.metadata["Name"]
+        if root == path.parent:
+            owns = f"{path.name}/__init__.py" in {str(file) for file in distribution.files or ()}
+        else:
+            owns = name == "vllm"
+        if owns:
+            return Installation(path, name, distribution.version)
+    return Installation(path, "path", _own_version(path))
+
+
+def _own_version(path: Path) -> str:
+    if (path / "VERSION").is_file():
+        return (path / "VERSION").read_text().strip()
+    match = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", (path / "__init__.py").read_text(), re.MULTILINE)
+    return match[1] if match else "unknown"
+
+
+def _digest_tree(root: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

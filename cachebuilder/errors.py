@@ -1,0 +1,66 @@
+"""Every expected failure: one exception tree, one exit code for each kind.
+
+An error's text says what was wanted and what was found; its ``hint`` says what to do next.
+"""
+
+from __future__ import annotations
+
+
+class CacheBuilderError(Exception):
+    """Base of every failure that the command line reports in one sentence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ManifestError(CacheBuilderError):
+    """The manifest cannot be read, or does not describe something that can be built."""
+
+    exit_code = 3
+
+
+class InstallationError(CacheBuilderError):
+    """This machine lacks something needed here: torch, DeepGEMM, a C compiler."""
+
+    exit_code = 4
+
+
+class ToolchainError(CacheBuilderError):
+    """No nvcc, or not the one asked for."""
+
+    exit_code = 5
+
+
+class PlanError(CacheBuilderError):
+    """DeepGEMM refused a shape, or the sweep could not be trusted."""
+
+    exit_code = 6
+
+
+class CompileError(CacheBuilderError):
+    """nvcc refused at least one kernel."""
+
+    exit_code = 7
+
+
+class ArtifactError(CacheBuilderError):
+    """An artifact is damaged, hostile, or of a schema this version does not read."""
+
+    exit_code = 8
+
+
+#: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    2: "wrong command line",
+    ManifestError.exit_code: "bad manifest",
+    InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or unusable",
+    ToolchainError.exit_code: "no nvcc, or not the one asked for",
+    PlanError.exit_code: "DeepGEMM refused a shape, or the plan could not be trusted",
+    CompileError.exit_code: "a kernel did not compile",
+    ArtifactError.exit_code: "bad artifact",
+    130: "interrupted",
+}

@@ -1,0 +1,109 @@
+"""Known GPUs: what DeepGEMM asks the CUDA runtime about a device, for each card by name.
+
+DeepGEMM reads five properties (``deep_jit/backend/cuda/device.hpp`` in sgl-deep-gemm 0.2.3.post2;
+``csrc/jit/device_runtime.hpp`` in DeepGEMM 2.6.1): compute capability, SM count, L2 size, the shared memory that
+a block may opt into, and the clock rate.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+KIB = 1024
+MIB = 1024 * KIB
+
+#: ``cudaDevAttrMaxSharedMemoryPerBlockOptin`` by compute capability: 227 KiB on 9.0, 10.0 and 10.3, 99 KiB on 12.x.
+#: CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute Capability".
+_SHARED_MEMORY = {"9.0": 227 * KIB, "10.0": 227 * KIB, "10.3": 227 * KIB, "12.0": 99 * KIB, "12.1": 99 * KIB}
+
+
+class Gpu(BaseModel):
+    """One kind of GPU, as the CUDA runtime would describe it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=80, description="the card's name")]
+    capability: Annotated[
+        Literal["9.0", "10.0", "10.3", "12.0", "12.1"], Field(description="compute capability, major.minor")
+    ]
+    sm_count: Annotated[int, Field(ge=1, le=1024, description="streaming multiprocessors")]
+    l2_bytes: Annotated[int, Field(ge=1 * MIB, le=1024 * MIB, description="L2 cache, bytes")]
+    shared_memory_bytes: Annotated[
+        int, Field(ge=48 * KIB, le=1 * MIB, description="shared memory a block may opt into, bytes")
+    ]
+    clock_khz: Annotated[int, Field(ge=100_000, le=10_000_000, description="peak SM clock, kHz")]
+    source: str = Field(default="given in the manifest", description="where the figures come from")
+    verified: bool = Field(default=False, description="read from a real card, not from a data sheet")
+
+    @property
+    def major(self) -> int:
+        """Major compute capability: 9 for Hopper, 10 and 12 for Blackwell."""
+        return int(self.capability.split(".")[0])
+
+    @property
+    def minor(self) -> int:
+        """Minor compute capability."""
+        return int(self.capability.split(".")[1])
+
+
+def _gpu(name: str, capability: str, sms: int, l2_mib: float, mhz: int, source: str, verified: bool = False) -> Gpu:
+    return Gpu(
+        name=name,
+        capability=capability,  # type: ignore[arg-type]  # checked by pydantic
+        sm_count=sms,
+        l2_bytes=int(l2_mib * MIB),
+        shared_memory_bytes=_SHARED_MEMORY[capability],
+        clock_khz=mhz * 1000,
+        source=source,
+        verified=verified,
+    )
+
+
+_HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04"
+_SAME_DIE = "the same die as the H100 SXM5 (its whitepaper v1.04); clock from the card's data sheet"
+_BLACKWELL = "SM count and L2 as a device query printed them (github.com/pytorch/ao, pull request 4002); data sheet clock"
+_BLACKWELL_KIN = "the same die as the B200; SM count and clock from the card's data sheet"
+_RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1"
+
+#: name → GPU. ``verified`` rows were read from a real card; the others are from documents and may be corrected by
+#: giving explicit fields in the manifest.
+GPUS: dict[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("H100-SXM", "9.0", 132, 50, 1980, _HOPPER),
+        _gpu("H100-PCIE", "9.0", 114, 50, 1755, _HOPPER),
+        _gpu("H100-NVL", "9.0", 132, 50, 1785, _SAME_DIE),
+        _gpu("H800", "9.0", 132, 50, 1980, _SAME_DIE),
+        _gpu("H200", "9.0", 132, 50, 1980, _SAME_DIE),
+        _gpu("H20", "9.0", 78, 60, 1980, "SM count and L2 as torch reports them in public logs"),
+        _gpu("GH200", "9.0", 132, 50, 1980, _SAME_DIE),
+        _gpu("B200", "10.0", 148, 126.5, 1965, _BLACKWELL),
+        _gpu("GB200", "10.0", 152, 126.5, 2062, _BLACKWELL_KIN),
+        _gpu("B300", "10.3", 148, 126.5, 2032, _BLACKWELL_KIN),
+        _gpu("GB300", "10.3", 152, 126.5, 2062, _BLACKWELL_KIN),
+        _gpu("RTX-PRO-6000", "12.0", 188, 128, 2617, _RTX),
+        _gpu("RTX-5090", "12.0", 170, 96, 2407, _RTX),
+        _gpu("GB10", "12.1", 48, 24, 2418, "NVIDIA DGX Spark documentation; L2 as torch reports it in public logs"),
+    )
+}
+
+#: Other spellings that people write.
+_ALIASES = {"H100": "H100-SXM", "H100-SXM5": "H100-SXM", "RTXPRO6000": "RTX-PRO-6000", "H200-SXM": "H200"}
+
+
+def find(name: str) -> Gpu:
+    """The GPU called ``name``; upper or lower case, space, ``_`` and ``-`` are the same.
+
+    Raises:
+        ValueError: no such name; the text lists the known ones and the nearest.
+    """
+    key = name.strip().upper().replace("_", "-").replace(" ", "-").removeprefix("NVIDIA-")
+    key = _ALIASES.get(key, key)
+    if key in GPUS:
+        return GPUS[key]
+    near = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"wanted one of {', '.join(GPUS)} or explicit fields, found {name!r}{guess}")

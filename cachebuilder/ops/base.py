@@ -1,0 +1,162 @@
+"""What every op shares: its pydantic base, the tensors it needs, and the contract with the sweep.
+
+An op is one file in this package with one model. The model's fields are the manifest's; its two methods say which
+values are swept and how DeepGEMM is called for one of them. Nothing here imports torch: ``prepare`` is handed the
+running modules in a `Device`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+#: A scale factor of a block-quantised FP8 tensor covers this many elements of K (and of N, for weights).
+FP8_BLOCK = 128
+
+#: DeepGEMM reads A and B through TMA descriptors, whose row strides are multiples of 16 bytes (CUDA driver API,
+#: ``cuTensorMapEncodeTiled``, parameter ``globalStrides``): 16 FP8 elements of K, 8 BF16 elements of N.
+Fp8K = Annotated[int, Field(ge=16, le=1 << 20, multiple_of=16, description="K, a multiple of 16 (TMA row stride)")]
+#: ``k % 64 == 0`` is asserted by DeepGEMM 2.6.1, ``csrc/jit_kernels/impls/sm90_bf16_gemm.hpp``.
+Bf16K = Annotated[int, Field(ge=64, le=1 << 20, multiple_of=64, description="K, a multiple of 64")]
+N = Annotated[int, Field(ge=8, le=1 << 20, multiple_of=8, description="N, a multiple of 8 (TMA row stride of D)")]
+Experts = Annotated[int, Field(ge=1, le=4096, description="experts on this rank")]
+Tokens = Annotated[int, Field(ge=1, le=1 << 20, description="the largest number of tokens in one call")]
+
+#: Which of M, N and K DeepGEMM writes into the kernel as constants. Left out, the installed DeepGEMM's own default
+#: holds, which is what an engine gets: ``""`` for dense ops in sgl-deep-gemm 0.1.4 and 0.2.3.post2
+#: (``deep_gemm/__init__.py``), ``"nk"`` in the copy inside vLLM 0.33.0 (``vllm/third_party/deep_gemm/_C.py``).
+CompiledDims = Annotated[
+    Literal["", "m", "n", "k", "mn", "mk", "nk", "mnk"] | None,
+    Field(description="dimensions compiled in as constants; left out: DeepGEMM's default"),
+]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The smallest multiple of b that is at least a."""
+    return ceil_div(a, b) * b
+
+
+class Device:
+    """The device a sweep runs on: the modules that reach it and its tensors' allocator."""
+
+    def __init__(self, torch: ModuleType, deep_gemm: ModuleType) -> None:
+        self.torch = torch
+        self.deep_gemm = deep_gemm
+
+    def empty(self, *shape: int, dtype: str) -> Any:
+        """An uninitialised tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``."""
+        return self.torch.empty(shape, device="cuda", dtype=getattr(self.torch, dtype))
+
+    def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
+        """FP8 activations ``[…, M, K]`` with their float32 scales ``[…, M, ⌈K/128⌉]``, both row-major.
+
+        Row-major scales are what the engines' own warm-ups pass (vLLM 0.33.0
+        ``model_executor/warmup/deep_gemm_warmup.py``, SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py``):
+        DeepGEMM then also asks for the kernel that brings them into TMA layout. Scales that are in that layout
+        already select the same GEMM kernels and no other.
+        """
+        *outer, k = shape
+        data = self.empty(*shape, dtype="float8_e4m3fn")
+        return data, self.empty(*outer, ceil_div(k, FP8_BLOCK), dtype="float32")
+
+    def fp8_blocks(self, *shape: int) -> tuple[Any, Any]:
+        """FP8 weights ``[…, N, K]`` with one float32 scale for each 128 × 128 block."""
+        *outer, n, k = shape
+        data = self.empty(*shape, dtype="float8_e4m3fn")
+        return data, self.empty(*outer, ceil_div(n, FP8_BLOCK), ceil_div(k, FP8_BLOCK), dtype="float32")
+
+
+class OpBase(BaseModel):
+    """Base of the ops: fields that all of them have, and the two methods that the sweep calls."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    #: The name of the swept variable in reports: ``m`` or ``expected_m``.
+    variable: ClassVar[str] = "m"
+
+    op: str
+    compiled_dims: CompiledDims = None
+
+    def options(self) -> dict[str, str]:
+        """Keyword arguments for DeepGEMM that the manifest sets; none by default."""
+        return {} if self.compiled_dims is None else {"compiled_dims": self.compiled_dims}
+
+    def shape(self) -> str:
+        """The op's shape in a few characters, as ``n=2112 k=7168``."""
+        skip = {"op", "max_tokens", "compiled_dims"}
+        text = " ".join(f"{k}={v}" for k, v in self.model_dump().items() if k not in skip and v is not None)
+        return text if self.compiled_dims is None else f"{text} compiled_dims={self.compiled_dims!r}"
+
+    def points(self, device: Device) -> Iterable[int]:
+        """Values of `variable` at which DeepGEMM is called, ascending and evenly spaced."""
+        raise NotImplementedError
+
+    def prepare(self, device: Device) -> Callable[[int], None]:
+        """Allocate for the largest point; returns the call for one point."""
+        raise NotImplementedError
+
+
+class TokenOp(OpBase):
+    """An op whose M is a number of tokens, from 1 to ``max_tokens`` (the manifest's unless given here)."""
+
+    max_tokens: Tokens | None = None
+
+    @property
+    def largest_m(self) -> int:
+        """``max_tokens``, which the manifest has filled in where the op gives none."""
+        assert self.max_tokens is not None, "the manifest fills max_tokens in"
+        return self.max_tokens
+
+    def points(self, device: Device) -> Iterable[int]:
+        """Every M from 1 to ``max_tokens``."""
+        return range(1, self.largest_m + 1)
+
+
+class GroupedContiguousOp(TokenOp):
+    """An op over expert rows laid out one expert after another, each padded to DeepGEMM's alignment.
+
+    M is the padded number of rows. The largest that vLLM asks for is
+    ``round_up(M·topk + min(M·topk, experts)·(alignment − 1), alignment)`` with M = ``max_tokens``
+    (vLLM 0.33.0, ``model_executor/layers/fused_moe/deep_gemm_utils.py``, ``compute_aligned_M``); with data
+    parallelism, M is dp_size · max_num_batched_tokens, to be given as the op's own ``max_tokens``.
+    """
+
+    experts: Experts
+    topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
+
+    def points(self, device: Device) -> Iterable[int]:
+        """Multiples of DeepGEMM's alignment (rows) up to the formula above."""
+        alignment = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
+        return range(alignment, self.largest_rows(alignment) + 1, alignment)
+
+    def largest_rows(self, alignment: int) -> int:
+        """The largest padded number of rows, at ``alignment`` rows for each expert's block."""
+        rows = self.largest_m * self.topk
+        return round_up(rows + min(rows, self.experts) * (alignment - 1), alignment)
+
+
+class GroupedMaskedOp(OpBase):
+    """An op over ``[experts, max_m, K]`` with a count of valid rows for each expert.
+
+    The heuristic never sees the counts, only ``expected_m``, which the caller guesses: every value from 1 to
+    ``max_m`` is swept.
+    """
+
+    variable: ClassVar[str] = "expected_m"
+
+    experts: Experts
+    max_m: Annotated[int, Field(ge=1, le=1 << 20, description="rows reserved for each expert")]
+
+    def points(self, device: Device) -> Iterable[int]:
+        """Every ``expected_m`` from 1 to ``max_m``."""
+        return range(1, self.max_m + 1)

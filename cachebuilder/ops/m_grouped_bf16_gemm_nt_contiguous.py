@@ -1,0 +1,30 @@
+"""``m_grouped_bf16_gemm_nt_contiguous``: BF16 expert layers over rows sorted by expert (prefill)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from cachebuilder.ops.base import Bf16K, Device, GroupedContiguousOp, N
+
+
+class MGroupedBf16GemmNtContiguous(GroupedContiguousOp):
+    """Expert weights [experts, n, k]; rows [M, k] sorted by expert, M a multiple of DeepGEMM's alignment."""
+
+    op: Literal["m_grouped_bf16_gemm_nt_contiguous"]
+    n: N
+    k: Bf16K
+
+    def prepare(self, device: Device) -> Callable[[int], None]:
+        """Buffers for the largest number of rows, row-sliced at each call."""
+        rows = max(self.points(device))
+        a = device.empty(rows, self.k, dtype="bfloat16")
+        b = device.empty(self.experts, self.n, self.k, dtype="bfloat16")
+        d = device.empty(rows, self.n, dtype="bfloat16")
+        expert_of_row = device.empty(rows, dtype="int32")
+        gemm, options = device.deep_gemm.m_grouped_bf16_gemm_nt_contiguous, self.options()
+
+        def call(m: int) -> None:
+            gemm(a[:m], b, d[:m], expert_of_row[:m], **options)
+
+        return call

@@ -1,0 +1,29 @@
+"""``m_grouped_fp8_gemm_nt_masked``: FP8 expert layers over a fixed buffer for each expert (decode)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from cachebuilder.ops.base import Device, Fp8K, GroupedMaskedOp, N
+
+
+class MGroupedFp8GemmNtMasked(GroupedMaskedOp):
+    """Rows [experts, max_m, k], weights [experts, n, k]; ``expected_m`` from 1 to ``max_m``."""
+
+    op: Literal["m_grouped_fp8_gemm_nt_masked"]
+    n: N
+    k: Fp8K
+
+    def prepare(self, device: Device) -> Callable[[int], None]:
+        """The full buffers: only ``expected_m`` changes from call to call."""
+        a = device.fp8_rows(self.experts, self.max_m, self.k)
+        b = device.fp8_blocks(self.experts, self.n, self.k)
+        d = device.empty(self.experts, self.max_m, self.n, dtype="bfloat16")
+        rows = device.empty(self.experts, dtype="int32")
+        gemm, options = device.deep_gemm.m_grouped_fp8_gemm_nt_masked, self.options()
+
+        def call(expected_m: int) -> None:
+            gemm(a, b, d, rows, expected_m, **options)
+
+        return call

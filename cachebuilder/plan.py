@@ -1,0 +1,258 @@
+"""The plan: every kernel that DeepGEMM will ask for, its source and flags, and which points of which op select it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cachebuilder import sweep
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.errors import PlanError
+from cachebuilder.gpus import Gpu
+from cachebuilder.manifest import Manifest
+from cachebuilder.paths import cache_folder, write_atomically
+from cachebuilder.toolchain import Toolchain
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(_Frozen):
+    """Points first, first + step, … last of an op's variable."""
+
+    first: int
+    last: int
+    step: int
+
+
+class Selection(_Frozen):
+    """Where one op asks for one kernel: at these points, with this many SMs."""
+
+    op: int
+    sm_count: int
+    ranges: tuple[Range, ...]
+
+
+class Kernel(_Frozen):
+    """One kernel to compile.
+
+    Attributes:
+        entry: the folder's name in DeepGEMM's cache, which is the key.
+        name: DeepGEMM's name for the kernel's family.
+        source: the text of ``kernel.cu``.
+        flags: nvcc's flags, without source, output and include paths.
+        metadata: ``meta.json`` with no path of this machine in it (DeepJIT only).
+        selected_by: every op and point that launches it.
+    """
+
+    entry: str
+    name: str
+    source: str
+    flags: tuple[str, ...]
+    metadata: str | None
+    selected_by: tuple[Selection, ...]
+
+
+class Plan(_Frozen):
+    """All kernels of a manifest for one DeepGEMM and one compiler.
+
+    Attributes:
+        arch: as nvcc names it, ``sm_90a``.
+        include: legacy only: the include path that is part of every key, as DeepGEMM wrote it.
+        legacy_flags: legacy only: the flags as DeepGEMM joins them for its keys.
+        calls: how many times DeepGEMM was called to find this out.
+        torch, python, peak_bytes: recorded of the sweep; they bind nothing.
+    """
+
+    generation: Generation
+    gpu: Gpu
+    sm_counts: tuple[int, ...]
+    arch: str
+    include: str | None
+    legacy_flags: str | None
+    ops: tuple[dict[str, object], ...]
+    kernels: tuple[Kernel, ...]
+    calls: int
+    torch: str
+    python: str
+    peak_bytes: int
+
+
+def make(
+    manifest: Manifest,
+    installation: Installation,
+    toolchain: Toolchain,
+    progress: sweep.Progress = lambda done, total: None,
+    reuse: bool = True,
+) -> Plan:
+    """Plan ``manifest``: from the user's cache folder where nothing that bears on it has changed, else by a sweep.
+
+    Raises what `sweep.run` raises, and `PlanError` where the sweep shows something that a cache must not be built from.
+    """
+    kept = cache_folder() / "plans" / f"{_inputs_digest(manifest, installation, toolchain)}.json"
+    if reuse and (plan := _read(kept)):
+        return plan
+    found = sweep.run(
+        manifest.ops,
+        manifest.target.gpu,
+        manifest.target.all_sm_counts,
+        installation,
+        toolchain,
+        manifest.environment,
+        progress,
+    )
+    plan = _from_sweep(manifest, installation, toolchain, found)
+    if reuse:
+        write_atomically(kept, plan.model_dump_json().encode())
+    return plan
+
+
+def _read(path: Path) -> Plan | None:
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def _inputs_digest(manifest: Manifest, installation: Installation, toolchain: Toolchain) -> str:
+    """sha256 over all that a plan depends on, this program's own code included."""
+    package = Path(__file__).parent
+    code = hashlib.sha256()
+    for file in sorted(file for file in package.rglob("*") if file.suffix in (".py", ".c", ".h", ".sh")):
+        code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    inputs = {
+        "code": code.hexdigest(),
+        "manifest": manifest.model_dump(mode="json", exclude={"name", "toolchain"}),
+        "deep_gemm": [str(installation.path), installation.code_digest, installation.headers_digest],
+        "compiler": toolchain.version_text,
+        "torch": _version("torch"),
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolchain, found: sweep.Result) -> Plan:
+    include = str(installation.include)
+    commands = {entry.name: _split_command(entry, include) for entry in found.entries.values()}
+    names = {entry: entry_files.kernel_name(found.generation, entry) or "" for entry in found.entries}
+    _check_flags(names, commands)
+    if found.generation == "legacy":
+        _check_legacy_names(found, names, toolchain)
+    selections = _selections(found.sweeps)
+    kernels = tuple(
+        Kernel(
+            entry=entry.name,
+            name=names[entry.name],
+            source=entry.source,
+            flags=commands[entry.name],
+            metadata=_portable_metadata(entry, found.cache_root, installation),
+            selected_by=selections[entry.name],
+        )
+        for entry in found.entries.values()
+    )
+    first = next(iter(found.entries.values()))
+    legacy = found.generation == "legacy"
+    return Plan(
+        generation=found.generation,
+        gpu=manifest.target.gpu,
+        sm_counts=tuple(manifest.target.all_sm_counts),
+        arch=_arch(kernels[0].flags),
+        include=include if legacy else None,
+        legacy_flags=_legacy_flags(first) if legacy else None,
+        ops=tuple(op.model_dump(mode="json") for op in manifest.ops),
+        kernels=kernels,
+        calls=found.calls,
+        torch=found.torch,
+        python=found.python,
+        peak_bytes=found.peak_bytes,
+    )
+
+
+def _split_command(entry: sweep.Entry, include: str) -> tuple[str, ...]:
+    """The flags of a recorded command, without source, output and DeepGEMM's own include path."""
+    words = entry.arguments.split(" ")[1:]  # the first is the source
+    flags, index = [], 0
+    while index < len(words):
+        word = words[index]
+        if word in ("-o", "--output-file"):
+            index += 1
+        elif word in ("-I", "--include-path") and words[index + 1 : index + 2] == [include]:
+            index += 1
+        elif word not in ("-cubin", "--cubin", f"-I{include}"):
+            flags.append(word)
+        index += 1
+    if strange := [flag for flag in flags if flag.startswith(("-I", "--include-path"))]:
+        raise PlanError(f"{entry.name}: wanted no include path but {include}, found {' '.join(strange)}")
+    return tuple(flags)
+
+
+def _check_flags(names: dict[str, str], commands: dict[str, tuple[str, ...]]) -> None:
+    seen: dict[str, str] = {}
+    for entry, name in names.items():
+        first = seen.setdefault(name, entry)
+        if commands[entry] != commands[first]:
+            raise PlanError(
+                f"{entry}: asked for with other flags than its sibling {first}: wanted {' '.join(commands[first])}, "
+                f"found {' '.join(commands[entry])}"
+            )
+
+
+def _legacy_flags(entry: sweep.Entry) -> str:
+    """The flags as legacy DeepGEMM hashes them: all that follows the output file in its command."""
+    return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
+
+
+def _check_legacy_names(found: sweep.Result, names: dict[str, str], toolchain: Toolchain) -> None:
+    """Every entry's name recomputed from the formula must be the one DeepGEMM chose: relocation hangs on it."""
+    for entry in found.entries.values():
+        expected = entry_files.legacy_entry(names[entry.name], toolchain.release, _legacy_flags(entry), entry.source)
+        if expected != entry.name:
+            raise PlanError(f"the legacy key's formula does not hold for this DeepGEMM: wanted {expected}, found {entry.name}")
+
+
+def _arch(flags: Sequence[str]) -> str:
+    for flag in flags:
+        if match := re.fullmatch(r"--gpu-architecture=(sm_\w+)", flag):
+            return match[1]
+    raise PlanError(f"wanted --gpu-architecture among DeepGEMM's flags, found {' '.join(flags)}")
+
+
+def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Installation) -> str | None:
+    """DeepJIT's ``meta.json``, which nothing reads back, without the paths of this machine."""
+    if entry.metadata is None:
+        return None
+    source = entry.arguments.split(" ", 1)[0]  # <root>/tmp/<uuid>/kernel.cu
+    text = entry.metadata.replace(source.removesuffix(entry_files.SOURCE), "")
+    text = text.replace(f"{cache_root.removesuffix('/root')}/cuda/bin/", "").replace(str(installation.path), "deep_gemm")
+    return json.dumps(json.loads(text), separators=(",", ":"))
+
+
+def _selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
+    """For each entry: where it is launched, touching ranges joined."""
+    found: dict[str, list[Selection]] = {}
+    for swept in sweeps:
+        ranges: dict[str, list[Range]] = {}
+        for run in swept.runs:
+            for entry in dict.fromkeys(run.entries):
+                known = ranges.setdefault(entry, [])
+                if known and known[-1].last + run.step == run.first:
+                    known[-1] = Range(first=known[-1].first, last=run.last, step=run.step)
+                else:
+                    known.append(Range(first=run.first, last=run.last, step=run.step))
+        for entry, known in ranges.items():
+            found.setdefault(entry, []).append(Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(known)))
+    return {entry: tuple(selections) for entry, selections in found.items()}

@@ -1,0 +1,239 @@
+"""Run DeepGEMM itself over every point of every op and write down which kernels it asks for.
+
+`run` is the parent's side: it prepares an environment in which nothing is compiled and no GPU is needed, starts the
+child, watches its position, and turns what went wrong there into one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.errors import InstallationError, PlanError
+from cachebuilder.gpus import Gpu
+from cachebuilder.ops import OpBase
+from cachebuilder.paths import scratch_folder
+from cachebuilder.sweep import virtual_gpu
+from cachebuilder.sweep.child import CHECKING, IMPORTING, POSITION_FIELDS
+from cachebuilder.toolchain import Toolchain
+
+_PACKAGE_ROOT = Path(__file__).parents[2]
+_RECORDER = Path(__file__).parent / "recording_nvcc.sh"
+
+#: Called now and then with (calls done, calls in all); all is 0 until it is known.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel as DeepGEMM asked for it.
+
+    Attributes:
+        name: the entry's folder in the cache, which is the kernel's key.
+        source: ``kernel.cu``.
+        arguments: nvcc's command line after the compiler's own name, joined by spaces, as DeepGEMM wrote it.
+        metadata: ``meta.json``, in the generation that has one.
+    """
+
+    name: str
+    source: str
+    arguments: str
+    metadata: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive points of a sweep that launched the same kernels, in the same order."""
+
+    first: int
+    last: int
+    step: int
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One op at one SM count: which kernels each value of its variable launches."""
+
+    op: int
+    sm_count: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that a sweep found."""
+
+    generation: Generation
+    entries: dict[str, Entry]
+    sweeps: tuple[Sweep, ...]
+    calls: int
+    torch: str
+    python: str
+    peak_bytes: int
+    cache_root: str
+
+
+def run(
+    ops: Sequence[OpBase],
+    gpu: Gpu,
+    sm_counts: Sequence[int],
+    installation: Installation,
+    toolchain: Toolchain,
+    environment: dict[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Result:
+    """Sweep ``ops`` on a virtual ``gpu``.
+
+    Args:
+        environment: DeepGEMM's variables that the serving process will have.
+
+    Raises:
+        PlanError: DeepGEMM refused a shape or died (the op and the point are named), misreads tensors under this
+            torch, lacks an op, or made a CUDA call that the virtual GPU does not answer (named).
+        InstallationError: torch or DeepGEMM does not load.
+    """
+    with scratch_folder() as scratch:
+        bin_folder = scratch / "cuda" / "bin"
+        bin_folder.mkdir(parents=True)
+        recorder = bin_folder / "nvcc"
+        shutil.copyfile(_RECORDER, recorder)
+        recorder.chmod(0o755)
+        (bin_folder / "version.txt").write_text(toolchain.version_text)
+        root = scratch / "root"
+        root.mkdir()
+
+        job = {
+            "deep_gemm": str(installation.path),
+            "ops": [op.model_dump() for op in ops],
+            "sm_counts": list(sm_counts),
+            "position": str(scratch / "position"),
+            "result": str(scratch / "result.json"),
+        }
+        Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
+        (scratch / "job.json").write_text(json.dumps(job))
+        child_environment = _child_environment(environment or {}) | virtual_gpu.environment(gpu)
+        child_environment |= {
+            "DG_JIT_CACHE_DIR": str(root),
+            "DG_JIT_NVCC_COMPILER": str(recorder),
+            "CUDA_HOME": str(scratch / "cuda"),
+        }
+        answer = _run_child(scratch, ops, child_environment, progress)
+        entries = _read_entries(root, installation.generation)
+        swept = tuple(
+            Sweep(
+                item["op"],
+                item["sm_count"],
+                tuple(Run(r["first"], r["last"], r["step"], tuple(r["entries"])) for r in item["runs"]),
+            )
+            for item in answer["sweeps"]
+        )
+        used = {entry for sweep in swept for run in sweep.runs for entry in run.entries}
+        if lost := used - entries.keys():
+            raise PlanError(f"DeepGEMM launched {sorted(lost)[0]}, of which the cache has no entry")
+        return Result(
+            generation=installation.generation,
+            entries={name: entries[name] for name in sorted(used)},
+            sweeps=swept,
+            calls=answer["calls"],
+            torch=answer["torch"],
+            python=answer["python"],
+            peak_bytes=answer["peak_bytes"],
+            cache_root=str(root),
+        )
+
+
+def _child_environment(given: dict[str, str]) -> dict[str, str]:
+    """This process's environment without what would change DeepGEMM's or torch's behaviour, and with what is given."""
+    drop = ("DG_", "DJ_", "CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "VIRTUAL_GPU_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+    paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | given
+
+
+def _run_child(
+    scratch: Path, ops: Sequence[OpBase], environment: dict[str, str], progress: Progress
+) -> dict[str, Any]:
+    log = scratch / "log.txt"
+    with open(scratch / "position", "r+b") as file, log.open("wb") as output:
+        position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cachebuilder.sweep.child", str(scratch / "job.json")],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C comes to the parent, which ends the child
+        )
+        try:
+            while True:
+                try:
+                    child.wait(timeout=0.05)
+                    break
+                except subprocess.TimeoutExpired:
+                    progress(position[2], position[3])
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
+        progress(position[2], position[3])
+        index, value = position[0], position[1]
+
+    result = scratch / "result.json"
+    if child.returncode == 0 and result.exists():
+        answer: dict[str, Any] = json.loads(result.read_text())
+        if "failure" not in answer:
+            return answer
+        raise _explain(answer["failure"]["kind"], answer["failure"]["text"], ops, index, value)
+    ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
+    raise _explain("died", f"the sweep's process ended with {ended}\n{tail}".strip(), ops, index, value)
+
+
+def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int) -> Exception:
+    """One error for what happened in the child."""
+    if kind == "import" or (kind == "died" and index == IMPORTING):
+        return InstallationError(
+            f"cannot load {text}", hint="DeepGEMM must be built for the installed torch; the README lists pairs that work"
+        )
+    if kind == "misreads" or (kind == "died" and index == CHECKING):
+        return PlanError(
+            f"this DeepGEMM misreads tensors under this torch, a plan would be wrong: {text}",
+            hint="install the torch it was built for; the README lists pairs that work",
+        )
+    if kind == "missing":
+        return PlanError(f"the installed DeepGEMM has no {text}", hint="drop the op, or install a DeepGEMM that has it")
+    if kind == "unanswered":
+        return PlanError(
+            f"the virtual GPU does not answer {text}", hint="this torch or DeepGEMM is newer than cachebuilder: report it"
+        )
+    op = ops[index]
+    where = f"ops[{index}] {op.op} {op.shape()} at {op.variable} {value}"
+    return PlanError(f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}")
+
+
+def _read_entries(root: Path, generation: Generation) -> dict[str, Entry]:
+    found = {}
+    folders = sorted((root / "cache").iterdir()) if (root / "cache").is_dir() else []
+    for folder in folders:
+        if entry_files.kernel_name(generation, folder.name) is None:
+            raise PlanError(f"wanted entries of the {generation} generation, found {folder.name}")
+        metadata = folder / entry_files.METADATA
+        found[folder.name] = Entry(
+            name=folder.name,
+            source=(folder / entry_files.SOURCE).read_text(),
+            arguments=(folder / "command.txt").read_text().rstrip("\n"),
+            metadata=metadata.read_text() if metadata.exists() else None,
+        )
+    return found

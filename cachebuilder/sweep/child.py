@@ -1,0 +1,178 @@
+"""The sweep's child process: the only code that imports torch and DeepGEMM.
+
+``python -m cachebuilder.sweep.child JOB`` reads JOB (JSON), calls DeepGEMM at every point of every op, and writes which
+kernels each call launched. The parent sets the environment (virtual GPU, recording compiler, cache root) and reads
+where we are from a shared mapping, so it can say which call an abort was in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import mmap
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.ops import OPS, OpBase
+from cachebuilder.ops.base import Device
+
+#: Values in the shared mapping, as 64-bit integers: index of the op, value of its variable, calls done, calls in all.
+POSITION_FIELDS = 4
+#: What the op's index reads before the first op.
+CHECKING, IMPORTING = -1, -2
+
+
+class LaunchLog:
+    """Which cubins were launched since the last look, as the virtual GPU wrote it down."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._count = ctypes.c_uint32.in_dll(library, "virtual_gpu_launch_count")
+        self._numbers = (ctypes.c_uint32 * 4096).in_dll(library, "virtual_gpu_launches")
+        self._path = library.virtual_gpu_library_path
+        self._path.restype = ctypes.c_char_p
+        self._unanswered = (ctypes.c_char * 4096).in_dll(library, "virtual_gpu_unanswered")
+
+    def take(self) -> tuple[int, ...]:
+        """Numbers of the cubins launched since the last call, in order."""
+        count = self._count.value
+        self._count.value = 0
+        return tuple(self._numbers[:count])
+
+    def entry(self, number: int) -> str:
+        """The cache entry that holds cubin ``number``."""
+        return Path(os.fsdecode(self._path(number))).parent.name
+
+    def unanswered(self) -> list[str]:
+        """Names of CUDA calls that the virtual GPU did not answer."""
+        return self._unanswered.value.decode().split()
+
+
+class Failure(Exception):
+    """What the parent turns into an error: a sentence, and where."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+def _import_deep_gemm(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["deep_gemm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_shapes_are_read_right(device: Device, log: LaunchLog) -> None:
+    """One call with all dimensions compiled in: the kernel it makes must name the shape that was given.
+
+    A DeepGEMM built against another torch misreads tensors: it asserts (``dim == 2 or dim == 3``: sgl-deep-gemm 0.1.7
+    under torch 2.11) or, worse, plans for another shape.
+    """
+    m, n, k = 72, 136, 384
+    a, sfa = device.fp8_rows(m, k)
+    try:
+        device.deep_gemm.fp8_gemm_nt(
+            (a, sfa), device.fp8_blocks(n, k), device.empty(m, n, dtype="bfloat16"), compiled_dims="mnk"
+        )
+    except Exception as error:
+        raise Failure("misreads", str(error)) from error
+    entries = {log.entry(number) for number in log.take()}
+    root = Path(os.environ["DG_JIT_CACHE_DIR"], "cache")
+    if not any(f"{m}, {n}, {k}" in (root / entry / "kernel.cu").read_text() for entry in entries):
+        raise Failure("misreads", f"a call with M, N, K = {m}, {n}, {k} made {', '.join(sorted(entries)) or 'no kernel'}")
+
+
+def _sweep(op: OpBase, index: int, device: Device, log: LaunchLog, position: memoryview) -> Iterator[list[Any]]:
+    """Call DeepGEMM at every point; yields [first, last, step, cubin numbers] for each run of equal launches."""
+    call = op.prepare(device)
+    log.take()  # what preparing launched is torch's, not the op's
+    points = op.points(device)
+    step = points.step if isinstance(points, range) else 1
+    position[0] = index
+    run: list[Any] | None = None
+    for value in points:
+        position[1] = value
+        call(value)
+        position[2] += 1
+        launched = log.take()
+        if run is not None and run[3] == launched and value == run[1] + step:
+            run[1] = value
+        else:
+            if run is not None:
+                yield run
+            run = [value, value, step, launched]
+    if run is not None:
+        yield run
+
+
+def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
+    """Do the whole job; returns the result that the parent reads. Raises `Failure`."""
+    position[0] = IMPORTING
+    try:
+        import torch
+    except ImportError as error:
+        raise Failure("import", f"torch: {error}") from error
+    try:
+        deep_gemm = _import_deep_gemm(job["deep_gemm"])
+    except Exception as error:
+        raise Failure("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
+
+    device = Device(torch, deep_gemm)
+    log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"]))
+    position[0] = CHECKING
+    _check_shapes_are_read_right(device, log)
+
+    ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
+    for op in ops:
+        if not hasattr(deep_gemm, op.op):
+            raise Failure("missing", op.op)
+    position[3] = len(job["sm_counts"]) * sum(len(list(op.points(device))) for op in ops)
+
+    sweeps = []
+    for sm_count in job["sm_counts"]:
+        deep_gemm.set_num_sms(sm_count)
+        for index, op in enumerate(ops):
+            runs = [
+                {"first": first, "last": last, "step": step, "entries": [log.entry(number) for number in launched]}
+                for first, last, step, launched in _sweep(op, index, device, log, position)
+            ]
+            sweeps.append({"op": index, "sm_count": sm_count, "runs": runs})
+    if names := log.unanswered():
+        raise Failure("unanswered", ", ".join(names))
+    return {
+        "sweeps": sweeps,
+        "calls": position[2],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def main() -> None:
+    """Entry point; the job's file names the position's and the result's."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    with open(job["position"], "r+b") as file:
+        position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
+    try:
+        result = run(job, position)
+    except Failure as failure:
+        result = {"failure": {"kind": failure.kind, "text": str(failure)}}
+    except Exception as error:  # DeepGEMM's assertions arrive as RuntimeError: the parent names op and point
+        result = {"failure": {"kind": "refused", "text": str(error) or type(error).__name__}}
+    Path(job["result"]).write_text(json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # DeepGEMM's and torch's destructors have nothing to tidy on a GPU that is not there
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""The virtual GPU's library: compiled once with the machine's C compiler, kept in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from importlib import util
+from pathlib import Path
+
+from cachebuilder.errors import InstallationError
+from cachebuilder.gpus import Gpu
+from cachebuilder.paths import cache_folder
+
+_HERE = Path(__file__).parent
+_SOURCE = _HERE / "virtual_gpu.c"
+_FLAGS = ["-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1"]
+
+
+def environment(gpu: Gpu) -> dict[str, str]:
+    """Variables under which a process sees ``gpu`` and no other; builds the library if it is not there yet.
+
+    Raises:
+        InstallationError: no torch, no CUDA runtime beside it, or no C compiler.
+    """
+    library = build()
+    return {
+        "LD_PRELOAD": " ".join(filter(None, [str(library), os.environ.get("LD_PRELOAD")])),
+        "VIRTUAL_GPU_LIBRARY": str(library),
+        "VIRTUAL_GPU_NAME": f"virtual {gpu.name}",
+        "VIRTUAL_GPU_MAJOR": str(gpu.major),
+        "VIRTUAL_GPU_MINOR": str(gpu.minor),
+        "VIRTUAL_GPU_SM_COUNT": str(gpu.sm_count),
+        "VIRTUAL_GPU_L2_BYTES": str(gpu.l2_bytes),
+        "VIRTUAL_GPU_SHARED_MEMORY_BYTES": str(gpu.shared_memory_bytes),
+        "VIRTUAL_GPU_CLOCK_KHZ": str(gpu.clock_khz),
+    }
+
+
+def build() -> Path:
+    """The library's path; compiled if this source was not yet, for this CUDA runtime, by this compiler."""
+    runtime = _find_cuda_runtime()
+    headers = runtime.parent.parent / "include"
+    compiler = _find_c_compiler()
+    stubs = _stubs(runtime)
+    digest = hashlib.sha256()
+    for part in (
+        _SOURCE.read_bytes(),
+        (_HERE / "crt" / "host_defines.h").read_bytes(),
+        stubs.encode(),
+        (headers / "driver_types.h").read_bytes(),
+        repr((compiler, _FLAGS, runtime.name)).encode(),
+    ):
+        digest.update(hashlib.sha256(part).digest())
+    folder = cache_folder() / "virtual-gpu" / digest.hexdigest()[:32]
+    library = folder / "libcuda.so.1"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+        generated, built = Path(scratch, "unanswered.c"), Path(scratch, library.name)
+        generated.write_text(stubs)
+        major = runtime.name.rpartition(".so.")[2].split(".")[0]
+        command = [*compiler, *_FLAGS, f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"]
+        command += ["-o", str(built), str(_SOURCE), str(generated), "-ldl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InstallationError(f"the virtual GPU did not compile: {shlex.join(command)}\n{done.stderr.strip()}")
+        os.replace(built, library)  # another build may have put the same there meanwhile: equal by construction
+    return library
+
+
+def _stubs(runtime: Path) -> str:
+    """C text: a weak function for each one that the CUDA runtime exports, which notes its own name and fails."""
+    from elftools.elf.elffile import ELFFile
+
+    with runtime.open("rb") as file:
+        symbols = ELFFile(file).get_section_by_name(".dynsym")
+        names = {s.name for s in symbols.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]}
+    lines = ["int virtual_gpu_note_unanswered(const char *name);"]
+    for name in sorted(names):
+        if name.startswith(("cuda", "__cuda")):
+            lines.append(
+                f'__attribute__((weak, visibility("default"))) int {name}(void)'
+                f' {{ return virtual_gpu_note_unanswered("{name}"); }}'
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _find_cuda_runtime() -> Path:
+    """libcudart as torch will load it: in the wheels beside torch."""
+    spec = util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise InstallationError(
+            "planning runs DeepGEMM itself, which needs torch: found none",
+            hint="pip install 'cachebuilder[build]'",
+        )
+    torch = Path(list(spec.submodule_search_locations)[0])
+    found = sorted(torch.parent.glob("nvidia/*/lib/libcudart.so.*")) + sorted(torch.glob("lib/libcudart*.so.*"))
+    for runtime in found:
+        if (runtime.parent.parent / "include" / "driver_types.h").exists():
+            return runtime
+    raise InstallationError(
+        f"wanted a CUDA build of torch with its runtime wheel, found {torch} without libcudart and its headers",
+        hint="install torch from PyPI: it brings nvidia-cuda-runtime; a CPU build has none",
+    )
+
+
+def _find_c_compiler() -> list[str]:
+    """``$CC``, else the first of cc, gcc, clang."""
+    if given := os.environ.get("CC"):
+        return shlex.split(given)
+    for name in ("cc", "gcc", "clang"):
+        if path := shutil.which(name):
+            return [path]
+    raise InstallationError("wanted a C compiler for the virtual GPU, found none", hint="apt-get install gcc")

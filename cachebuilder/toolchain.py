@@ -1,0 +1,132 @@
+"""nvcc: find it, ask its version, and compile with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+from cachebuilder.errors import ToolchainError
+
+_HINT = (
+    "name one with --nvcc, set CUDA_HOME, or pip install 'cachebuilder[nvcc]' for PyPI's compiler wheels"
+)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """One nvcc.
+
+    Attributes:
+        nvcc: the compiler driver.
+        version_text: all that ``nvcc --version`` prints; DeepJIT's keys hold it whole.
+        release: major.minor out of that text; legacy keys hold it.
+        origin: how it was found, for the build's summary.
+    """
+
+    nvcc: Path
+    version_text: str
+    release: str
+    origin: str
+
+
+def find(nvcc: Path | None = None, release: str | None = None) -> Toolchain:
+    """The compiler asked for, else the first that there is: ``CUDA_HOME``'s, PATH's, PyPI's wheels'.
+
+    Args:
+        nvcc: this one and no other.
+        release: major.minor that it must be; candidates of another release are passed over.
+
+    Raises:
+        ToolchainError: none, one that does not run, or none of that release.
+    """
+    if nvcc is not None:
+        found = _ask(nvcc.absolute(), "--nvcc")
+        if release not in (None, found.release):
+            raise ToolchainError(
+                f"the manifest wants nvcc {release}, found {found.release} at {found.nvcc}", hint=_HINT
+            )
+        return found
+    passed_over = []
+    for path, origin in _candidates():
+        found = _ask(path, origin)
+        if release in (None, found.release):
+            return found
+        passed_over.append(f"{found.release} at {path} ({origin})")
+    if passed_over:
+        raise ToolchainError(f"the manifest wants nvcc {release}, found {', '.join(passed_over)}", hint=_HINT)
+    raise ToolchainError("wanted nvcc, found none in CUDA_HOME, on PATH or among the installed wheels", hint=_HINT)
+
+
+def _candidates() -> Iterator[tuple[Path, str]]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if (home := os.environ.get(variable)) and (path := Path(home, "bin", "nvcc")).exists():
+            yield path.absolute(), variable
+            break
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path).absolute(), "PATH"
+    spec = util.find_spec("nvidia")
+    for root in spec.submodule_search_locations or () if spec else ():
+        for path in sorted(Path(root).glob("*/bin/nvcc"), reverse=True):
+            yield path, "PyPI wheels"
+
+
+def _ask(path: Path, origin: str) -> Toolchain:
+    try:
+        # Both streams in one, as DeepGEMM reads it.
+        done = subprocess.run(
+            [path, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ToolchainError(f"{path} ({origin}) does not run: {error}", hint=_HINT) from None
+    text = done.stdout.decode(errors="replace")
+    match = re.search(r"release (\d+\.\d+)", text)
+    if done.returncode or not match:
+        raise ToolchainError(f"{path} ({origin}): wanted nvcc's version text, found {text[:200]!r}", hint=_HINT)
+    return Toolchain(path, text, match[1], origin)
+
+
+#: What a compilation adds to DeepGEMM's own flags: names inside the module then depend on no process id.
+_REPEATABLE = "-frandom-seed=deep_gemm"
+
+
+def ptx_command(toolchain: Toolchain, source: str, ptx: str, flags: Sequence[str], include: str) -> list[str]:
+    """The command that compiles one source to PTX with DeepGEMM's own flags."""
+    return [str(toolchain.nvcc), source, "--ptx", "--output-file", ptx, *flags, f"-I{include}", _REPEATABLE]
+
+
+def cubin_command(toolchain: Toolchain, ptx: str, cubin: str, flags: Sequence[str]) -> list[str]:
+    """The command that assembles PTX with the same flags; nvcc hands those that concern it to ptxas."""
+    return [str(toolchain.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
+
+
+#: A module's internal names hold a hash of its source's absolute path and one of its contents.
+_MODULE_HASHES = re.compile(rb"[0-9a-f]{8}_9_kernel_cu_[0-9a-f]{8}")
+
+
+def canonical_ptx(ptx: bytes) -> bytes:
+    """PTX that no longer says where it was compiled: both hashes in internal names of ``kernel.cu`` are zeroes.
+
+    Only names of internal globals change; instructions and constants do not.
+    """
+    return _MODULE_HASHES.sub(b"00000000_9_kernel_cu_00000000", ptx)
+
+
+def host_compiler_text() -> str:
+    """What the C++ compiler that nvcc preprocesses with says of itself: ``$NVCC_CCBIN``, else gcc.
+
+    Raises:
+        ToolchainError: there is none.
+    """
+    name = os.environ.get("NVCC_CCBIN") or "gcc"
+    try:
+        return subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise ToolchainError(
+            f"nvcc needs a host compiler, {name} does not run", hint="apt-get install g++, or set NVCC_CCBIN"
+        ) from None
