@@ -34,6 +34,9 @@ class Toolchain:
     release: str
     origin: str
 
+    def __str__(self) -> str:
+        return f"nvcc {self.release} ({self.origin}, {self.nvcc})"
+
 
 def find(nvcc: Path | None = None, release: str | None = None) -> Toolchain:
     """The compiler asked for, else the first that there is: ``CUDA_HOME``'s, PATH's, PyPI's wheels'.

@@ -25,7 +25,8 @@ class Fingerprint(_Frozen):
     """Every fact that must agree between build and serving for DeepGEMM to find its kernels.
 
     Attributes:
-        deep_gemm: distribution and version: its code decides which kernel a shape needs.
+        deep_gemm: its own version: its code decides which kernel a shape needs.
+        distribution: what it was installed with, name and version; None where it was a bare folder.
         headers: `Installation.headers_digest`, part of every key.
         compiler: the whole text of ``nvcc --version``.
         install_include: legacy only: the include path inside every key; restoring elsewhere renames the entries.
@@ -35,6 +36,7 @@ class Fingerprint(_Frozen):
 
     generation: Generation
     deep_gemm: str
+    distribution: str | None
     headers: Sha256
     cutlass: str
     compiler: str
@@ -85,7 +87,8 @@ def fingerprint(plan: Plan, installation: Installation, toolchain: Toolchain, en
     """The fingerprint of what was planned."""
     return Fingerprint(
         generation=plan.generation,
-        deep_gemm=f"{installation.distribution} {installation.version}",
+        deep_gemm=installation.version,
+        distribution=installation.distribution,
         headers=installation.headers_digest,
         cutlass=installation.cutlass_version,
         compiler=toolchain.version_text,

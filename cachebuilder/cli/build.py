@@ -24,9 +24,8 @@ def build(
 ) -> None:
     """Plan MANIFEST, compile every kernel, and pack them into one artifact."""
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)
-    click.echo(f"DeepGEMM  {inputs.installation.distribution} {inputs.installation.version}, "
-               f"{inputs.installation.generation} cache, {inputs.installation.path}")
-    click.echo(f"nvcc      {inputs.toolchain.release} ({inputs.toolchain.origin}), {inputs.toolchain.nvcc}")
+    click.echo(f"using     {inputs.installation}")
+    click.echo(f"          {inputs.toolchain}")
     output = output or Path("dist") / f"{inputs.manifest.name}.tar.zst"
     with shared.show_progress() as progress:
         built = building.build(inputs, output, jobs, use_store, progress)

@@ -37,15 +37,18 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
         op = OPS[str(fields["op"])].model_validate(fields)
         for sm_count in made.sm_counts:
             click.echo(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
-            for kernel in made.kernels:
-                for selection in kernel.selected_by:
-                    if (selection.op, selection.sm_count) == (index, sm_count):
-                        click.echo(_line(kernel, selection))
+            here = [
+                (kernel, selection)
+                for kernel in made.kernels
+                for selection in kernel.selected_by
+                if (selection.op, selection.sm_count) == (index, sm_count)
+            ]
+            for kernel, selection in sorted(here, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
+                click.echo(_line(kernel, selection))
     sms = ", ".join(map(str, made.sm_counts))
     click.echo(
-        f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs, "
-        f"{inputs.installation.distribution} {inputs.installation.version} ({made.generation}), torch {made.torch}, "
-        f"peak memory {shared.size(made.peak_bytes)}"
+        f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs; "
+        f"torch {made.torch}, peak memory {shared.size(made.peak_bytes)}\n{inputs.installation}"
     )
 
 

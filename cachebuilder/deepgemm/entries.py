@@ -39,7 +39,7 @@ def legacy_entry(kernel: str, nvcc_release: str, flags: str, source: str) -> str
         flags: the compiler's flags as DeepGEMM joins them, with the absolute include path in them.
         source: the text of ``kernel.cu``; its first line holds the hash of the headers.
     """
-    text = f"{kernel}$NVCC{nvcc_release}${flags}${source}".encode()
+    text = f"{kernel}$$NVCC{nvcc_release}$${flags}$${source}".encode()
     high, low = _fnv1a(text, 0xC6A4A7935BD1E995), _fnv1a(text, 0x9E3779B97F4A7C15)
     return f"kernel.{kernel}.{_mix(high):016x}{_mix(low):016x}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata, util
@@ -25,21 +26,25 @@ class Installation:
 
     Attributes:
         path: the package folder, the one with ``__init__.py`` and ``include/``.
-        distribution: the PyPI distribution it came with (``sgl-deep-gemm``, ``vllm``), or ``path`` for a bare folder.
-        version: that distribution's version, or the copy's own.
+        version: the copy's own, out of its ``VERSION`` file or its ``__version__``.
+        distribution: what it was installed with, name and version (``vllm 0.33.0``); None for a bare folder.
     """
 
     path: Path
-    distribution: str
     version: str
+    distribution: str | None
+
+    def __str__(self) -> str:
+        source = f"{self.distribution}, " if self.distribution else ""
+        return f"DeepGEMM {self.version} ({source}{self.generation} cache, {self.path})"
 
     @cached_property
-    def extension(self) -> Path:
-        """The compiled extension. Raises `InstallationError` where there is none."""
+    def extensions(self) -> list[Path]:
+        """The compiled extension, in vLLM one for each Python. Raises `InstallationError` where there is none."""
         found = sorted(self.path.glob("_C*.so"))
         if not found:
             raise InstallationError(f"wanted DeepGEMM's compiled extension _C*.so, found none in {self.path}")
-        return found[0]
+        return found
 
     @cached_property
     def generation(self) -> Generation:
@@ -48,11 +53,11 @@ class Installation:
         Raises:
             InstallationError: neither, or both.
         """
-        code = self.extension.read_bytes()
+        code = self.extensions[0].read_bytes()
         found = [generation for generation, mark in _MARKS.items() if mark in code]
         if len(found) != 1:
             raise InstallationError(
-                f"{self.path}: wanted a DeepGEMM of the legacy or the DeepJIT generation, found neither's mark",
+                f"{self.path}: wanted a DeepGEMM of the legacy or the DeepJIT generation, found neither",
                 hint="cachebuilder knows DeepGEMM 2.5 (legacy) to 2.8 (DeepJIT); other versions may need a newer one",
             )
         return found[0]
@@ -74,11 +79,8 @@ class Installation:
 
     @cached_property
     def code_digest(self) -> str:
-        """sha256 over the copy's own code: the extension and the Python files, which decide what is asked for."""
-        digest = hashlib.sha256(self.extension.read_bytes())
-        for file in sorted(self.path.rglob("*.py")):
-            digest.update(f"{file.relative_to(self.path)}\0".encode() + file.read_bytes())
-        return digest.hexdigest()
+        """sha256 over the copy's own code: extensions and Python files, which decide what is asked for."""
+        return _digest(self.path, [*self.extensions, *self.path.rglob("*.py")])
 
     @cached_property
     def cutlass_version(self) -> str:
@@ -118,28 +120,33 @@ def find(path: Path | None = None) -> Installation:
 def _at(path: Path) -> Installation:
     if not (path / "__init__.py").is_file() or not (path / "include" / "deep_gemm").is_dir():
         raise InstallationError(f"wanted a deep_gemm package folder (with include/deep_gemm), found {path}")
-    root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
-    for distribution in metadata.distributions(path=[str(root)]):
-        name = distribution.metadata["Name"]
-        if root == path.parent:
-            owns = f"{path.name}/__init__.py" in {str(file) for file in distribution.files or ()}
-        else:
-            owns = name == "vllm"
-        if owns:
-            return Installation(path, name, distribution.version)
-    return Installation(path, "path", _own_version(path))
+    return Installation(path, _version(path), _distribution(path))
 
 
-def _own_version(path: Path) -> str:
+def _version(path: Path) -> str:
     if (path / "VERSION").is_file():
         return (path / "VERSION").read_text().strip()
     match = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", (path / "__init__.py").read_text(), re.MULTILINE)
     return match[1] if match else "unknown"
 
 
+def _distribution(path: Path) -> str | None:
+    """The distribution that lists the copy among its files, in the folder that its top-level package is in."""
+    root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
+    wanted = f"{path.relative_to(root).as_posix()}/__init__.py"
+    for distribution in metadata.distributions(path=[str(root)]):
+        if any(str(file) == wanted for file in distribution.files or ()):
+            return f"{distribution.metadata['Name']} {distribution.version}"
+    return None
+
+
 def _digest_tree(root: Path) -> str:
+    return _digest(root, (file for file in root.rglob("*") if file.is_file()))
+
+
+def _digest(root: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(file for file in root.rglob("*") if file.is_file()):
+    for file in sorted(files):
         digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -8,7 +8,7 @@ running modules in a `Device`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,9 +83,19 @@ class OpBase(BaseModel):
 
     #: The name of the swept variable in reports: ``m`` or ``expected_m``.
     variable: ClassVar[str] = "m"
+    #: Names under which DeepGEMM's versions have the function, first choice first; left empty: the op's own.
+    entry_points: ClassVar[tuple[str, ...]] = ()
 
     op: str
     compiled_dims: CompiledDims = None
+
+    def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
+        """DeepGEMM's function for this op. Raises LookupError naming it where this DeepGEMM has none."""
+        names = self.entry_points or (self.op,)
+        for name in names:
+            if function := getattr(deep_gemm, name, None):
+                return cast("Callable[..., Any]", function)
+        raise LookupError(" or ".join(names))
 
     def options(self) -> dict[str, str]:
         """Keyword arguments for DeepGEMM that the manifest sets; none by default."""

@@ -21,7 +21,7 @@ class Bf16GemmNt(TokenOp):
         a = device.empty(self.largest_m, self.k, dtype="bfloat16")
         b = device.empty(self.n, self.k, dtype="bfloat16")
         d = device.empty(self.largest_m, self.n, dtype=self.out_dtype)
-        gemm, options = device.deep_gemm.bf16_gemm_nt, self.options()
+        gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(m: int) -> None:
             gemm(a[:m], b, d[:m], **options)

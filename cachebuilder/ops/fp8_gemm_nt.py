@@ -20,7 +20,7 @@ class Fp8GemmNt(TokenOp):
         a, sfa = device.fp8_rows(self.largest_m, self.k)
         b = device.fp8_blocks(self.n, self.k)
         d = device.empty(self.largest_m, self.n, dtype="bfloat16")
-        gemm, options = device.deep_gemm.fp8_gemm_nt, self.options()
+        gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(m: int) -> None:
             gemm((a[:m], sfa[:m]), b, d[:m], **options)

@@ -21,7 +21,7 @@ class MGroupedBf16GemmNtMasked(GroupedMaskedOp):
         b = device.empty(self.experts, self.n, self.k, dtype="bfloat16")
         d = device.empty(self.experts, self.max_m, self.n, dtype="bfloat16")
         rows = device.empty(self.experts, dtype="int32")
-        gemm, options = device.deep_gemm.m_grouped_bf16_gemm_nt_masked, self.options()
+        gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(expected_m: int) -> None:
             gemm(a, b, d, rows, expected_m, **options)

@@ -22,7 +22,7 @@ class MGroupedFp8GemmNtContiguous(GroupedContiguousOp):
         b = device.fp8_blocks(self.experts, self.n, self.k)
         d = device.empty(rows, self.n, dtype="bfloat16")
         expert_of_row = device.empty(rows, dtype="int32")
-        gemm, options = device.deep_gemm.m_grouped_fp8_gemm_nt_contiguous, self.options()
+        gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(m: int) -> None:
             gemm((a[:m], sfa[:m]), b, d[:m], expert_of_row[:m], **options)

@@ -11,6 +11,8 @@ from cachebuilder.ops.base import Device, Fp8K, GroupedMaskedOp, N
 class MGroupedFp8GemmNtMasked(GroupedMaskedOp):
     """Rows [experts, max_m, k], weights [experts, n, k]; ``expected_m`` from 1 to ``max_m``."""
 
+    entry_points = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked")
+
     op: Literal["m_grouped_fp8_gemm_nt_masked"]
     n: N
     k: Fp8K
@@ -21,7 +23,7 @@ class MGroupedFp8GemmNtMasked(GroupedMaskedOp):
         b = device.fp8_blocks(self.experts, self.n, self.k)
         d = device.empty(self.experts, self.max_m, self.n, dtype="bfloat16")
         rows = device.empty(self.experts, dtype="int32")
-        gemm, options = device.deep_gemm.m_grouped_fp8_gemm_nt_masked, self.options()
+        gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(expected_m: int) -> None:
             gemm(a, b, d, rows, expected_m, **options)

@@ -236,10 +236,26 @@ EXPORT int cudaGetDriverEntryPoint(const char *name, void **function, unsigned l
     return cudaGetDriverEntryPointByVersion(name, function, 0, flags, status);
 }
 
-/* ---- cuBLASLt: DeepGEMM makes a handle at start -------------------------------------------------------------- */
+/* ---- cuBLASLt: some of DeepGEMM's calls go there, and compile nothing ------------------------------------------- */
 
 EXPORT int cublasLtCreate(void **handle) { return new_handle(handle); }
 EXPORT int cublasLtDestroy(void *handle) { return drop_handle(handle); }
+EXPORT int cublasLtMatmulDescCreate(void **handle) { return new_handle(handle); }
+EXPORT int cublasLtMatmulDescDestroy(void *handle) { return drop_handle(handle); }
+EXPORT int cublasLtMatmulDescSetAttribute(void) { return SUCCESS; }
+EXPORT int cublasLtMatrixLayoutCreate(void **handle) { return new_handle(handle); }
+EXPORT int cublasLtMatrixLayoutDestroy(void *handle) { return drop_handle(handle); }
+EXPORT int cublasLtMatrixLayoutSetAttribute(void) { return SUCCESS; }
+EXPORT int cublasLtMatmulPreferenceCreate(void **handle) { return new_handle(handle); }
+EXPORT int cublasLtMatmulPreferenceDestroy(void *handle) { return drop_handle(handle); }
+EXPORT int cublasLtMatmulPreferenceSetAttribute(void) { return SUCCESS; }
+EXPORT int cublasLtMatmul(void) { return SUCCESS; }
+EXPORT int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void *b, void *c, void *d,
+                                          void *preference, int wanted, void *results, int *found) {
+    (void)handle, (void)operation, (void)a, (void)b, (void)c, (void)d, (void)preference, (void)wanted;
+    memset(results, 0, 96); /* one cublasLtMatmulHeuristicResult_t of cublasLt.h: state 0, no workspace */
+    return *found = 1, SUCCESS;
+}
 
 /* ---- the driver ------------------------------------------------------------------------------------------------ */
 

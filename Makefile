@@ -1,0 +1,28 @@
+# make build   .venv with everything, then a first artifact: dist/quickstart.tar.zst
+# make test    the tests, on DeepGEMM and nvcc themselves; no GPU
+# make clean   removes .venv and dist
+
+PYTHON ?= python3
+VENV := .venv
+MANIFEST ?= manifests/quickstart.yaml
+
+.PHONY: build test clean
+
+build: $(VENV)/installed
+	$(VENV)/bin/cachebuilder build $(MANIFEST)
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+# PyPI's compiler is installed only where the machine has none of its own.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "wanted Python 3.11 or newer, found $$($(PYTHON) --version); name one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,test]'
+	@if [ -x "$${CUDA_HOME:-/none}/bin/nvcc" ] || command -v nvcc >/dev/null; then :; else \
+	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist
