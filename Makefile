@@ -11,7 +11,7 @@ MANIFEST ?= manifests/quickstart.yaml
 build: $(VENV)/installed
 	$(VENV)/bin/cachebuilder build $(MANIFEST)
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/legacy
 	$(VENV)/bin/python -m pytest
 
 # PyPI's compiler is installed only where the machine has none of its own.
@@ -23,6 +23,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@if [ -x "$${CUDA_HOME:-/none}/bin/nvcc" ] || command -v nvcc >/dev/null; then :; else \
 	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
 	@touch $@
+
+# A DeepGEMM of the legacy cache generation for the tests, beside the pinned one: it works with the same torch.
+$(VENV)/legacy: $(VENV)/installed
+	rm -rf $@ $@.new
+	$(VENV)/bin/python -m pip install --quiet --target $@.new sgl-deep-gemm==0.1.7
+	mv $@.new $@
 
 clean:
 	rm -rf $(VENV) dist

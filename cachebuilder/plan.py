@@ -57,7 +57,7 @@ class Kernel(_Frozen):
     name: str
     source: str
     flags: tuple[str, ...]
-    metadata: str | None
+    metadata: str | None = None
     selected_by: tuple[Selection, ...]
 
 
@@ -76,8 +76,8 @@ class Plan(_Frozen):
     gpu: Gpu
     sm_counts: tuple[int, ...]
     arch: str
-    include: str | None
-    legacy_flags: str | None
+    include: str | None = None
+    legacy_flags: str | None = None
     ops: tuple[dict[str, object], ...]
     kernels: tuple[Kernel, ...]
     calls: int
@@ -146,6 +146,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolchain, found: sweep.Result) -> Plan:
+    if not found.entries:
+        raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own: there is nothing to build")
     include = str(installation.include)
     commands = {entry.name: _split_command(entry, include) for entry in found.entries.values()}
     names = {entry: entry_files.kernel_name(found.generation, entry) or "" for entry in found.entries}

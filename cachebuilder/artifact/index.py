@@ -36,13 +36,13 @@ class Fingerprint(_Frozen):
 
     generation: Generation
     deep_gemm: str
-    distribution: str | None
     headers: Sha256
     cutlass: str
     compiler: str
     arch: str
     sm_counts: tuple[int, ...]
     environment: dict[str, str]
+    distribution: str | None = None
     install_include: str | None = None
     legacy_flags: str | None = None
 

@@ -45,6 +45,8 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
             ]
             for kernel, selection in sorted(here, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
                 click.echo(_line(kernel, selection))
+            if not here:
+                click.echo("  nothing to compile: this DeepGEMM has no kernel of its own for it (cuBLASLt serves it)")
     sms = ", ".join(map(str, made.sm_counts))
     click.echo(
         f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs; "

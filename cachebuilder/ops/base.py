@@ -7,7 +7,7 @@ running modules in a `Device`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,8 +62,8 @@ class Device:
 
         Row-major scales are what the engines' own warm-ups pass (vLLM 0.33.0
         ``model_executor/warmup/deep_gemm_warmup.py``, SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py``):
-        DeepGEMM then also asks for the kernel that brings them into TMA layout. Scales that are in that layout
-        already select the same GEMM kernels and no other.
+        DeepGEMM then also asks for the kernel that brings them into TMA layout. The scales of serving, which are in
+        that layout already (float32 on SM90, packed UE8M0 on SM100), select the same GEMM kernels: a test says so.
         """
         *outer, k = shape
         data = self.empty(*shape, dtype="float8_e4m3fn")
@@ -107,8 +107,8 @@ class OpBase(BaseModel):
         text = " ".join(f"{k}={v}" for k, v in self.model_dump().items() if k not in skip and v is not None)
         return text if self.compiled_dims is None else f"{text} compiled_dims={self.compiled_dims!r}"
 
-    def points(self, device: Device) -> Iterable[int]:
-        """Values of `variable` at which DeepGEMM is called, ascending and evenly spaced."""
+    def points(self, device: Device) -> range:
+        """Values of `variable` at which DeepGEMM is called, ascending."""
         raise NotImplementedError
 
     def prepare(self, device: Device) -> Callable[[int], None]:
@@ -127,7 +127,7 @@ class TokenOp(OpBase):
         assert self.max_tokens is not None, "the manifest fills max_tokens in"
         return self.max_tokens
 
-    def points(self, device: Device) -> Iterable[int]:
+    def points(self, device: Device) -> range:
         """Every M from 1 to ``max_tokens``."""
         return range(1, self.largest_m + 1)
 
@@ -144,7 +144,7 @@ class GroupedContiguousOp(TokenOp):
     experts: Experts
     topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
 
-    def points(self, device: Device) -> Iterable[int]:
+    def points(self, device: Device) -> range:
         """Multiples of DeepGEMM's alignment (rows) up to the formula above."""
         alignment = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
         return range(alignment, self.largest_rows(alignment) + 1, alignment)
@@ -167,6 +167,6 @@ class GroupedMaskedOp(OpBase):
     experts: Experts
     max_m: Annotated[int, Field(ge=1, le=1 << 20, description="rows reserved for each expert")]
 
-    def points(self, device: Device) -> Iterable[int]:
+    def points(self, device: Device) -> range:
         """Every ``expected_m`` from 1 to ``max_m``."""
         return range(1, self.max_m + 1)

@@ -90,27 +90,30 @@ def _check_tensors_are_read_right(device: Device) -> None:
         raise Failure("misreads", f"scales [{rows}, {columns}] came back as {tuple(read.shape)}, {read.stride()}")
 
 
-def _sweep(op: OpBase, index: int, device: Device, log: LaunchLog, position: memoryview) -> Iterator[list[Any]]:
-    """Call DeepGEMM at every point; yields [first, last, step, cubin numbers] for each run of equal launches."""
+def _sweep(op: OpBase, index: int, device: Device, log: LaunchLog, position: memoryview) -> Iterator[dict[str, Any]]:
+    """Call DeepGEMM at every point; yields each run of points that launched the same kernels."""
     call = op.prepare(device)
     log.take()  # what preparing launched is torch's, not the op's
     points = op.points(device)
-    step = points.step if isinstance(points, range) else 1
     position[0] = index
-    run: list[Any] | None = None
+    first = last = points.start
+    before: tuple[int, ...] | None = None
     for value in points:
         position[1] = value
         call(value)
         position[2] += 1
         launched = log.take()
-        if run is not None and run[3] == launched and value == run[1] + step:
-            run[1] = value
-        else:
-            if run is not None:
-                yield run
-            run = [value, value, step, launched]
-    if run is not None:
-        yield run
+        if launched != before:
+            if before is not None:
+                yield _run(first, last, points.step, before, log)
+            first, before = value, launched
+        last = value
+    if before is not None:
+        yield _run(first, last, points.step, before, log)
+
+
+def _run(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog) -> dict[str, Any]:
+    return {"first": first, "last": last, "step": step, "entries": [log.entry(number) for number in launched]}
 
 
 def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
@@ -136,19 +139,18 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
             op.function(deep_gemm)
         except LookupError as error:
             raise Failure("missing", str(error)) from None
-    position[3] = len(job["sm_counts"]) * sum(len(list(op.points(device))) for op in ops)
+    position[3] = len(job["sm_counts"]) * sum(len(op.points(device)) for op in ops)
 
-    sweeps = []
-    for sm_count in job["sm_counts"]:
-        deep_gemm.set_num_sms(sm_count)
-        for index, op in enumerate(ops):
-            runs = [
-                {"first": first, "last": last, "step": step, "entries": [log.entry(number) for number in launched]}
-                for first, last, step, launched in _sweep(op, index, device, log, position)
-            ]
-            sweeps.append({"op": index, "sm_count": sm_count, "runs": runs})
-    if names := log.unanswered():
-        raise Failure("unanswered", ", ".join(names))
+    try:
+        sweeps = []
+        for sm_count in job["sm_counts"]:
+            deep_gemm.set_num_sms(sm_count)
+            for index, op in enumerate(ops):
+                runs = list(_sweep(op, index, device, log, position))
+                sweeps.append({"op": index, "sm_count": sm_count, "runs": runs})
+    finally:
+        if names := log.unanswered():  # an error that followed from this one says less
+            raise Failure("unanswered", ", ".join(names))
     return {
         "sweeps": sweeps,
         "calls": position[2],

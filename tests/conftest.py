@@ -1,0 +1,74 @@
+"""One small plan, one store of compiled kernels and one artifact of each generation, shared by all tests.
+
+DeepGEMM and nvcc are the real ones. The legacy generation's copy is installed beside the environment by `make`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+
+ROOT = Path(__file__).parents[1]
+MANIFESTS = ROOT / "manifests"
+LEGACY = Path(os.environ.get("CACHEBUILDER_TEST_LEGACY", f"{sys.prefix}/legacy")) / "deep_gemm"
+
+SMALL = """\
+name: small
+target: {gpu: H200}
+max_tokens: 40
+ops:
+  - {op: fp8_gemm_nt, n: 576, k: 512}
+  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: 1, n: 256, k: 512}
+"""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The user's cache folder, for this session only: tests neither use nor leave anything of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CACHEBUILDER_CACHE_DIR"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of about seven kernels."""
+    path = tmp_path_factory.mktemp("manifest") / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """Run the command line as a person does."""
+
+    def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+    return run
+
+
+@pytest.fixture(scope="session", params=["deepjit", "legacy"])
+def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
+    """A copy of each generation: the installed one (None), and the legacy one."""
+    if request.param == "deepjit":
+        return None
+    assert LEGACY.is_dir(), f"wanted the legacy DeepGEMM in {LEGACY}; make installs it"
+    return LEGACY
+
+
+@pytest.fixture(scope="session")
+def built(small: Path, deep_gemm: Path | None, tmp_path_factory: pytest.TempPathFactory) -> building.Built:
+    """The small manifest, built for one generation."""
+    output = tmp_path_factory.mktemp("built") / "small.tar.zst"
+    return building.build(building.find_inputs(small, deep_gemm=deep_gemm), output)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import zstandard
+from elftools.elf.elffile import ELFFile
+
+from cachebuilder import build as building
+from cachebuilder import compile as compiling
+from cachebuilder import toolchain as toolchains
+from cachebuilder.artifact.read import read_index
+from cachebuilder.deepgemm import entries
+from cachebuilder.errors import CompileError, ToolchainError
+from cachebuilder.store import CubinStore, NoStore
+from tests.conftest import Run
+
+
+def members(artifact: Path) -> dict[str, bytes]:
+    """The artifact's members, in order. For artifacts of our own making only."""
+    data = zstandard.ZstdDecompressor().decompress(artifact.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+
+
+def sections(cubin: bytes) -> dict[str, bytes]:
+    """What the GPU executes and the constants it reads."""
+    elf = ELFFile(io.BytesIO(cubin))
+    return {s.name: s.data() for s in elf.iter_sections() if s.name.startswith((".text", ".nv.constant"))}
+
+
+def spy_nvcc(folder: Path) -> tuple[Path, Path]:
+    """An nvcc that is the real one and writes down each call; returns it and its log."""
+    real, log, spy = toolchains.find().nvcc, folder / "calls.log", folder / "nvcc"
+    spy.write_text(f'#!/bin/sh\necho "$*" >>{log}\nexec {real} "$@"\n')
+    spy.chmod(0o755)
+    return spy, log
+
+
+def test_the_artifact_holds_each_planned_kernel_as_deepgemm_reads_it(built: building.Built) -> None:
+    found = members(built.packed.path)
+    names = list(found)
+    assert names[:2] == ["artifact.json", "manifest.yaml"]
+    assert found["manifest.yaml"] == built.inputs.manifest_bytes
+    files = entries.FILES[built.plan.generation]
+    expected = {f"cache/{kernel.entry}/{file}" for kernel in built.plan.kernels for file in files}
+    assert set(names[2:]) == expected and len(names) == len(expected) + 2
+    for kernel in built.plan.kernels:
+        assert found[f"cache/{kernel.entry}/kernel.cu"].decode() == kernel.source
+        assert found[f"cache/{kernel.entry}/kernel.cubin"][:4] == b"\x7fELF"
+
+
+def test_the_machine_code_is_what_deepgemms_own_nvcc_call_makes(built: building.Built, tmp_path: Path) -> None:
+    found = members(built.packed.path)
+    one_of_each_family = {kernel.name: kernel for kernel in built.plan.kernels}
+    for kernel in one_of_each_family.values():
+        (tmp_path / "kernel.cu").write_text(kernel.source)
+        command = [built.inputs.toolchain.nvcc, "kernel.cu", "-cubin", "-o", "own.cubin", *kernel.flags]
+        subprocess.run([*command, f"-I{built.inputs.installation.include}"], cwd=tmp_path, check=True)
+        ours, own = found[f"cache/{kernel.entry}/kernel.cubin"], (tmp_path / "own.cubin").read_bytes()
+        assert sections(ours) == sections(own), kernel.name
+        assert any(name.startswith(".text") for name in sections(ours))
+
+
+def test_two_builds_in_different_folders_are_equal_byte_for_byte(
+    built: building.Built, small: Path, run: Run, tmp_path: Path
+) -> None:
+    deep_gemm = built.inputs.installation.path
+    elsewhere = {"CACHEBUILDER_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", deep_gemm, "-j", "1", **elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert built.packed.sha256 in done.stdout
+    assert (tmp_path / "a.tar.zst").read_bytes() == built.packed.path.read_bytes()
+
+
+def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path: Path) -> None:
+    spy, log = spy_nvcc(tmp_path)
+    inputs = building.find_inputs(_manifest(built, tmp_path), nvcc=spy, deep_gemm=built.inputs.installation.path)
+    again = building.build(inputs, tmp_path / "again.tar.zst")
+    assert log.read_text().splitlines() == ["--version"]
+    assert (again.compiled.compiled, again.compiled.reused) == (0, len(built.plan.kernels))
+    assert again.packed.sha256 == built.packed.sha256
+
+
+def test_only_what_changed_is_compiled(built: building.Built, tmp_path: Path) -> None:
+    text = built.inputs.manifest_bytes.decode().replace("max_tokens: 40", "max_tokens: 200")
+    (tmp_path / "more.yaml").write_text(text)
+    inputs = building.find_inputs(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.path)
+    more = building.build(inputs, tmp_path / "more.tar.zst")
+    new = {k.entry for k in more.plan.kernels} - {k.entry for k in built.plan.kernels}
+    assert 0 < more.compiled.compiled == len(new) < len(more.plan.kernels)
+
+
+def test_a_damaged_store_is_compiled_anew_not_packed(tmp_path: Path) -> None:
+    store = CubinStore(tmp_path)
+    store.put("ab12", b"\x7fELF code")
+    assert store.get("ab12") == b"\x7fELF code"
+    (tmp_path / "ab" / "ab12").write_bytes((tmp_path / "ab" / "ab12").read_bytes()[:-1])
+    assert store.get("ab12") is None
+
+
+def test_a_kernel_that_does_not_compile_shows_nvccs_words_and_the_others_finish(
+    built: building.Built, tmp_path: Path
+) -> None:
+    good, bad = built.plan.kernels[0], built.plan.kernels[-1]
+    bad = bad.model_copy(update={"source": bad.source + "\nstatic_assert(false, \"not today\");\n"})
+    store = CubinStore(tmp_path / "store")
+    with pytest.raises(CompileError) as error:
+        compiling.compile_all([bad, good], built.inputs.toolchain, built.inputs.installation, store)
+    assert "1 of 2 kernels did not compile" in str(error.value)
+    assert bad.entry in str(error.value) and "not today" in str(error.value)
+    _, report = compiling.compile_all([good], built.inputs.toolchain, built.inputs.installation, store)
+    assert (report.compiled, report.reused) == (0, 1)
+
+
+def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp_path: Path) -> None:
+    output = tmp_path / "a.tar.zst"
+    output.write_text("the old one")
+    broken = tmp_path / "nvcc"
+    broken.write_text(
+        f"#!/bin/sh\n[ \"$1\" = --version ] && exec {built.inputs.toolchain.nvcc} --version\necho no luck >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    inputs = dataclasses.replace(built.inputs, toolchain=toolchains.find(broken))
+    with pytest.raises(CompileError, match="no luck"):
+        building.build(inputs, output, use_store=False)
+    assert output.read_text() == "the old one"
+    assert os.listdir(tmp_path) == ["a.tar.zst", "nvcc"] or set(os.listdir(tmp_path)) == {"a.tar.zst", "nvcc"}
+
+
+def start_build(manifest: Path, folder: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "cachebuilder", "build", str(manifest), "-o", str(folder / "out.tar.zst")]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def compilers_under(folder: Path) -> list[str]:
+    """Processes whose working folder is inside ``folder``."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and str(folder) in os.readlink(process / "cwd"):
+                found.append((process / "comm").read_text().strip())
+        except OSError:
+            continue
+    return found
+
+
+def wait_for_compilers(folder: Path, process: subprocess.Popen[str]) -> None:
+    while not compilers_under(folder):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_path: Path) -> None:
+    process = start_build(small, tmp_path)
+    wait_for_compilers(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said
+    assert compilers_under(tmp_path) == []
+    assert not (tmp_path / "out.tar.zst").exists()
+    assert os.listdir(tmp_path / "cache" / "scratch") == []
+
+
+def test_killed_at_any_moment_a_build_then_finishes_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    expected = building.build(building.find_inputs(small), tmp_path / "expected.tar.zst").packed.sha256
+    process = start_build(small, tmp_path)
+    wait_for_compilers(tmp_path, process)
+    time.sleep(random.uniform(0, 8))
+    process.kill()
+    process.communicate()
+    process = start_build(small, tmp_path)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert expected in said
+
+
+def test_two_builds_at_once_share_a_store(small: Path, tmp_path: Path) -> None:
+    one, two = start_build(small, tmp_path), start_build(small, tmp_path)
+    said = [process.communicate() for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), said
+    digests = [line for output, _ in said for line in output.splitlines() if line.startswith("sha256")]
+    assert len(digests) == 2 and len(set(digests)) == 1
+
+
+def test_no_store_keeps_nothing() -> None:
+    store = NoStore()
+    store.put("ab12", b"x")
+    assert store.get("ab12") is None
+
+
+def test_the_mtime_is_source_date_epoch(built: building.Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    again = building.build(built.inputs, tmp_path / "dated.tar.zst")
+    data = zstandard.ZstdDecompressor().decompress(again.packed.path.read_bytes())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(1700000000, 0, 0, 0o644, "")}
+
+
+def test_the_index_says_which_points_select_a_kernel(built: building.Built) -> None:
+    index = read_index(built.packed.path)
+    assert {e.name: e.selected_by for e in index.entries} == {k.entry: k.selected_by for k in built.plan.kernels}
+    assert index.fingerprint.digest() == index.fingerprint_digest
+    legacy = index.fingerprint.generation == "legacy"
+    assert (index.fingerprint.install_include == str(built.inputs.installation.include)) is legacy
+
+
+@pytest.mark.parametrize("release", ["11.0", "13.9"])
+def test_a_release_that_is_not_there_is_refused(release: str) -> None:
+    with pytest.raises(ToolchainError, match=f"wants nvcc {release}, found"):
+        toolchains.find(release=release)
+
+
+def test_an_nvcc_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match="does not run"):
+        toolchains.find(tmp_path / "nvcc")
+
+
+def test_cuda_home_comes_before_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    spy, _ = spy_nvcc(tmp_path / "bin")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert (toolchains.find().nvcc, toolchains.find().origin) == (spy, "CUDA_HOME")
+
+
+def _manifest(built: building.Built, folder: Path) -> Path:
+    path = folder / "m.yaml"
+    path.write_bytes(built.inputs.manifest_bytes)
+    return path

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder.errors import EXIT_CODES
+from tests.conftest import Run
+
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "deep_gemm", "elftools"):
+    sys.modules[name] = None  # an import of it fails
+from cachebuilder.cli import main
+main()
+"""
+
+
+def light(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_inspect_needs_no_torch(built: building.Built) -> None:
+    done = light("inspect", built.packed.path)
+    assert done.returncode == 0, done.stderr
+    assert built.packed.sha256 in done.stdout
+    assert f"{len(built.plan.kernels)} kernels" in done.stdout
+    assert json.loads(light("inspect", built.packed.path, "--json").stdout)["name"] == "small"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda data: data[: len(data) // 2], "truncated", id="truncated"),
+        pytest.param(lambda data: data[:100], "truncated", id="almost-all-gone"),
+        pytest.param(lambda data: data[:-1], "truncated", id="one-byte-short"),
+        pytest.param(lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "zstd", id="bit-flipped"),
+        pytest.param(lambda data: b"", "wanted a zstd-compressed artifact", id="empty"),
+        pytest.param(lambda data: b"PK" + data, "wanted a zstd-compressed artifact", id="not-zstd"),
+    ],
+)
+def test_a_damaged_artifact_is_one_sentence(built: building.Built, change: object, words: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.tar.zst"
+    damaged.write_bytes(change(built.packed.path.read_bytes()))  # type: ignore[operator]
+    done = light("inspect", damaged)
+    assert done.returncode == 8
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_each_kind_of_failure_has_its_exit_code(run: Run, small: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x")
+    (tmp_path / "empty").mkdir()
+    assert run("build").returncode == 2
+    assert run("plan", bad).returncode == 3
+    assert run("plan", small, "--deep-gemm", tmp_path / "empty").returncode == 4
+    assert run("plan", small, "--nvcc", tmp_path / "none").returncode == 5
+    assert run("inspect", tmp_path / "none").returncode == 8
+    assert all(f"{code}  " in run("--help").stdout for code in EXIT_CODES)
+
+
+def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Built, small: Path) -> None:
+    done = run("build", small, "-o", "/proc/none/a.tar.zst", "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 8
+    assert "/proc/none/a.tar.zst: cannot be written" in done.stderr
+
+
+def test_the_summary_says_what_was_used_and_what_to_do_next(run: Run, built: building.Built, small: Path, tmp_path: Path) -> None:
+    done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.path)
+    for words in (
+        f"DeepGEMM {built.inputs.installation.version}",
+        f"nvcc {built.inputs.toolchain.release}",
+        f"{len(built.plan.kernels)} kernels from 43 calls",
+        f"sha256    {built.packed.sha256}",
+        f"cachebuilder inspect {tmp_path}/a.tar.zst",
+    ):
+        assert words in done.stdout
+
+
+def test_output_into_a_closed_pipe_is_no_error(built: building.Built) -> None:
+    command = f"{sys.executable} -m cachebuilder inspect --json {built.packed.path} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.stderr == ""

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import gpus, manifest
+from cachebuilder.errors import ManifestError
+from tests.conftest import MANIFESTS
+
+HEAD = "name: x\ntarget: {gpu: H200}\nmax_tokens: 64\n"
+OP = "{op: fp8_gemm_nt, n: 576, k: 512}"
+
+
+def refused(text: str) -> str:
+    with pytest.raises(ManifestError) as error:
+        manifest.parse(text.encode(), "m.yaml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("path", sorted(MANIFESTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_manifests_are_valid_and_named_after_their_file(path: Path) -> None:
+    model, data = manifest.load(path)
+    assert model.name == path.stem
+    assert data == path.read_bytes()
+
+
+def test_max_tokens_is_the_manifests_unless_an_op_has_its_own() -> None:
+    model = manifest.parse(f"{HEAD}ops: [{OP}, {{op: bf16_gemm_nt, n: 8, k: 64, max_tokens: 3}}]".encode())
+    assert [getattr(op, "max_tokens") for op in model.ops] == [64, 3]
+
+
+def test_explicit_gpu_fields_are_taken() -> None:
+    gpu = "{name: mine, capability: '9.0', sm_count: 100, l2_bytes: 52428800, shared_memory_bytes: 232448, clock_khz: 1500000}"
+    model = manifest.parse(f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 1\nops: [{OP}]".encode())
+    assert (model.target.gpu.name, model.target.all_sm_counts) == ("mine", [100])
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('k:', 'kk:')}", 5, "unknown field; did you mean k?", id="typo-in-field"),
+        pytest.param(f"{HEAD}max_token: 1\nops: [{OP}]", 4, "did you mean max_tokens?", id="typo-at-top"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('nt', 'tn')}", 5, "did you mean fp8_gemm_nt?", id="typo-in-op"),
+        pytest.param(f"{HEAD}ops: [{{n: 8, k: 16}}]", 4, "ops[0].op: missing; wanted one of", id="no-op"),
+        pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP.replace('512', '520')}", 6, "ops[1].k: wanted a multiple of 16", id="k"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('576', '577')}", 5, "wanted a multiple of 8, found 577", id="n"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('576', '0')}", 5, "greater than or equal to 8, found 0", id="zero"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('576', chr(34) + '576' + chr(34))}", 5, "wanted integer, found '576'", id="text"),
+        pytest.param(f"{HEAD}ops: [{OP.replace('576', 'true')}]", 4, "wanted integer, found True", id="bool"),
+        pytest.param(f"{HEAD}ops: []", 4, "at least 1 item", id="no-ops"),
+        pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP}", 6, "the same shape as ops[0]", id="duplicate-op"),
+        pytest.param(HEAD.replace("H200", "GH2O0") + f"ops: [{OP}]", 2, "did you mean GH200?", id="gpu"),
+        pytest.param(HEAD.replace("H200}", "H200, sm_counts: [133]}") + f"ops: [{OP}]", 2, "up to H200's 132", id="sms"),
+        pytest.param(HEAD.replace("H200}", "H200, sm_counts: [9, 9]}") + f"ops: [{OP}]", 2, "each SM count once", id="sms-twice"),
+        pytest.param(HEAD.replace("name: x", "name: ../x") + f"ops: [{OP}]", 1, "name: wanted", id="name-is-a-path"),
+        pytest.param(f"{HEAD}environment: {{PATH: x}}\nops: [{OP}]", 4, "DeepGEMM reads", id="foreign-variable"),
+        pytest.param(f"{HEAD}environment: {{DG_JIT_CACHE_DIR: x}}\nops: [{OP}]", 4, "set by cachebuilder", id="our-variable"),
+        pytest.param(f"{HEAD}toolchain: {{nvcc: 13}}\nops: [{OP}]", 4, "wanted string, found 13", id="release-as-number"),
+        pytest.param("name: x\nname: y\n", 2, "duplicate key", id="duplicate-key"),
+        pytest.param("name: [", 1, "not YAML", id="not-yaml"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_file_line_and_what_was_wanted(text: str, line: int, words: str) -> None:
+    message = refused(text)
+    assert words in message
+    assert f"m.yaml:{line}: " in message
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "1", "&a [*a]", "\x00", "a: !!python/object:os.system {}"])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    assert refused(text).startswith("m.yaml")
+
+
+def test_every_error_is_listed_not_only_the_first() -> None:
+    assert len(refused(f"name: x\ntarget: {{gpu: H2OO}}\nops:\n- {OP.replace('576', '577')}").splitlines()) == 3
+
+
+def test_a_manifest_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="cannot be read: No such file"):
+        manifest.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("name", ["h100", "NVIDIA H200", "rtx_pro_6000", "gb10"])
+def test_gpu_names_are_forgiving(name: str) -> None:
+    assert gpus.find(name).name in gpus.GPUS

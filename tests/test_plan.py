@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import gpus, toolchain
+from cachebuilder import build as building
+from cachebuilder import plan as planning
+from cachebuilder.errors import InstallationError, PlanError
+from cachebuilder.sweep import virtual_gpu
+from tests.conftest import MANIFESTS, ROOT, Run
+
+EVERY_OP = """\
+name: every-op
+target: {{gpu: {gpu}}}
+max_tokens: 300
+ops:
+  - {{op: fp8_gemm_nt, n: 576, k: 7168}}
+  - {{op: bf16_gemm_nt, n: 256, k: 7168, compiled_dims: nk}}
+  - {{op: m_grouped_fp8_gemm_nt_contiguous, experts: 8, topk: 2, n: 1024, k: 512}}
+  - {{op: m_grouped_bf16_gemm_nt_contiguous, experts: 8, topk: 2, n: 1024, k: 512}}
+  - {{op: m_grouped_fp8_gemm_nt_masked, experts: 8, max_m: 512, n: 1024, k: 512}}
+  - {{op: m_grouped_bf16_gemm_nt_masked, experts: 8, max_m: 512, n: 1024, k: 512}}
+"""
+
+
+def make(path: Path, text: str, deep_gemm: Path | None = None) -> planning.Plan:
+    path.write_text(text)
+    inputs = building.find_inputs(path, deep_gemm=deep_gemm)
+    return planning.make(inputs.manifest, inputs.installation, inputs.toolchain, reuse=False)
+
+
+def points(kernel: planning.Kernel, op: int) -> list[int]:
+    return [
+        value
+        for selection in kernel.selected_by
+        if selection.op == op
+        for r in selection.ranges
+        for value in range(r.first, r.last + 1, r.step)
+    ]
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_every_point_of_every_op_selects_exactly_one_gemm_kernel(
+    gpu: str, deep_gemm: Path | None, tmp_path: Path
+) -> None:
+    plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu=gpu), deep_gemm)
+    assert plan.generation == ("deepjit" if deep_gemm is None else "legacy")
+    wanted = {0: range(1, 301), 1: range(1, 301), 4: range(1, 513), 5: range(1, 513)}
+    wanted |= {op: range(128, 1665, 128) for op in (2, 3)}  # round_up(300·2 + 8·127, 128) = 1664
+    for op, expected in wanted.items():
+        found = sorted(value for kernel in plan.kernels if "gemm" in kernel.name for value in points(kernel, op))
+        if op == 1 and not found:
+            assert plan.generation == "deepjit"  # its dense BF16 GEMM is cuBLASLt's
+            continue
+        assert found == list(expected), plan.ops[op]
+    assert plan.calls == sum(map(len, wanted.values()))
+
+
+def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
+    plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu="RTX-PRO-6000"))
+    assert plan.arch == "sm_120f"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "arch"),
+    [
+        ("deepseek-v3-tp8-h200", 169, "sm_90a"),
+        ("deepseek-v3-tp8-h20", 107, "sm_90a"),
+        ("deepseek-v3-tp8-b200", 171, "sm_100f"),
+    ],
+)
+def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: str, kernels: int, arch: str) -> None:
+    inputs = building.find_inputs(MANIFESTS / f"{name}.yaml")
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    assert (len(plan.kernels), plan.calls, plan.arch) == (kernels, 66_624, arch)
+    assert plan.peak_bytes < 2e9
+
+
+def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
+    text = "name: x\ntarget: {gpu: H200, sm_counts: [132, 100]}\nmax_tokens: 64\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
+    plan = make(tmp_path / "m.yaml", text)
+    kernels = {
+        count: {k.entry for k in plan.kernels if "gemm" in k.name and any(s.sm_count == count for s in k.selected_by)}
+        for count in plan.sm_counts
+    }
+    assert plan.sm_counts == (100, 132)
+    assert kernels[100] and kernels[132] and not kernels[100] & kernels[132]
+    assert all("100, GemmType" in k.source for k in plan.kernels if k.entry in kernels[100])
+
+
+def test_the_environment_of_the_manifest_reaches_deepgemm(tmp_path: Path) -> None:
+    text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
+    plain = make(tmp_path / "m.yaml", text)
+    info = make(tmp_path / "m.yaml", text + 'environment: {DG_JIT_WITH_LINEINFO: "1"}')
+    assert "--generate-line-info" in info.kernels[0].flags
+    assert {k.entry for k in plain.kernels}.isdisjoint(k.entry for k in info.kernels)
+
+
+def test_variables_of_this_process_do_not_change_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
+    plain = make(tmp_path / "m.yaml", text)
+    monkeypatch.setenv("DG_JIT_DEBUG", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert make(tmp_path / "m.yaml", text).kernels == plain.kernels
+
+
+def test_no_path_of_this_machine_is_in_a_plans_kernels(tmp_path: Path) -> None:
+    plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu="H200"))
+    text = "".join(f"{kernel.source}{kernel.flags}{kernel.metadata}" for kernel in plan.kernels)
+    for path in (str(Path.home()), sys.prefix, os.environ["CACHEBUILDER_CACHE_DIR"]):
+        assert path not in text
+
+
+def test_a_shape_that_deepgemm_refuses_names_the_op_and_the_point(tmp_path: Path) -> None:
+    text = "name: x\ntarget: {gpu: B200, sm_counts: [1]}\nmax_tokens: 4\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
+    with pytest.raises(PlanError, match=r"ops\[0\] fp8_gemm_nt n=576 k=512 at m 1: DeepGEMM refused: .*num_sms"):
+        make(tmp_path / "m.yaml", text)
+
+
+def fake_deep_gemm(folder: Path, body: str) -> Path:
+    """A package that looks like DeepGEMM from outside and does what ``body`` says: for our own error paths only."""
+    package = folder / "deep_gemm"
+    (package / "include" / "deep_gemm").mkdir(parents=True)
+    (package / "utils").mkdir()
+    (package / "_C.so").write_bytes(b".committed")
+    (package / "__init__.py").write_text("import os\ndef set_num_sms(n): pass\n" + body)
+    (package / "utils" / "__init__.py").touch()
+    (package / "utils" / "layout.py").write_text(
+        "import torch\ndef get_mn_major_tma_aligned_tensor(t): return torch.empty_strided(t.shape, (1, 72), device='cuda')\n"
+    )
+    return package
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "words"),
+    [
+        pytest.param("def fp8_gemm_nt(a, b, d):\n if d.shape[0] == 3: os.abort()", PlanError, "at m 3: DeepGEMM died", id="abort"),
+        pytest.param("def fp8_gemm_nt(a, b, d): assert d.shape[0] < 4, 'no'", PlanError, "at m 4: DeepGEMM refused: no", id="assert"),
+        pytest.param("import nothing_like_it", InstallationError, "cannot load DeepGEMM", id="import"),
+        pytest.param("", PlanError, "has no fp8_gemm_nt", id="missing-op"),
+        pytest.param("from deep_gemm.utils import layout\nlayout.get_mn_major_tma_aligned_tensor = lambda t: t\n", PlanError, "misreads tensors", id="misreads"),
+        pytest.param(
+            "import torch\ndef fp8_gemm_nt(a, b, d): torch.cuda.graph(torch.cuda.CUDAGraph()).__enter__()", PlanError,
+            "virtual GPU does not answer cudaStreamBeginCapture", id="unanswered-call",
+        ),
+        pytest.param(
+            "import ctypes\ndef fp8_gemm_nt(a, b, d): ctypes.CDLL(None).cudaDeviceReset()", PlanError,
+            "does not answer cudaDeviceReset", id="unanswered-call-whose-error-is-ignored",
+        ),
+        pytest.param("def fp8_gemm_nt(a, b, d): pass", PlanError, "nothing to build", id="no-kernel"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_in_the_sweep_is_one_error(body: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
+    text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 8\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
+    with pytest.raises(kind) as error:
+        make(tmp_path / "m.yaml", text, fake_deep_gemm(tmp_path, body))
+    assert words in str(error.value)
+
+
+SERVING_CALLS = """
+import sys, torch, deep_gemm
+mode, n, k = sys.argv[1], 576, 1024
+scales = k // 128
+empty = lambda *shape, dtype: torch.empty(shape, device="cuda", dtype=dtype)
+for m in range(1, 301):
+    a, b = empty(m, k, dtype=torch.float8_e4m3fn), empty(n, k, dtype=torch.float8_e4m3fn)
+    rows, columns = -(-m // 4) * 4, -(-n // 4) * 4
+    if mode == "packed":  # UE8M0, four to an int32
+        sfa = empty(scales // 4, rows, dtype=torch.int32).t()[:m]
+        sfb = empty(scales // 4, columns, dtype=torch.int32).t()[:n]
+    else:
+        sfa, sfb = empty(scales, rows, dtype=torch.float32).t()[:m], empty(-(-n // 128), scales, dtype=torch.float32)
+    deep_gemm.fp8_gemm_nt((a, sfa), (b, sfb), empty(m, n, dtype=torch.bfloat16))
+"""
+
+
+@pytest.mark.parametrize(("gpu", "mode"), [("H200", "aligned"), ("B200", "packed")])
+def test_scales_as_serving_passes_them_ask_for_no_kernel_outside_the_plan(gpu: str, mode: str, tmp_path: Path) -> None:
+    text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 1024}}]"
+    plan = make(tmp_path / "m.yaml", text)
+    bin_folder = tmp_path / "cuda" / "bin"
+    bin_folder.mkdir(parents=True)
+    shutil.copy(ROOT / "cachebuilder" / "sweep" / "recording_nvcc.sh", bin_folder / "nvcc")
+    (bin_folder / "nvcc").chmod(0o755)
+    (bin_folder / "version.txt").write_text(toolchain.find().version_text)
+    environment = os.environ | virtual_gpu.environment(gpus.find(gpu)) | {"CUDA_HOME": str(tmp_path / "cuda")}
+    environment |= {"DG_JIT_CACHE_DIR": str(tmp_path / "root")}
+    subprocess.run([sys.executable, "-c", SERVING_CALLS, mode], env=environment, check=True, capture_output=True)
+    asked = set(os.listdir(tmp_path / "root" / "cache"))
+    assert asked == {kernel.entry for kernel in plan.kernels if "gemm" in kernel.name}
+
+
+def test_plan_prints_the_ranges_of_each_kernel_within_80_columns(run: Run, small: Path) -> None:
+    done = run("plan", small)
+    assert done.returncode == 0, done.stderr
+    assert "ops[0] fp8_gemm_nt n=576 k=512, 132 SMs: m" in done.stdout
+    assert "1–16" in done.stdout
+    *lines, _ = done.stdout.splitlines()  # the last holds a path
+    assert all(len(line) <= 80 for line in lines if line.startswith(" "))
+
+
+def test_plan_as_json_is_the_plan(run: Run, small: Path) -> None:
+    done = run("plan", small, "--json")
+    assert planning.Plan.model_validate_json(done.stdout).calls == 43
