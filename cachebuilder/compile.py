@@ -7,6 +7,7 @@ nvcc call makes, but for those names: measured equal byte for byte where the fol
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -82,10 +83,8 @@ class _Processes:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
 
 
 def compile_all(

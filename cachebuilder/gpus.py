@@ -64,7 +64,7 @@ def _gpu(name: str, capability: str, sms: int, l2_mib: float, mhz: int, source: 
 
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04"
 _SAME_DIE = "the same die as the H100 SXM5 (its whitepaper v1.04); clock from the card's data sheet"
-_BLACKWELL = "SM count and L2 as a device query printed them (github.com/pytorch/ao, pull request 4002); data sheet clock"
+_BLACKWELL = "SM count and L2 as a device query printed them (github.com/pytorch/ao, pull request 4002)"
 _BLACKWELL_KIN = "the same die as the B200; SM count and clock from the card's data sheet"
 _RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1"
 

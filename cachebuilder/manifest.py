@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from cachebuilder import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.ops import OPS, Op, OpBase
-from cachebuilder.ops.base import Tokens
+from cachebuilder.ops.base import TokenOp, Tokens
 
 #: A manifest is a page of shapes; anything larger is not one.
 _MAX_BYTES = 1 << 20
@@ -93,7 +93,7 @@ class Manifest(BaseModel):
         filled: list[OpBase] = []
         seen: dict[str, int] = {}
         for index, op in enumerate(self.ops):
-            if "max_tokens" in type(op).model_fields and getattr(op, "max_tokens") is None:
+            if isinstance(op, TokenOp) and op.max_tokens is None:
                 op = op.model_copy(update={"max_tokens": self.max_tokens})
             identity = op.model_dump_json(exclude={"max_tokens", "max_m"})
             if identity in seen:

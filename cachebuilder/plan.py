@@ -190,9 +190,9 @@ def _split_command(entry: sweep.Entry, include: str) -> tuple[str, ...]:
     flags, index = [], 0
     while index < len(words):
         word = words[index]
-        if word in ("-o", "--output-file"):
-            index += 1
-        elif word in ("-I", "--include-path") and words[index + 1 : index + 2] == [include]:
+        if word in ("-o", "--output-file") or (
+            word in ("-I", "--include-path") and words[index + 1 : index + 2] == [include]
+        ):
             index += 1
         elif word not in ("-cubin", "--cubin", f"-I{include}"):
             flags.append(word)
@@ -223,7 +223,9 @@ def _check_legacy_names(found: sweep.Result, names: dict[str, str], toolchain: T
     for entry in found.entries.values():
         expected = entry_files.legacy_entry(names[entry.name], toolchain.release, _legacy_flags(entry), entry.source)
         if expected != entry.name:
-            raise PlanError(f"the legacy key's formula does not hold for this DeepGEMM: wanted {expected}, found {entry.name}")
+            raise PlanError(
+                f"the legacy key's formula does not hold for this DeepGEMM: wanted {expected}, found {entry.name}"
+            )
 
 
 def _arch(flags: Sequence[str]) -> str:
@@ -239,7 +241,9 @@ def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Instal
         return None
     source = entry.arguments.split(" ", 1)[0]  # <root>/tmp/<uuid>/kernel.cu
     text = entry.metadata.replace(source.removesuffix(entry_files.SOURCE), "")
-    text = text.replace(f"{cache_root.removesuffix('/root')}/cuda/bin/", "").replace(str(installation.path), "deep_gemm")
+    text = text.replace(f"{cache_root.removesuffix('/root')}/cuda/bin/", "").replace(
+        str(installation.path), "deep_gemm"
+    )
     return json.dumps(json.loads(text), separators=(",", ":"))
 
 

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from cachebuilder.errors import ToolchainError
 
-_HINT = (
-    "name one with --nvcc, set CUDA_HOME, or pip install 'cachebuilder[nvcc]' for PyPI's compiler wheels"
-)
+_HINT = "name one with --nvcc, set CUDA_HOME, or pip install 'cachebuilder[nvcc]' for PyPI's compiler wheels"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_a_kernel_that_does_not_compile_shows_nvccs_words_and_the_others_finish(
     built: building.Built, tmp_path: Path
 ) -> None:
     good, bad = built.plan.kernels[0], built.plan.kernels[-1]
-    bad = bad.model_copy(update={"source": bad.source + "\nstatic_assert(false, \"not today\");\n"})
+    bad = bad.model_copy(update={"source": bad.source + '\nstatic_assert(false, "not today");\n'})
     store = CubinStore(tmp_path / "store")
     with pytest.raises(CompileError) as error:
         compiling.compile_all([bad, good], built.inputs.toolchain, built.inputs.installation, store)
@@ -127,7 +127,7 @@ def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp
     output.write_text("the old one")
     broken = tmp_path / "nvcc"
     broken.write_text(
-        f"#!/bin/sh\n[ \"$1\" = --version ] && exec {built.inputs.toolchain.nvcc} --version\necho no luck >&2\nexit 1\n"
+        f'#!/bin/sh\n[ "$1" = --version ] && exec {built.inputs.toolchain.nvcc} --version\necho no luck >&2\nexit 1\n'
     )
     broken.chmod(0o755)
     inputs = dataclasses.replace(built.inputs, toolchain=toolchains.find(broken))

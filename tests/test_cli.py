@@ -71,7 +71,9 @@ def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Buil
     assert "/proc/none/a.tar.zst: cannot be written" in done.stderr
 
 
-def test_the_summary_says_what_was_used_and_what_to_do_next(run: Run, built: building.Built, small: Path, tmp_path: Path) -> None:
+def test_the_summary_says_what_was_used_and_what_to_do_next(
+    run: Run, built: building.Built, small: Path, tmp_path: Path
+) -> None:
     done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.path)
     for words in (
         f"DeepGEMM {built.inputs.installation.version}",

@@ -27,7 +27,7 @@ def test_shipped_manifests_are_valid_and_named_after_their_file(path: Path) -> N
 
 def test_max_tokens_is_the_manifests_unless_an_op_has_its_own() -> None:
     model = manifest.parse(f"{HEAD}ops: [{OP}, {{op: bf16_gemm_nt, n: 8, k: 64, max_tokens: 3}}]".encode())
-    assert [getattr(op, "max_tokens") for op in model.ops] == [64, 3]
+    assert [op.max_tokens for op in model.ops] == [64, 3]
 
 
 def test_explicit_gpu_fields_are_taken() -> None:

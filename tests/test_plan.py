@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import gpus, toolchain
 from cachebuilder import build as building
+from cachebuilder import gpus, toolchain
 from cachebuilder import plan as planning
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.sweep import virtual_gpu
@@ -83,7 +83,9 @@ def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: st
 
 
 def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
-    text = "name: x\ntarget: {gpu: H200, sm_counts: [132, 100]}\nmax_tokens: 64\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
+    text = (
+        "name: x\ntarget: {gpu: H200, sm_counts: [132, 100]}\nmax_tokens: 64\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
+    )
     plan = make(tmp_path / "m.yaml", text)
     kernels = {
         count: {k.entry for k in plan.kernels if "gemm" in k.name and any(s.sm_count == count for s in k.selected_by)}
@@ -156,7 +158,9 @@ def fake_deep_gemm(folder: Path, body: str) -> Path:
         pytest.param("def fp8_gemm_nt(a, b, d): pass", PlanError, "nothing to build", id="no-kernel"),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_in_the_sweep_is_one_error(body: str, kind: type[Exception], words: str, tmp_path: Path) -> None:
+def test_what_goes_wrong_in_the_sweep_is_one_error(
+    body: str, kind: type[Exception], words: str, tmp_path: Path
+) -> None:
     text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 8\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
     with pytest.raises(kind) as error:
         make(tmp_path / "m.yaml", text, fake_deep_gemm(tmp_path, body))

@@ -12,8 +12,6 @@ from cachebuilder.deepgemm.installation import Generation, Installation
 from cachebuilder.plan import Plan, Selection
 from cachebuilder.toolchain import Toolchain
 
-SCHEMA_VERSION = 1
-
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -74,7 +72,7 @@ class Index(_Frozen):
     ``recorded`` binds nothing: torch, Python, the host's compiler and the GPU's name, for a person who looks.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str
     fingerprint: Fingerprint
     fingerprint_digest: Sha256
@@ -83,7 +81,9 @@ class Index(_Frozen):
     recorded: dict[str, str]
 
 
-def fingerprint(plan: Plan, installation: Installation, toolchain: Toolchain, environment: dict[str, str]) -> Fingerprint:
+def fingerprint(
+    plan: Plan, installation: Installation, toolchain: Toolchain, environment: dict[str, str]
+) -> Fingerprint:
     """The fingerprint of what was planned."""
     return Fingerprint(
         generation=plan.generation,

@@ -10,7 +10,7 @@ from typing import BinaryIO
 import zstandard
 from pydantic import ValidationError
 
-from cachebuilder.artifact.index import SCHEMA_VERSION, Index
+from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.pack import INDEX
 from cachebuilder.errors import ArtifactError
 
@@ -80,7 +80,7 @@ def parse_index(data: bytes, path: Path) -> Index:
         where = ".".join(map(str, first["loc"])) or "index"
         if where == "schema_version":
             raise ArtifactError(
-                f"{path}: wanted artifact schema {SCHEMA_VERSION}, found {first['input']!r}",
+                f"{path}: wanted artifact schema 1, found {first['input']!r}",
                 hint="read it with the cachebuilder version that wrote it",
             ) from None
         raise ArtifactError(f"{path}: {INDEX}: {where}: {first['msg']}") from None

@@ -12,9 +12,7 @@ from cachebuilder.cli import shared
 
 @click.command()
 @shared.manifest_argument
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Default: dist/<name>.tar.zst."
-)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Default: dist/<name>.tar.zst.")
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: all cores.")
 @shared.nvcc_option
 @shared.deep_gemm_option
@@ -31,10 +29,14 @@ def build(
         built = building.build(inputs, output, jobs, use_store, progress)
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sms = ", ".join(map(str, plan.sm_counts))
-    click.echo(f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {plan.gpu.name}, {plan.arch}, {sms} SMs")
+    click.echo(
+        f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {plan.gpu.name}, {plan.arch}, {sms} SMs"
+    )
     click.echo(f"compiled  {compiled.compiled} kernels, {compiled.reused} from the store")
-    click.echo(f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
-               f"({compiled.cpu_seconds:.1f} s of CPU), pack {built.pack_seconds:.1f} s")
+    click.echo(
+        f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
+        f"({compiled.cpu_seconds:.1f} s of CPU), pack {built.pack_seconds:.1f} s"
+    )
     click.echo(f"artifact  {packed.path}, {shared.size(packed.size)} ({shared.size(packed.unpacked_size)} unpacked)")
     click.echo(f"sha256    {packed.sha256}")
     click.echo(f"next      cachebuilder inspect {packed.path}")

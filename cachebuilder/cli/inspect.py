@@ -26,8 +26,10 @@ def inspect(artifact: Path, as_json: bool) -> None:
     with artifact.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     unpacked = sum(file.size for entry in index.entries for file in entry.files)
-    click.echo(f"{index.name}: {len(index.entries)} kernels, {shared.size(artifact.stat().st_size)} "
-               f"({shared.size(unpacked)} unpacked)")
+    click.echo(
+        f"{index.name}: {len(index.entries)} kernels, {shared.size(artifact.stat().st_size)} "
+        f"({shared.size(unpacked)} unpacked)"
+    )
     click.echo(f"sha256       {digest}")
     click.echo(f"fingerprint  {index.fingerprint_digest}")
     for field, value in index.fingerprint.model_dump(mode="json", exclude_none=True).items():

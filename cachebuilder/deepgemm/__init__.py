@@ -1,1 +1,1 @@
-"""All that cachebuilder knows of DeepGEMM: the installed copy, and how each cache generation names and keeps a kernel."""
+"""All we know of DeepGEMM: the installed copy, and how each cache generation names and keeps a kernel."""

@@ -105,10 +105,10 @@ def find(path: Path | None = None) -> Installation:
         return _at(path.resolve())
     spec = util.find_spec("deep_gemm")
     if spec is not None and spec.submodule_search_locations:
-        return _at(Path(list(spec.submodule_search_locations)[0]).resolve())
+        return _at(Path(next(iter(spec.submodule_search_locations))).resolve())
     spec = util.find_spec("vllm")
     if spec is not None and spec.submodule_search_locations:
-        inside = Path(list(spec.submodule_search_locations)[0]) / "third_party" / "deep_gemm"
+        inside = Path(next(iter(spec.submodule_search_locations))) / "third_party" / "deep_gemm"
         if inside.is_dir():
             return _at(inside.resolve())
     raise InstallationError(

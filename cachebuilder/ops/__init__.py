@@ -33,6 +33,6 @@ if TYPE_CHECKING:
     Op = OpBase
 else:
     #: Any op, told apart by its ``op`` field.
-    Op = Annotated[Union[tuple(OPS.values())], Field(discriminator="op")]
+    Op = Annotated[Union[tuple(OPS.values())], Field(discriminator="op")]  # noqa: UP007
 
 __all__ = ["OPS", "Op", "OpBase"]

@@ -114,7 +114,7 @@ def run(
         root = scratch / "root"
         root.mkdir()
 
-        job = {
+        job: dict[str, Any] = {
             "deep_gemm": str(installation.path),
             "ops": [op.model_dump() for op in ops],
             "sm_counts": list(sm_counts),
@@ -162,9 +162,7 @@ def _child_environment(given: dict[str, str]) -> dict[str, str]:
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | given
 
 
-def _run_child(
-    scratch: Path, ops: Sequence[OpBase], environment: dict[str, str], progress: Progress
-) -> dict[str, Any]:
+def _run_child(scratch: Path, ops: Sequence[OpBase], environment: dict[str, str], progress: Progress) -> dict[str, Any]:
     log = scratch / "log.txt"
     with open(scratch / "position", "r+b") as file, log.open("wb") as output:
         position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
@@ -205,7 +203,8 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
     """One error for what happened in the child."""
     if kind == "import" or (kind == "died" and index == IMPORTING):
         return InstallationError(
-            f"cannot load {text}", hint="DeepGEMM must be built for the installed torch; the README lists pairs that work"
+            f"cannot load {text}",
+            hint="DeepGEMM must be built for the installed torch; the README lists pairs that work",
         )
     if kind == "misreads" or (kind == "died" and index == CHECKING):
         return PlanError(
@@ -216,7 +215,8 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
         return PlanError(f"the installed DeepGEMM has no {text}", hint="drop the op, or install a DeepGEMM that has it")
     if kind == "unanswered":
         return PlanError(
-            f"the virtual GPU does not answer {text}", hint="this torch or DeepGEMM is newer than cachebuilder: report it"
+            f"the virtual GPU does not answer {text}",
+            hint="this torch or DeepGEMM is newer than cachebuilder: report it",
         )
     op = ops[index]
     where = f"ops[{index}] {op.op} {op.shape()} at {op.variable} {value}"

@@ -62,9 +62,7 @@ class Failure(Exception):
 
 
 def _import_deep_gemm(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path]
-    )
+    spec = importlib.util.spec_from_file_location("deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path])
     assert spec is not None and spec.loader is not None
     sys.path.append(str(Path(path).parent))  # what the copy itself imports may lie beside it
     module = importlib.util.module_from_spec(spec)

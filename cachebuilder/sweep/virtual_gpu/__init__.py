@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 from cachebuilder.errors import InstallationError
 from cachebuilder.gpus import Gpu
@@ -78,8 +79,8 @@ def _stubs(runtime: Path) -> str:
     from elftools.elf.elffile import ELFFile
 
     with runtime.open("rb") as file:
-        symbols = ELFFile(file).get_section_by_name(".dynsym")
-        names = {s.name for s in symbols.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]}
+        exported: Any = ELFFile(file).get_section_by_name(".dynsym")
+        names = {s.name for s in exported.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]}
     lines = ["int virtual_gpu_note_unanswered(const char *name);"]
     for name in sorted(names):
         if name.startswith(("cuda", "__cuda")):
@@ -91,14 +92,14 @@ def _stubs(runtime: Path) -> str:
 
 
 def _find_cuda_runtime() -> Path:
-    """libcudart as torch will load it: in the wheels beside torch."""
+    """Libcudart as torch will load it: in the wheels beside torch."""
     spec = util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise InstallationError(
             "planning runs DeepGEMM itself, which needs torch: found none",
             hint="pip install 'cachebuilder[build]'",
         )
-    torch = Path(list(spec.submodule_search_locations)[0])
+    torch = Path(next(iter(spec.submodule_search_locations)))
     found = sorted(torch.parent.glob("nvidia/*/lib/libcudart.so.*")) + sorted(torch.glob("lib/libcudart*.so.*"))
     for runtime in found:
         if (runtime.parent.parent / "include" / "driver_types.h").exists():
