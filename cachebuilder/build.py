@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Built:
     inputs: Inputs
     plan: planning.Plan
     compiled: compiling.Report
+    checked: int
     packed: Packed
     plan_seconds: float
     pack_seconds: float
@@ -54,12 +56,16 @@ def build(
     output: Path,
     jobs: int | None = None,
     use_store: bool = True,
+    grouped: bool = True,
+    check_code: int = 1,
     progress: Progress = lambda step, done, total: None,
 ) -> Built:
     """Build ``output`` from ``inputs``.
 
     Args:
         jobs: compilers at once; all cores when left out.
+        grouped: let kernels share the compiler's front end; the bytes are the same either way.
+        check_code: of the kernels compiled now, compare this many random ones with what nvcc makes of them alone.
         use_store: keep plans and compiled kernels in the user's cache folder, and take them from there.
 
     Raises:
@@ -81,7 +87,10 @@ def build(
         CubinStore() if use_store else NoStore(),
         jobs,
         lambda done, total: progress("compile", done, total),
+        grouped,
     )
+    checked = random.sample(report.compiled, min(check_code, len(report.compiled)))
+    compiling.check(checked, cubins, inputs.toolchain, inputs.installation)
     compiled = time.monotonic()
     packed = pack(
         output,
@@ -91,4 +100,4 @@ def build(
         cubins,
         fingerprint(plan, inputs.installation, inputs.toolchain, inputs.manifest.environment),
     )
-    return Built(inputs, plan, report, packed, planned - started, time.monotonic() - compiled)
+    return Built(inputs, plan, report, len(checked), packed, planned - started, time.monotonic() - compiled)

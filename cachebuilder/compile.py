@@ -1,36 +1,43 @@
 """Compile every kernel of a plan, in parallel, through the store, to bytes that depend on nothing but their inputs.
 
-A kernel goes through nvcc twice: to PTX with DeepGEMM's own flags, then from PTX to the cubin. In between, names that
-hold a hash of the working folder become canonical (`toolchain.canonical_ptx`). The cubin is the one that a single
-nvcc call makes, but for those names: measured equal byte for byte where the folder was the same.
+Kernels go to nvcc in units that share a front-end pass (`units`), with DeepGEMM's own flags, to PTX. The PTX is taken
+apart into one canonical module a kernel (`ptx`), and each becomes a cubin by itself. The machine code is the one of a
+single nvcc call, which `check` compares; the names of internal globals are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from cachebuilder import ptx, units
 from cachebuilder.deepgemm.entries import SOURCE
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompileError
 from cachebuilder.paths import scratch_folder
 from cachebuilder.plan import Kernel
+from cachebuilder.ptx import KernelPtx, PtxError
 from cachebuilder.store import CubinStore
-from cachebuilder.toolchain import Toolchain, canonical_ptx, cubin_command, host_compiler_text, ptx_command
+from cachebuilder.toolchain import Toolchain, cubin_command, host_compiler_text, ptx_command
+from cachebuilder.units import Unit
 
 #: Raised whenever the way from source to cubin changes, so that no store serves the old way's bytes.
-_RECIPE = 1
+_RECIPE = 2
 
 #: Variables with which nvcc and its host compiler would take other flags or headers than DeepGEMM's.
 _FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
@@ -38,16 +45,16 @@ _FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE
 
 @dataclass
 class Report:
-    """What compiling took: kernels compiled and taken from the store, seconds of wall clock and of children's CPU."""
+    """What compiling took: kernels compiled, how many the store had, seconds of wall clock and of children's CPU."""
 
-    compiled: int = 0
+    compiled: list[Kernel] = field(default_factory=list)
     reused: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     failures: list[tuple[Kernel, str]] = field(default_factory=list)
 
 
-class _Processes:
+class Processes:
     """The compilers that are running, so that an interrupt ends them all, with what they started."""
 
     def __init__(self) -> None:
@@ -94,12 +101,14 @@ def compile_all(
     store: CubinStore,
     jobs: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    grouped: bool = True,
 ) -> tuple[dict[str, bytes], Report]:
     """Compile ``kernels``; returns each entry's cubin.
 
     Args:
         jobs: compilers at once; the processor count this process may use when left out.
         progress: called with (kernels done, kernels in all) after each.
+        grouped: let kernels share a front-end pass; the bytes are the same either way.
 
     Raises:
         CompileError: at least one kernel did not compile; the others are finished and in the store first, and the
@@ -116,8 +125,18 @@ def compile_all(
     report.reused = len(cubins)
     progress(len(cubins), len(kernels))
     missing = [kernel for kernel in kernels if kernel.entry not in cubins]
+    jobs = jobs or available_cores()
+
+    def keep(kernel: Kernel, cubin: bytes) -> None:
+        store.put(keys[kernel.entry], cubin)
+        cubins[kernel.entry] = cubin
+        report.compiled.append(kernel)
+        progress(len(cubins), len(kernels))
+
     if missing:
-        _compile_missing(missing, toolchain, installation, store, jobs, keys, cubins, report, progress)
+        work = units.group(missing, jobs) if grouped else units.separate(missing)
+        with scratch_folder() as scratch:
+            report.failures = _Pool(toolchain, installation, scratch, jobs, keep).run(work)
     report.wall_seconds, report.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu
     if report.failures:
         parts = [f"{kernel.entry}:\n{output}" for kernel, output in report.failures]
@@ -127,59 +146,139 @@ def compile_all(
     return cubins, report
 
 
-def _compile_missing(
-    missing: list[Kernel],
-    toolchain: Toolchain,
-    installation: Installation,
-    store: CubinStore,
-    jobs: int | None,
-    keys: dict[str, str],
-    cubins: dict[str, bytes],
-    report: Report,
-    progress: Callable[[int, int], None],
-) -> None:
-    processes = _Processes()
-    total = len(cubins) + len(missing)
-    with scratch_folder() as scratch, ThreadPoolExecutor(jobs or available_cores()) as pool:
-        waiting: dict[Future[bytes], Kernel] = {
-            pool.submit(_compile_one, kernel, toolchain, installation, scratch / kernel.entry, processes): kernel
-            for kernel in missing
-        }
+class _Pool:
+    """The compilations of one build: units to PTX, kernels to cubins, on ``jobs`` threads that wait for processes."""
+
+    def __init__(
+        self,
+        toolchain: Toolchain,
+        installation: Installation,
+        scratch: Path,
+        jobs: int,
+        keep: Callable[[Kernel, bytes], None],
+    ) -> None:
+        self._toolchain = toolchain
+        self._installation = installation
+        self._scratch = scratch
+        self._keep = keep
+        self._processes = Processes()
+        self._threads = ThreadPoolExecutor(jobs)
+        self._waiting: dict[Future[Any], Unit | Kernel] = {}
+        self._folders = itertools.count()
+
+    def run(self, work: Sequence[Unit]) -> list[tuple[Kernel, str]]:
+        """Compile all units; returns the kernels that failed, each with its compiler's output."""
+        failures: list[tuple[Kernel, str]] = []
+        with self._threads:
+            try:
+                for unit in work:
+                    self._submit(unit)
+                while self._waiting:
+                    done, _ = wait(self._waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        self._finish(future, self._waiting.pop(future), failures)
+            except BaseException:
+                for future in self._waiting:
+                    future.cancel()
+                self._processes.stop()
+                raise
+        return failures
+
+    def _submit(self, unit: Unit) -> None:
+        self._waiting[self._threads.submit(self._to_ptx, unit)] = unit
+
+    def _finish(self, future: Future[Any], item: Unit | Kernel, failures: list[tuple[Kernel, str]]) -> None:
         try:
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    kernel = waiting.pop(future)
-                    try:
-                        cubins[kernel.entry] = future.result()
-                    except CompileError as error:
-                        report.failures.append((kernel, str(error)))
-                        continue
-                    store.put(keys[kernel.entry], cubins[kernel.entry])
-                    report.compiled += 1
-                    progress(len(cubins), total)
-        except BaseException:
-            for future in waiting:
-                future.cancel()
-            processes.stop()
-            raise
+            result = future.result()
+        except (CompileError, PtxError) as error:
+            if isinstance(item, Kernel):
+                failures.append((item, str(error)))
+            elif len(item.kernels) == 1:
+                failures.append((item.kernels[0], str(error)))
+            else:  # one bad kernel fails its whole unit: halve until it is alone
+                for half in item.halves():
+                    self._submit(half)
+            return
+        if isinstance(item, Kernel):
+            self._keep(item, result)
+        else:
+            # The order in which a kernel declares its strings decides where its code finds them. Where all kernels of a
+            # unit use the same ones the order is that of each alone; else those that use any are compiled alone.
+            mixed = len({module.strings for module in result}) > 1
+            for kernel, module in zip(item.kernels, result, strict=True):
+                if mixed and module.strings:
+                    self._submit(Unit((kernel,)))
+                else:
+                    self._waiting[self._threads.submit(self._to_cubin, kernel, module)] = kernel
+
+    def _folder(self) -> Path:
+        folder = self._scratch / str(next(self._folders))
+        folder.mkdir()
+        return folder
+
+    def _to_ptx(self, unit: Unit) -> list[KernelPtx]:
+        """Each kernel's module, in the unit's order."""
+        folder = self._folder()
+        (folder / SOURCE).write_text(unit.source())
+        # A relative include path: __FILE__ in the headers' assertions then reads the same wherever DeepGEMM is.
+        (folder / "include").symlink_to(self._installation.include)
+        self._processes.run(ptx_command(self._toolchain, SOURCE, "kernel.ptx", unit.flags, "include"), folder)
+        modules = ptx.split((folder / "kernel.ptx").read_text())
+        shutil.rmtree(folder)
+        _check_order(unit, modules)
+        return modules
+
+    def _to_cubin(self, kernel: Kernel, module: KernelPtx) -> bytes:
+        folder = self._folder()
+        (folder / "kernel.ptx").write_text(module.text)
+        self._processes.run(cubin_command(self._toolchain, "kernel.ptx", "kernel.cubin", kernel.flags), folder)
+        cubin = (folder / "kernel.cubin").read_bytes()
+        shutil.rmtree(folder)
+        return cubin
 
 
-def _compile_one(
-    kernel: Kernel, toolchain: Toolchain, installation: Installation, folder: Path, processes: _Processes
-) -> bytes:
-    folder.mkdir()
-    (folder / SOURCE).write_text(kernel.source)
-    # A relative include path: __FILE__ in the headers' assertions then reads the same wherever DeepGEMM is installed.
-    (folder / "include").symlink_to(installation.include)
-    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
-    processes.run(ptx_command(toolchain, SOURCE, ptx.name, kernel.flags, "include"), folder)
-    text = ptx.read_bytes()
-    if (count := text.count(b"\n.entry ") + text.count(b"\n.visible .entry ")) != 1:
-        raise CompileError(f"wanted one kernel in the compiled source, found {count}")
-    ptx.write_bytes(canonical_ptx(text))
-    processes.run(cubin_command(toolchain, ptx.name, cubin.name, kernel.flags), folder)
-    return cubin.read_bytes()
+def _check_order(unit: Unit, modules: Sequence[KernelPtx]) -> None:
+    """Nvcc writes kernels in the order of their instantiation; every one's template arguments must say so too.
+
+    Raises:
+        CompileError: another number of kernels, or one whose arguments are not its source's.
+    """
+    if len(modules) != len(unit.kernels):
+        raise CompileError(f"wanted {len(unit.kernels)} kernels in the compiled source, found {len(modules)}")
+    for kernel, module in zip(unit.kernels, modules, strict=True):
+        wanted = units.literals(kernel.source)
+        if module.literals[: len(wanted)] != wanted:  # defaulted arguments follow
+            raise CompileError(f"wanted a kernel with template arguments {wanted}, found {module.name}")
+
+
+def check(
+    kernels: Sequence[Kernel], cubins: Mapping[str, bytes], toolchain: Toolchain, installation: Installation
+) -> None:
+    """Compile ``kernels`` as DeepGEMM itself would, in one nvcc call each, and compare what the GPU reads.
+
+    Raises:
+        CompileError: a section of code or constants differs; names the kernel and the section.
+    """
+    with scratch_folder() as scratch:
+        for kernel in kernels:
+            (scratch / SOURCE).write_text(kernel.source)
+            include = f"-I{installation.include}"
+            command = [str(toolchain.nvcc), SOURCE, "--cubin", "--output-file", "own.cubin", *kernel.flags, include]
+            Processes().run(command, scratch)
+            own, ours = code_sections((scratch / "own.cubin").read_bytes()), code_sections(cubins[kernel.entry])
+            if different := sorted(name for name in own | ours if own.get(name) != ours.get(name)):
+                raise CompileError(
+                    f"{kernel.entry}: the code is not what nvcc makes of it alone, in {', '.join(different)}",
+                    hint="build with --separate, and report the kernel",
+                )
+
+
+def code_sections(cubin: bytes) -> dict[str, bytes]:
+    """What the GPU executes and the constants it reads: the ELF sections ``.text…`` and ``.nv.constant…``."""
+    from elftools.elf.elffile import ELFFile
+
+    sections = ELFFile(io.BytesIO(cubin)).iter_sections()
+    return {s.name: s.data() for s in sections if s.name.startswith((".text", ".nv.constant"))}
 
 
 def _keys(kernels: Sequence[Kernel], toolchain: Toolchain, installation: Installation) -> dict[str, str]:

@@ -106,18 +106,6 @@ def cubin_command(toolchain: Toolchain, ptx: str, cubin: str, flags: Sequence[st
     return [str(toolchain.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
 
 
-#: A module's internal names hold a hash of its source's absolute path and one of its contents.
-_MODULE_HASHES = re.compile(rb"[0-9a-f]{8}_9_kernel_cu_[0-9a-f]{8}")
-
-
-def canonical_ptx(ptx: bytes) -> bytes:
-    """PTX that no longer says where it was compiled: both hashes in internal names of ``kernel.cu`` are zeroes.
-
-    Only names of internal globals change; instructions and constants do not.
-    """
-    return _MODULE_HASHES.sub(b"00000000_9_kernel_cu_00000000", ptx)
-
-
 def host_compiler_text() -> str:
     """What the C++ compiler that nvcc preprocesses with says of itself: ``$NVCC_CCBIN``, else gcc.
 

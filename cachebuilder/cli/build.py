@@ -17,8 +17,24 @@ from cachebuilder.cli import shared
 @shared.nvcc_option
 @shared.deep_gemm_option
 @shared.store_option
+@click.option("--separate", is_flag=True, help="Compile each kernel by itself: slower, the same bytes.")
+@click.option(
+    "--check-code",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compare the code of N random kernels with what nvcc makes of each alone.",
+)
 def build(
-    manifest: Path, output: Path | None, jobs: int | None, nvcc: Path | None, deep_gemm: Path | None, use_store: bool
+    manifest: Path,
+    output: Path | None,
+    jobs: int | None,
+    nvcc: Path | None,
+    deep_gemm: Path | None,
+    use_store: bool,
+    separate: bool,
+    check_code: int,
 ) -> None:
     """Plan MANIFEST, compile every kernel, and pack them into one artifact."""
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)
@@ -26,13 +42,13 @@ def build(
     click.echo(f"          {inputs.toolchain}")
     output = output or Path("dist") / f"{inputs.manifest.name}.tar.zst"
     with shared.show_progress() as progress:
-        built = building.build(inputs, output, jobs, use_store, progress)
+        built = building.build(inputs, output, jobs, use_store, not separate, check_code, progress)
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sms = ", ".join(map(str, plan.sm_counts))
     click.echo(
         f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {plan.gpu.name}, {plan.arch}, {sms} SMs"
     )
-    click.echo(f"compiled  {compiled.compiled} kernels, {compiled.reused} from the store")
+    click.echo(f"compiled  {len(compiled.compiled)} kernels, {compiled.reused} from the store, {built.checked} checked")
     click.echo(
         f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
         f"({compiled.cpu_seconds:.1f} s of CPU), pack {built.pack_seconds:.1f} s"

@@ -1,0 +1,94 @@
+"""Translation units: many kernels that include the same headers share one pass of the compiler's front end.
+
+Of the CPU that a kernel costs alone, two thirds go into parsing CUTLASS again (`benchmarks/compile.py`). A unit holds
+the headers once and each kernel's instantiation in a namespace of its own; the kernels' names are the templates' and
+do not change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachebuilder.plan import Kernel
+
+#: The cost model, CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's front
+#: end, a kernel's share of it, a kernel's ptxas. Only their ratios matter.
+UNIT_SECONDS, KERNEL_SECONDS, PTXAS_SECONDS = 2.0, 0.4, 0.35
+
+#: cicc's peak memory is about 450 MB and 3 MB for each kernel (60 kernels: 613 MB); this many stay under 1 GB.
+MAX_KERNELS = 128
+
+_INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
+_ARGUMENT = re.compile(r"\b(?:\d+|true|false)\b")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Kernels to be compiled together, in this order."""
+
+    kernels: tuple[Kernel, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Nvcc's flags, the same for all."""
+        return self.kernels[0].flags
+
+    def source(self) -> str:
+        """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
+        if len(self.kernels) == 1:
+            return self.kernels[0].source
+        head, _ = split_source(self.kernels[0].source)
+        parts = [split_source(kernel.source)[1] for kernel in self.kernels]
+        spaces = [f"namespace cachebuilder_{index} {{\n{part}\n}}\n" for index, part in enumerate(parts)]
+        return head + "\n" + "".join(spaces)
+
+    def halves(self) -> tuple[Unit, Unit]:
+        """Two units of half the kernels each."""
+        middle = len(self.kernels) // 2
+        return Unit(self.kernels[:middle]), Unit(self.kernels[middle:])
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """A kernel's source up to and with its last ``#include``, and the rest."""
+    end = max((match.end() for match in _INCLUDE.finditer(source)), default=0)
+    return source[:end], source[end:]
+
+
+def literals(source: str) -> tuple[str, ...]:
+    """The integer and boolean template arguments that a kernel's source names, in order, as mangled names have them."""
+    _, body = split_source(source)
+    found = _ARGUMENT.findall(body[body.find("<") :])
+    return tuple({"true": "1", "false": "0"}.get(argument, argument) for argument in found)
+
+
+def separate(kernels: Sequence[Kernel]) -> list[Unit]:
+    """Each kernel in a unit of its own."""
+    return [Unit((kernel,)) for kernel in kernels]
+
+
+def group(kernels: Sequence[Kernel], jobs: int) -> list[Unit]:
+    """Units that keep ``jobs`` compilers busy, the costliest first.
+
+    Kernels share a unit if they include the same headers and have the same flags. There is a unit for each job, no
+    more: each unit costs its front end again. Kernels are dealt round by round in the order of their block sizes, so
+    that every unit gets its share of the large ones.
+    """
+    families: dict[tuple[str, tuple[str, ...]], list[Kernel]] = {}
+    for kernel in kernels:
+        # A legacy source begins with a comment that holds the headers' digest: part of the head, as it should be.
+        families.setdefault((split_source(kernel.source)[0], kernel.flags), []).append(kernel)
+    found: list[Unit] = []
+    for members in families.values():
+        count = max(round(jobs * len(members) / len(kernels)), -(-len(members) // MAX_KERNELS), 1)
+        if any(_must_stay_alone(flag) for flag in members[0].flags):
+            count = len(members)
+        ordered = sorted(members, key=lambda kernel: (literals(kernel.source)[3:], kernel.source, kernel.entry))
+        found += [Unit(tuple(ordered[first::count])) for first in range(min(count, len(members)))]
+    return sorted(found, key=lambda unit: -len(unit.kernels))
+
+
+def _must_stay_alone(flag: str) -> bool:
+    """Flags that write line numbers into the code's debug sections: those of a shared unit are not a kernel's own."""
+    return "lineinfo" in flag or "line-info" in flag or flag in ("-G", "--device-debug")

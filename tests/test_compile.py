@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import compile as compiling
+from cachebuilder import plan as planning
+from cachebuilder import ptx, units
+from cachebuilder.errors import CompileError
+from cachebuilder.paths import scratch_folder
+from cachebuilder.plan import Kernel
+from cachebuilder.store import CubinStore, NoStore
+from cachebuilder.units import Unit
+from tests.conftest import MANIFESTS
+from tests.test_plan import EVERY_OP
+
+
+def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[building.Inputs, planning.Plan]:
+    (folder / "m.yaml").write_text(text)
+    inputs = building.find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
+    return inputs, planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+
+
+def compile_units(work: Sequence[Unit], inputs: building.Inputs) -> dict[str, bytes]:
+    cubins: dict[str, bytes] = {}
+    with scratch_folder() as scratch:
+        pool = compiling._Pool(
+            inputs.toolchain,
+            inputs.installation,
+            scratch,
+            2,
+            lambda kernel, cubin: cubins.update({kernel.entry: cubin}),
+        )
+        assert pool.run(work) == []
+    return cubins
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
+    gpu: str, deep_gemm: Path | None, tmp_path: Path
+) -> None:
+    inputs, plan = plan_of(EVERY_OP.format(gpu=gpu), tmp_path, deep_gemm)
+    kernels = list(plan.kernels)
+    cubins, _ = compiling.compile_all(kernels, inputs.toolchain, inputs.installation, NoStore())
+    one_of_each = {kernel.name: kernel for kernel in random.sample(kernels, len(kernels))}
+    assert len(one_of_each) >= 6
+    compiling.check(list(one_of_each.values()), cubins, inputs.toolchain, inputs.installation)
+
+
+def test_a_difference_in_code_is_found(built: building.Built) -> None:
+    one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    cubins, _ = compiling.compile_all([one, two], built.inputs.toolchain, built.inputs.installation, CubinStore())
+    swapped = {one.entry: cubins[two.entry]}
+    with pytest.raises(CompileError, match=f"{one.entry}: the code is not what nvcc makes of it alone, in .*text"):
+        compiling.check([one], swapped, built.inputs.toolchain, built.inputs.installation)
+
+
+def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
+    inputs = building.find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
+    five, fifty = random.sample(family, 5), random.sample(family, 50)
+    kernel = five[2]
+    fifty[17:18] = [kernel] if kernel not in fifty else fifty[17:18]
+
+    def module(members: Sequence[Kernel]) -> str:
+        with scratch_folder() as scratch:
+            pool = compiling._Pool(inputs.toolchain, inputs.installation, scratch, 1, lambda *_: None)
+            return pool._to_ptx(Unit(tuple(members)))[list(members).index(kernel)].text
+
+    assert module([kernel]) == module(five) == module(fifty)
+
+
+@pytest.mark.parametrize(("gpu", "legacy"), [("B200", True), ("RTX-PRO-6000", False)])
+def test_kernels_with_strings_do_not_depend_on_their_unit_either(
+    gpu: str, legacy: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from tests.conftest import LEGACY
+
+    text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 64\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168}}, {{op: fp8_gemm_nt, n: 576, k: 512}}]"
+    inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
+    kernels = list(plan.kernels)
+    apart = compile_units(units.separate(kernels), inputs)
+    random.shuffle(kernels)
+    assert compile_units(units.group(kernels, 1), inputs) == compile_units(units.group(kernels, 2), inputs) == apart
+    compiling.check([k for k in kernels if "transpose" in k.name], apart, inputs.toolchain, inputs.installation)
+
+
+def test_one_bad_kernel_does_not_take_its_unit_down(built: building.Built, tmp_path: Path) -> None:
+    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name]
+    bad = kernels[1].model_copy(update={"source": kernels[1].source + '\nstatic_assert(false, "not today");\n'})
+    members = [kernels[0], bad, *kernels[2:]]
+    store = CubinStore(tmp_path / "store")
+    with pytest.raises(CompileError) as error:
+        compiling.compile_all(members, built.inputs.toolchain, built.inputs.installation, store, jobs=1)
+    assert f"1 of {len(members)} kernels did not compile" in str(error.value)
+    assert f"{bad.entry}:" in str(error.value) and "not today" in str(error.value)
+    good = [kernel for kernel in members if kernel is not bad]
+    _, report = compiling.compile_all(good, built.inputs.toolchain, built.inputs.installation, store)
+    assert (report.compiled, report.reused) == ([], len(good))
+
+
+def test_a_source_that_makes_another_kernel_than_it_names_is_refused(built: building.Built) -> None:
+    one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    with pytest.raises(CompileError, match="wanted a kernel with template arguments"):
+        modules = [ptx.KernelPtx("_Z3fooILi3EEvv", "", ()), ptx.KernelPtx("_Z3fooILi4EEvv", "", ())]
+        compiling._check_order(Unit((one, two)), modules)
+    with pytest.raises(CompileError, match="wanted 2 kernels in the compiled source, found 1"):
+        compiling._check_order(Unit((one, two)), modules[:1])
+
+
+def test_units_hold_every_kernel_once_and_only_with_its_like() -> None:
+    kernels = [
+        Kernel(entry=f"{name}.{number}", name=name, source=f"#include <{name}.cuh>\n&{name}<{number}>", flags=flags, selected_by=())
+        for name in ("a", "b")
+        for flags in (("-O3",), ("-O2",))
+        for number in range(40)
+    ]  # fmt: skip
+    for jobs in (1, 2, 16, 64):
+        work = units.group(kernels, jobs)
+        assert sorted(k.entry for u in work for k in u.kernels) == sorted(k.entry for k in kernels)
+        assert all(len({(k.name, k.flags) for k in u.kernels}) == 1 for u in work)
+        assert len(work) <= max(jobs, 4) + 2
+    assert max(len(unit.kernels) for unit in units.group(kernels * 20, 1)) <= units.MAX_KERNELS
+
+
+def test_line_information_keeps_kernels_apart() -> None:
+    kernels = [
+        Kernel(entry=str(n), name="a", source=f"&a<{n}>", flags=("-lineinfo",), selected_by=()) for n in range(3)
+    ]
+    assert all(len(unit.kernels) == 1 for unit in units.group(kernels, 1))
+
+
+MODULE = """\
+// made up
+.version 9.0
+.target sm_90a
+.address_size 64
+\t// .globl\tone
+.extern .func  (.param .b32 func_retval0) vprintf
+(
+\t.param .b64 vprintf_param_0
+)
+;
+.global .align 1 .b8 _ZN39_INTERNAL_84f6a6b5_9_kernel_cu_8cdc1683_4thingE[1];
+.global .align 1 .b8 $str[2] = {97, 0};
+.global .align 1 .b8 $str$1[2] = {98, 0};
+
+.visible .entry _Z3oneILi1EEvv(
+\t.param .u64 p
+)
+.maxntid 32, 1, 1
+{
+\tmov.u64 %rd1, $str;
+$L__BB0_1:
+\tbra $L__BB0_1;
+}
+.entry _Z3oneILi2EEvv()
+{
+\t{ // inline asm
+\tmov.u64 %rd1, $str$1;
+\t}
+$L__BB1_1:
+\tcall vprintf;
+\tbra $L__BB1_1;
+}
+"""
+
+
+def test_a_module_is_taken_apart_into_canonical_ones() -> None:
+    one, two = ptx.split(MODULE)
+    assert (one.name, one.literals, one.strings) == ("_Z3oneILi1EEvv", ("1",), ("[2] = {97, 0};",))
+    assert two.strings == ("[2] = {98, 0};",)
+    assert "$canonical_0[2] = {97" in one.text and "98" not in one.text
+    assert "$canonical_0[2] = {98" in two.text and "97" not in two.text
+    assert "84f6a6b5" not in one.text + two.text
+    assert "BB1_" not in two.text.replace("$L__BB3_", "") and "//" not in two.text
+
+
+def test_taking_apart_what_is_apart_changes_nothing() -> None:
+    for kernel in ptx.split(MODULE):
+        (again,) = ptx.split(kernel.text)
+        assert again.text == kernel.text
+
+
+@pytest.mark.parametrize("cut", [40, 320, 600])
+def test_text_that_is_not_understood_is_refused_not_guessed(cut: int) -> None:
+    with pytest.raises(ptx.PtxError):
+        ptx.split(MODULE[:cut] + "\n.strange thing\n")
