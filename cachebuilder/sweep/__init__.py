@@ -218,6 +218,7 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
             f"the virtual GPU does not answer {text}",
             hint="this torch or DeepGEMM is newer than cachebuilder: report it",
         )
+    text = text.partition("\nC++ trace")[0]  # DeepJIT appends its stack: for its authors, not for a manifest's
     op = ops[index]
     where = f"ops[{index}] {op.op} {op.shape()} at {op.variable} {value}"
     return PlanError(f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}")
