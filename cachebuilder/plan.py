@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachebuilder import sweep
-from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import PlanError
 from cachebuilder.gpus import Gpu

@@ -122,7 +122,7 @@ class Archive:
 
     def _why_not(self, name: str, kind: str, left: int) -> str:
         entries = {entry.name for entry in self.index.entries}
-        folder, entry, file = (name.split("/", 2) + ["", ""])[:3]
+        folder, entry, file = [*name.split("/", 2), "", ""][:3]
         if name == "":
             return f"truncated: {left} files of the index are missing"
         if name.startswith("/"):

@@ -14,7 +14,7 @@ from cachebuilder.errors import RestoreError
 from cachebuilder.restore import indexes
 
 
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command()
 @click.argument("source", metavar="ARTIFACT|DIR", type=click.Path(path_type=Path, exists=True))
 @click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--to", metavar="DIR", type=shared.folder_type, help="Where to restore; default: in the user's cache.")
