@@ -52,6 +52,18 @@ class ArtifactError(CacheBuilderError):
     exit_code = 8
 
 
+class CompatibilityError(CacheBuilderError):
+    """The artifact was built for something else than what serves here: DeepGEMM would not find its kernels."""
+
+    exit_code = 9
+
+
+class RestoreError(CacheBuilderError):
+    """The destination holds something different, or cannot be written."""
+
+    exit_code = 10
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -62,5 +74,7 @@ EXIT_CODES: dict[int, str] = {
     PlanError.exit_code: "DeepGEMM refused a shape, or the plan could not be trusted",
     CompileError.exit_code: "a kernel did not compile",
     ArtifactError.exit_code: "bad artifact",
+    CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
+    RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
     130: "interrupted",
 }

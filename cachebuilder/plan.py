@@ -12,33 +12,19 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachebuilder import sweep
+from cachebuilder.deepgemm import Generation
 from cachebuilder.deepgemm import entries as entry_files
-from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import PlanError
 from cachebuilder.gpus import Gpu
 from cachebuilder.manifest import Manifest
 from cachebuilder.paths import cache_folder, write_atomically
+from cachebuilder.selection import Range, Selection
 from cachebuilder.toolchain import Toolchain
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(_Frozen):
-    """Points first, first + step, … last of an op's variable."""
-
-    first: int
-    last: int
-    step: int
-
-
-class Selection(_Frozen):
-    """Where one op asks for one kernel: at these points, with this many SMs."""
-
-    op: int
-    sm_count: int
-    ranges: tuple[Range, ...]
 
 
 class Kernel(_Frozen):

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cachebuilder.deepgemm.installation import Generation, Installation
-from cachebuilder.plan import Plan, Selection
-from cachebuilder.toolchain import Toolchain
+from cachebuilder.deepgemm import Generation
+from cachebuilder.selection import Selection
+
+if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of these
+    from cachebuilder.deepgemm.installation import Installation
+    from cachebuilder.plan import Plan
+    from cachebuilder.toolchain import Toolchain
+
+#: The members of an artifact: the index, the manifest as given, and the folder of entries.
+INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
+
+#: No cache of a real model comes near.
+MAX_ENTRIES = 20_000
+#: The largest cubin seen is under 200 kB.
+MAX_FILE_BYTES = 64 << 20
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -54,7 +66,7 @@ class File(_Frozen):
     """One file of an entry."""
 
     name: str
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
     sha256: Sha256
 
 
@@ -62,7 +74,7 @@ class Entry(_Frozen):
     """One kernel: its folder under ``cache/``, its files, and where it is asked for."""
 
     name: str
-    files: tuple[File, ...]
+    files: Annotated[tuple[File, ...], Field(max_length=8)]
     selected_by: tuple[Selection, ...]
 
 
@@ -77,7 +89,7 @@ class Index(_Frozen):
     fingerprint: Fingerprint
     fingerprint_digest: Sha256
     ops: tuple[dict[str, object], ...]
-    entries: tuple[Entry, ...]
+    entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES)]
     recorded: dict[str, str]
 
 

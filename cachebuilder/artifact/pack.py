@@ -13,13 +13,11 @@ from pathlib import Path
 import zstandard
 
 from cachebuilder import __version__
-from cachebuilder.artifact.index import Entry, File, Fingerprint, Index
+from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
 from cachebuilder.paths import write_atomically
 from cachebuilder.plan import Kernel, Plan
-
-INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 
 #: Measured on the DeepSeek-V3 cache (`benchmarks/packing.py`).
 _LEVEL = 19

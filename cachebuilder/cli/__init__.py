@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import click
 
 from cachebuilder import __version__
-from cachebuilder.cli.build import build
-from cachebuilder.cli.inspect import inspect
-from cachebuilder.cli.plan import plan
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+#: Each is the command of that name in the module of that name.
+VERBS = ("build", "plan", "inspect", "restore", "env", "run")
+
+
+class _Verbs(click.Group):
+    """Imports a verb when it is asked for: a restore does not wait for what a build needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = getattr(import_module(f"cachebuilder.cli.{name}"), name)
+        return command
+
+
+@click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
     """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
-
-
-for verb in (build, plan, inspect):
-    cli.add_command(verb)
 
 
 def main() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
@@ -26,6 +24,28 @@ nvcc_option = click.option(
     help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+folder_type = click.Path(path_type=Path, file_okay=False)
+artifact_type = click.Path(path_type=Path, dir_okay=False)
+serving_deep_gemm_option = click.option(
+    "--deep-gemm",
+    type=folder_type,
+    metavar="PATH",
+    help="The deep_gemm package that will serve; default: the installed one, else vLLM's own copy.",
+)
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["vllm", "sglang", "none"]),
+    default="none",
+    show_default=True,
+    help="Set what this engine needs, too.",
+)
+scratch_option = click.option(
+    "--scratch",
+    type=folder_type,
+    metavar="DIR",
+    help="A writable folder for what the cache lacks (DeepJIT); default: DIR/scratch.",
+)
+force_option = click.option("--force", is_flag=True, help="Restore although kernels would not be found; says why.")
 store_option = click.option(
     "--store/--no-store",
     "use_store",
@@ -37,6 +57,9 @@ store_option = click.option(
 @contextmanager
 def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A callback (step, done, total) that draws bars on a terminal and writes a line now and then elsewhere."""
+    from rich.console import Console  # slow to import, and only builds draw
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines()

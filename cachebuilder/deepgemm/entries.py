@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from cachebuilder.deepgemm.installation import Generation
+from cachebuilder.deepgemm import Generation
 
 SOURCE, CUBIN, METADATA, MARKER = "kernel.cu", "kernel.cubin", "meta.json", ".committed"
 

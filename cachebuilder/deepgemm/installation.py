@@ -7,13 +7,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
-from typing import Literal
 
+from cachebuilder.deepgemm import Generation
 from cachebuilder.errors import InstallationError
-
-Generation = Literal["legacy", "deepjit"]
 
 #: What the compiled extension of each generation says somewhere and the other's never does: DeepJIT's commit marker
 #: (``deep_jit/cache/disk.hpp``) and legacy's complaint (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
@@ -25,18 +23,23 @@ class Installation:
     """One copy of DeepGEMM on disk.
 
     Attributes:
-        path: the package folder, the one with ``__init__.py`` and ``include/``.
+        path: the package folder, the one with ``__init__.py`` and ``include/``; no link in it.
         version: the copy's own, out of its ``VERSION`` file or its ``__version__``.
-        distribution: what it was installed with, name and version (``vllm 0.33.0``); None for a bare folder.
+        imported_as: the same folder as Python's import finds it, links kept: legacy keys hold this path.
     """
 
     path: Path
     version: str
-    distribution: str | None
+    imported_as: Path
 
     def __str__(self) -> str:
         source = f"{self.distribution}, " if self.distribution else ""
         return f"DeepGEMM {self.version} ({source}{self.generation} cache, {self.path})"
+
+    @cached_property
+    def distribution(self) -> str | None:
+        """What it was installed with, name and version (``vllm 0.33.0``); None for a bare folder."""
+        return _distribution(self.path)
 
     @cached_property
     def extensions(self) -> list[Path]:
@@ -102,25 +105,26 @@ def find(path: Path | None = None) -> Installation:
         InstallationError: there is none, or ``path`` is not one.
     """
     if path is not None:
-        return _at(path.resolve())
+        return _at(path)
     spec = util.find_spec("deep_gemm")
     if spec is not None and spec.submodule_search_locations:
-        return _at(Path(next(iter(spec.submodule_search_locations))).resolve())
+        return _at(Path(next(iter(spec.submodule_search_locations))))
     spec = util.find_spec("vllm")
     if spec is not None and spec.submodule_search_locations:
         inside = Path(next(iter(spec.submodule_search_locations))) / "third_party" / "deep_gemm"
         if inside.is_dir():
-            return _at(inside.resolve())
+            return _at(inside)
     raise InstallationError(
         "wanted DeepGEMM: an installed deep_gemm or vLLM's own copy; found neither",
         hint="pip install sgl-deep-gemm, or name a copy with --deep-gemm PATH",
     )
 
 
-def _at(path: Path) -> Installation:
+def _at(imported_as: Path) -> Installation:
+    path = imported_as.resolve()
     if not (path / "__init__.py").is_file() or not (path / "include" / "deep_gemm").is_dir():
         raise InstallationError(f"wanted a deep_gemm package folder (with include/deep_gemm), found {path}")
-    return Installation(path, _version(path), _distribution(path))
+    return Installation(path, _version(path), imported_as.absolute())
 
 
 def _version(path: Path) -> str:
@@ -132,6 +136,8 @@ def _version(path: Path) -> str:
 
 def _distribution(path: Path) -> str | None:
     """The distribution that lists the copy among its files, in the folder that its top-level package is in."""
+    from importlib import metadata  # slow to import, and its answer binds nothing: a restore does without
+
     root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
     wanted = f"{path.relative_to(root).as_posix()}/__init__.py"
     for distribution in metadata.distributions(path=[str(root)]):

@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all, with nothing imported that is slow to import."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> None:
+    """Write a file that must not exist yet; the mode is ``mode`` whatever the umask. No link is followed."""
+    handle = os.open(name, _NEW, mode, dir_fd=dir_fd)
+    try:
+        os.fchmod(handle, mode)
+        while data:
+            data = data[os.write(handle, data) :]
+    finally:
+        os.close(handle)
+
+
+def put(path: Path, data: bytes, mode: int) -> None:
+    """Put ``data`` at ``path`` by rename, whatever was there; does nothing where the same is there already.
+
+    Not flushed to the disk: what is put here is made again by running the same command again.
+    """
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == data and path.stat().st_mode & 0o777 == mode:
+            return
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        write_new(str(aside), data, mode)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,54 @@
+"""``cachebuilder env``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import click
+
+from cachebuilder.cli import shared
+from cachebuilder.environment import Engine, Variable, variables
+from cachebuilder.restore import indexes
+
+
+def _shell(found: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\nexport {v.name}={shlex.quote(v.value)}" for v in found)
+
+
+def _docker(found: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\nENV {v.name}={shlex.quote(v.value)}" for v in found)
+
+
+def _k8s(found: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\n- name: {v.name}\n  value: {json.dumps(v.value)}" for v in found)
+
+
+def _json(found: Sequence[Variable]) -> str:
+    return json.dumps({v.name: v.value for v in found}, indent=1)
+
+
+_FORMATS: dict[str, Callable[[Sequence[Variable]], str]] = {
+    "shell": _shell,
+    "docker": _docker,
+    "k8s": _k8s,
+    "json": _json,
+}
+
+
+@click.command()
+@click.argument("dir", type=shared.folder_type)
+@shared.engine_option
+@click.option(
+    "--format", "form", type=click.Choice(list(_FORMATS)), default="shell", show_default=True, help="What to print."
+)
+@shared.scratch_option
+def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
+    """Print the environment with which a process serves from DIR, where an artifact was restored.
+
+    Run it in the image that serves: CUDA_HOME is printed only if there is none.
+    """
+    click.echo(_FORMATS[form](variables(dir, indexes(dir), engine, scratch, os.environ)))

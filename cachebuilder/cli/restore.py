@@ -1,0 +1,55 @@
+"""``cachebuilder restore``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from cachebuilder import nvml
+from cachebuilder import restore as restoring
+from cachebuilder.cli import shared
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.errors import InstallationError
+
+
+def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool) -> restoring.Restored:
+    """Restore and say what was done, on stderr."""
+    started = time.monotonic()
+    try:
+        installation = installations.find(deep_gemm)
+    except InstallationError:
+        if deep_gemm is not None:
+            raise
+        installation = None
+    done = restoring.restore(artifacts, to, installation, nvml.first_gpu(), force)
+    for path, mismatches in done.refused:
+        click.echo(f"refused   {restoring.explain(path, mismatches)}", err=True)
+    if done.mismatches:
+        overruled = any(mismatch.causes_miss for mismatch in done.mismatches)
+        click.echo(
+            f"{'forced    ' if overruled else 'note      '}{restoring.explain(done.artifact, done.mismatches)}",
+            err=True,
+        )
+    relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
+    click.echo(
+        f"restored  {done.index.name}: {done.written} kernels written, {done.skipped} there already{relocated}, "
+        f"{time.monotonic() - started:.2f} s",
+        err=True,
+    )
+    return done
+
+
+@click.command()
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=shared.artifact_type)
+@click.option("--to", required=True, metavar="DIR", type=shared.folder_type, help="Where DeepGEMM will read it.")
+@shared.serving_deep_gemm_option
+@shared.force_option
+def restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool) -> None:
+    """Put the first ARTIFACT that fits this machine's DeepGEMM and GPU into DIR, beside a frozen nvcc.
+
+    The whole archive is checked before anything becomes visible in DIR. DIR may be in use.
+    """
+    done = run_restore(artifacts, to, deep_gemm, force)
+    click.echo(f"next      cachebuilder env {done.dir} --engine vllm|sglang", err=True)

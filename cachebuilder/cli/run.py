@@ -1,0 +1,60 @@
+"""``cachebuilder run``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from cachebuilder.cli import shared
+from cachebuilder.cli.restore import run_restore
+from cachebuilder.environment import Engine, variables
+from cachebuilder.errors import RestoreError
+from cachebuilder.restore import indexes
+
+
+@click.command()
+@click.argument("source", metavar="ARTIFACT|DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--to", metavar="DIR", type=shared.folder_type, help="Where to restore; default: in the user's cache.")
+@shared.serving_deep_gemm_option
+@shared.engine_option
+@shared.scratch_option
+@shared.force_option
+def run(
+    source: Path,
+    command: tuple[str, ...],
+    to: Path | None,
+    deep_gemm: Path | None,
+    engine: Engine,
+    scratch: Path | None,
+    force: bool,
+) -> None:
+    """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored."""
+    if source.is_dir():
+        if to is not None:
+            raise click.UsageError(f"--to goes with an artifact; {source} is a folder")
+        found = indexes(source)
+        dir = source
+    else:
+        if to is None:
+            to = _own_folder(source)
+        done = run_restore((source,), to, deep_gemm, force)
+        found = [done.index]
+        dir = done.dir
+    environment = os.environ | {v.name: v.value for v in variables(dir, found, engine, scratch, os.environ)}
+    try:
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        raise RestoreError(f"{command[0]}: cannot be run: {error.strerror}") from error
+
+
+def _own_folder(artifact: Path) -> Path:
+    """One folder for each artifact's bytes, so that no two meet in one."""
+    import hashlib
+
+    from cachebuilder.paths import cache_folder
+
+    with artifact.open("rb") as file:
+        return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,171 @@
+#!/bin/sh
+# cachebuilder: the frozen nvcc. It answers --version as the compiler of the restored kernels did, and makes of every
+# compilation an event: CACHEBUILDER_ON_MISS is refuse (default), compile or compile-and-warn.
+# Only the shell's own commands where they do: the answer must be fast, and PATH may be empty.
+version_text=@VERSION_TEXT@
+artifact=@ARTIFACT@
+fingerprint=@FINGERPRINT@
+
+case $1 in
+--version | -V)
+    printf '%s' "$version_text"
+    exit
+    ;;
+esac
+
+LC_ALL=C
+export LC_ALL
+given_path=$PATH
+PATH=${PATH:+$PATH:}/usr/local/bin:/usr/bin:/bin
+policy=${CACHEBUILDER_ON_MISS:-refuse}
+case $0 in
+*/*) here=${0%/*} ;;
+*) here=. ;;
+esac
+here=$(cd "$here/.." && pwd)
+
+is_frozen() { # is this file a frozen nvcc too, this one or another folder's?
+    { read -r _ && read -r second; } <"$1" 2>/dev/null && case $second in '# cachebuilder: the frozen nvcc.'*) true ;; *) false ;; esac
+}
+
+find_real_nvcc() { # sets $real
+    real=
+    rest=${CACHEBUILDER_REAL_NVCC:+$CACHEBUILDER_REAL_NVCC:}
+    if [ -z "$rest" ]; then
+        list=$given_path:
+        while [ -n "$list" ]; do
+            folder=${list%%:*}
+            list=${list#*:}
+            [ -n "$folder" ] && rest=$rest$folder/nvcc:
+        done
+        rest=$rest/usr/local/cuda/bin/nvcc:
+    fi
+    while [ -n "$rest" ]; do
+        candidate=${rest%%:*}
+        rest=${rest#*:}
+        if [ -f "$candidate" ] && [ -x "$candidate" ] && ! is_frozen "$candidate"; then
+            real=$candidate
+            return
+        fi
+    done
+}
+
+compile() { # "$@": the request
+    find_real_nvcc
+    if [ -z "$real" ]; then
+        printf '%s\n' "frozen nvcc: CACHEBUILDER_ON_MISS=$policy wants a real nvcc, found none: set CACHEBUILDER_REAL_NVCC" >&2
+        exit 1
+    fi
+    PATH=$given_path
+    unset LC_ALL
+    exec "$real" "$@"
+}
+
+json() { # sets $quoted: $1 as a JSON string; what is not printable ASCII becomes ?
+    rest=$1
+    quoted=
+    special='[!] !#-[^-~]' # all but the characters from space to ~ without " and \
+    while :; do
+        # shellcheck disable=SC2254 # a pattern
+        case $rest in
+        *$special*)
+            # shellcheck disable=SC2295 # a pattern
+            head=${rest%%$special*}
+            rest=${rest#"$head"}
+            case $rest in
+            \"*) quoted=$quoted$head'\"' ;;
+            \\*) quoted=$quoted$head'\\' ;;
+            *) quoted=$quoted$head'?' ;;
+            esac
+            rest=${rest#?}
+            ;;
+        *) break ;;
+        esac
+    done
+    quoted=\"$quoted$rest\"
+}
+
+source_file=
+for argument; do
+    case $argument in
+    *.cu) source_file=$argument ;;
+    esac
+done
+if [ -z "$source_file" ]; then # no kernel: nothing is missing from the cache
+    [ "$policy" = refuse ] || compile "$@"
+    printf '%s\n' "frozen nvcc: wanted --version or a kernel to compile, found: $*" >&2
+    exit 1
+fi
+
+# The kernel's name stands where the source takes its address: &sm90_fp8_gemm_1d2d_impl<
+kernel=
+if [ -r "$source_file" ]; then
+    while IFS= read -r line || [ -n "$line" ]; do
+        case $line in
+        *'&'*'_impl<'*)
+            kernel=${line#*'&'}
+            kernel=${kernel%%'_impl<'*}
+            break
+            ;;
+        *'&'*'<'*) # any other template that is instantiated
+            [ -n "$kernel" ] || { kernel=${line#*'&'} && kernel=${kernel%%'<'*}; }
+            ;;
+        *'(&'[A-Za-z_]*')'*)
+            [ -n "$kernel" ] || { kernel=${line#*'(&'} && kernel=${kernel%%')'*}; }
+            ;;
+        esac
+    done <"$source_file"
+fi
+kernel=${kernel#deep_gemm::}
+case $kernel in
+*[!A-Za-z0-9_:]*) kernel= ;;
+esac
+
+log=${CACHEBUILDER_MISS_LOG:-$here/misses.jsonl}
+if ! (: >>"$log") 2>/dev/null; then
+    log=${TMPDIR:-/tmp}/cachebuilder-misses.jsonl
+fi
+
+# A copy of the source: DeepGEMM removes its own, and `cachebuilder misses` reads shapes in it. Made aside and renamed,
+# so that no reader sees half of one; without cp, mkdir, cksum or mv there is none.
+copy=
+if sum=$(cksum 2>/dev/null <"$source_file") && { [ -d "$log.d" ] || mkdir "$log.d" 2>/dev/null || [ -d "$log.d" ]; }; then
+    copy=$log.d/${kernel:-kernel}-${sum%% *}.cu
+    if [ ! -f "$copy" ]; then
+        { cp "$source_file" "$copy.$$" && mv "$copy.$$" "$copy"; } 2>/dev/null || copy=
+    fi
+fi
+
+# One line, one write(2) to a file opened for appending: lines of many writers do not mix. A line is kept under 4096
+# bytes, which every shell's printf buffers whole.
+time=$(date +%s 2>/dev/null) || time=
+case $time in
+*[!0-9]* | '') time=null ;;
+esac
+json "$policy"; json_policy=$quoted
+json "$artifact"; json_artifact=$quoted
+if [ -n "$kernel" ]; then json "$kernel"; else quoted=null; fi
+json_kernel=$quoted
+if [ -n "$copy" ] && [ ${#copy} -lt 500 ]; then json "$copy"; else quoted=null; fi
+json_source=$quoted
+command="$0 $*"
+if [ ${#command} -gt 900 ]; then command=$(printf '%.900s...' "$command"); fi
+json "$command"
+(printf '%s\n' "{\"time\": $time, \"pid\": $$, \"kernel\": $json_kernel, \"policy\": $json_policy, \"artifact\": $json_artifact, \"fingerprint\": \"$fingerprint\", \"source\": $json_source, \"command\": $quoted}" >>"$log") 2>/dev/null ||
+    printf '%s\n' "frozen nvcc: cannot write to $log" >&2
+
+named=${kernel:-$source_file}
+case $policy in
+compile) compile "$@" ;;
+compile-and-warn)
+    printf '%s\n' "frozen nvcc: $named is not in the restored cache (artifact $artifact): compiling it now" >&2
+    compile "$@"
+    ;;
+refuse) ;;
+*) printf '%s\n' "frozen nvcc: CACHEBUILDER_ON_MISS: wanted refuse, compile or compile-and-warn, found $policy" >&2 ;;
+esac
+printf '%s\n' \
+    "frozen nvcc: $named is not in the restored cache (artifact $artifact), and nothing is compiled here." \
+    "frozen nvcc: the miss is in $log: add its shape to the manifest (cachebuilder misses $log) and build again," \
+    "frozen nvcc: or set CACHEBUILDER_ON_MISS=compile, with a real nvcc on PATH or in CACHEBUILDER_REAL_NVCC." >&2
+exit 1
