@@ -52,6 +52,12 @@ class ArtifactError(CacheBuilderError):
     exit_code = 8
 
 
+class VerifyError(CacheBuilderError):
+    """Serving from this cache would compile: a kernel is missing, or an entry is damaged."""
+
+    exit_code = 11
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -62,5 +68,6 @@ EXIT_CODES: dict[int, str] = {
     PlanError.exit_code: "DeepGEMM refused a shape, or the plan could not be trusted",
     CompileError.exit_code: "a kernel did not compile",
     ArtifactError.exit_code: "bad artifact",
+    VerifyError.exit_code: "the cache would miss, or is damaged",
     130: "interrupted",
 }

@@ -10,6 +10,7 @@ from cachebuilder import __version__
 from cachebuilder.cli.build import build
 from cachebuilder.cli.inspect import inspect
 from cachebuilder.cli.plan import plan
+from cachebuilder.cli.verify import verify
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -21,7 +22,7 @@ def cli() -> None:
     """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
 
 
-for verb in (build, plan, inspect):
+for verb in (build, plan, inspect, verify):
     cli.add_command(verb)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cachebuilder.artifact.compare import Difference
+from cachebuilder.plan import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
@@ -73,3 +79,39 @@ def size(count: int) -> str:
             break
         value /= 1000
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def ranges(points: Sequence[Range]) -> str:
+    """Points that select a kernel, as ``1–16, 48 (step 8)``."""
+    text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
+    steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
+    return f"{text} (step {', '.join(map(str, steps))})" if steps else text
+
+
+def difference_lines(difference: Difference) -> list[str]:
+    """A field that differs: what was wanted, what was found, what to do; within 80 columns."""
+    lines = [f"differs   {difference.field}"]
+    pairs = [("wanted", _value(difference.wanted)), ("found", _value(difference.found))]
+    if len({text for _, text in pairs}) == 1 and isinstance(difference.wanted, str):
+        # A version text of several lines: show the lines that differ.
+        wanted, found = (str(value).splitlines() for value in (difference.wanted, difference.found))
+        only = [(a, b) for a, b in zip_longest(wanted, found, fillvalue="") if a != b]
+        pairs = [("wanted", _value(only[0][0])), ("found", _value(only[0][1]))]
+    lines += [f"  {name + ':':<8}{text}" for name, text in pairs]
+    return lines + textwrap.wrap(difference.remedy, 80, initial_indent=" " * 10, subsequent_indent=" " * 10)
+
+
+def difference_document(difference: Difference) -> dict[str, object]:
+    """A field that differs, for JSON."""
+    return {
+        "field": difference.field,
+        "wanted": difference.wanted,
+        "found": difference.found,
+        "remedy": difference.remedy,
+    }
+
+
+def _value(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    first = text.strip().splitlines()[0] if text.strip() else "nothing"
+    return first if len(first) <= 69 else f"{first[:68]}…"
