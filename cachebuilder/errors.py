@@ -61,6 +61,7 @@ class VerifyError(CacheBuilderError):
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
+    1: "diff: the two differ",
     2: "wrong command line",
     ManifestError.exit_code: "bad manifest",
     InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or unusable",

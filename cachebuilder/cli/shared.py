@@ -90,15 +90,19 @@ def ranges(points: Sequence[Range]) -> str:
 
 def difference_lines(difference: Difference) -> list[str]:
     """A field that differs: what was wanted, what was found, what to do; within 80 columns."""
-    lines = [f"differs   {difference.field}"]
-    pairs = [("wanted", _value(difference.wanted)), ("found", _value(difference.found))]
-    if len({text for _, text in pairs}) == 1 and isinstance(difference.wanted, str):
-        # A version text of several lines: show the lines that differ.
-        wanted, found = (str(value).splitlines() for value in (difference.wanted, difference.found))
-        only = [(a, b) for a, b in zip_longest(wanted, found, fillvalue="") if a != b]
-        pairs = [("wanted", _value(only[0][0])), ("found", _value(only[0][1]))]
-    lines += [f"  {name + ':':<8}{text}" for name, text in pairs]
-    return lines + textwrap.wrap(difference.remedy, 80, initial_indent=" " * 10, subsequent_indent=" " * 10)
+    wanted, found = both_values(difference)
+    remedy = textwrap.wrap(difference.remedy, 80, initial_indent=" " * 10, subsequent_indent=" " * 10)
+    return [f"differs   {difference.field}", f"  wanted: {wanted}", f"  found:  {found}", *remedy]
+
+
+def both_values(difference: Difference) -> tuple[str, str]:
+    """Both values of a field in one line each: of texts with several lines, the first lines that differ."""
+    wanted, found = (
+        (value if isinstance(value, str) else json.dumps(value)).splitlines()
+        for value in (difference.wanted, difference.found)
+    )
+    a, b = next(((a, b) for a, b in zip_longest(wanted, found, fillvalue="") if a != b), ("", ""))
+    return _shorten(a), _shorten(b)
 
 
 def difference_document(difference: Difference) -> dict[str, object]:
@@ -111,7 +115,5 @@ def difference_document(difference: Difference) -> dict[str, object]:
     }
 
 
-def _value(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    first = text.strip().splitlines()[0] if text.strip() else "nothing"
-    return first if len(first) <= 69 else f"{first[:68]}…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= 69 else f"{text[:68]}…"
