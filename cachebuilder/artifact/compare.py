@@ -17,7 +17,7 @@ REMEDIES: dict[str, str] = {
     "compiler": "keys hold the compiler: let the frozen nvcc answer (cachebuilder env), or restore again",
     "arch": "keys hold it: build for the GPU that serves",
     "sm_counts": "kernels hold the SM count: add it to target.sm_counts in the manifest and build again",
-    "environment": "these variables change keys: give the same ones in the manifest and build again",
+    "environment": "these variables change keys: unset them, or give them in the manifest and build again",
     "install_include": "legacy keys hold the install path: restore again for it, which renames the entries",
     "legacy_flags": "legacy keys hold the flags: restore or build again with the DeepGEMM that serves",
 }
@@ -40,6 +40,11 @@ class Difference:
 def between(wanted: Fingerprint, found: Fingerprint) -> list[Difference]:
     """Every field that differs, in the fingerprint's own order."""
     return _differences(wanted, found.model_dump(mode="json"))
+
+
+def against(wanted: Fingerprint, **found: object) -> list[Difference]:
+    """How ``wanted`` differs from ``found``; fields that are not given are not compared."""
+    return _differences(wanted, found)
 
 
 def against_installation(wanted: Fingerprint, installation: Installation, **found: object) -> list[Difference]:

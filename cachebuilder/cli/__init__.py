@@ -9,6 +9,7 @@ import click
 from cachebuilder import __version__
 from cachebuilder.cli.build import build
 from cachebuilder.cli.diff import diff
+from cachebuilder.cli.doctor import doctor
 from cachebuilder.cli.inspect import inspect
 from cachebuilder.cli.plan import plan
 from cachebuilder.cli.verify import verify
@@ -23,7 +24,7 @@ def cli() -> None:
     """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
 
 
-for verb in (build, plan, inspect, verify, diff):
+for verb in (build, plan, inspect, verify, diff, doctor):
     cli.add_command(verb)
 
 
