@@ -11,6 +11,7 @@ from cachebuilder.cli.build import build
 from cachebuilder.cli.diff import diff
 from cachebuilder.cli.doctor import doctor
 from cachebuilder.cli.inspect import inspect
+from cachebuilder.cli.misses import misses
 from cachebuilder.cli.plan import plan
 from cachebuilder.cli.verify import verify
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
@@ -24,7 +25,7 @@ def cli() -> None:
     """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
 
 
-for verb in (build, plan, inspect, verify, diff, doctor):
+for verb in (build, plan, inspect, verify, diff, doctor, misses):
     cli.add_command(verb)
 
 
