@@ -31,7 +31,7 @@ def misses(log: Path, as_json: bool) -> None:
     if found.unreadable:
         click.echo(f"note: {found.unreadable} lines of the log are none of the frozen nvcc's")
     if found.misses:
-        click.echo("next: add the ops to the manifest (a ? is for you to fill in), build, and check with")
+        click.echo("next: add the ops to the manifest (fill in each ?), build, and check with")
         click.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
 
 
