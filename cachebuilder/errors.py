@@ -64,9 +64,16 @@ class RestoreError(CacheBuilderError):
     exit_code = 10
 
 
+class VerifyError(CacheBuilderError):
+    """Serving from this cache would compile: a kernel is missing, or an entry is damaged."""
+
+    exit_code = 11
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
+    1: "diff: the two differ",
     2: "wrong command line",
     ManifestError.exit_code: "bad manifest",
     InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or unusable",
@@ -76,5 +83,6 @@ EXIT_CODES: dict[int, str] = {
     ArtifactError.exit_code: "bad artifact",
     CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
     RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
+    VerifyError.exit_code: "the cache would miss, or is damaged",
     130: "interrupted",
 }

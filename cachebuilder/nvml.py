@@ -12,11 +12,12 @@ _CORES_PER_SM = {9: 128, 10: 128, 12: 128}
 
 @dataclass(frozen=True)
 class VisibleGpu:
-    """A GPU: its name, compute capability and SM count (None where NVML does not say)."""
+    """A GPU: its name, compute capability, SM count and its driver's version (None where NVML does not say)."""
 
     name: str
     capability: tuple[int, int]
     sm_count: int | None
+    driver: str | None = None
 
 
 def first_gpu() -> VisibleGpu | None:
@@ -45,7 +46,9 @@ def _ask(nvml: ctypes.CDLL) -> VisibleGpu | None:
         or nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
     ):
         return None
+    driver = ctypes.create_string_buffer(80)  # NVML_SYSTEM_DRIVER_VERSION_BUFFER_SIZE
+    version = None if nvml.nvmlSystemGetDriverVersion(driver, len(driver)) else driver.value.decode(errors="replace")
     known = nvml.nvmlDeviceGetNumGpuCores(device, ctypes.byref(cores)) == 0
     each = _CORES_PER_SM.get(major.value)
     count = cores.value // each if known and each else None
-    return VisibleGpu(name.value.decode(errors="replace"), (major.value, minor.value), count)
+    return VisibleGpu(name.value.decode(errors="replace"), (major.value, minor.value), count, version)

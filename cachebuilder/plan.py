@@ -140,7 +140,7 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
     _check_flags(names, commands)
     if found.generation == "legacy":
         _check_legacy_names(found, names, toolchain)
-    selections = _selections(found.sweeps)
+    selected_by = selections(found.sweeps)
     kernels = tuple(
         Kernel(
             entry=entry.name,
@@ -148,7 +148,7 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
             source=entry.source,
             flags=commands[entry.name],
             metadata=_portable_metadata(entry, found.cache_root, installation),
-            selected_by=selections[entry.name],
+            selected_by=selected_by[entry.name],
         )
         for entry in found.entries.values()
     )
@@ -233,7 +233,7 @@ def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Instal
     return json.dumps(json.loads(text), separators=(",", ":"))
 
 
-def _selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
+def selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
     """For each entry: where it is launched, touching ranges joined."""
     found: dict[str, list[Selection]] = {}
     for swept in sweeps:
@@ -247,4 +247,4 @@ def _selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...
                     known.append(Range(first=run.first, last=run.last, step=run.step))
         for entry, known in ranges.items():
             found.setdefault(entry, []).append(Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(known)))
-    return {entry: tuple(selections) for entry, selections in found.items()}
+    return {entry: tuple(where) for entry, where in found.items()}

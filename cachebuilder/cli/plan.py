@@ -57,7 +57,5 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
 def _line(kernel: planning.Kernel, selection: planning.Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
     head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
-    points = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in selection.ranges)
-    if steps := {r.step for r in selection.ranges if r.step != 1 and r.first != r.last}:
-        points += f" (step {', '.join(map(str, sorted(steps)))})"
+    points = shared.ranges(selection.ranges)
     return textwrap.fill(points, 80, initial_indent=f"{head:<50} ", subsequent_indent=" " * 51)

@@ -1,7 +1,8 @@
 """Run DeepGEMM itself over every point of every op and write down which kernels it asks for.
 
-`run` is the parent's side: it prepares an environment in which nothing is compiled and no GPU is needed, starts the
-child, watches its position, and turns what went wrong there into one sentence.
+This is the parent's side: it prepares an environment in which nothing is compiled and no GPU is needed, starts the
+child, watches its position, and turns what went wrong there into one sentence. `run` finds out what an empty cache
+would be asked for; `call` is the same child with any compiler and any cache roots, which is what `verify` needs.
 """
 
 from __future__ import annotations
@@ -72,6 +73,48 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """DeepGEMM raised at this point: in a sweep that goes on after a refusal, the op ended there."""
+
+    op: int
+    sm_count: int
+    value: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """What a sweep's DeepGEMM takes for nvcc.
+
+    Attributes:
+        nvcc: the executable.
+        home: ``CUDA_HOME``.
+        environment: further variables, the compiler's own or the virtual GPU's.
+    """
+
+    nvcc: Path
+    home: Path
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the child saw."""
+
+    sweeps: tuple[Sweep, ...]
+    refusals: tuple[Refusal, ...]
+    calls: int
+    torch: str
+    python: str
+    peak_bytes: int
+
+    @property
+    def launched(self) -> set[str]:
+        """Names of all entries that were launched."""
+        return {entry for swept in self.sweeps for run in swept.runs for entry in run.entries}
+
+
+@dataclass(frozen=True)
 class Result:
     """All that a sweep found."""
 
@@ -94,64 +137,109 @@ def run(
     environment: dict[str, str] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Result:
-    """Sweep ``ops`` on a virtual ``gpu``.
+    """Sweep ``ops`` on a virtual ``gpu`` from an empty cache.
 
     Args:
         environment: DeepGEMM's variables that the serving process will have.
+
+    Raises: what `call` raises, and `PlanError` where a launched kernel has no entry.
+    """
+    with scratch_folder() as scratch:
+        compiler = recording_compiler(scratch, toolchain.version_text)
+        root = scratch / "root"
+        root.mkdir()
+        answer = call(ops, gpu, sm_counts, installation, compiler, [root], scratch, environment, progress)
+        entries = read_entries(root, installation.generation)
+        if lost := answer.launched - entries.keys():
+            raise PlanError(f"DeepGEMM launched {sorted(lost)[0]}, of which the cache has no entry")
+        return Result(
+            generation=installation.generation,
+            entries={name: entries[name] for name in sorted(answer.launched)},
+            sweeps=answer.sweeps,
+            calls=answer.calls,
+            torch=answer.torch,
+            python=answer.python,
+            peak_bytes=answer.peak_bytes,
+            cache_root=str(root),
+        )
+
+
+def recording_compiler(scratch: Path, version_text: str) -> Compiler:
+    """A compiler, made in ``scratch``, that writes down what it is asked for and answers with ``version_text``."""
+    home = scratch / "cuda"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    shutil.copyfile(_RECORDER, nvcc)
+    nvcc.chmod(0o755)
+    (home / "bin" / "version.txt").write_text(version_text)
+    return Compiler(nvcc, home, {})
+
+
+def call(
+    ops: Sequence[OpBase],
+    gpu: Gpu,
+    sm_counts: Sequence[int],
+    installation: Installation,
+    compiler: Compiler,
+    roots: Sequence[Path],
+    scratch: Path,
+    environment: dict[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
+    go_on: bool = False,
+    self_check: bool = True,
+) -> Answer:
+    """Call DeepGEMM at every point of every op on a virtual ``gpu``, in a child process.
+
+    Args:
+        roots: DeepGEMM's cache roots, the writable one first; the legacy generation knows one only.
+        scratch: a folder for the child's job and its answer.
+        environment: DeepGEMM's variables that the serving process will have.
+        go_on: note a refused call and take the next op, instead of raising.
+        self_check: first see that DeepGEMM reads tensors right; that asks for a kernel of its own.
 
     Raises:
         PlanError: DeepGEMM refused a shape or died (the op and the point are named), misreads tensors under this
             torch, lacks an op, or made a CUDA call that the virtual GPU does not answer (named).
         InstallationError: torch or DeepGEMM does not load.
     """
-    with scratch_folder() as scratch:
-        bin_folder = scratch / "cuda" / "bin"
-        bin_folder.mkdir(parents=True)
-        recorder = bin_folder / "nvcc"
-        shutil.copyfile(_RECORDER, recorder)
-        recorder.chmod(0o755)
-        (bin_folder / "version.txt").write_text(toolchain.version_text)
-        root = scratch / "root"
-        root.mkdir()
-
-        job: dict[str, Any] = {
-            "deep_gemm": str(installation.path),
-            "ops": [op.model_dump() for op in ops],
-            "sm_counts": list(sm_counts),
-            "position": str(scratch / "position"),
-            "result": str(scratch / "result.json"),
-        }
-        Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
-        (scratch / "job.json").write_text(json.dumps(job))
-        child_environment = _child_environment(environment or {}) | virtual_gpu.environment(gpu)
-        child_environment |= {
-            "DG_JIT_CACHE_DIR": str(root),
-            "DG_JIT_NVCC_COMPILER": str(recorder),
-            "CUDA_HOME": str(scratch / "cuda"),
-        }
-        answer = _run_child(scratch, ops, child_environment, progress)
-        entries = _read_entries(root, installation.generation)
-        swept = tuple(
+    job: dict[str, Any] = {
+        "deep_gemm": str(installation.path),
+        "ops": [op.model_dump() for op in ops],
+        "sm_counts": list(sm_counts),
+        "go_on": go_on,
+        "self_check": self_check,
+        "position": str(scratch / "position"),
+        "result": str(scratch / "result.json"),
+    }
+    Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
+    Path(job["result"]).unlink(missing_ok=True)  # of an earlier call in the same folder
+    (scratch / "job.json").write_text(json.dumps(job))
+    child_environment = _child_environment(environment or {}) | virtual_gpu.environment(gpu) | compiler.environment
+    child_environment |= {
+        "DG_JIT_CACHE_DIR": ":".join(map(str, roots)),
+        "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
+        "CUDA_HOME": str(compiler.home),
+    }
+    answer = _run_child(scratch, ops, child_environment, progress)
+    return Answer(
+        sweeps=tuple(
             Sweep(
                 item["op"],
                 item["sm_count"],
                 tuple(Run(r["first"], r["last"], r["step"], tuple(r["entries"])) for r in item["runs"]),
             )
             for item in answer["sweeps"]
-        )
-        used = {entry for sweep in swept for run in sweep.runs for entry in run.entries}
-        if lost := used - entries.keys():
-            raise PlanError(f"DeepGEMM launched {sorted(lost)[0]}, of which the cache has no entry")
-        return Result(
-            generation=installation.generation,
-            entries={name: entries[name] for name in sorted(used)},
-            sweeps=swept,
-            calls=answer["calls"],
-            torch=answer["torch"],
-            python=answer["python"],
-            peak_bytes=answer["peak_bytes"],
-            cache_root=str(root),
-        )
+        ),
+        # DeepJIT's exceptions end with a trace of C++ frames (deep_jit/utils/exception.hpp).
+        refusals=tuple(
+            Refusal(item["op"], item["sm_count"], item["value"], item["text"].partition("\n\nC++ trace")[0])
+            for item in answer["refusals"]
+        ),
+        calls=answer["calls"],
+        torch=answer["torch"],
+        python=answer["python"],
+        peak_bytes=answer["peak_bytes"],
+    )
 
 
 def _child_environment(given: dict[str, str]) -> dict[str, str]:
@@ -224,10 +312,17 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
     return PlanError(f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}")
 
 
-def _read_entries(root: Path, generation: Generation) -> dict[str, Entry]:
+def read_entries(root: Path, generation: Generation) -> dict[str, Entry]:
+    """The entries that the recording compiler was asked for under ``root``; links to other caches' are not its own.
+
+    Raises:
+        PlanError: a folder whose name is not one of ``generation``.
+    """
     found = {}
     folders = sorted((root / "cache").iterdir()) if (root / "cache").is_dir() else []
     for folder in folders:
+        if folder.is_symlink():
+            continue
         if entry_files.kernel_name(generation, folder.name) is None:
             raise PlanError(f"wanted entries of the {generation} generation, found {folder.name}")
         metadata = folder / entry_files.METADATA

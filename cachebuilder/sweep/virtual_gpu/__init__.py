@@ -45,7 +45,7 @@ def build() -> Path:
     """The library's path; compiled if this source was not yet, for this CUDA runtime, by this compiler."""
     runtime = _find_cuda_runtime()
     headers = runtime.parent.parent / "include"
-    compiler = _find_c_compiler()
+    compiler = find_c_compiler()
     stubs = _stubs(runtime)
     digest = hashlib.sha256()
     for part in (
@@ -110,7 +110,7 @@ def _find_cuda_runtime() -> Path:
     )
 
 
-def _find_c_compiler() -> list[str]:
+def find_c_compiler() -> list[str]:
     """``$CC``, else the first of cc, gcc, clang."""
     if given := os.environ.get("CC"):
         return shlex.split(given)

@@ -23,6 +23,8 @@
 #define INVALID_VALUE 1 /* the same number in the runtime's and the driver's error codes */
 #define OUT_OF_MEMORY 2
 #define SYMBOL_NOT_FOUND 500
+#define INVALID_IMAGE 200
+#define FILE_NOT_FOUND 301
 #define NOT_SUPPORTED 801
 
 /* ---- what the sweep reads ------------------------------------------------------------------------------------- */
@@ -130,6 +132,8 @@ EXPORT int cudaPeekAtLastError(void) { return SUCCESS; }
 
 static const char *describe(int error) {
     static char text[4400];
+    if (error == FILE_NOT_FOUND || error == INVALID_IMAGE)
+        return error == FILE_NOT_FOUND ? "file not found" : "device kernel image is invalid";
     if (error != NOT_SUPPORTED)
         return error == SUCCESS ? "no error" : error == OUT_OF_MEMORY ? "out of memory" : "invalid value";
     snprintf(text, sizeof text, "not answered by the virtual GPU: %s", virtual_gpu_unanswered);
@@ -271,7 +275,24 @@ EXPORT int cuMemGetAddressRange(void **base, size_t *bytes, void *pointer) {
     return (void)base, (void)bytes, (void)pointer, INVALID_VALUE;
 }
 
+/* A sweep that plans loads placeholders; one that verifies sets VIRTUAL_GPU_CHECK_CUBINS, and then a file that is no
+ * ELF is refused as the driver refuses it. */
+static int check_cubin(const char *path) {
+    if (!getenv("VIRTUAL_GPU_CHECK_CUBINS"))
+        return SUCCESS;
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        return FILE_NOT_FOUND;
+    char magic[4];
+    int is_elf = fread(magic, 1, sizeof magic, file) == sizeof magic && !memcmp(magic, "\177ELF", sizeof magic);
+    fclose(file);
+    return is_elf ? SUCCESS : INVALID_IMAGE;
+}
+
 EXPORT int cuLibraryLoadFromFile(struct library **library, const char *path) {
+    int problem = check_cubin(path);
+    if (problem)
+        return problem;
     if (library_count == MAX_LIBRARIES)
         return OUT_OF_MEMORY;
     struct library *l = malloc(sizeof *l);

@@ -1,0 +1,54 @@
+"""``cachebuilder diff``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from cachebuilder import diff as comparing
+from cachebuilder.cli import shared
+
+_EITHER = click.Path(path_type=Path, exists=True)
+
+
+@click.command()
+@click.argument("a", type=_EITHER)
+@click.argument("b", type=_EITHER)
+@shared.json_option
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Compare A and B, each an artifact or a restored folder. Exits with 0 if they are equal, with 1 if not."""
+    found = comparing.compare(comparing.read(a), comparing.read(b))
+    if as_json:
+        document = {
+            "same": found.same,
+            "fingerprint": [{"field": d.field, "a": d.wanted, "b": d.found} for d in found.fields],
+            "only_a": list(found.only_a),
+            "only_b": list(found.only_b),
+            "equal": list(found.equal),
+            "changed": [{"entry": entry, "files": list(files)} for entry, files in found.changed],
+        }
+        click.echo(json.dumps(document, indent=1))
+    else:
+        _print(found)
+    if not found.same:
+        raise click.exceptions.Exit(1)
+
+
+def _print(found: comparing.Comparison) -> None:
+    if not found.fields:
+        click.echo("fingerprint  equal")
+    for difference in found.fields:
+        click.echo(f"fingerprint  {difference.field}")
+        a, b = shared.both_values(difference)
+        click.echo(f"  A: {a}\n  B: {b}")
+    for title, entries in (("only in A", found.only_a), ("only in B", found.only_b)):
+        for entry in entries:
+            click.echo(f"{title:<12} {entry}")
+    for entry, files in found.changed:
+        click.echo(f"{'other bytes':<12} {entry}\n{'':<13}{', '.join(files)}")
+    click.echo(
+        f"kernels      {len(found.equal)} equal, {len(found.changed)} with other bytes, "
+        f"{len(found.only_a)} only in A, {len(found.only_b)} only in B"
+    )

@@ -1,0 +1,125 @@
+"""``cachebuilder doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cachebuilder import doctor as examining
+from cachebuilder.cli import shared
+
+#: Damaged entries of a root that are named; all of them are in the JSON.
+_SHOWN = 5
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path, exists=True), metavar="[ARTIFACT|DIR]", required=False)
+@shared.deep_gemm_option
+@shared.json_option
+def doctor(target: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
+    """Say what is here: DeepGEMM, torch, compilers, GPU, cache roots and what is in them.
+
+    With an artifact or a restored folder, also whether it fits. Imports neither torch nor DeepGEMM.
+    """
+    found = examining.examine(target, deep_gemm)
+    if as_json:
+        click.echo(json.dumps(_document(found), indent=1))
+    else:
+        _print(found)
+
+
+def _print(found: examining.Findings) -> None:
+    here = found.installation
+    if here:
+        source = f" ({here.distribution})" if here.distribution else ""
+        _line("deep_gemm", f"{here.version}{source}, {found.generation} cache")
+        _line("", str(here.path))
+        _line("", f"headers {here.headers_digest[:16]}…, CUTLASS {here.cutlass_version}")
+    else:
+        _line("deep_gemm", "none")
+    _line("torch", found.torch or "none")
+    _line("nvcc", f"{found.nvcc.release} ({found.nvcc.origin})" if found.nvcc else "none")
+    if found.nvcc:
+        _line("", str(found.nvcc.nvcc))
+    _line("C compiler", found.c_compiler or "none")
+    if found.gpu:
+        major, minor = found.gpu.capability
+        _line("GPU", f"{found.gpu.name}, compute capability {major}.{minor}, driver {found.gpu.driver}")
+    else:
+        _line("GPU", "none that NVML knows")
+    for index, root in enumerate(found.roots):
+        _line("caches" if index == 0 else "", f"{root.path}" + (f" ({found.roots_from})" if index == 0 else ""))
+        _line("", f"  {_contents(root)}")
+        for item in root.damaged[:_SHOWN]:
+            _line("", f"  damaged: {item}")
+        if len(root.damaged) > _SHOWN:
+            _line("", f"  … {len(root.damaged) - _SHOWN} more damaged: --json lists all")
+    names = ", ".join(f"{name}={value}" for name, value in found.key_variables.items())
+    _line("key changes", names or "no variable set that changes keys")
+    for verdict in found.verdicts:
+        fits = (
+            "fits, as far as can be told without a replay" if not verdict.differences else "differs from what is here"
+        )
+        _line("artifact", f"{verdict.artifact}: {fits}")
+        for difference in verdict.differences:
+            for text in shared.difference_lines(difference):
+                click.echo(text)
+    for problem in found.problems:
+        click.echo(f"note: {problem}")
+
+
+def _line(name: str, text: str) -> None:
+    click.echo(f"{name:<12} {text}")
+
+
+def _contents(root: examining.Root) -> str:
+    if not root.exists:
+        return "not there"
+    counts = ", ".join(f"{count} {generation} entries" for generation, count in sorted(root.entries.items()))
+    access = "writable" if root.writable else "read-only"
+    artifacts = f"; restored: {', '.join(root.artifacts)}" if root.artifacts else ""
+    return f"{counts or 'no entries'}, {len(root.damaged)} damaged, {access}{artifacts}"
+
+
+def _document(found: examining.Findings) -> dict[str, Any]:
+    here, nvcc, gpu = found.installation, found.nvcc, found.gpu
+    return {
+        "deep_gemm": here
+        and {
+            "path": str(here.path),
+            "version": here.version,
+            "distribution": here.distribution,
+            "generation": found.generation,
+            "headers": here.headers_digest,
+            "cutlass": here.cutlass_version,
+        },
+        "torch": found.torch,
+        "nvcc": nvcc and {"path": str(nvcc.nvcc), "release": nvcc.release, "origin": nvcc.origin},
+        "c_compiler": found.c_compiler,
+        "gpu": gpu and {"name": gpu.name, "capability": list(gpu.capability), "driver": gpu.driver},
+        "roots_from": found.roots_from,
+        "roots": [
+            {
+                "path": str(root.path),
+                "exists": root.exists,
+                "writable": root.writable,
+                "entries": dict(root.entries),
+                "damaged": list(root.damaged),
+                "artifacts": list(root.artifacts),
+            }
+            for root in found.roots
+        ],
+        "key_variables": dict(found.key_variables),
+        "artifacts": [
+            {
+                "name": verdict.artifact,
+                "fits": not verdict.differences,
+                "differences": [shared.difference_document(difference) for difference in verdict.differences],
+            }
+            for verdict in found.verdicts
+        ],
+        "problems": list(found.problems),
+    }

@@ -1,0 +1,77 @@
+"""``cachebuilder misses``."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cachebuilder import misses as reading
+from cachebuilder.cli import shared
+
+
+@click.command()
+@click.argument("log", type=click.Path(path_type=Path, dir_okay=False))
+@shared.json_option
+def misses(log: Path, as_json: bool) -> None:
+    """Group the kernels in the frozen nvcc's LOG and say what to add to the manifest."""
+    found = reading.read(log)
+    if as_json:
+        document = {"unreadable_lines": found.unreadable, "misses": [_document(miss) for miss in found.misses]}
+        click.echo(json.dumps(document, indent=1))
+        return
+    for miss in found.misses:
+        _print(miss)
+    requests = sum(miss.count for miss in found.misses)
+    click.echo(f"{len(found.misses)} kernels missed in {requests} requests")
+    if found.unreadable:
+        click.echo(f"note: {found.unreadable} lines of the log are none of the frozen nvcc's")
+    if found.misses:
+        click.echo("next: add the ops to the manifest (fill in each ?), build, and check with")
+        click.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
+
+
+def _print(miss: reading.Miss) -> None:
+    first, last = _time(miss.first), _time(miss.last)
+    when = first if first == last else f"{first} to {last}"
+    click.echo(f"{miss.kernel}: {miss.count} {'request' if miss.count == 1 else 'requests'}, {when}")
+    if miss.artifacts:
+        click.echo(
+            textwrap.fill(f"not in {', '.join(miss.artifacts)}", 80, initial_indent="  ", subsequent_indent="  ")
+        )
+    advice = reading.advice(miss.shape)
+    if miss.shape and miss.shape.op:  # a line to copy, which must stay one
+        click.echo(f"  {advice}")
+    else:
+        click.echo(textwrap.fill(advice, 80, initial_indent="  ", subsequent_indent="  "))
+    if miss.shape:
+        notes = f"under target.sm_counts: {miss.shape.sm_count}"
+        if miss.shape.op and miss.shape.n is None:
+            notes += "; n and k are not compiled in, so this kernel serves many shapes"
+        click.echo(textwrap.fill(notes, 80, initial_indent="  ", subsequent_indent="    "))
+
+
+def _time(seconds: int | None) -> str:
+    if seconds is None:
+        return "at an unknown time"
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, OSError, ValueError):
+        return f"at {seconds} s"
+
+
+def _document(miss: reading.Miss) -> dict[str, Any]:
+    return {
+        "kernel": miss.kernel,
+        "count": miss.count,
+        "first": miss.first,
+        "last": miss.last,
+        "artifacts": list(miss.artifacts),
+        "shape": vars(miss.shape) if miss.shape else None,
+        "advice": reading.advice(miss.shape),
+        "source": miss.source,
+    }

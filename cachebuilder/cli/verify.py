@@ -1,0 +1,137 @@
+"""``cachebuilder verify``."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cachebuilder import verify as verifying
+from cachebuilder.artifact.compare import Difference
+from cachebuilder.cli import shared
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.errors import VerifyError
+
+#: Missing kernels that are listed one by one; all of them are in the JSON.
+_SHOWN = 20
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path, exists=True), metavar="ARTIFACT|DIR")
+@click.option(
+    "--manifest",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Replay these shapes instead of those it was built for.",
+)
+@shared.deep_gemm_option
+@shared.json_option
+def verify(target: Path, manifest: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
+    """Prove that DeepGEMM finds every kernel in ARTIFACT or restored DIR.
+
+    Every call of the manifest is replayed on a virtual GPU with the frozen compiler, which refuses to compile.
+    """
+    installation = installations.find(deep_gemm)
+    with shared.show_progress() as progress:
+        report = verifying.check(target, installation, manifest, progress)
+    if as_json:
+        click.echo(json.dumps(_document(report), indent=1))
+    else:
+        _print(report)
+    if not report.complete:
+        raise VerifyError(_problem(report), hint=_hint(report))
+
+
+def _print(report: verifying.Report) -> None:
+    click.echo(f"using     {report.installation}")
+    for item in report.damage[:_SHOWN]:
+        click.echo(f"damaged   {item}")
+    if len(report.damage) > _SHOWN:
+        click.echo(f"          … {len(report.damage) - _SHOWN} more: --json lists all")
+    if not report.damage:
+        click.echo(f"files     those of {report.entries} entries are whole")
+    for replay in report.replays:
+        click.echo(
+            f"replay    {replay.manifest}: {replay.calls} calls, {len(replay.hits)} kernels found, "
+            f"{len(replay.missing)} missing"
+        )
+        if replay.unlisted:
+            click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
+        for kernel in replay.missing[:_SHOWN]:
+            state = "damaged" if kernel.damaged else "missing"
+            click.echo(f"{state:<9} {kernel.entry}")
+            for selection in kernel.selected_by:
+                op = replay.ops[selection.op]
+                head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
+                text = head + shared.ranges(selection.ranges)
+                click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
+        if len(replay.missing) > _SHOWN:
+            click.echo(f"          … {len(replay.missing) - _SHOWN} more: --json lists all")
+        for refusal in replay.refusals:
+            op = replay.ops[refusal.op]
+            click.echo(f"refused   ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs")
+            text = " ".join(refusal.text.split())
+            text = f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}"
+            click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
+        for difference in replay.differences:
+            for line in shared.difference_lines(difference):
+                click.echo(line)
+
+
+def _problem(report: verifying.Report) -> str:
+    missing = sum(len(replay.missing) for replay in report.replays)
+    refused = sum(len(replay.refusals) for replay in report.replays)
+    parts = [
+        f"{missing} kernels would be compiled while serving" if missing else "",
+        f"{refused} calls are refused" if refused else "",
+        f"{len(report.damage)} files are damaged" if report.damage else "",
+    ]
+    return f"{report.folder}: " + ", ".join(filter(None, parts))
+
+
+def _hint(report: verifying.Report) -> str:
+    """What to do next, the most likely cause first."""
+    if report.damage:
+        return "remove the damaged entries and restore the artifact again"
+    if missing := [replay for replay in report.replays if replay.missing]:
+        causes: list[Difference] = [d for replay in missing for d in replay.differences if d.field != "deep_gemm"]
+        if causes:
+            return f"{causes[0].field} differs: {causes[0].remedy}"
+        if not any(replay.hits for replay in missing):
+            return "build an artifact from this manifest with the DeepGEMM that serves"
+        return "the folder lost entries or never had these shapes: restore again, or build with this manifest"
+    return "see the refused calls above; a manifest that builds with this DeepGEMM has none"
+
+
+def _document(report: verifying.Report) -> dict[str, Any]:
+    return {
+        "complete": report.complete,
+        "target": str(report.folder),
+        "deep_gemm": {"path": str(report.installation.path), "version": report.installation.version},
+        "entries": report.entries,
+        "damage": [vars(item) for item in report.damage],
+        "replays": [
+            {
+                "manifest": replay.manifest,
+                "ops": [op.model_dump(mode="json", exclude_none=True) for op in replay.ops],
+                "calls": replay.calls,
+                "hits": list(replay.hits),
+                "unlisted": list(replay.unlisted),
+                "missing": [
+                    {
+                        "entry": kernel.entry,
+                        "name": kernel.name,
+                        "damaged": kernel.damaged,
+                        "selected_by": [selection.model_dump(mode="json") for selection in kernel.selected_by],
+                    }
+                    for kernel in replay.missing
+                ],
+                "refusals": [vars(refusal) for refusal in replay.refusals],
+                "differences": [shared.difference_document(difference) for difference in replay.differences],
+            }
+            for replay in report.replays
+        ],
+    }

@@ -1,0 +1,206 @@
+"""What a person with a problem needs to know of this machine; nothing is imported or compiled to find it out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from cachebuilder import nvml
+from cachebuilder import toolchain as toolchains
+from cachebuilder.artifact import compare
+from cachebuilder.artifact.folder import is_restored, open_folder
+from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.read import read_index
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm import environment as variables
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
+from cachebuilder.sweep import virtual_gpu
+
+
+@dataclass(frozen=True)
+class Root:
+    """One cache root.
+
+    Attributes:
+        entries: how many of each generation.
+        damaged: entries that DeepGEMM would stumble over or pass by: a file missing, a cubin that is no ELF, or other
+            bytes than the index of a restored artifact lists.
+        artifacts: names of the artifacts restored into it.
+    """
+
+    path: Path
+    exists: bool
+    writable: bool
+    entries: Mapping[str, int]
+    damaged: tuple[str, ...]
+    artifacts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an artifact would say here: no difference means that it fits."""
+
+    artifact: str
+    differences: tuple[compare.Difference, ...]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that was found; an absent part is None, with the reason in ``problems``."""
+
+    installation: Installation | None
+    generation: Generation | None
+    torch: str | None
+    nvcc: toolchains.Toolchain | None
+    c_compiler: str | None
+    gpu: nvml.VisibleGpu | None
+    roots_from: str
+    roots: tuple[Root, ...]
+    key_variables: Mapping[str, str]
+    verdicts: tuple[Verdict, ...]
+    problems: tuple[str, ...]
+
+
+def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findings:
+    """Look around; with ``target``, an artifact or restored folder, also say whether it fits.
+
+    Raises:
+        ArtifactError: ``target`` is neither.
+    """
+    problems: list[str] = []
+    installation = generation = nvcc = c_compiler = None
+    try:
+        installation = installations.find(deep_gemm)
+        generation = installation.generation
+    except InstallationError as error:
+        problems.append(str(error))
+    # With no DeepGEMM, speak of the current generation: it is what an empty machine would get.
+    spoken: Generation = generation or "deepjit"
+    try:
+        nvcc = _find_nvcc(spoken)
+    except ToolchainError as error:
+        problems.append(str(error))
+    try:
+        c_compiler = _first_line([*virtual_gpu.find_c_compiler(), "--version"])
+    except InstallationError as error:
+        problems.append(str(error))
+    gpu = nvml.first_gpu()
+    roots_from, roots = variables.cache_roots(spoken, os.environ, Path.home())
+    key_variables = variables.key_variables(spoken, os.environ)
+    verdicts = [
+        _judge(name, fingerprint, installation, nvcc, gpu, key_variables, frozen)
+        for name, fingerprint, frozen in (_fingerprints(target) if target else [])
+    ]
+    return Findings(
+        installation=installation if generation else None,
+        generation=generation,
+        torch=_version("torch"),
+        nvcc=nvcc,
+        c_compiler=c_compiler,
+        gpu=gpu,
+        roots_from=roots_from,
+        roots=tuple(_look_into(root) for root in roots),
+        key_variables=key_variables,
+        verdicts=tuple(verdicts),
+        problems=tuple(problems),
+    )
+
+
+def _find_nvcc(generation: Generation) -> toolchains.Toolchain:
+    """The compiler that DeepGEMM would ask, or the one that cachebuilder would build with."""
+    named = variables.get(generation, os.environ, "JIT_NVCC_COMPILER")
+    if named and named[1]:
+        return replace(toolchains.find(Path(named[1])), origin=named[0])
+    return toolchains.find()
+
+
+def _first_line(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines()
+    return lines[0] if lines else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _look_into(root: Path) -> Root:
+    counts: Counter[str] = Counter()
+    damaged: list[str] = []
+    cache = root / "cache"
+    try:
+        folders = sorted(path for path in cache.iterdir() if path.is_dir())
+    except OSError:
+        folders = []
+    for folder in folders:
+        generation = _generation_of(folder.name)
+        counts[generation or "unknown"] += 1
+        if generation and not _is_whole(folder, generation):
+            damaged.append(folder.name)
+    artifacts: list[str] = []
+    if is_restored(root):
+        try:
+            restored = open_folder(root)
+            artifacts = [artifact.index.name for artifact in restored.artifacts]
+            damaged += [str(item) for item in restored.damage() if item.entry not in damaged]
+        except ArtifactError as error:
+            damaged.append(str(error))
+    return Root(root, root.is_dir(), os.access(root, os.W_OK), dict(counts), tuple(damaged), tuple(artifacts))
+
+
+def _generation_of(entry: str) -> Generation | None:
+    generations: tuple[Generation, ...] = ("legacy", "deepjit")
+    return next((g for g in generations if entry_files.kernel_name(g, entry) is not None), None)
+
+
+def _is_whole(folder: Path, generation: Generation) -> bool:
+    if not all((folder / name).is_file() for name in entry_files.FILES[generation]):
+        return False
+    with (folder / entry_files.CUBIN).open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def _fingerprints(target: Path) -> list[tuple[str, Fingerprint, str | None]]:
+    """Name, fingerprint and the frozen compiler's text, if there is one, of what is in ``target``."""
+    if target.is_dir():
+        folder = open_folder(target)
+        text = folder.compiler_text()
+        return [(artifact.index.name, artifact.index.fingerprint, text) for artifact in folder.artifacts]
+    index = read_index(target)
+    return [(index.name, index.fingerprint, None)]
+
+
+def _judge(
+    name: str,
+    wanted: Fingerprint,
+    installation: Installation | None,
+    nvcc: toolchains.Toolchain | None,
+    gpu: nvml.VisibleGpu | None,
+    key_variables: Mapping[str, str],
+    frozen_text: str | None,
+) -> Verdict:
+    """What is known here against ``wanted``; what is not (no GPU, no nvcc) is not compared."""
+    found: dict[str, object] = {}
+    built_with = variables.key_variables(wanted.generation, wanted.environment)
+    if built_with != key_variables:
+        found["environment"] = dict(key_variables)
+    if text := frozen_text or (nvcc.version_text if nvcc else None):
+        found["compiler"] = text
+    if gpu and wanted.arch.removeprefix("sm_").rstrip("af")[:-1] != str(gpu.capability[0]):
+        found["arch"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    if installation is None:
+        return Verdict(name, tuple(compare.against(wanted, **found)))
+    return Verdict(name, tuple(compare.against_installation(wanted, installation, **found)))

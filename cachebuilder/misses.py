@@ -1,0 +1,125 @@
+"""The frozen nvcc's log, read: which kernels were missed, how often, and what to add to the manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
+from cachebuilder.errors import ArtifactError
+
+#: A line longer than this is none of ours: the frozen nvcc keeps its own under 4 KiB.
+_MAX_LINE_BYTES = 64 << 10
+#: The largest generated source is a page long.
+_MAX_SOURCE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One kernel that was asked for and not found.
+
+    Attributes:
+        kernel: the name of its template, or what the log says.
+        count: requests in the log.
+        first, last: seconds since 1970, UTC; None where the log has no time.
+        artifacts: names of the artifacts that lacked it.
+        source: the text of ``kernel.cu``; None where no copy of it was kept.
+        shape: what the source says; None where that cannot be told.
+    """
+
+    kernel: str
+    count: int
+    first: int | None
+    last: int | None
+    artifacts: tuple[str, ...]
+    source: str | None
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class Log:
+    """A whole log: the kernels, most often missed first, and how many lines were none of ours."""
+
+    misses: tuple[Miss, ...]
+    unreadable: int
+
+
+def read(path: Path) -> Log:
+    """The log at ``path``, grouped by kernel source; lines without a source are grouped by the kernel's name.
+
+    Raises:
+        ArtifactError: it cannot be read.
+    """
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    unreadable = 0
+    try:
+        with path.open("rb") as file:
+            while data := file.readline(_MAX_LINE_BYTES):
+                if not data.strip():
+                    continue
+                line = _parse(data)
+                if line is None:
+                    unreadable += 1
+                    continue
+                source = _source(line.get("source"), path)
+                name = (kernel_template(source) if source else None) or line.get("kernel") or "unknown"
+                groups.setdefault((str(name).removesuffix("_impl"), source), []).append(line)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
+    misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
+    return Log(tuple(misses), unreadable)
+
+
+def _parse(data: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and "kernel" in line else None
+
+
+def _source(name: object, log: Path) -> str | None:
+    """The kept copy of a source: where the log says, else in the log's own folder, if both were moved."""
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    for path in (Path(name), log.with_name(f"{log.name}.d") / Path(name).name):
+        try:
+            if path.is_file() and path.stat().st_size <= _MAX_SOURCE_BYTES:
+                return path.read_text(errors="replace")
+        except OSError:
+            continue
+    return None
+
+
+def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
+    times = [line["time"] for line in lines if isinstance(line.get("time"), int)]
+    return Miss(
+        kernel=name,
+        count=len(lines),
+        first=min(times, default=None),
+        last=max(times, default=None),
+        artifacts=tuple(sorted({str(line["artifact"]) for line in lines if line.get("artifact")})),
+        source=source,
+        shape=read_shape(source) if source else None,
+    )
+
+
+def advice(shape: Shape | None) -> str:
+    """What to add to the manifest for a missed kernel; a ``?`` stands for what its source does not say."""
+    if shape is None:
+        return (
+            "its source does not tell a shape: see with cachebuilder verify which call of your manifest needs it; "
+            "if none does, an op is missing from it"
+        )
+    if shape.op is None:
+        return f"no op of a manifest asks for this kind of kernel ({shape.gemm_type}): it cannot be built ahead yet"
+    fields: dict[str, object] = {"op": shape.op}
+    if shape.experts is not None:
+        fields["experts"] = shape.experts
+        fields["max_m" if shape.op.endswith("_masked") else "topk"] = None
+    fields |= {"n": shape.n, "k": shape.k}
+    text = ", ".join(f"{name}: {'?' if value is None else value}" for name, value in fields.items())
+    return f"- {{{text}}}"

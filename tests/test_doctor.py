@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder.deepgemm.environment import cache_roots, key_variables
+from cachebuilder.deepgemm.installation import Generation
+from tests.conftest import LEGACY
+from tests.restored import unpack
+from tests.test_cli import WITHOUT_TORCH
+
+
+def doctor(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The verb in a process where torch and DeepGEMM cannot be imported."""
+    # Finding the copy looks its package up, which the blocked import would answer instead.
+    code = WITHOUT_TORCH.replace('"torch", "deep_gemm"', '"torch"')
+    command = [sys.executable, "-c", code, "doctor", *map(str, arguments)]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_"))}
+    return subprocess.run(command, capture_output=True, text=True, env=kept | environment, check=False)
+
+
+def test_one_screen_says_what_is_here(built: building.Built, tmp_path: Path) -> None:
+    here = built.inputs.installation
+    done = doctor("--deep-gemm", here.path, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for words in (
+        f"deep_gemm    {here.version} ",
+        f"{here.generation} cache",
+        str(here.path),
+        f"headers {here.headers_digest[:16]}…, CUTLASS {here.cutlass_version}",
+        f"nvcc         {built.inputs.toolchain.release} (",
+        str(tmp_path / (".dj" if here.generation == "deepjit" else ".deep_gemm")),
+        "not there",
+        "no variable set that changes keys",
+    ):
+        assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 25
+
+
+def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built, tmp_path: Path) -> None:
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    (tmp_path / "empty").mkdir()
+    first, second, *_ = sorted(path for path in (folder / "cache").iterdir())
+    (first / "kernel.cubin").write_bytes(b"to be compiled")
+    shutil.rmtree(second)
+    generation = built.plan.generation
+    roots = str(folder) if generation == "legacy" else f"{tmp_path / 'empty'}:{folder}"
+    done = doctor("--deep-gemm", built.inputs.installation.path, "--json", DG_JIT_CACHE_DIR=roots)
+    found = json.loads(done.stdout)
+    assert found["roots_from"] == "DG_JIT_CACHE_DIR"
+    root = found["roots"][-1]
+    assert root["path"] == str(folder) and root["artifacts"] == ["small"]
+    assert root["entries"] == {generation: len(built.plan.kernels) - 1}
+    assert root["damaged"] == [first.name, f"{second.name}: wanted an entry, found none"]
+
+
+def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Built, tmp_path: Path) -> None:
+    path = built.inputs.installation.path
+    for target in (built.packed.path, unpack(built.packed.path, tmp_path / "restored")):
+        done = doctor(target, "--deep-gemm", path)
+        assert "artifact     small: fits" in done.stdout, done.stdout
+    other = None if path == LEGACY.resolve() else LEGACY
+    done = doctor(built.packed.path, *(["--deep-gemm", other] if other else []), "--json")
+    [verdict] = json.loads(done.stdout)["artifacts"]
+    assert not verdict["fits"] and done.returncode == 0
+    fields = [difference["field"] for difference in verdict["differences"]]
+    assert fields[:3] == ["generation", "deep_gemm", "headers"]
+
+
+def test_a_variable_that_changes_keys_is_a_difference(built: building.Built) -> None:
+    done = doctor(built.packed.path, "--deep-gemm", built.inputs.installation.path, DG_JIT_WITH_LINEINFO="1")
+    assert "key changes  DG_JIT_WITH_LINEINFO=1" in done.stdout
+    assert "differs   environment" in done.stdout and "unset them" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("generation", "environment", "expected"),
+    [
+        ("deepjit", {"DG_JIT_DEBUG": "1", "DJ_JIT_DEBUG": "0"}, {"DG_JIT_DEBUG"}),
+        ("deepjit", {"DG_JIT_DEBUG": "false", "DJ_JIT_DEBUG": "1"}, set()),
+        ("deepjit", {"DJ_JIT_CHECK_NO_SPILLS": "yes", "DG_JIT_DUMP_PTX": "1"}, {"DJ_JIT_CHECK_NO_SPILLS"}),
+        ("deepjit", {"DG_JIT_CPP_STANDARD": "20", "DG_JIT_PTXAS_CHECK": "1"}, set()),
+        ("legacy", {"DG_JIT_CPP_STANDARD": "17", "DJ_JIT_DEBUG": "1"}, {"DG_JIT_CPP_STANDARD"}),
+        ("legacy", {"DG_JIT_PTXAS_CHECK": "1", "DG_JIT_PRINT_LOAD_TIME": "1"}, {"DG_JIT_PTXAS_CHECK"}),
+    ],
+)
+def test_only_variables_that_change_keys_are_listed(
+    generation: Generation, environment: dict[str, str], expected: set[str]
+) -> None:
+    assert key_variables(generation, environment).keys() == expected
+
+
+@pytest.mark.parametrize(
+    "variable", ["DG_JIT_PTXAS_VERBOSE", "DG_JIT_WITH_LINEINFO", "DG_JIT_DUMP_PTX", "DG_JIT_CPP_STANDARD"]
+)
+def test_deepgemm_itself_agrees_which_variables_change_keys(
+    variable: str, built: building.Built, tmp_path: Path
+) -> None:
+    from cachebuilder import plan as planning
+
+    value = "17" if variable.endswith("STANDARD") else "1"
+    (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
+    assert kept == (not key_variables(plan.generation, {variable: value}))
+
+
+@pytest.mark.parametrize(
+    ("generation", "environment", "expected"),
+    [
+        ("deepjit", {}, ("default", ["/home/x/.dj"])),
+        ("deepjit", {"DJ_JIT_CACHE_DIR": "/a:/b"}, ("DJ_JIT_CACHE_DIR", ["/a", "/b"])),
+        ("deepjit", {"DJ_JIT_CACHE_DIR": "/a", "DG_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/c"])),
+        ("legacy", {"DG_JIT_CACHE_DIR": ""}, ("default", ["/home/x/.deep_gemm"])),
+        ("legacy", {"DG_JIT_CACHE_DIR": "/a:/b", "DJ_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/a:/b"])),
+    ],
+)
+def test_cache_roots_are_those_that_deepgemm_takes(
+    generation: Generation, environment: dict[str, str], expected: tuple[str, list[str]]
+) -> None:
+    variable, roots = cache_roots(generation, environment, Path("/home/x"))
+    assert (variable, list(map(str, roots))) == expected

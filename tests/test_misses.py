@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import misses
+from cachebuilder import plan as planning
+from cachebuilder.deepgemm.source import read_shape
+from tests.conftest import Run
+from tests.test_plan import EVERY_OP
+
+
+def log_of(folder: Path, *entries: tuple[str, int | None, str | None]) -> Path:
+    """A log as the frozen nvcc writes it, from (kernel, time, source) of each request."""
+    log = folder / "misses.jsonl"
+    (folder / "misses.jsonl.d").mkdir()
+    lines = []
+    for number, (kernel, time, source) in enumerate(entries):
+        copy = folder / "misses.jsonl.d" / f"{number}.cu"
+        if source is not None:
+            copy.write_text(source)
+        line = {"time": time, "pid": 1, "kernel": kernel, "policy": "refuse", "artifact": "small"}
+        line |= {"fingerprint": "0", "command": "nvcc …", "source": str(copy) if source is not None else None}
+        lines.append(json.dumps(line))
+    log.write_text("\n".join(lines) + "\n")
+    return log
+
+
+def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
+    (folder / "m.yaml").write_text(EVERY_OP.format(gpu=gpu))
+    inputs = building.find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    for kernel in plan.kernels:
+        shape = read_shape(kernel.source)
+        if "GemmType" not in kernel.source:
+            assert shape is None, kernel.source
+            continue
+        assert shape is not None, kernel.source
+        op = plan.ops[kernel.selected_by[0].op]
+        assert (shape.op, shape.sm_count) == (op["op"], plan.gpu.sm_count), kernel.source
+        assert shape.experts == op.get("experts")
+        assert (shape.n, shape.k) in ((None, None), (op["n"], op["k"])), kernel.source
+        assert shape.n is not None or op["op"] == "fp8_gemm_nt"
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_every_gemm_kernel_of_a_plan_says_its_op_and_shape(gpu: str, deep_gemm: Path | None, tmp_path: Path) -> None:
+    check_sources(gpu, deep_gemm, tmp_path)
+
+
+def test_every_gemm_kernel_for_blackwell_workstations_says_its_op_and_shape(tmp_path: Path) -> None:
+    check_sources("RTX-PRO-6000", None, tmp_path)
+
+
+def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    by_name = {kernel.name: kernel.source for kernel in built.plan.kernels}
+    grouped = by_name["sm90_m_grouped_fp8_gemm_contiguous_1d2d"]
+    dense = by_name["sm90_fp8_gemm_1d2d"]
+    kernel = "sm90_fp8_gemm_1d2d"
+    log = log_of(tmp_path, (kernel, 1_700_000_000, grouped), (kernel, None, dense), (kernel, 1_700_000_060, grouped))
+    done = run("misses", log)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "sm90_fp8_gemm_1d2d: 2 requests, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
+        "  not in small\n"
+        "  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: ?, n: 256, k: 512}\n"
+        "  under target.sm_counts: 132\n"
+        "sm90_fp8_gemm_1d2d: 1 request, at an unknown time\n"
+    )
+    assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout
+    assert "2 kernels missed in 3 requests" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "- {" not in line)
+    document = json.loads(run("misses", log, "--json").stdout)
+    assert [miss["count"] for miss in document["misses"]] == [2, 1]
+    assert document["misses"][0]["shape"]["op"] == "m_grouped_fp8_gemm_nt_contiguous"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("EpilogueIdentity", "EpilogueHeadSplits<128, 64, 128>"),
+        ("Major::K", "Major::MN"),
+        ("GemmType::MGroupedContiguous", "GemmType::KGroupedContiguous"),
+    ],
+)
+def test_a_kernel_that_no_op_asks_for_is_not_given_one(built: building.Built, old: str, new: str) -> None:
+    source = next(kernel.source for kernel in built.plan.kernels if "grouped" in kernel.name)
+    assert old in source
+    shape = read_shape(source.replace(old, new))
+    assert shape is not None and shape.op is None and (shape.n, shape.k) == (256, 512)
+    assert "no op of a manifest" in misses.advice(shape)
+
+
+def test_a_kernel_whose_source_was_not_kept_is_still_counted(tmp_path: Path) -> None:
+    found = misses.read(log_of(tmp_path, ("transpose_fp32", 5, None), ("transpose_fp32", 4, None)))
+    [miss] = found.misses
+    assert (miss.kernel, miss.count, miss.first, miss.last, miss.source) == ("transpose_fp32", 2, 4, 5, None)
+    assert "does not tell a shape" in misses.advice(miss.shape)
+
+
+def test_a_log_that_was_moved_with_its_sources_is_read(built: building.Built, tmp_path: Path) -> None:
+    (tmp_path / "before").mkdir()
+    log = log_of(tmp_path / "before", ("x", 1, built.plan.kernels[0].source))
+    (tmp_path / "before").rename(tmp_path / "after")
+    [miss] = misses.read(tmp_path / "after" / log.name).misses
+    assert miss.source == built.plan.kernels[0].source
+
+
+def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: Path) -> None:
+    log = log_of(tmp_path, ("x", 1, None))
+    garbage = (
+        b'\n{"time":\n\xff\xfe\n[]\n"x"\n' + b"[" * 100_000 + b"\n" + b'{"kernel": null, "time": 1e99, "source": 5}\n'
+    )
+    log.write_bytes(log.read_bytes() + garbage)
+    done = run("misses", log)
+    assert done.returncode == 0, done.stderr
+    assert "2 kernels missed in 2 requests" in done.stdout and "unknown: 1 request" in done.stdout
+    assert "lines of the log are none of the frozen nvcc's" in done.stdout
+
+
+def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    done = run("misses", tmp_path / "none")
+    assert done.returncode == 8 and "cannot be read" in done.stderr

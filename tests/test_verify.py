@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import verify
+from cachebuilder.artifact.folder import open_folder
+from cachebuilder.artifact.index import File
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.errors import ArtifactError
+from cachebuilder.frozen import frozen_nvcc
+from tests.conftest import SMALL, Run
+from tests.restored import unpack
+
+
+@pytest.fixture
+def folder(built: building.Built, tmp_path: Path) -> Path:
+    """The small artifact, restored into another path."""
+    return unpack(built.packed.path, tmp_path / "elsewhere")
+
+
+def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every path below ``folder`` with its mode and bytes; times are DeepJIT's to touch."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mode, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def copy_of(installation: installations.Installation, to: Path) -> installations.Installation:
+    """The same DeepGEMM at another path."""
+    shutil.copytree(installation.path, to / "deep_gemm", ignore=shutil.ignore_patterns("__pycache__"))
+    beside = installation.path.parent / "tvm_ffi"  # legacy's copy imports it from the folder that it is in
+    if beside.exists():
+        (to / "tvm_ffi").symlink_to(beside)
+    return installations.find(to / "deep_gemm")
+
+
+def a_gemm(folder: Path) -> Path:
+    return sorted(path for path in (folder / "cache").iterdir() if "gemm" in path.name)[0]
+
+
+def missing(report: verify.Report) -> set[str]:
+    return {kernel.entry for replay in report.replays for kernel in replay.missing}
+
+
+def different(report: verify.Report) -> set[str]:
+    return {difference.field for replay in report.replays for difference in replay.differences}
+
+
+def test_every_call_hits_in_a_read_only_cache_with_no_compiler_in_reach(
+    built: building.Built, folder: Path, run: Run, tmp_path: Path
+) -> None:
+    # What a serving container has: a PATH without nvcc, CUDA_HOME an empty folder, a cache that nobody may write.
+    tools, empty = tmp_path / "tools", tmp_path / "no-cuda"
+    tools.mkdir()
+    empty.mkdir()
+    for name in ("sh", "cat", "cc", "as", "ld"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o555)
+    before = listing(folder)
+    done = run(
+        "verify", folder, "--deep-gemm", built.inputs.installation.path, "--json", PATH=str(tools), CUDA_HOME=str(empty)
+    )
+    assert done.returncode == 0, done.stderr
+    [replay] = json.loads(done.stdout)["replays"]
+    assert replay["calls"] == built.plan.calls == 43
+    assert set(replay["hits"]) == {kernel.entry for kernel in built.plan.kernels}
+    assert not replay["missing"] and not replay["refusals"] and not replay["differences"]
+    assert listing(folder) == before and not list(empty.iterdir())
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_removed_kernel_is_named_with_the_points_that_need_it(built: building.Built, folder: Path, run: Run) -> None:
+    removed = a_gemm(folder)
+    shutil.rmtree(removed)
+    before = listing(folder)
+    done = run("verify", folder, "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 11
+    kernel = next(kernel for kernel in built.plan.kernels if kernel.entry == removed.name)
+    [selection] = kernel.selected_by
+    [points] = selection.ranges
+    assert f"missing   {removed.name}" in done.stdout
+    assert f"ops[0] fp8_gemm_nt n=576 k=512, 132 SMs: m {points.first}–{points.last}" in done.stdout
+    assert f"{len(built.plan.kernels) - 1} kernels found, 1 missing" in done.stdout
+    assert "hint: remove the damaged entries and restore the artifact again" in done.stderr
+    assert listing(folder) == before  # a miss is not compiled into it
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes, found", id="truncated"),
+        pytest.param(lambda file: file.write_bytes(b"\x7fELX" + file.read_bytes()[4:]), "wanted sha256", id="flipped"),
+        pytest.param(lambda file: file.unlink(), "wanted a file, found none", id="no-cubin"),
+    ],
+)
+def test_a_damaged_entry_is_named_and_counts_as_missing(
+    built: building.Built, folder: Path, change: object, words: str
+) -> None:
+    cubin = a_gemm(folder) / "kernel.cubin"
+    change(cubin)  # type: ignore[operator]
+    report = verify.check(folder, built.inputs.installation)
+    [damage] = report.damage
+    assert str(damage).startswith(f"{cubin.parent.name}/kernel.cubin: ") and words in str(damage)
+    assert missing(report) == {cubin.parent.name} and not report.complete
+    assert all(kernel.damaged for replay in report.replays for kernel in replay.missing)
+
+
+def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: building.Built, folder: Path) -> None:
+    cubin = a_gemm(folder) / "kernel.cubin"
+    cubin.write_bytes(b"to be compiled\n")
+    index_file = folder / "cachebuilder" / "artifacts" / "small.json"
+    index = open_folder(folder).artifacts[0].index
+    placeholder = cubin.read_bytes()
+    lying = File(name=cubin.name, size=len(placeholder), sha256=hashlib.sha256(placeholder).hexdigest())
+    entries = tuple(
+        entry.model_copy(update={"files": tuple(lying if f.name == lying.name else f for f in entry.files)})
+        if entry.name == cubin.parent.name
+        else entry
+        for entry in index.entries
+    )
+    index_file.write_text(index.model_copy(update={"entries": entries}).model_dump_json(exclude_none=True))
+    report = verify.check(folder, built.inputs.installation)
+    assert not report.damage and not missing(report) and not report.complete
+    refusal = report.replays[0].refusals[0]
+    assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
+
+
+def test_a_changed_header_is_named(built: building.Built, folder: Path, tmp_path: Path) -> None:
+    changed = copy_of(built.inputs.installation, tmp_path / "changed")
+    header = next((changed.include / "deep_gemm").rglob("sm90_fp8_gemm_1d2d.cuh"))
+    header.write_text(header.read_text() + "\n// one more line\n")
+    report = verify.check(folder, changed)
+    assert "headers" in different(report)
+    kernels = {kernel.entry for kernel in built.plan.kernels}
+    assert missing(report) and not missing(report) & kernels and not report.complete
+
+
+def test_another_compiler_text_is_named(built: building.Built, folder: Path, run: Run) -> None:
+    text = frozen_nvcc(folder).parent / "version.txt"
+    text.write_text(text.read_text().replace("release 13.", "release 14."))
+    done = run("verify", folder, "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 11
+    assert "0 kernels found" in done.stdout and "differs   compiler" in done.stdout
+    assert "  wanted: Cuda compilation tools, release 13." in done.stdout
+    assert "  found:  Cuda compilation tools, release 14." in done.stdout
+    assert "hint: compiler differs: " in done.stderr and "restore again" in done.stderr
+
+
+def test_another_sm_count_is_named(built: building.Built, folder: Path, run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(SMALL.replace("{gpu: H200}", "{gpu: H200, sm_counts: [132, 100]}"))
+    done = run("verify", folder, "--manifest", other, "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 11
+    assert "100 SMs: m " in done.stdout and "132 SMs: m " not in done.stdout.replace("100 SMs", "")
+    assert "differs   sm_counts" in done.stdout
+    assert "target.sm_counts" in done.stderr
+
+
+def test_another_install_path_matters_to_the_legacy_generation_only(
+    built: building.Built, folder: Path, tmp_path: Path
+) -> None:
+    elsewhere = copy_of(built.inputs.installation, tmp_path / "install")
+    report = verify.check(folder, elsewhere)
+    if built.plan.generation == "deepjit":
+        assert report.complete and not different(report)
+        return
+    [difference] = report.replays[0].differences
+    assert difference.field == "install_include"
+    assert (difference.wanted, difference.found) == (built.plan.include, str(elsewhere.include))
+    assert "restore again" in difference.remedy
+    assert len(missing(report)) == len(built.plan.kernels)
+
+
+def test_another_manifest_is_enough_or_not(built: building.Built, folder: Path, tmp_path: Path) -> None:
+    less, more = tmp_path / "less.yaml", tmp_path / "more.yaml"
+    less.write_text(SMALL.replace("max_tokens: 40", "max_tokens: 20"))
+    more.write_text(SMALL.replace("max_tokens: 40", "max_tokens: 200"))
+    assert verify.check(folder, built.inputs.installation, less).complete
+    report = verify.check(folder, built.inputs.installation, more)
+    assert missing(report) and not different(report)
+    points = [
+        r.first
+        for replay in report.replays
+        for kernel in replay.missing
+        for selection in kernel.selected_by
+        if selection.op == 0
+        for r in selection.ranges
+    ]
+    assert points and min(points) > 40
+
+
+def test_an_entry_that_no_index_lists_is_a_hit_of_unknown_bytes(built: building.Built, folder: Path) -> None:
+    index_file = folder / "cachebuilder" / "artifacts" / "small.json"
+    index = open_folder(folder).artifacts[0].index
+    index_file.write_text(index.model_copy(update={"entries": index.entries[1:]}).model_dump_json(exclude_none=True))
+    report = verify.check(folder, built.inputs.installation)
+    assert report.complete and report.replays[0].unlisted == (index.entries[0].name,)
+
+
+def test_a_folder_that_was_not_restored_is_one_sentence(built: building.Built, run: Run, tmp_path: Path) -> None:
+    done = run("verify", tmp_path, "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 8
+    assert "found no cachebuilder/artifacts" in done.stderr and "cachebuilder restore" in done.stderr
+
+
+def test_a_frozen_compiler_that_is_gone_is_one_sentence(built: building.Built, folder: Path) -> None:
+    frozen_nvcc(folder).unlink()
+    with pytest.raises(ArtifactError, match="wanted the frozen nvcc") as error:
+        verify.check(folder, built.inputs.installation)
+    assert error.value.hint == "restore the artifact again"
+
+
+def test_an_artifact_is_restored_aside_and_checked(built: building.Built, run: Run) -> None:
+    pytest.importorskip("cachebuilder.restore")
+    done = run("verify", built.packed.path, "--deep-gemm", built.inputs.installation.path)
+    assert done.returncode == 0, done.stderr
+    assert f"43 calls, {len(built.plan.kernels)} kernels found, 0 missing" in done.stdout
