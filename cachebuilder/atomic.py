@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with nothing imported that is slow to import."""
+"""Folders, and files that appear whole or not at all, with nothing imported that is slow to import."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> N
             data = data[os.write(handle, data) :]
     finally:
         os.close(handle)
+
+
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and its parents, each 0755 whatever the umask; returns those that were not there."""
+    try:
+        os.mkdir(path, 0o755)
+    except FileNotFoundError:
+        return make_folders(path.parent) + make_folders(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return []
+    os.chmod(path, 0o755)
+    return [path]
 
 
 def put(path: Path, data: bytes, mode: int) -> None:

@@ -10,7 +10,7 @@ import os
 import shlex
 from pathlib import Path
 
-from cachebuilder.atomic import put
+from cachebuilder.atomic import make_folders, put
 
 #: What to do with a kernel that the cache lacks: ``refuse`` (default), ``compile`` or ``compile-and-warn``.
 POLICY_VARIABLE = "CACHEBUILDER_ON_MISS"
@@ -43,7 +43,7 @@ def write(folder: Path, version_text: str, artifact_name: str, fingerprint_diges
         name, _, mark = line.rstrip("\n").partition("=")
         lines.append(f"{name}={shlex.quote(texts[mark])}\n" if mark in texts else line)
     bin_folder = folder / "bin"
-    bin_folder.mkdir(parents=True, exist_ok=True)
+    make_folders(bin_folder)
     put(bin_folder / "version.txt", version_text.encode(), 0o644)
     put(bin_folder / "nvcc", "".join(lines).encode(), 0o755)
     return bin_folder / "nvcc"

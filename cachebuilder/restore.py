@@ -26,7 +26,7 @@ from pathlib import Path
 from cachebuilder import frozen
 from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, Index
 from cachebuilder.artifact.read import Archive, open_archive
-from cachebuilder.atomic import put, write_new
+from cachebuilder.atomic import make_folders, put, write_new
 from cachebuilder.compatibility import Mismatch, compare
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
@@ -168,7 +168,7 @@ def _restore(archive: Archive, to: Path, installation: Installation | None) -> t
             frozen.write(own, index.fingerprint.compiler, index.name, digest)
             stem = f"{digest}.{hashlib.sha256(archive.index_bytes).hexdigest()[:16]}"
             folder = own / "artifacts"
-            folder.mkdir(exist_ok=True)
+            make_folders(folder)
             put(folder / f"{stem}.yaml", archive.manifest, 0o644)
             put(folder / f"{stem}.json", index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", 0o644)
             destination.keep()
@@ -314,7 +314,7 @@ class _Destination:
     def publish(self, entries: dict[str, Entry]) -> dict[str, bool]:
         """Rename all that was made into ``cache/``; returns which another restore had made first, and if equal."""
         if self._cache is None:
-            self._make_folder(self.to / CACHE)
+            self._created += make_folders(self.to / CACHE)
             self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
         taken: dict[str, bool] = {}
         for name in self.made:
@@ -346,20 +346,6 @@ class _Destination:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
-    def _make_folder(self, path: Path) -> None:
-        """A folder and its parents, 0755."""
-        try:
-            os.mkdir(path, 0o755)
-        except FileNotFoundError:
-            self._make_folder(path.parent)
-            self._make_folder(path)
-        except FileExistsError:
-            if not path.is_dir():
-                raise
-        else:
-            os.chmod(path, 0o755)
-            self._created.append(path)
-
     def _make_work(self) -> None:
         root = self.to / frozen.FOLDER / "tmp"
         for lock in self._locked(root):
@@ -374,7 +360,7 @@ class _Destination:
     def _locked(self, root: Path) -> Iterator[int]:
         """Hold ``root`` alone, once: who sweeps meets no folder that is made but not locked yet."""
         for _ in range(100):
-            self._make_folder(root)
+            self._created += make_folders(root)
             try:
                 lock = os.open(root, _FOLDER_FLAGS)
             except FileNotFoundError:  # another restore ended and took it away

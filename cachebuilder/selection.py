@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass
+
+from cachebuilder.records import Record, fields, inside, integer, several
+
+_RANGE = frozenset(("first", "last", "step"))
+_SELECTION = frozenset(("op", "sm_count", "ranges"))
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(_Frozen):
+@dataclass(frozen=True)
+class Range(Record):
     """Points first, first + step, … last of an op's variable."""
 
     first: int
     last: int
     step: int
 
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> Range:
+        """Three whole numbers."""
+        found = fields(value, where, _RANGE)
+        return cls(integer(found["first"], where), integer(found["last"], where), integer(found["step"], where))
 
-class Selection(_Frozen):
+
+@dataclass(frozen=True)
+class Selection(Record):
     """Where one op asks for one kernel: at these points, with this many SMs."""
 
     op: int
     sm_count: int
     ranges: tuple[Range, ...]
+
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> Selection:
+        """The op's position in the index, the SM count, the ranges."""
+        found = fields(value, where, _SELECTION)
+        ranges = several(found["ranges"], inside(where, "ranges"), Range.model_validate)
+        return cls(integer(found["op"], where), integer(found["sm_count"], where), ranges)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cachebuilder.deepgemm import Generation
+from cachebuilder.records import Record, RecordError, fields, inside, integer, several, text, texts
 from cachebuilder.selection import Selection
 
 if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of these
@@ -23,15 +24,19 @@ INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 MAX_ENTRIES = 20_000
 #: The largest cubin seen is under 200 kB.
 MAX_FILE_BYTES = 64 << 20
+_MAX_FILES = 8
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class Fingerprint(_Frozen):
+def _sha256(value: object, where: str) -> str:
+    if not _SHA256.fullmatch(text(value, where)):
+        raise RecordError(where, "wanted 64 hexadecimal digits")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Fingerprint(Record):
     """Every fact that must agree between build and serving for DeepGEMM to find its kernels.
 
     Attributes:
@@ -46,7 +51,7 @@ class Fingerprint(_Frozen):
 
     generation: Generation
     deep_gemm: str
-    headers: Sha256
+    headers: str
     cutlass: str
     compiler: str
     arch: str
@@ -56,41 +61,103 @@ class Fingerprint(_Frozen):
     install_include: str | None = None
     legacy_flags: str | None = None
 
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> Fingerprint:
+        """All fields; the last three may be left out."""
+        found = dict(fields(value, where, _FINGERPRINT, _OPTIONAL))
+        if found["generation"] not in ("legacy", "deepjit"):
+            raise RecordError(inside(where, "generation"), "wanted legacy or deepjit")
+        for name in ("deep_gemm", "cutlass", "compiler", "arch"):
+            text(found[name], inside(where, name))
+        for name in _OPTIONAL & found.keys():
+            if found[name] is not None:
+                text(found[name], inside(where, name))
+        found["headers"] = _sha256(found["headers"], inside(where, "headers"))
+        found["sm_counts"] = several(found["sm_counts"], inside(where, "sm_counts"), integer)
+        found["environment"] = texts(found["environment"], inside(where, "environment"))
+        return cls(**found)
+
     def digest(self) -> str:
         """sha256 of the fingerprint's canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class File(_Frozen):
+@dataclass(frozen=True)
+class File(Record):
     """One file of an entry."""
 
     name: str
-    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
-    sha256: Sha256
+    size: int
+    sha256: str
+
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> File:
+        """Name, size in bytes, sha256."""
+        found = fields(value, where, _FILE)
+        size = integer(found["size"], where, MAX_FILE_BYTES)
+        return cls(text(found["name"], where), size, _sha256(found["sha256"], where))
 
 
-class Entry(_Frozen):
+@dataclass(frozen=True)
+class Entry(Record):
     """One kernel: its folder under ``cache/``, its files, and where it is asked for."""
 
     name: str
-    files: Annotated[tuple[File, ...], Field(max_length=8)]
+    files: tuple[File, ...]
     selected_by: tuple[Selection, ...]
 
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> Entry:
+        """Name, files, selections."""
+        found = fields(value, where, _ENTRY)
+        return cls(
+            text(found["name"], inside(where, "name")),
+            several(found["files"], inside(where, "files"), File.model_validate, _MAX_FILES),
+            several(found["selected_by"], inside(where, "selected_by"), Selection.model_validate),
+        )
 
-class Index(_Frozen):
+
+@dataclass(frozen=True, kw_only=True)
+class Index(Record):
     """The whole index.
 
     ``recorded`` binds nothing: torch, Python, the host's compiler and the GPU's name, for a person who looks.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: int = 1
     name: str
     fingerprint: Fingerprint
-    fingerprint_digest: Sha256
+    fingerprint_digest: str
     ops: tuple[dict[str, object], ...]
-    entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES)]
+    entries: tuple[Entry, ...]
     recorded: dict[str, str]
+
+    @classmethod
+    def model_validate(cls, value: object, where: str = "") -> Index:
+        """All fields; of no other schema version."""
+        if isinstance(value, dict) and value.get("schema_version") != 1:
+            raise RecordError("schema_version", f"wanted 1, found {str(value.get('schema_version'))[:60]!r}")
+        found = fields(value, where, _INDEX)
+        return cls(
+            name=text(found["name"], "name"),
+            fingerprint=Fingerprint.model_validate(found["fingerprint"], "fingerprint"),
+            fingerprint_digest=_sha256(found["fingerprint_digest"], "fingerprint_digest"),
+            ops=several(found["ops"], "ops", _op),
+            entries=several(found["entries"], "entries", Entry.model_validate, MAX_ENTRIES),
+            recorded=texts(found["recorded"], "recorded"),
+        )
+
+
+def _op(value: object, where: str) -> dict[str, object]:
+    """An op as the manifest's model dumped it; whoever uses it validates it."""
+    if type(value) is not dict:
+        raise RecordError(where, "wanted an object")
+    return value
+
+
+_FILE, _ENTRY, _INDEX, _FINGERPRINT = (frozenset(cls.__dataclass_fields__) for cls in (File, Entry, Index, Fingerprint))
+_OPTIONAL = frozenset(("distribution", "install_include", "legacy_flags"))
 
 
 def fingerprint(

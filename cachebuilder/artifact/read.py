@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from zlib import adler32
 
 import zstandard
-from pydantic import ValidationError
 
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Index
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
+from cachebuilder.records import RecordError
 
 #: 20,000 kernels make about 20 MB.
 _MAX_INDEX_BYTES = 32 << 20
@@ -39,6 +40,10 @@ _MAX_WINDOW_BYTES = 8 << 20
 #: Fed at once. A block of 4 bytes may unpack to 128 KiB (RFC 8878, 3.1.1.2), so this many make 16 MiB at most.
 _INPUT_BYTES = 512
 _TAR_BLOCK = 512
+_ZEROS = bytes(_TAR_BLOCK)
+_MAGIC = b"ustar\x0000"
+#: Of a header, from the type to the magic: a regular file that links to nothing.
+_PLAIN_MIDDLE = b"0" + bytes(100) + _MAGIC
 #: Zeros behind the last member: two blocks, and up to the end of a tar record.
 _END_BYTES = range(2 * _TAR_BLOCK, 2 * _TAR_BLOCK + 10240)
 
@@ -74,7 +79,7 @@ class Archive:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._path = path
         self._parts = unpacked(file, path)
-        self._held = bytearray()
+        self._held, self._position = b"", 0
         name, size = self._header()
         if name != INDEX:
             raise self._bad(f"wanted {INDEX} as the first member, found {name!r}")
@@ -85,7 +90,6 @@ class Archive:
 
     def drain(self) -> None:
         """Decompress the rest and throw it away: a cut or flipped archive is told."""
-        self._held.clear()
         for _ in self._parts:
             pass
 
@@ -144,67 +148,71 @@ class Archive:
     def _header(self) -> tuple[str, int]:
         """Name and size of the next member; an empty name where the tar's end begins."""
         block = self._take(_TAR_BLOCK)
-        if not any(block):
+        if block == _ZEROS:
             return "", 0
-        try:
-            checksum = int(block[148:154], 8)
-        except ValueError:
-            checksum = -1
-        if checksum != sum(block) - sum(block[148:156]) + 8 * 0x20 or block[154:156] != b"\0 ":
+        # The sum of all bytes, those of the checksum itself as spaces. Adler's low half is 1 and the sum of up to 256.
+        found = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
+        if block[148:156] != b"%06o\0 " % (found - sum(block[148:156]) + 8 * 0x20):
             raise self._bad("wanted a tar inside, found a block whose checksum is wrong")
-        if block[257:265] != b"ustar\x0000":
-            raise self._bad(f"wanted a ustar header, found magic {block[257:265]!r}")
+        if block[156:265] != _PLAIN_MIDDLE or any(block[500:]):
+            raise self._bad(self._why_not_plain(block))
         name = self._text(block[0:100])
-        if prefix := self._text(block[345:500]):
-            name = f"{prefix}/{name}"
-        if block[156:157] != b"0":
-            kind = _KINDS.get(block[156:157], f"a member of type {block[156:157]!r}")
-            raise self._bad(f"wanted regular files only, found {name!r}: {kind}")
-        if any(block[157:257]) or any(block[500:512]):
-            raise self._bad(f"{name!r}: wanted a plain header, found a link name or an extension")
-        if not re.fullmatch(rb"[0-7]{11}\0", block[124:136]):
-            raise self._bad(f"{name!r}: wanted a size of eleven octal digits, found {block[124:136]!r}")
+        if block[345]:
+            name = f"{self._text(block[345:500])}/{name}"
         if not name:
             raise self._bad("wanted a member's name, found none")
-        return name, int(block[124:135], 8)
+        size = block[124:135]
+        if block[135] or not size.isdigit() or b"8" in size or b"9" in size:
+            raise self._bad(f"{name!r}: wanted a size of eleven octal digits, found {block[124:136]!r}")
+        return name, int(size, 8)
+
+    def _why_not_plain(self, block: bytes) -> str:
+        name, kind = self._text(block[0:100]), block[156:157]
+        if block[257:265] != _MAGIC:
+            return f"{name!r}: wanted a ustar header, found magic {block[257:265]!r}"
+        if kind != b"0":
+            return f"wanted regular files only, found {name!r}: {_KINDS.get(kind, f'a member of type {kind!r}')}"
+        return f"{name!r}: wanted a plain header, found a link name or an extension"
 
     def _text(self, field: bytes) -> str:
-        text, _, rest = field.partition(b"\0")
-        if any(rest) or not text.isascii():
+        text = field.rstrip(b"\0")
+        if b"\0" in text or not text.isascii():
             raise self._bad(f"wanted a name in ASCII, zeros behind it, found {field[:100]!r}")
         return text.decode()
 
     def _body(self, size: int) -> bytes:
         """The bytes of a member whose size has been checked against its limit; its padding is zeros."""
-        padding = -size % _TAR_BLOCK
         data = self._take(size)
-        if any(self._take(padding)):
+        if (padding := -size % _TAR_BLOCK) and any(self._take(padding)):
             raise self._bad("wanted zeros behind a member, found something")
         return data
 
     def _take(self, size: int) -> bytes:
-        held = self._held
-        while len(held) < size:
-            part = next(self._parts, None)
-            if part is None:
-                raise self._bad("truncated: the tar inside ends too early")
-            held += part
-        data = bytes(memoryview(held)[:size])
-        del held[:size]
+        end = self._position + size
+        if end > len(self._held):
+            parts = [self._held[self._position :]]
+            missing = size - len(parts[0])
+            while missing > 0:
+                part = next(self._parts, None)
+                if part is None:
+                    raise self._bad("truncated: the tar inside ends too early")
+                parts.append(part)
+                missing -= len(part)
+            self._held, self._position, end = b"".join(parts), 0, size
+        data = self._held[self._position : end]
+        self._position = end
         return data
 
     def _end(self) -> None:
         rest = 0
-        while True:
-            if self._held.strip(b"\0"):
+        part: bytes | None = self._held[self._position :]
+        while part is not None:
+            if part.strip(b"\0"):
                 raise self._bad("wanted nothing behind the files of the index, found another member or other bytes")
-            rest += len(self._held)
-            if rest > _END_BYTES.stop:
+            rest += len(part)
+            if rest >= _END_BYTES.stop:
                 raise self._bad(f"wanted less than {_END_BYTES.stop} zeros at the end, found more")
             part = next(self._parts, None)
-            if part is None:
-                break
-            self._held = bytearray(part)
         if rest not in _END_BYTES or rest % _TAR_BLOCK:
             raise self._bad(f"wanted a tar's end blocks, found {rest} zeros")
 
@@ -280,15 +288,12 @@ def parse_index(data: bytes, path: Path) -> Index:
         raise ArtifactError(f"{path}: {INDEX}: wanted at most {_MAX_INDEX_NESTED} objects and lists, found more")
     try:
         index = Index.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "index"
-        if where == "schema_version":
+    except RecordError as error:
+        if error.where == "schema_version":
             raise ArtifactError(
-                f"{path}: wanted artifact schema 1, found {first['input']!r}",
-                hint="read it with the cachebuilder version that wrote it",
+                f"{path}: artifact schema: {error.why}", hint="read it with the cachebuilder version that wrote it"
             ) from None
-        raise ArtifactError(f"{path}: {INDEX}: {where}: {first['msg']}") from None
+        raise ArtifactError(f"{path}: {INDEX}: {error}") from None
     if problem := _problem(index):
         raise ArtifactError(f"{path}: {INDEX}: {problem}")
     return index
