@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -64,10 +65,8 @@ def edit_index(
     index = json.loads(members[0].data)
     change(index)
     if redigest:
-        try:
+        with contextlib.suppress(ValueError):
             index["fingerprint_digest"] = Fingerprint.model_validate(index["fingerprint"]).digest()
-        except ValueError:
-            pass
     return [member("artifact.json", json.dumps(index).encode()), *members[1:]]
 
 
