@@ -33,9 +33,8 @@ def test_every_command_is_one_that_cachebuilder_takes(path: Path) -> None:
     found = commands(path.read_text())
     assert {"verify"} <= {verb for verb, *_ in found}
     for verb, *arguments in found:
-        if verb in ("restore", "env") and verb not in cli.commands:
-            pytest.skip(f"{verb} is not in this branch")
-        command = cli.commands[verb]
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None, f"no verb {verb}"
         command.make_parser(click.Context(command)).parse_args(arguments)  # raises on an unknown option
 
 
@@ -66,8 +65,6 @@ def test_the_init_container_restores_into_the_folder_that_the_server_reads() -> 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "k8s"])
 def test_the_environment_is_the_one_that_env_prints(engine: str, small: Path, run: Run, tmp_path: Path) -> None:
-    if "env" not in cli.commands:
-        pytest.skip("env is not in this branch")
     (tmp_path / "cuda").mkdir()
     artifact, folder = tmp_path / "small.tar.zst", tmp_path / "restored"
     assert run("build", small, "-o", artifact).returncode == 0
