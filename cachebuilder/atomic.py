@@ -23,16 +23,15 @@ def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> N
 
 def make_folders(path: Path) -> list[Path]:
     """Make a folder and its parents, each 0755 whatever the umask; returns those that were not there."""
+    made = [] if path.parent.is_dir() else make_folders(path.parent)
     try:
         os.mkdir(path, 0o755)
-    except FileNotFoundError:
-        return make_folders(path.parent) + make_folders(path)
     except FileExistsError:
         if not path.is_dir():
             raise
-        return []
+        return made
     os.chmod(path, 0o755)
-    return [path]
+    return [*made, path]
 
 
 def put(path: Path, data: bytes, mode: int) -> None:

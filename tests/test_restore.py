@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachebuilder import build as building
+from cachebuilder import plan as planning
+from cachebuilder.artifact.index import CACHE, Entry, File, Fingerprint, Index
+from cachebuilder.artifact.read import open_archive, parse_index, read_index
+from cachebuilder.compatibility import compare
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.errors import ArtifactError, CompatibilityError, RestoreError
+from cachebuilder.nvml import VisibleGpu
+from cachebuilder.restore import indexes, restore
+from cachebuilder.selection import Range, Selection
+from tests.archives import compress, edit_index, join, member, snapshot, unpack
+from tests.conftest import Run
+
+H200 = VisibleGpu("NVIDIA H200", (9, 0), 132)
+
+
+@pytest.fixture(autouse=True)
+def no_variables_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("DG_", "DJ_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def installation(built: building.Built) -> Installation:
+    return built.inputs.installation
+
+
+def packed_files(artifact: Path) -> dict[str, bytes]:
+    return {m.info.name: m.data for m in unpack(artifact) if m.info.name.startswith(CACHE)}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_of(installation: Installation, to: Path) -> Installation:
+    """Another copy on disk, its extension a link: it is large, and nothing here changes it."""
+    for file in installation.path.rglob("*"):
+        target = to / file.relative_to(installation.path)
+        if file.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".so":
+                target.hardlink_to(file) if file.stat().st_dev == to.parent.stat().st_dev else shutil.copy(file, target)
+            else:
+                shutil.copy(file, target)
+    for beside in installation.path.parent.glob("*tvm_ffi*"):  # the legacy copy's own dependency
+        if not (to.parent / beside.name).exists():
+            (to.parent / beside.name).symlink_to(beside)
+    return installations.find(to)
+
+
+# What is in DIR afterwards
+
+
+def test_dir_holds_each_entry_as_packed_the_frozen_nvcc_and_the_index(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    done = restore([built.packed.path], tmp_path / "dir", installation)
+    found = files(tmp_path / "dir")
+    assert {name: data for name, data in found.items() if name.startswith("cache/")} == packed_files(built.packed.path)
+    stem = f"cachebuilder/artifacts/{done.index.fingerprint_digest}."
+    own = sorted(name for name in found if not name.startswith("cache/"))
+    assert [name.removeprefix(stem)[16:] for name in own[:2]] == [".json", ".yaml"]
+    assert own[2:] == ["cachebuilder/bin/nvcc", "cachebuilder/bin/version.txt"]
+    assert found[own[1]] == built.inputs.manifest_bytes
+    assert indexes(tmp_path / "dir") == [read_index(built.packed.path)]
+    assert (done.written, done.skipped, done.relocated) == (len(built.plan.kernels), 0, False)
+
+
+def test_a_second_restore_writes_nothing(built: building.Built, installation: Installation, tmp_path: Path) -> None:
+    restore([built.packed.path], tmp_path / "dir", installation)
+    before = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
+    done = restore([built.packed.path], tmp_path / "dir", installation)
+    assert (done.written, done.skipped) == (0, len(built.plan.kernels))
+    after = {path: path.stat() for path in sorted(tmp_path.rglob("*"))}
+    assert {p: (s.st_ino, s.st_mtime_ns) for p, s in after.items()} == {
+        p: (s.st_ino, s.st_mtime_ns) for p, s in before.items()
+    }
+
+
+def test_a_restore_into_a_cache_in_use_adds_what_is_missing(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    restore([built.packed.path], tmp_path, installation)
+    whole = snapshot(tmp_path / "cache")
+    shutil.rmtree(sorted((tmp_path / "cache").iterdir())[1])
+    (tmp_path / "cache" / "somebody_elses.00000000000000000000000000000000").mkdir()
+    done = restore([built.packed.path], tmp_path, installation)
+    assert (done.written, done.skipped) == (1, len(built.plan.kernels) - 1)
+    found = snapshot(tmp_path / "cache")
+    assert found.items() >= whole.items() and len(found) == len(whole) + 1
+
+
+def spoil_byte(entry: Path) -> None:
+    data = bytearray((entry / "kernel.cubin").read_bytes())
+    data[-1] ^= 1
+    (entry / "kernel.cubin").write_bytes(data)
+
+
+def spoil_link(entry: Path) -> None:
+    shutil.move(entry / "kernel.cubin", entry.parents[1] / "elsewhere")
+    (entry / "kernel.cubin").symlink_to(entry.parents[1] / "elsewhere")
+
+
+def spoil_folder_link(entry: Path) -> None:
+    entry.rename(entry.parents[1] / "elsewhere")
+    entry.symlink_to(entry.parents[1] / "elsewhere")
+
+
+def spoil_to_file(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(spoil_byte, id="one-bit"),
+        pytest.param(lambda entry: (entry / "kernel.cu").unlink(), id="one-file-less"),
+        pytest.param(lambda entry: (entry / "more").write_text(""), id="one-file-more"),
+        pytest.param(spoil_link, id="a-link-for-a-file"),
+        pytest.param(spoil_folder_link, id="a-link-for-a-folder"),
+        pytest.param(spoil_to_file, id="a-file-for-a-folder"),
+    ],
+)
+def test_a_different_entry_is_an_error_that_names_it_and_changes_nothing(
+    spoil: Callable[[Path], object], built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    restore([built.packed.path], tmp_path / "dir", installation)
+    entries = sorted((tmp_path / "dir" / "cache").iterdir())
+    spoil(entries[0])
+    shutil.rmtree(entries[1])  # must not come back: all or nothing
+    before = snapshot(tmp_path)
+    with pytest.raises(RestoreError, match=entries[0].name):
+        restore([built.packed.path], tmp_path / "dir", installation)
+    assert snapshot(tmp_path) == before
+
+
+def test_another_compilers_artifact_does_not_go_into_the_same_folder(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    restore([built.packed.path], tmp_path / "dir", installation)
+    other = tmp_path / "other.tar.zst"
+    text = built.inputs.toolchain.version_text.replace("cuda_13", "cuda_14")
+    members = edit_index(unpack(built.packed.path), lambda index: index["fingerprint"].update(compiler=text))
+    other.write_bytes(compress(join(members)))
+    before = snapshot(tmp_path)
+    with pytest.raises(RestoreError, match="another compiler"):
+        restore([other], tmp_path / "dir", installation)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["with space", "semi;colon", "a:b", "dollar$HOME", "quote'"])
+def test_a_path_that_deepgemm_could_not_use_is_refused(
+    name: str, built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    with pytest.raises(RestoreError, match="wanted a path of letters"):
+        restore([built.packed.path], tmp_path / name, installation)
+    assert not (tmp_path / name).exists()
+
+
+def test_a_destination_that_cannot_be_written_is_said(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for to in (tmp_path / "file", Path("/proc/none/dir")):
+        with pytest.raises(RestoreError, match="cannot be written"):
+            restore([built.packed.path], to, installation)
+
+
+# Does it fit
+
+
+def field_of(error: pytest.ExceptionInfo[CompatibilityError]) -> list[str]:
+    return [line.split()[0] for line in str(error.value).splitlines() if line.startswith("  ") and line[2] != " "]
+
+
+def change_header(path: Path) -> None:
+    header = sorted((path / "include" / "deep_gemm").rglob("*.cuh"))[0]
+    header.write_bytes(header.read_bytes() + b"\n")
+
+
+def change_version(path: Path) -> None:
+    (path / "VERSION").write_text("9.9.9")
+
+
+def change_cutlass(path: Path) -> None:
+    header = path / "include" / "cutlass" / "version.h"
+    header.write_text(header.read_text().replace("#define CUTLASS_MAJOR ", "#define CUTLASS_MAJOR 9"))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        pytest.param(change_header, "headers", id="a-changed-header"),
+        pytest.param(change_version, "deep_gemm", id="another-version"),
+        pytest.param(change_cutlass, "cutlass", id="another-cutlass"),
+    ],
+)
+def test_another_deepgemm_is_refused_before_anything_is_written(
+    change: Callable[[Path], None], field: str, built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    copy_of(installation, tmp_path / "copy" / "deep_gemm")
+    change(tmp_path / "copy" / "deep_gemm")
+    other = installations.find(tmp_path / "copy" / "deep_gemm")
+    found = compare(read_index(built.packed.path), other, None, {})
+    assert [mismatch.field for mismatch in found] == [field]
+    if field == "cutlass" and installation.generation == "legacy":
+        assert not found[0].causes_miss  # no legacy key holds it
+        return
+    with pytest.raises(CompatibilityError) as error:
+        restore([built.packed.path], tmp_path / "dir", other)
+    assert field_of(error) == [field]
+    assert f"wanted: {found[0].wanted}\n    found:  {found[0].found}" in str(error.value)
+    assert "would miss; build an artifact for the DeepGEMM that serves" in str(error.value)
+    assert not (tmp_path / "dir").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fields"),
+    [
+        pytest.param(None, [], id="none-visible"),
+        pytest.param(H200, [], id="the-card-itself"),
+        pytest.param(VisibleGpu("NVIDIA H20", (9, 0), 78), ["sm_counts"], id="another-sm-count"),
+        pytest.param(VisibleGpu("NVIDIA B200", (10, 0), 148), ["arch"], id="another-arch"),
+        pytest.param(VisibleGpu("NVIDIA H200", (9, 0), None), [], id="nvml-does-not-say"),
+    ],
+)
+def test_the_gpu_is_compared_where_one_is_visible(
+    gpu: VisibleGpu | None, fields: list[str], built: building.Built, installation: Installation
+) -> None:
+    found = compare(read_index(built.packed.path), installation, gpu, {})
+    assert [mismatch.field for mismatch in found] == fields
+    assert all(mismatch.causes_miss and mismatch.remedy for mismatch in found)
+
+
+def test_an_engine_that_uses_fewer_sms_than_the_card_has_still_fits(
+    built: building.Built, installation: Installation
+) -> None:
+    index = read_index(built.packed.path)
+    index = index.model_copy(update={"fingerprint": index.fingerprint.model_copy(update={"sm_counts": (108,)})})
+    assert compare(index, installation, H200, {}) == []
+    assert [m.field for m in compare(index, installation, replace(H200, sm_count=78), {})] == ["sm_counts"]
+
+
+@pytest.mark.parametrize(
+    ("planned", "here", "fields", "misses"),
+    [
+        pytest.param({}, {"DG_JIT_CACHE_DIR": "/x", "DG_PRINT_CONFIGS": "1"}, [], [], id="harmless"),
+        pytest.param({}, {"DG_JIT_DEBUG": "0"}, [], [], id="switched-off"),
+        pytest.param({}, {"DG_JIT_DEBUG": "1"}, ["DG_JIT_DEBUG"], ["DG_JIT_DEBUG"], id="set-here-only"),
+        pytest.param({}, {"DJ_JIT_WITH_LINEINFO": "1"}, ["DJ_JIT_WITH_LINEINFO"], ["DJ_JIT_WITH_LINEINFO"], id="dj"),
+        pytest.param({"DG_JIT_DEBUG": "1"}, {"DG_JIT_DEBUG": "1"}, [], [], id="set-in-both"),
+        pytest.param({"DG_JIT_DEBUG": "1"}, {}, ["DG_JIT_DEBUG"], [], id="planned-only-env-sets-it"),
+        pytest.param({"DG_X": "1"}, {"DG_X": "2"}, ["DG_X"], ["DG_X"], id="another-value"),
+        pytest.param({}, {"DG_JIT_NVCC_COMPILER": "/x/nvcc"}, ["DG_JIT_NVCC_COMPILER"], [], id="another-nvcc"),
+        pytest.param({}, {"DG_JIT_NVCC_COMPILER": "/dir/nvcc"}, [], [], id="the-frozen-nvcc"),
+    ],
+)
+def test_variables_that_change_kernels_are_compared(
+    planned: dict[str, str],
+    here: dict[str, str],
+    fields: list[str],
+    misses: list[str],
+    built: building.Built,
+    installation: Installation,
+) -> None:
+    index = read_index(built.packed.path)
+    index = index.model_copy(update={"fingerprint": index.fingerprint.model_copy(update={"environment": planned})})
+    found = compare(index, installation, None, here, "/dir/nvcc")
+    assert [mismatch.field for mismatch in found] == fields
+    assert [mismatch.field for mismatch in found if mismatch.causes_miss] == misses
+
+
+def test_the_fitting_artifact_of_several_is_taken_and_each_others_reasons_are_shown(
+    run: Run, built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.tar.zst"
+    members = edit_index(unpack(built.packed.path), lambda index: index["fingerprint"].update(deep_gemm="9.9.9"))
+    other.write_bytes(compress(join(members)))
+    here = ("--deep-gemm", installation.path)
+    done = run("restore", other, built.packed.path, "--to", tmp_path / "dir", *here)
+    assert done.returncode == 0, done.stderr
+    assert f"{other} does not fit" in done.stderr and "wanted: 9.9.9" in done.stderr
+    assert f"{len(built.plan.kernels)} kernels written" in done.stderr
+    none = run("restore", other, other, "--to", tmp_path / "none", *here)
+    assert none.returncode == 9 and none.stderr.count("wanted: 9.9.9") == 2
+    assert not (tmp_path / "none").exists()
+    forced = run("restore", other, "--to", tmp_path / "forced", "--force", *here)
+    assert forced.returncode == 0 and "forced" in forced.stderr and "wanted: 9.9.9" in forced.stderr
+
+
+def test_no_deepgemm_at_all_is_a_mismatch(built: building.Built, tmp_path: Path) -> None:
+    with pytest.raises(CompatibilityError, match="found:  none") as error:
+        restore([built.packed.path], tmp_path / "dir", None)
+    assert "--deep-gemm PATH" in str(error.value)
+    assert restore([built.packed.path], tmp_path / "dir", None, force=True).written == len(built.plan.kernels)
+
+
+def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    slow = ("torch", "deep_gemm", "pydantic", "rich", "ruamel", "tarfile", "importlib.metadata")
+    code = f"import sys\nfor name in {slow}: sys.modules[name] = None\nfrom cachebuilder.cli import main\nmain()"
+    command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.path]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# Relocation
+
+
+def test_legacy_entries_move_to_the_names_that_deepgemm_gives_them_at_the_new_path(
+    built: building.Built, installation: Installation, small: Path, tmp_path: Path
+) -> None:
+    moved = copy_of(installation, tmp_path / "moved" / "deep_gemm")
+    done = restore([built.packed.path], tmp_path / "dir", moved)
+    planned = planning.make(built.inputs.manifest, moved, built.inputs.toolchain, reuse=False)
+    restored = {path.name for path in (tmp_path / "dir" / "cache").iterdir()}
+    assert restored == {kernel.entry for kernel in planned.kernels} == {entry.name for entry in done.index.entries}
+    assert done.relocated == (installation.generation == "legacy")
+    if done.relocated:
+        assert done.index.fingerprint.install_include == str(moved.path / "include") == planned.include
+        assert done.index.fingerprint.legacy_flags == planned.legacy_flags
+        assert indexes(tmp_path / "dir") == [done.index]
+        assert done.index.fingerprint_digest == done.index.fingerprint.digest()
+        again = restore([built.packed.path], tmp_path / "dir", moved)
+        assert (again.written, again.skipped) == (0, len(planned.kernels))
+
+
+def test_the_install_path_is_the_one_that_python_imports_from_links_kept(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(installation.path.parent)
+    done = restore([built.packed.path], tmp_path / "dir", installations.find(tmp_path / "link" / "deep_gemm"))
+    if installation.generation == "legacy":
+        assert done.index.fingerprint.install_include == str(tmp_path / "link" / "deep_gemm" / "include")
+
+
+def test_nothing_is_relocated_if_one_name_does_not_follow_from_its_source(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    if installation.generation != "legacy":
+        pytest.skip("DeepJIT's names hold no path")
+    members = unpack(built.packed.path)
+    name = members[-1].info.name.split("/")[1]
+    wrong = name[:-1] + ("0" if name[-1] != "0" else "1")
+    renamed = [member(m.info.name.replace(name, wrong), m.data) for m in members[1:]]
+
+    def rename(index: dict[str, list[dict[str, str]]]) -> None:
+        next(entry for entry in index["entries"] if entry["name"] == name)["name"] = wrong
+
+    odd = tmp_path / "odd.tar.zst"
+    odd.write_bytes(compress(join(edit_index([members[0], *renamed], rename))))
+    moved = copy_of(installation, tmp_path / "moved" / "deep_gemm")
+    with pytest.raises(CompatibilityError, match=wrong):
+        restore([odd], tmp_path / "dir", moved)
+    assert not (tmp_path / "dir").exists()
+
+
+# Many at once, and killed
+
+
+def restore_command(built: building.Built, to: Path) -> list[str]:
+    here = built.inputs.installation.path
+    command = [sys.executable, "-m", "cachebuilder", "restore", built.packed.path, "--to", to, "--deep-gemm", here]
+    return list(map(str, command))
+
+
+def test_ten_restores_at_once_end_with_one_whole_cache(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    restore([built.packed.path], alone, installation)
+    together = [
+        subprocess.Popen(restore_command(built, tmp_path / "dir"), stderr=subprocess.PIPE, text=True) for _ in range(10)
+    ]
+    said = [process.communicate()[1] for process in together]
+    assert [process.returncode for process in together] == [0] * 10, said
+    assert sum(int(text.split(": ")[1].split()[0]) for text in said) == len(built.plan.kernels)
+    assert snapshot(tmp_path / "dir") == snapshot(alone)
+
+
+def test_twenty_killed_restores_leave_whole_entries_only(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    restore([built.packed.path], whole, installation)
+    wanted = snapshot(whole)
+    dir = tmp_path / "dir"
+    chance = random.Random(7)
+    landed = 0
+    for _ in range(20):
+        if chance.random() < 0.5:  # half of them from nothing, half into what is there
+            shutil.rmtree(dir, ignore_errors=True)
+        process = subprocess.Popen(restore_command(built, dir), stderr=subprocess.DEVNULL)
+        # From the moment it begins to write, at a random one; a restore of seven kernels writes for milliseconds.
+        until = time.monotonic() + 5
+        while not (dir / "cachebuilder").exists() and process.poll() is None and time.monotonic() < until:
+            pass
+        time.sleep(chance.random() * 0.008)
+        process.send_signal(signal.SIGKILL)
+        landed += process.wait() == -signal.SIGKILL
+        found = snapshot(dir) if dir.exists() else {}
+        for name, content in found.items():
+            if name.startswith("cache/") or (name.startswith("cachebuilder/artifacts/") and "/." not in name):
+                assert content == wanted[name], name
+        for entry in (dir / "cache").iterdir() if (dir / "cache").exists() else ():
+            assert files(entry) == files(whole / "cache" / entry.name)
+    assert landed >= 5, "the kills came too late to tell anything"
+    restore([built.packed.path], dir, installation)
+    left = snapshot(dir)
+    assert {name: left[name] for name in wanted} == wanted
+    assert not (dir / "cachebuilder" / "tmp").exists(), "what killed restores left is swept"
+
+
+# The index
+
+
+names = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=20)
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+words = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=50)
+numbers = st.integers(0, 2**40)
+fingerprints = st.builds(
+    Fingerprint,
+    generation=st.sampled_from(("legacy", "deepjit")),
+    deep_gemm=words,
+    headers=digests,
+    cutlass=words,
+    compiler=words,
+    arch=words,
+    sm_counts=st.lists(numbers, max_size=3).map(tuple),
+    environment=st.dictionaries(words, words, max_size=3),
+    distribution=st.none() | words,
+    install_include=st.none() | words,
+    legacy_flags=st.none() | words,
+)
+ranges = st.builds(Range, first=numbers, last=numbers, step=numbers)
+selections = st.builds(Selection, op=numbers, sm_count=numbers, ranges=st.lists(ranges, max_size=3).map(tuple))
+
+
+@st.composite
+def whole_indexes(draw: st.DrawFn) -> Index:
+    fingerprint = draw(fingerprints)
+    legacy = fingerprint.generation == "legacy"
+    kinds = ("kernel.cu", "kernel.cubin") if legacy else ("kernel.cu", "kernel.cubin", "meta.json", ".committed")
+    keys = draw(st.lists(st.text("0123456789abcdef", min_size=32, max_size=32), unique=True, max_size=4))
+    entries = tuple(
+        Entry(
+            name=f"{'kernel.' if legacy else ''}{draw(names)}.{key}",
+            files=tuple(File(kind, draw(st.integers(0, 64 << 20)), draw(digests)) for kind in kinds),
+            selected_by=tuple(draw(st.lists(selections, max_size=2))),
+        )
+        for key in keys
+    )
+    return Index(
+        name=draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)),
+        fingerprint=fingerprint,
+        fingerprint_digest=fingerprint.digest(),
+        ops=tuple(draw(st.lists(st.dictionaries(words, words | numbers | st.none(), max_size=3), max_size=3))),
+        entries=entries,
+        recorded=draw(st.dictionaries(words, words, max_size=3)),
+    )
+
+
+@given(whole_indexes())
+def test_an_index_is_what_its_json_says(index: Index) -> None:
+    for exclude_none in (True, False):
+        for indent in (None, 1):
+            data = index.model_dump_json(indent=indent, exclude_none=exclude_none).encode()
+            again = parse_index(data, Path("x"))
+            # Ops are kept as given but for fields that are none, which are left out.
+            assert again.model_copy(update={"ops": ()}) == index.model_copy(update={"ops": ()})
+            assert again.ops == index.ops
+
+
+@given(fingerprints)
+def test_a_fingerprint_is_what_its_json_says_and_so_is_its_digest(fingerprint: Fingerprint) -> None:
+    again = Fingerprint.model_validate_json(fingerprint.model_dump_json(exclude_none=True).encode())
+    assert again == fingerprint and again.digest() == fingerprint.digest()
+
+
+@given(fingerprints, fingerprints)
+def test_different_fingerprints_have_different_digests(one: Fingerprint, other: Fingerprint) -> None:
+    assert (one == other) == (one.digest() == other.digest())
+
+
+@given(whole_indexes(), st.data())
+def test_an_index_with_a_changed_character_is_refused_or_another_index(index: Index, data: st.DataObject) -> None:
+    text = bytearray(index.model_dump_json(exclude_none=True).encode())
+    position = data.draw(st.integers(0, len(text) - 1))
+    text[position] = data.draw(st.integers(0, 255).filter(lambda byte: byte != text[position]))
+    try:
+        changed = parse_index(bytes(text), Path("x"))
+    except ArtifactError:
+        return
+    assert json.loads(changed.model_dump_json(exclude_none=True)) == json.loads(bytes(text))
+
+
+def test_the_index_is_packed_as_it_is_written(built: building.Built) -> None:
+    with open_archive(built.packed.path) as archive:
+        assert archive.index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n" == archive.index_bytes
