@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cachebuilder.artifact.compare import Difference
-from cachebuilder.plan import Range
+
+if TYPE_CHECKING:
+    from cachebuilder.plan import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
