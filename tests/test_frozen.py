@@ -300,8 +300,10 @@ def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: buil
     found = environment.variables(dir, indexes(dir), "none", tmp_path / "scratch", {})
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import deep_gemm\n"
-        "a, b = torch.empty(64, 512, dtype=torch.bfloat16, device='cuda'), torch.empty(576, 512, dtype=torch.bfloat16, device='cuda')\n"
-        "deep_gemm.bf16_gemm_nt(a, b, torch.empty(64, 576, dtype=torch.bfloat16, device='cuda'))"
+        "empty = lambda *shape, dtype: torch.empty(shape, device='cuda', dtype=dtype)\n"
+        "fp8, scales = torch.float8_e4m3fn, torch.float32\n"
+        "a, b = (empty(64, 512, dtype=fp8), empty(64, 4, dtype=scales)), (empty(576, 512, dtype=fp8), empty(5, 4, dtype=scales))\n"
+        "deep_gemm.fp8_gemm_nt(a, b, empty(64, 576, dtype=torch.bfloat16))"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_", "CUDA_"))}
     clean |= {v.name: v.value for v in found} | virtual_gpu.environment(built.plan.gpu)
@@ -313,5 +315,7 @@ def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: buil
         check=False,
     )
     assert done.returncode != 0
-    assert "bf16_gemm" in (done.stdout + done.stderr) and "is not in the restored cache" in done.stdout + done.stderr
-    assert "bf16_gemm" in str(misses(dir)[0]["kernel"])
+    assert (
+        "transpose_fp32" in (done.stdout + done.stderr) and "is not in the restored cache" in done.stdout + done.stderr
+    )
+    assert "transpose_fp32" in str(misses(dir)[0]["kernel"])
