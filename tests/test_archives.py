@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -296,3 +298,12 @@ def test_an_honest_change_of_a_file_is_accepted(size: int, built: building.Built
     path.write_bytes(compress(join(replace(members, cubin, b"x" * size, honest=True))))
     done = restore([path], tmp_path / "dir", built.inputs.installation)
     assert json.loads(done.index.model_dump_json())["name"] == "small"
+
+
+def test_mutated_archives_are_refused_or_restored_right(built: building.Built) -> None:
+    """A small run of the fuzzer, with a fixed seed; docs/serving.md has the large run's figures."""
+    fuzzer = Path(__file__).with_name("fuzz_archives.py")
+    command = [sys.executable, fuzzer, built.packed.path, "300", "1", built.inputs.installation.path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ArtifactError"] > 200
