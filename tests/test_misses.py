@@ -73,7 +73,7 @@ def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
         "sm90_fp8_gemm_1d2d: 1 request, at an unknown time\n"
     )
     assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout
-    assert "2 kernels missed in 3 requests" in done.stdout
+    assert "kernels missed: 2, requests: 3" in done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines() if "- {" not in line)
     document = json.loads(run("misses", log, "--json").stdout)
     assert [miss["count"] for miss in document["misses"]] == [2, 1]
@@ -119,7 +119,7 @@ def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: P
     log.write_bytes(log.read_bytes() + garbage)
     done = run("misses", log)
     assert done.returncode == 0, done.stderr
-    assert "2 kernels missed in 2 requests" in done.stdout and "unknown: 1 request" in done.stdout
+    assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 request" in done.stdout
     assert "lines of the log are none of the frozen nvcc's" in done.stdout
 
 

@@ -27,7 +27,7 @@ def misses(log: Path, as_json: bool) -> None:
     for miss in found.misses:
         _print(miss)
     requests = sum(miss.count for miss in found.misses)
-    click.echo(f"{len(found.misses)} kernels missed in {requests} requests")
+    click.echo(f"kernels missed: {len(found.misses)}, requests: {requests}")
     if found.unreadable:
         click.echo(f"note: {found.unreadable} lines of the log are none of the frozen nvcc's")
     if found.misses:
