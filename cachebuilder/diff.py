@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.artifact.compare import Difference, between
 from cachebuilder.artifact.folder import RestoredFolder, open_folder
 from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
+from cachebuilder.compatibility import Difference, between
 from cachebuilder.deepgemm import entries as entry_files
 
 #: An entry's files: name → sha256.

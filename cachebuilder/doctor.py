@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from cachebuilder import nvml
+from cachebuilder import compatibility, nvml
 from cachebuilder import toolchain as toolchains
-from cachebuilder.artifact import compare
 from cachebuilder.artifact.folder import is_restored, open_folder
-from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import read_index
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import environment as variables
@@ -48,7 +47,7 @@ class Verdict:
     """What an artifact would say here: no difference means that it fits."""
 
     artifact: str
-    differences: tuple[compare.Difference, ...]
+    differences: tuple[compatibility.Difference, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Findings:
     gpu: nvml.VisibleGpu | None
     roots_from: str
     roots: tuple[Root, ...]
-    key_variables: Mapping[str, str]
+    kernel_variables: Mapping[str, str]
     verdicts: tuple[Verdict, ...]
     problems: tuple[str, ...]
 
@@ -93,10 +92,10 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         problems.append(str(error))
     gpu = nvml.first_gpu()
     roots_from, roots = variables.cache_roots(spoken, os.environ, Path.home())
-    key_variables = variables.key_variables(spoken, os.environ)
+    kernel_variables = variables.kernel_variables(spoken, os.environ)
     verdicts = [
-        _judge(name, fingerprint, installation, nvcc, gpu, key_variables, frozen)
-        for name, fingerprint, frozen in (_fingerprints(target) if target else [])
+        Verdict(index.name, tuple(_judge(index, installation, nvcc, gpu, frozen_text)))
+        for index, frozen_text in (_indexes(target) if target else [])
     ]
     return Findings(
         installation=installation if generation else None,
@@ -107,7 +106,7 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         gpu=gpu,
         roots_from=roots_from,
         roots=tuple(_look_into(root) for root in roots),
-        key_variables=key_variables,
+        kernel_variables=kernel_variables,
         verdicts=tuple(verdicts),
         problems=tuple(problems),
     )
@@ -173,34 +172,22 @@ def _is_whole(folder: Path, generation: Generation) -> bool:
         return file.read(4) == b"\x7fELF"
 
 
-def _fingerprints(target: Path) -> list[tuple[str, Fingerprint, str | None]]:
-    """Name, fingerprint and the frozen compiler's text, if there is one, of what is in ``target``."""
+def _indexes(target: Path) -> list[tuple[Index, str | None]]:
+    """The index of each artifact in ``target``; for a folder, with what its frozen nvcc answers."""
     if target.is_dir():
         folder = open_folder(target)
         text = folder.compiler_text()
-        return [(artifact.index.name, artifact.index.fingerprint, text) for artifact in folder.artifacts]
-    index = read_index(target)
-    return [(index.name, index.fingerprint, None)]
+        return [(artifact.index, text) for artifact in folder.artifacts]
+    return [(read_index(target), None)]
 
 
 def _judge(
-    name: str,
-    wanted: Fingerprint,
+    index: Index,
     installation: Installation | None,
     nvcc: toolchains.Toolchain | None,
     gpu: nvml.VisibleGpu | None,
-    key_variables: Mapping[str, str],
     frozen_text: str | None,
-) -> Verdict:
-    """What is known here against ``wanted``; what is not (no GPU, no nvcc) is not compared."""
-    found: dict[str, object] = {}
-    built_with = variables.key_variables(wanted.generation, wanted.environment)
-    if built_with != key_variables:
-        found["environment"] = dict(key_variables)
-    if text := frozen_text or (nvcc.version_text if nvcc else None):
-        found["compiler"] = text
-    if gpu and wanted.arch.removeprefix("sm_").rstrip("af")[:-1] != str(gpu.capability[0]):
-        found["arch"] = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
-    if installation is None:
-        return Verdict(name, tuple(compare.against(wanted, **found)))
-    return Verdict(name, tuple(compare.against_installation(wanted, installation, **found)))
+) -> list[compatibility.Difference]:
+    compiler = frozen_text or (nvcc.version_text if nvcc else None)
+    relocates = frozen_text is None  # an artifact is yet to be restored
+    return compatibility.with_environment(index, installation, gpu, os.environ, compiler=compiler, relocates=relocates)

@@ -36,7 +36,7 @@ def variables(
     """The variables for a process that serves from ``dir``.
 
     Args:
-        indexes: of the artifacts in ``dir``, from `restore.indexes`.
+        indexes: of the artifacts in ``dir``, from `open_folder`.
         scratch: DeepJIT's writable root; ``dir/scratch`` when left out. Legacy has none: it writes into ``dir``.
         environment: of the machine that serves: whether it has a CUDA home decides if one is named.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +12,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.scalarstring import LiteralScalarString
 
 from cachebuilder import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.ops import OPS, Op, OpBase
 from cachebuilder.ops.base import TokenOp, Tokens
+from cachebuilder.paths import write_atomically
 
-#: A manifest is a page of shapes; anything larger is not one.
-_MAX_BYTES = 1 << 20
+#: A manifest is a page of shapes, and perhaps hundreds of kernel sources of a page each.
+_MAX_BYTES = 4 << 20
 
 #: Variables that cachebuilder itself sets for the sweep, or that select another compiler: not to be given.
 _RESERVED_ENVIRONMENT = ("JIT_CACHE_DIR", "JIT_NVCC_COMPILER", "JIT_USE_NVRTC")
@@ -72,6 +75,18 @@ class Toolchain(BaseModel):
     nvcc: Annotated[str, Field(pattern=r"^\d+\.\d+$", description="release as nvcc prints it, for example 13.0")]
 
 
+class Source(BaseModel):
+    """A kernel that no op asks for, as DeepGEMM wrote it: `cachebuilder misses --add-to` finds them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    source: Annotated[str, Field(min_length=1, max_length=1 << 16, description="the text of kernel.cu")]
+    kernel: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9_]{1,120}$", description="DeepGEMM's name for it; left out: told from its siblings"),
+    ] = None
+
+
 class Manifest(BaseModel):
     """A whole manifest, defaults filled in."""
 
@@ -81,6 +96,7 @@ class Manifest(BaseModel):
     target: Target
     max_tokens: Annotated[Tokens, Field(description="the engine's max_num_batched_tokens")]
     ops: Annotated[list[Op], Field(min_length=1, description="the GEMM shapes")]
+    sources: Annotated[list[Source], Field(description="kernels to build beside those that the ops ask for")] = []
     toolchain: Toolchain | None = None
     environment: Annotated[
         dict[str, str],
@@ -101,6 +117,9 @@ class Manifest(BaseModel):
             seen[identity] = index
             filled.append(op)
         object.__setattr__(self, "ops", filled)
+        texts = [source.source for source in self.sources]
+        if twice := [index for index, text in enumerate(texts) if text in texts[:index]]:
+            raise ValueError(f"sources[{twice[0]}] is the same as sources[{texts.index(texts[twice[0]])}]")
         return self
 
 
@@ -144,6 +163,39 @@ def parse(data: bytes, name: str = "manifest") -> Manifest:
     except ValidationError as error:
         lines = [f"{name}:{_line(tree, loc)}: {text}" for loc, text in map(_describe, error.errors())]
         raise ManifestError("\n".join(lines)) from None
+
+
+def add_sources(path: Path, sources: Sequence[tuple[str, str]]) -> int:
+    """Write kernels into the manifest at ``path`` as `Source`, its comments kept; returns how many were new to it.
+
+    Args:
+        sources: for each kernel its text and a comment to stand above it.
+
+    Raises:
+        ManifestError: ``path`` is no manifest, before or after; it is left as it was then.
+    """
+    manifest, data = load(path)
+    known = {source.source for source in manifest.sources}
+    new = {text: comment for text, comment in sources if text not in known}
+    if not new:
+        return 0
+    yaml = YAML(typ="rt")
+    yaml.preserve_quotes = True
+    yaml.width = 1 << 16  # no line of the writer's is folded
+    tree = yaml.load(data.decode())
+    listed = tree.setdefault("sources", CommentedSeq())
+    for text, comment in new.items():
+        listed.append(CommentedMap(source=LiteralScalarString(text)))
+        listed.yaml_set_comment_before_after_key(len(listed) - 1, before=comment, indent=2)
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    written = io.BytesIO()
+    yaml.dump(tree, written)
+    read_back = parse(written.getvalue(), str(path))
+    wanted = [*(source.source for source in manifest.sources), *new]
+    if [source.source for source in read_back.sources] != wanted or read_back.ops != manifest.ops:
+        raise ManifestError(f"{path}: a source cannot be written as YAML without a change: add it by hand")
+    write_atomically(path, written.getvalue())
+    return len(new)
 
 
 def _plain(node: Any) -> Any:
@@ -212,6 +264,8 @@ def _known_fields(loc: tuple[Any, ...]) -> list[str]:
     if loc[0] == "ops" and len(loc) > 2:
         return list(OPS[loc[2]].model_fields)
     models: dict[str, type[BaseModel]] = {"target": Target, "gpu": gpus.Gpu, "toolchain": Toolchain}
+    if loc[0] == "sources":
+        return list(Source.model_fields)
     parent = models.get(str(loc[-2])) if len(loc) > 1 else None
     return list((parent or Manifest).model_fields)
 

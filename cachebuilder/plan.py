@@ -15,6 +15,7 @@ from cachebuilder import sweep
 from cachebuilder.deepgemm import Generation
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.deepgemm.source import family, includes
 from cachebuilder.errors import PlanError
 from cachebuilder.gpus import Gpu
 from cachebuilder.manifest import Manifest
@@ -36,7 +37,7 @@ class Kernel(_Frozen):
         source: the text of ``kernel.cu``.
         flags: nvcc's flags, without source, output and include paths.
         metadata: ``meta.json`` with no path of this machine in it (DeepJIT only).
-        selected_by: every op and point that launches it.
+        selected_by: every op and point that launches it; none for a kernel of the manifest's `sources`.
     """
 
     entry: str
@@ -152,6 +153,8 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
         )
         for entry in found.entries.values()
     )
+    extra = _from_sources(manifest, kernels, installation, toolchain, found)
+    kernels = tuple(sorted((*kernels, *extra), key=lambda kernel: kernel.entry))
     first = next(iter(found.entries.values()))
     legacy = found.generation == "legacy"
     return Plan(
@@ -168,6 +171,95 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
         python=found.python,
         peak_bytes=found.peak_bytes,
     )
+
+
+def _from_sources(
+    manifest: Manifest,
+    planned: Sequence[Kernel],
+    installation: Installation,
+    toolchain: Toolchain,
+    found: sweep.Result,
+) -> tuple[Kernel, ...]:
+    """The kernels that the manifest gives as text, but for those that its ops ask for.
+
+    DeepGEMM names and compiles them as it does the planned ones of the same family, so these tell the name and the
+    flags; that the key's formula holds is seen on one planned kernel first.
+    """
+    known = {kernel.source for kernel in planned}
+    wanted = [(number, given) for number, given in enumerate(manifest.sources) if given.source not in known]
+    if not wanted:
+        return ()
+
+    def entry(name: str, source: str) -> str:
+        if found.generation == "legacy":
+            flags = _legacy_flags(next(iter(found.entries.values())))
+            return entry_files.legacy_entry(name, toolchain.release, flags, source)
+        cutlass = installation.cutlass_version
+        return entry_files.deepjit_entry(
+            name, toolchain.version_text, cutlass, planned[0].flags, source, installation.include
+        )
+
+    first = planned[0]
+    if entry(first.name, first.source) != first.entry:
+        raise PlanError(
+            f"sources cannot be planned, the key's formula does not hold for this DeepGEMM: wanted {first.entry}, "
+            f"found {entry(first.name, first.source)}",
+            hint="leave sources out of the manifest and give the ops that ask for these kernels",
+        )
+    if others := sorted({" ".join(k.flags) for k in planned if k.flags != first.flags}):
+        raise PlanError(f"sources cannot be planned: wanted one set of flags, found {' '.join(first.flags)}, {others}")
+    kernels = []
+    for number, given in wanted:
+        where = f"sources[{number}]"
+        name = given.kernel or _name_by_family(where, given.source, planned)
+        _check_source(where, given.source, planned, installation)
+        try:
+            key = entry(name, given.source)
+        except OSError as error:
+            raise PlanError(f"{where}: includes {error.filename}, which this DeepGEMM has not") from None
+        # Compiler and options, the same for all: meta.json says nothing of the kernel itself.
+        kernels.append(
+            Kernel(
+                entry=key,
+                name=name,
+                source=given.source,
+                flags=first.flags,
+                metadata=first.metadata,
+                selected_by=(),
+            )
+        )
+    return tuple(kernels)
+
+
+def _name_by_family(where: str, source: str, planned: Sequence[Kernel]) -> str:
+    """DeepGEMM's name for a kernel, from the planned ones that instantiate the same template for the same GemmType."""
+    wanted = family(source)
+    names = sorted({kernel.name for kernel in planned if family(kernel.source) == wanted})
+    if len(names) != 1:
+        what = " ".join(filter(None, wanted)) or "a kernel of no known template"
+        raise PlanError(
+            f"{where}: DeepGEMM's name for {what} cannot be told: wanted one planned kernel's, found {names or 'none'}",
+            hint="give it as kernel: NAME, or add an op that asks for such kernels",
+        )
+    return names[0]
+
+
+def _check_source(where: str, source: str, planned: Sequence[Kernel], installation: Installation) -> None:
+    """Raises `PlanError` for a kernel of another arch, or of other headers (legacy writes their hash into it)."""
+    template, ours = family(source)[0] or "", _arch(planned[0].flags)
+    arch = re.match(r"sm(\d+)_", template)
+    if arch and not ours.startswith(f"sm_{arch[1][:-1]}"):
+        raise PlanError(f"{where}: wanted a kernel for {ours}, found {template}")
+    if installation.generation == "deepjit":
+        return
+    head, _, body = source.partition("\n")
+    for kernel in planned:
+        its_head, _, its_body = kernel.source.partition("\n")
+        if includes(its_body) == includes(body) and its_head != head:
+            raise PlanError(
+                f"{where}: written by a DeepGEMM with other headers: wanted {its_head!r}, found {head!r}",
+                hint="take the source out: the DeepGEMM that serves now would not ask for it",
+            )
 
 
 def _split_command(entry: sweep.Entry, include: str) -> tuple[str, ...]:

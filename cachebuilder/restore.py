@@ -27,7 +27,7 @@ from cachebuilder import frozen
 from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, Index
 from cachebuilder.artifact.read import Archive, open_archive
 from cachebuilder.atomic import make_folders, put, write_new
-from cachebuilder.compatibility import Mismatch, compare
+from cachebuilder.compatibility import Difference, with_environment
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError, RestoreError
@@ -49,7 +49,7 @@ class Restored:
         index: the artifact's, with the entries' names as restored.
         artifact: the one that was taken.
         refused: the others that were given and do not fit, each with the reasons.
-        mismatches: of the one taken: worth knowing, or overruled by force.
+        differences: of the one taken: worth knowing, or overruled by force.
         written: entries made.
         skipped: entries that were there already, equal.
         relocated: legacy entries were renamed for this install path.
@@ -58,8 +58,8 @@ class Restored:
     dir: Path
     index: Index
     artifact: Path
-    refused: list[tuple[Path, list[Mismatch]]]
-    mismatches: list[Mismatch]
+    refused: list[tuple[Path, list[Difference]]]
+    differences: list[Difference]
     written: int
     skipped: int
     relocated: bool
@@ -88,12 +88,13 @@ def restore(
         RestoreError: a different entry is in ``to``, or it cannot be written.
     """
     to = Path(os.path.abspath(to))
-    refused: list[tuple[Path, list[Mismatch]]] = []
+    refused: list[tuple[Path, list[Difference]]] = []
     taken: Restored | None = None
     for path in artifacts:
         with open_archive(path) as archive:
-            found = compare(archive.index, installation, gpu, os.environ, str(frozen.frozen_nvcc(to)))
-            fits = not any(mismatch.causes_miss for mismatch in found)
+            nvcc = str(frozen.frozen_nvcc(to))
+            found = with_environment(archive.index, installation, gpu, os.environ, relocates=True, frozen_nvcc=nvcc)
+            fits = not any(difference.causes_miss for difference in found)
             if not fits and not (force and taken is None):
                 refused.append((path, found))
             elif taken is None:
@@ -108,35 +109,11 @@ def restore(
     return taken
 
 
-def explain(path: Path, mismatches: Sequence[Mismatch]) -> str:
-    """The differences as a person reads them, two lines each."""
+def explain(path: Path, differences: Sequence[Difference]) -> str:
+    """The differences as a person reads them."""
     lines = [f"{path} does not fit this environment:"]
-    for mismatch in mismatches:
-        effect = "would miss" if mismatch.causes_miss else "no miss by itself"
-        lines += [
-            f"  {mismatch.field} ({effect}; {mismatch.remedy})",
-            f"    wanted: {mismatch.wanted}",
-            f"    found:  {mismatch.found}",
-        ]
+    lines += [f"  {line}" for difference in differences for line in difference.lines()]
     return "\n".join(lines)
-
-
-def indexes(dir: Path) -> list[Index]:
-    """The index of every artifact that was restored into ``dir``.
-
-    Raises:
-        RestoreError: there is none.
-        ArtifactError: one is damaged.
-    """
-    from cachebuilder.artifact.read import parse_index
-
-    paths = sorted((dir / frozen.FOLDER / "artifacts").glob("*.json"))
-    if not paths:
-        raise RestoreError(
-            f"{dir}: wanted a folder that an artifact was restored into, found no {frozen.FOLDER}/artifacts/*.json",
-            hint=f"cachebuilder restore ARTIFACT --to {dir}",
-        )
-    return [parse_index(path.read_bytes(), path) for path in paths]
 
 
 def _restore(archive: Archive, to: Path, installation: Installation | None) -> tuple[int, int, Index]:

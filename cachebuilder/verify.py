@@ -7,19 +7,20 @@ read the cache through a folder of links, so nothing is ever written to it, whoe
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cachebuilder import compatibility, sweep
 from cachebuilder import manifest as manifests
-from cachebuilder import sweep
-from cachebuilder.artifact import compare
 from cachebuilder.artifact.folder import Damage, RestoredFolder, open_folder
-from cachebuilder.artifact.pack import CACHE
+from cachebuilder.artifact.index import CACHE
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder
@@ -34,7 +35,8 @@ class Missing:
     """One kernel that serving would compile.
 
     Attributes:
-        selected_by: every op, SM count and range of points that launches it.
+        entry: its folder in the cache; ``sources[i]`` of the manifest where that is not known.
+        selected_by: every op, SM count and range of points that launches it; none for one of the manifest's sources.
         damaged: the cache has it, but not with the bytes that its index lists.
     """
 
@@ -64,7 +66,7 @@ class Replay:
     unlisted: tuple[str, ...]
     missing: tuple[Missing, ...]
     refusals: tuple[sweep.Refusal, ...]
-    differences: tuple[compare.Difference, ...]
+    differences: tuple[compatibility.Difference, ...]
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,13 @@ def _check(
         # Of several artifacts, the one nearest to what is here is the one whose differences say something.
         differences = min(
             (
-                compare.against_installation(
-                    artifact.index.fingerprint,
+                compatibility.with_environment(
+                    artifact.index,
                     installation,
+                    None,
+                    manifest.environment,
                     compiler=compiler_text,
                     sm_counts=manifest.target.all_sm_counts,
-                    environment=manifest.environment,
                 )
                 for artifact in (folder.artifacts if given else [folder.artifacts[index]])
             ),
@@ -150,7 +153,7 @@ def _replay(
     installation: Installation,
     compiler_text: str,
     damage: Sequence[Damage],
-    differences: Sequence[compare.Difference],
+    differences: Sequence[compatibility.Difference],
     work: Path,
     progress: Progress,
 ) -> Replay:
@@ -187,6 +190,7 @@ def _replay(
         missing = _missing(answer, folder, installation, damaged)
         unexplained = [refusal for refusal in first.refusals if not _explained(refusal, missing)]
         refusals = tuple(dict.fromkeys([*answer.refusals, *unexplained]))
+    missing += _missing_sources(manifest, folder, damaged)
     hits = sorted(answer.launched - {kernel.entry for kernel in missing})
     return Replay(
         manifest=manifest.name,
@@ -254,6 +258,26 @@ def _missing(
         if entry not in there
     ]
     return tuple(sorted(found, key=lambda kernel: (kernel.name, kernel.selected_by[0].op, kernel.entry)))
+
+
+def _missing_sources(
+    manifest: manifests.Manifest, folder: RestoredFolder, damaged: frozenset[str]
+) -> tuple[Missing, ...]:
+    """Kernels that the manifest gives as text, and no artifact in ``folder`` has; no op calls them."""
+    there: dict[str, str] = {
+        file.sha256: entry.name
+        for artifact in folder.artifacts
+        for entry in artifact.index.entries
+        for file in entry.files
+        if file.name == entry_files.SOURCE
+    }
+    found = []
+    for number, given in enumerate(manifest.sources):
+        entry = there.get(hashlib.sha256(given.source.encode()).hexdigest())
+        if entry is None or entry in damaged or entry not in folder.entries:
+            name = given.kernel or kernel_template(given.source) or "a kernel"
+            found.append(Missing(entry or f"sources[{number}]", name, (), entry in damaged))
+    return tuple(found)
 
 
 def _explained(refusal: sweep.Refusal, missing: Sequence[Missing]) -> bool:

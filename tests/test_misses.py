@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import misses
+from cachebuilder import misses, verify
 from cachebuilder import plan as planning
 from cachebuilder.deepgemm.source import read_shape
-from tests.conftest import Run
+from cachebuilder.errors import PlanError
+from cachebuilder.manifest import add_sources
+from tests.conftest import SMALL, Run
 from tests.test_plan import EVERY_OP
 
 
@@ -66,11 +68,11 @@ def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
     done = run("misses", log)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(
-        "sm90_fp8_gemm_1d2d: 2 requests, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
+        "sm90_fp8_gemm_1d2d: 2 times, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
         "  not in small\n"
         "  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: ?, n: 256, k: 512}\n"
         "  under target.sm_counts: 132\n"
-        "sm90_fp8_gemm_1d2d: 1 request, at an unknown time\n"
+        "sm90_fp8_gemm_1d2d: 1 time, at an unknown time\n"
     )
     assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout
     assert "kernels missed: 2, requests: 3" in done.stdout
@@ -119,10 +121,83 @@ def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: P
     log.write_bytes(log.read_bytes() + garbage)
     done = run("misses", log)
     assert done.returncode == 0, done.stderr
-    assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 request" in done.stdout
+    assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 time" in done.stdout
     assert "lines of the log are none of the frozen nvcc's" in done.stdout
 
 
 def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     done = run("misses", tmp_path / "none")
     assert done.returncode == 8 and "cannot be read" in done.stderr
+
+
+def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_deepgemms_own_names(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    here = built.inputs.installation
+    (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
+    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.path)
+    known = {kernel.entry for kernel in built.plan.kernels}
+    asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
+    missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
+    assert len(missed) >= 2
+    log = log_of(tmp_path, *((entry, 1_700_000_000, source) for entry, source in missed.items()))
+
+    manifest = tmp_path / "small.yaml"
+    manifest.write_text(f"# what we serve\n{SMALL}")
+    done = run("misses", log, "--add-to", manifest)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(missed)} sources added, 0 there already" in done.stderr
+    text = manifest.read_text()
+    assert text.startswith(f"# what we serve\n{SMALL.splitlines()[0]}\n")
+    assert "# sm90_fp8_gemm_1d2d: missed 1 time, 2023-11-14 22:13:20Z, not in small" in text
+    assert f"0 sources added, {len(missed)} there already" in run("misses", log, "--add-to", manifest).stderr
+    assert manifest.read_text() == text
+
+    output = tmp_path / "more.tar.zst"
+    more = building.build(building.find_inputs(manifest, deep_gemm=here.path), output)
+    assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
+    assert verify.check(output, here, tmp_path / "wide.yaml").complete
+    assert verify.check(output, here).complete
+    [replay] = verify.check(built.packed.path, here, manifest).replays
+    assert [kernel.entry for kernel in replay.missing] == [f"sources[{number}]" for number in range(len(missed))]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("sm90_fp8_gemm_1d2d_impl", "sm100_fp8_gemm_impl"), ["kernel for sm_90a, found sm100_fp8_gemm_impl"]),
+        (("GemmType::Normal", "GemmType::Other"), ["Other cannot be told", "kernel: NAME"]),
+        (("#include <deep_gemm/", "#include <deep_gemm/none/"), ["includes", "which this DeepGEMM has not"]),
+    ],
+)
+def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
+    built: building.Built, change: tuple[str, str], words: list[str], tmp_path: Path
+) -> None:
+    if built.plan.generation == "legacy" and "#include" in change[0]:
+        words = []  # no header is read for a legacy key: nvcc would say it
+    source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
+    (tmp_path / "m.yaml").write_text(SMALL)
+    kernel = "sm90_fp8_gemm_1d2d" if "GemmType" not in change[0] else None
+    add_sources(tmp_path / "m.yaml", [(source.replace(*change), "changed")])
+    text = (tmp_path / "m.yaml").read_text()
+    if kernel:
+        (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    if not words:
+        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        return
+    with pytest.raises(PlanError) as error:
+        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    for word in ["sources[0]", *words]:
+        assert word in f"{error.value} {error.value.hint}"
+
+
+def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_path: Path) -> None:
+    if built.plan.generation != "legacy":
+        pytest.skip("DeepJIT writes no hash of its headers into a source")
+    source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
+    (tmp_path / "m.yaml").write_text(SMALL)
+    add_sources(tmp_path / "m.yaml", [(f"// of other headers\n{source.partition(chr(10))[2]}", "old")])
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
+        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cachebuilder.artifact.index import Index
-from cachebuilder.artifact.pack import CACHE
+from cachebuilder.artifact.index import CACHE, Index
 from cachebuilder.artifact.read import parse_index
 from cachebuilder.errors import ArtifactError
 from cachebuilder.frozen import frozen_nvcc
@@ -49,6 +48,11 @@ class RestoredFolder:
     def cache(self) -> Path:
         """The folder of entries."""
         return self.path / CACHE
+
+    @property
+    def indexes(self) -> list[Index]:
+        """The index of every artifact in it."""
+        return [artifact.index for artifact in self.artifacts]
 
     @cached_property
     def entries(self) -> frozenset[str]:

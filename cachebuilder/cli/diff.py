@@ -41,7 +41,7 @@ def _print(found: comparing.Comparison) -> None:
         click.echo("fingerprint  equal")
     for difference in found.fields:
         click.echo(f"fingerprint  {difference.field}")
-        a, b = shared.both_values(difference)
+        a, b = difference.short()
         click.echo(f"  A: {a}\n  B: {b}")
     for title, entries in (("only in A", found.only_a), ("only in B", found.only_b)):
         for entry in entries:

@@ -57,16 +57,16 @@ def _print(found: examining.Findings) -> None:
             _line("", f"  damaged: {item}")
         if len(root.damaged) > _SHOWN:
             _line("", f"  … {len(root.damaged) - _SHOWN} more damaged: --json lists all")
-    names = ", ".join(f"{name}={value}" for name, value in found.key_variables.items())
-    _line("key changes", names or "no variable set that changes keys")
+    names = ", ".join(f"{name}={value}" for name, value in found.kernel_variables.items())
+    _line("variables", names or "none set that changes kernels")
     for verdict in found.verdicts:
         fits = (
             "fits, as far as can be told without a replay" if not verdict.differences else "differs from what is here"
         )
         _line("artifact", f"{verdict.artifact}: {fits}")
         for difference in verdict.differences:
-            for text in shared.difference_lines(difference):
-                click.echo(text)
+            for text in difference.lines():
+                click.echo(f"  {text}")
     for problem in found.problems:
         click.echo(f"note: {problem}")
 
@@ -112,7 +112,7 @@ def _document(found: examining.Findings) -> dict[str, Any]:
             }
             for root in found.roots
         ],
-        "key_variables": dict(found.key_variables),
+        "kernel_variables": dict(found.kernel_variables),
         "artifacts": [
             {
                 "name": verdict.artifact,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import shared
 from cachebuilder.environment import Engine, Variable, variables
-from cachebuilder.restore import indexes
 
 
 def _shell(found: Sequence[Variable]) -> str:
@@ -51,4 +51,4 @@ def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
 
     Run it in the image that serves: CUDA_HOME is printed only if there is none.
     """
-    click.echo(_FORMATS[form](variables(dir, indexes(dir), engine, scratch, os.environ)))
+    click.echo(_FORMATS[form](variables(dir, open_folder(dir).indexes, engine, scratch, os.environ)))

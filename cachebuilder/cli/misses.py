@@ -16,10 +16,19 @@ from cachebuilder.cli import shared
 
 @click.command()
 @click.argument("log", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--add-to",
+    "manifest",
+    metavar="MANIFEST",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the missed kernels' sources into MANIFEST: the next build contains them.",
+)
 @shared.json_option
-def misses(log: Path, as_json: bool) -> None:
+def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
     """Group the kernels in the frozen nvcc's LOG and say what to add to the manifest."""
     found = reading.read(log)
+    if manifest is not None:
+        _add(found, manifest)
     if as_json:
         document = {"unreadable_lines": found.unreadable, "misses": [_document(miss) for miss in found.misses]}
         click.echo(json.dumps(document, indent=1))
@@ -31,14 +40,32 @@ def misses(log: Path, as_json: bool) -> None:
     if found.unreadable:
         click.echo(f"note: {found.unreadable} lines of the log are none of the frozen nvcc's")
     if found.misses:
-        click.echo("next: add the ops to the manifest (fill in each ?), build, and check with")
+        click.echo("next: add the ops to the manifest (fill in each ?), or the kernels as they are")
+        click.echo("      with --add-to MANIFEST; build, and check the artifact with")
         click.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
 
 
-def _print(miss: reading.Miss) -> None:
+def _add(found: reading.Log, manifest: Path) -> None:
+    from cachebuilder.manifest import add_sources  # pydantic's import is slow, and only this needs it
+
+    sources = [
+        (miss.source, f"{miss.kernel}: missed {_times(miss)}, not in {', '.join(miss.artifacts) or 'the cache'}")
+        for miss in found.misses
+        if miss.source is not None
+    ]
+    added = add_sources(manifest, sources)
+    click.echo(f"{manifest}: {added} sources added, {len(sources) - added} there already", err=True)
+    if lost := len(found.misses) - len(sources):
+        click.echo(f"note: of {lost} kernels no copy of the source was kept: add their ops by hand", err=True)
+
+
+def _times(miss: reading.Miss) -> str:
     first, last = _time(miss.first), _time(miss.last)
-    when = first if first == last else f"{first} to {last}"
-    click.echo(f"{miss.kernel}: {miss.count} {'request' if miss.count == 1 else 'requests'}, {when}")
+    return f"{miss.count} {'time' if miss.count == 1 else 'times'}, {first if first == last else f'{first} to {last}'}"
+
+
+def _print(miss: reading.Miss) -> None:
+    click.echo(textwrap.fill(f"{miss.kernel}: {_times(miss)}", 80, subsequent_indent="  "))
     if miss.artifacts:
         click.echo(
             textwrap.fill(f"not in {', '.join(miss.artifacts)}", 80, initial_indent="  ", subsequent_indent="  ")

@@ -24,12 +24,12 @@ def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, f
             raise
         installation = None
     done = restoring.restore(artifacts, to, installation, nvml.first_gpu(), force)
-    for path, mismatches in done.refused:
-        click.echo(f"refused   {restoring.explain(path, mismatches)}", err=True)
-    if done.mismatches:
-        overruled = any(mismatch.causes_miss for mismatch in done.mismatches)
+    for path, differences in done.refused:
+        click.echo(f"refused   {restoring.explain(path, differences)}", err=True)
+    if done.differences:
+        overruled = any(difference.causes_miss for difference in done.differences)
         click.echo(
-            f"{'forced    ' if overruled else 'note      '}{restoring.explain(done.artifact, done.mismatches)}",
+            f"{'forced    ' if overruled else 'note      '}{restoring.explain(done.artifact, done.differences)}",
             err=True,
         )
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import shared
 from cachebuilder.cli.restore import run_restore
 from cachebuilder.environment import Engine, variables
 from cachebuilder.errors import RestoreError
-from cachebuilder.restore import indexes
 
 
 @click.command()
@@ -35,7 +35,7 @@ def run(
     if source.is_dir():
         if to is not None:
             raise click.UsageError(f"--to goes with an artifact; {source} is a folder")
-        found = indexes(source)
+        found = open_folder(source).indexes
         dir = source
     else:
         if to is None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachebuilder.artifact.compare import Difference
-
 if TYPE_CHECKING:
+    from cachebuilder.compatibility import Difference
     from cachebuilder.plan import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
@@ -113,32 +109,12 @@ def ranges(points: Sequence[Range]) -> str:
     return f"{text} (step {', '.join(map(str, steps))})" if steps else text
 
 
-def difference_lines(difference: Difference) -> list[str]:
-    """A field that differs: what was wanted, what was found, what to do; within 80 columns."""
-    wanted, found = both_values(difference)
-    remedy = textwrap.wrap(difference.remedy, 80, initial_indent=" " * 10, subsequent_indent=" " * 10)
-    return [f"differs   {difference.field}", f"  wanted: {wanted}", f"  found:  {found}", *remedy]
-
-
-def both_values(difference: Difference) -> tuple[str, str]:
-    """Both values of a field in one line each: of texts with several lines, the first lines that differ."""
-    wanted, found = (
-        (value if isinstance(value, str) else json.dumps(value)).splitlines()
-        for value in (difference.wanted, difference.found)
-    )
-    a, b = next(((a, b) for a, b in zip_longest(wanted, found, fillvalue="") if a != b), ("", ""))
-    return _shorten(a), _shorten(b)
-
-
 def difference_document(difference: Difference) -> dict[str, object]:
     """A field that differs, for JSON."""
     return {
         "field": difference.field,
         "wanted": difference.wanted,
         "found": difference.found,
+        "causes_miss": difference.causes_miss,
         "remedy": difference.remedy,
     }
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 69 else f"{text[:68]}…"

@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 from cachebuilder import verify as verifying
-from cachebuilder.artifact.compare import Difference
 from cachebuilder.cli import shared
+from cachebuilder.compatibility import Difference
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import VerifyError
 
@@ -77,8 +77,8 @@ def _print(report: verifying.Report) -> None:
             text = f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}"
             click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
         for difference in replay.differences:
-            for line in shared.difference_lines(difference):
-                click.echo(line)
+            for line in difference.lines():
+                click.echo(f"differs   {line}" if line.startswith(difference.field) else line)
 
 
 def _problem(report: verifying.Report) -> str:

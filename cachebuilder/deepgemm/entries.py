@@ -6,7 +6,11 @@ Facts from DeepGEMM 2.6.1 ``csrc/jit/compiler.hpp`` and ``csrc/utils/hash.hpp`` 
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 from cachebuilder.deepgemm import Generation
 
@@ -44,10 +48,67 @@ def legacy_entry(kernel: str, nvcc_release: str, flags: str, source: str) -> str
     return f"kernel.{kernel}.{_mix(high):016x}{_mix(low):016x}"
 
 
-def _fnv1a(data: bytes, seed: int) -> int:
-    state = seed
+def deepjit_entry(kernel: str, nvcc_text: str, cutlass: str, flags: Sequence[str], source: str, include: Path) -> str:
+    """The folder name that DeepJIT gives a kernel compiled with no post-hook.
+
+    Facts from ``deep_jit/runtime/runtime.hpp``, ``utils/hash.hpp`` and ``utils/parser.hpp`` in sgl-deep-gemm
+    0.2.3.post2, which are the same in vLLM 0.33.0's copy.
+
+    Args:
+        nvcc_text: all that ``nvcc --version`` prints.
+        cutlass: CUTLASS's version, as ``4.5.0``.
+        flags: nvcc's, without include paths.
+        include: the folder whose ``deep_gemm/`` headers the source includes.
+
+    Raises:
+        OSError: a header cannot be read.
+    """
+    hasher = _DeepJitHash()
+    major, minor, patch = (int(part) for part in cutlass.split("."))
+    hasher.update(f"cutlass-{100 * major + 10 * minor + patch}".encode())
+    hasher.update(_DeepJitHash().update(nvcc_text.encode()).digest())
+    hasher.update(" ".join(flags).encode()).update(b"")
+    hasher.update(_hash_with_includes(source.encode(), include))
+    return f"{kernel}.{hasher.digest().decode()}"
+
+
+_DEEP_GEMM_INCLUDE = re.compile(rb"^[ \t\f\v]*#[ \t\f\v]*include[ \t\f\v]*<(deep_gemm/[^>\"]*)>", re.MULTILINE)
+
+
+def _hash_with_includes(code: bytes, include: Path) -> bytes:
+    """A text's hash with, in their order, those of the DeepGEMM headers it includes."""
+    hasher = _DeepJitHash().update(code)
+    for match in _DEEP_GEMM_INCLUDE.finditer(code):
+        hasher.update(_header_hash(include, match[1].decode()))
+    return hasher.digest()
+
+
+@functools.cache
+def _header_hash(include: Path, name: str) -> bytes:
+    return _hash_with_includes((include / name).read_bytes(), include)
+
+
+class _DeepJitHash:
+    """DeepJIT's two streams; each update begins with its length in 8 bytes, the lowest first."""
+
+    def __init__(self) -> None:
+        self._states = (0xC6A4A7935BD1E995, 0xFF51AFD7ED558CCD)
+
+    def update(self, data: bytes) -> Self:
+        """Take ``data`` in."""
+        first, second = self._states
+        framed = len(data).to_bytes(8, "little") + data
+        self._states = (_fnv1a(framed, first), _fnv1a(framed, second, 0x9E3779B97F4A7C15))
+        return self
+
+    def digest(self) -> bytes:
+        """32 hexadecimal digits."""
+        return b"%016x%016x" % (_mix(self._states[0]), _mix(self._states[1]))
+
+
+def _fnv1a(data: bytes, state: int, prime: int = 0x100000001B3) -> int:
     for byte in data:
-        state = (state ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ byte) * prime & 0xFFFFFFFFFFFFFFFF
     return state
 
 

@@ -1,4 +1,4 @@
-"""What DeepGEMM reads from its environment: where its caches are, and which variables change a kernel's key.
+"""What DeepGEMM reads from its environment: where its caches are, and which variables change its kernels.
 
 Facts from ``deep_jit/utils/env.hpp``, ``deep_jit/cache/disk.hpp`` and ``deep_jit/backend/cuda/options.hpp`` in
 sgl-deep-gemm 0.2.3.post2 (DeepJIT), and from ``csrc/jit/compiler.hpp`` of DeepGEMM 2.6.1 (legacy).
@@ -6,12 +6,13 @@ sgl-deep-gemm 0.2.3.post2 (DeepJIT), and from ``csrc/jit/compiler.hpp`` of DeepG
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from cachebuilder.deepgemm.installation import Generation
 
-#: Variables, without their prefix, that put a flag into every key. ``JIT_DUMP_…`` and ``JIT_PRINT_…`` do not.
+#: Variables, without their prefix, that put a flag into every key where they are on.
 _FLAGS: dict[Generation, tuple[str, ...]] = {
     "deepjit": (
         "JIT_DEBUG",
@@ -22,6 +23,15 @@ _FLAGS: dict[Generation, tuple[str, ...]] = {
     ),
     "legacy": ("JIT_DEBUG", "JIT_PTXAS_VERBOSE", "JIT_PTXAS_CHECK", "JIT_WITH_LINEINFO", "JIT_USE_NVRTC"),
 }
+_FLAGS_OF_OTHERS: dict[Generation, frozenset[str]] = {
+    "deepjit": frozenset(_FLAGS["legacy"]) - frozenset(_FLAGS["deepjit"]),
+    "legacy": frozenset(_FLAGS["deepjit"]) - frozenset(_FLAGS["legacy"]),
+}
+#: Variables that change no kernel: where to look, what to print or dump beside it, what cuBLASLt is given.
+_HARMLESS = re.compile(
+    r"JIT_CACHE_DIR|JIT_NVCC_COMPILER|JIT_PRINT_\w+|JIT_DUMP_\w+|PRINT_CONFIGS|USE_(PYTORCH|TEMP)_\w*CUBLASLT\w*"
+)
+_OFF = ("", "0", "false", "no")
 _CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
 #: Each generation's prefixes, first choice first.
 _PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
@@ -35,16 +45,21 @@ def get(generation: Generation, environment: Mapping[str, str], suffix: str) -> 
     return None
 
 
-def key_variables(generation: Generation, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of ``environment`` that make keys differ from those of an empty one."""
+def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of ``environment`` that make DeepGEMM ask for other kernels, or under other keys, than with none.
+
+    One that is not known counts: every version reads some of its own (``DG_SM90_FP8_SWAP_AB`` in sgl-deep-gemm
+    0.2.3.post2, ``DG_NVFP4_MOE_BLOCK_M`` in vLLM 0.33.0's copy), and most choose a kernel.
+    """
     found = {}
-    for suffix in _FLAGS[generation]:
-        variable = get(generation, environment, suffix)
-        if variable and variable[1].lower() not in ("", "0", "false", "no"):
-            found[variable[0]] = variable[1]
-    standard = get(generation, environment, _CPP_STANDARD)
-    if standard and standard[1] != _DEFAULT_CPP_STANDARD:
-        found[standard[0]] = standard[1]
+    for name in environment:
+        prefix, _, suffix = name.partition("_")
+        if prefix not in _PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or suffix in _FLAGS_OF_OTHERS[generation]:
+            continue
+        taken, value = get(generation, environment, suffix) or (name, "")
+        off = value.lower() in _OFF if suffix in _FLAGS[generation] else not value
+        if taken == name and not off and (suffix, value) != (_CPP_STANDARD, _DEFAULT_CPP_STANDARD):
+            found[name] = value
     return found
 
 

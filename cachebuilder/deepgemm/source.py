@@ -73,6 +73,17 @@ def kernel_template(source: str) -> str | None:
     return match[1] if match else None
 
 
+def includes(source: str) -> list[str]:
+    """The headers that ``source`` includes, in their order."""
+    return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", source, re.MULTILINE)
+
+
+def family(source: str) -> tuple[str | None, str | None]:
+    """The template that ``source`` instantiates and its GemmType, where it has one: what DeepGEMM names a kernel by."""
+    gemm_type = re.search(r"\bGemmType::(\w+)", source)
+    return kernel_template(source), gemm_type[1] if gemm_type else None
+
+
 def read_shape(source: str) -> Shape | None:
     """What ``source`` was generated for; None where it is not a GEMM whose template is known."""
     match = re.search(r"&\s*(\w+)\s*<(.*)>\s*\)", source, re.DOTALL)
