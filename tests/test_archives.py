@@ -157,6 +157,11 @@ CORPUS = [
     ("not-a-tar", lambda artifact: compress(b"hello world\n" * 4000), "checksum is wrong"),
     # bytes
     ("swapped-files", tarred(swapped), "wanted"),
+    (
+        "another-manifest",
+        tarred(lambda m: replace(m, 1, m[1].data.replace(b"max_tokens", b"max_tokenz"))),
+        "manifest.yaml",
+    ),
     ("flipped-bit-inside", raw(lambda tar: flip_cubin(tar)), "wanted sha256"),
     ("longer-file", tarred(lambda m: replace(m, 2, m[2].data + b" ")), "bytes, found"),
     # the index

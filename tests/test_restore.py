@@ -477,6 +477,7 @@ def whole_indexes(draw: st.DrawFn) -> Index:
         name=draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)),
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),
+        manifest=draw(st.text("0123456789abcdef", min_size=64, max_size=64)),
         ops=tuple(draw(st.lists(st.dictionaries(words, words | numbers | st.none(), max_size=3), max_size=3))),
         entries=entries,
         recorded=draw(st.dictionaries(words, words, max_size=3)),

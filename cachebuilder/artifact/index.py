@@ -122,13 +122,16 @@ class Entry(Record):
 class Index(Record):
     """The whole index.
 
-    ``recorded`` binds nothing: torch, Python, the host's compiler and the GPU's name, for a person who looks.
+    Attributes:
+        manifest: sha256 of the manifest's bytes.
+        recorded: binds nothing: torch, Python and the GPU's name, for a person who looks.
     """
 
     schema_version: int = 1
     name: str
     fingerprint: Fingerprint
     fingerprint_digest: str
+    manifest: str
     ops: tuple[dict[str, object], ...]
     entries: tuple[Entry, ...]
     recorded: dict[str, str]
@@ -143,6 +146,7 @@ class Index(Record):
             name=text(found["name"], "name"),
             fingerprint=Fingerprint.model_validate(found["fingerprint"], "fingerprint"),
             fingerprint_digest=_sha256(found["fingerprint_digest"], "fingerprint_digest"),
+            manifest=_sha256(found["manifest"], "manifest"),
             ops=several(found["ops"], "ops", _op),
             entries=several(found["entries"], "entries", Entry.model_validate, MAX_ENTRIES),
             recorded=texts(found["recorded"], "recorded"),

@@ -55,6 +55,7 @@ def pack(
         name=name,
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),
+        manifest=hashlib.sha256(manifest).hexdigest(),
         ops=plan.ops,
         entries=tuple(
             Entry(

@@ -108,6 +108,8 @@ class Archive:
         if size > _MAX_MANIFEST_BYTES:
             raise self._bad(f"wanted a manifest of at most {_MAX_MANIFEST_BYTES} bytes, found {size}")
         self.manifest = self._body(size)
+        if (digest := hashlib.sha256(self.manifest).hexdigest()) != self.index.manifest:
+            raise self._bad(f"{MANIFEST}: wanted sha256 {self.index.manifest}, found {digest}")
         for position, kind in enumerate(entry_files.FILES[self.index.fingerprint.generation]):
             wanted = {f"{CACHE}/{entry.name}/{kind}": (entry, entry.files[position]) for entry in self.index.entries}
             while wanted:
