@@ -151,7 +151,7 @@ class Inputs:
         return rows.to(self._device.name)
 
     def expert_counts(self, experts: int, expected: int, largest: int) -> Any:
-        """int32 ``[experts]``: valid rows of each, 0.7 to 1.3 times ``expected``, as DeepGEMM's tests have it; one is 0."""
+        """int32 ``[experts]``: valid rows of each, 0.7 to 1.3 times ``expected`` (as in DeepGEMM's tests); one is 0."""
         counts = [max(1, min(largest, expected * percent // 100)) for percent in self.integers(70, 130, experts)]
         if experts > 1:
             counts[self.integers(0, experts - 1, 1)[0]] = 0
