@@ -1,8 +1,8 @@
 """What every op shares: its pydantic base, the tensors it needs, and the contract with the sweep.
 
-An op is one file in this package with one model. The model's fields are the manifest's; its two methods say which
-values are swept and how DeepGEMM is called for one of them. Nothing here imports torch: ``prepare`` is handed the
-running modules in a `Device`.
+An op is one file in this package with one model. The model's fields are the manifest's; its methods say which values
+are swept, how DeepGEMM is called for one of them, and what its result must be. Nothing here imports torch: ``prepare``
+and ``trial`` are handed the running modules in a `Device`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from cachebuilder.ops.trial import Trial
 
 #: A scale factor of a block-quantised FP8 tensor covers this many elements of K (and of N, for weights).
 FP8_BLOCK = 128
@@ -47,15 +49,30 @@ def round_up(a: int, b: int) -> int:
 
 
 class Device:
-    """The device a sweep runs on: the modules that reach it and its tensors' allocator."""
+    """The device a sweep runs on: the modules that reach it and its tensors' allocator.
 
-    def __init__(self, torch: ModuleType, deep_gemm: ModuleType) -> None:
+    Attributes:
+        name: torch's name of the device.
+    """
+
+    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda") -> None:
         self.torch = torch
         self.deep_gemm = deep_gemm
+        self.name = name
+
+    @property
+    def major(self) -> int:
+        """Major compute capability."""
+        return int(self.torch.cuda.get_device_capability()[0])
+
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether DeepGEMM keeps only the exponent of a float32 scale here: it does on Blackwell (packed UE8M0)."""
+        return self.name == "cuda" and self.major >= 10
 
     def empty(self, *shape: int, dtype: str) -> Any:
         """An uninitialised tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``."""
-        return self.torch.empty(shape, device="cuda", dtype=getattr(self.torch, dtype))
+        return self.torch.empty(shape, device=self.name, dtype=getattr(self.torch, dtype))
 
     def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
         """FP8 activations ``[…, M, K]`` with their float32 scales ``[…, M, ⌈K/128⌉]``, both row-major.
@@ -77,7 +94,7 @@ class Device:
 
 
 class OpBase(BaseModel):
-    """Base of the ops: fields that all of them have, and the two methods that the sweep calls."""
+    """Base of the ops: fields that all of them have, and the methods that a sweep calls."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -113,6 +130,13 @@ class OpBase(BaseModel):
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Allocate for the largest point; returns the call for one point."""
+        raise NotImplementedError
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """Call DeepGEMM at one point on random inputs; returns its outputs beside the expected ones.
+
+        For a real GPU: on a virtual one the outputs are never written. Equal arguments give equal inputs.
+        """
         raise NotImplementedError
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from cachebuilder.ops.base import Bf16K, Device, N, TokenOp
+from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 
 class Bf16GemmNt(TokenOp):
@@ -27,3 +28,11 @@ class Bf16GemmNt(TokenOp):
             gemm(a[:m], b, d[:m], **options)
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """M = ``value``; float32 product of the BF16 operands."""
+        inputs = Inputs(device, seed)
+        a, b = inputs.normal(value, self.k), inputs.normal(self.n, self.k)
+        d, buffer = inputs.output(value, self.n, dtype=self.out_dtype)
+        self.function(device.deep_gemm)(a, b, d, **self.options())
+        return Trial((dense_output(device.torch, "d", buffer, product_nt(device.torch, a, b)),))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from cachebuilder.ops.base import Device, Fp8K, N, TokenOp
+from cachebuilder.ops.base import FP8_BLOCK, Device, Fp8K, N, TokenOp
+from cachebuilder.ops.trial import Inputs, Trial, dense_output, dequantise, product_nt
 
 
 class Fp8GemmNt(TokenOp):
@@ -26,3 +27,12 @@ class Fp8GemmNt(TokenOp):
             gemm((a[:m], sfa[:m]), b, d[:m], **options)
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """M = ``value``; float32 product of the dequantised operands."""
+        inputs = Inputs(device, seed)
+        a, b = inputs.fp8_rows(value, self.k), inputs.fp8_blocks(self.n, self.k)
+        d, buffer = inputs.output(value, self.n, dtype="bfloat16")
+        self.function(device.deep_gemm)(a, b, d, **self.options())
+        expected = product_nt(device.torch, dequantise(*a, rows=1), dequantise(*b, rows=FP8_BLOCK))
+        return Trial((dense_output(device.torch, "d", buffer, expected),))

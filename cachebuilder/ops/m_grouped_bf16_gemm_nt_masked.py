@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from cachebuilder.ops.base import Bf16K, Device, GroupedMaskedOp, N
+from cachebuilder.ops.trial import Inputs, Trial, masked_output, product_nt
 
 
 class MGroupedBf16GemmNtMasked(GroupedMaskedOp):
@@ -27,3 +28,16 @@ class MGroupedBf16GemmNtMasked(GroupedMaskedOp):
             gemm(a, b, d, rows, expected_m, **options)
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``expected_m`` = ``value``; each expert's valid rows times its weight, in float32."""
+        inputs = Inputs(device, seed)
+        counts = inputs.expert_counts(self.experts, value, self.max_m)
+        a, b = inputs.normal(self.experts, self.max_m, self.k), inputs.normal(self.experts, self.n, self.k)
+        d, buffer = inputs.output(self.experts, self.max_m, self.n, dtype="bfloat16")
+        self.function(device.deep_gemm)(a, b, d, counts, value, **self.options())
+
+        def product(expert: int, count: int) -> Any:
+            return product_nt(device.torch, a[expert, :count], b[expert])
+
+        return Trial((masked_output(device.torch, "d", buffer, counts, self.max_m, product),))

@@ -1,0 +1,258 @@
+"""One call of an op on random inputs beside its result in higher precision: what a real GPU's results are held to.
+
+Inputs are quantised as the engines quantise them; the expected result is computed in float32 from the quantised
+values, so the difference is the kernel's own error. Outputs are filled with NaN before the call: an element that the
+kernel must write and does not, or must leave and does not, shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from cachebuilder.ops.base import FP8_BLOCK, Device, ceil_div, round_up
+
+#: The largest finite value of float8_e4m3fn (OCP 8-bit Floating Point Specification 1.0, table 1).
+FP8_MAX = 448.0
+#: Rows allocated behind every output: no kernel's tile is taller, so what overruns the output lands there.
+GUARD_ROWS = 256
+#: The largest relative error accepted. BF16 output alone costs 1.7e-3 (uniform rounding to 8 bits of significand);
+#: 5e-3 leaves room for the tensor cores' shorter FP8 accumulation and none for a wrong element.
+TOLERANCE = 5e-3
+#: One row's error may be this many times `TOLERANCE`: a row is few elements, and the norms of few scatter.
+ROW_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor that DeepGEMM wrote, beside what it should hold.
+
+    Attributes:
+        name: the argument's name in DeepGEMM's signature.
+        actual: the tensor after the call, `GUARD_ROWS` behind it included; NaN before.
+        expected: what it should hold, float32, of the same shape; any value where nothing is expected.
+        written: bool, broadcastable to the shape: elements that must be as expected.
+        untouched: bool, broadcastable to the shape: elements that must still be NaN. What is in neither mask, such as
+            the padding rows of an expert's last block, may hold anything.
+        tolerance: the largest relative error accepted.
+    """
+
+    name: str
+    actual: Any
+    expected: Any
+    written: Any
+    untouched: Any
+    tolerance: float = TOLERANCE
+
+    def relative_error(self) -> float:
+        """‖actual − expected‖ / ‖expected‖ over the written elements (Frobenius norm); NaN where one is NaN."""
+        difference, expected = self._compared()
+        return _ratio(difference.norm().item(), expected.norm().item())
+
+    def worst_row_error(self) -> float:
+        """The largest of the same ratio over single rows; NaN where an element is NaN."""
+        difference, expected = (x.flatten(0, -2).norm(dim=-1) for x in self._compared())
+        ratios = difference / expected.clamp(min=1e-30)
+        return float(ratios.max().item()) if ratios.numel() else 0.0
+
+    def touched(self) -> int:
+        """How many elements were written that must not be."""
+        return int((~self.actual.isnan() & self.untouched).sum().item())
+
+    def problem(self) -> str | None:
+        """What is wrong with this output, in one sentence; None where nothing is."""
+        if count := self.touched():
+            return f"{self.name}: {count} elements were written that must not be"
+        whole, row = self.relative_error(), self.worst_row_error()
+        if not whole <= self.tolerance:  # NaN too
+            return f"{self.name}: relative error {whole:.2e}, wanted at most {self.tolerance:.0e}"
+        if not row <= ROW_FACTOR * self.tolerance:
+            return f"{self.name}: relative error {row:.2e} in one row, wanted at most {ROW_FACTOR * self.tolerance:.0e}"
+        return None
+
+    def _compared(self) -> tuple[Any, Any]:
+        skipped = ~self.written
+        return (self.actual.float() - self.expected).masked_fill(skipped, 0), self.expected.masked_fill(skipped, 0)
+
+
+def _ratio(difference: float, norm: float) -> float:
+    if norm == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / norm
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All outputs of one call."""
+
+    outputs: tuple[Output, ...]
+
+    def relative_error(self) -> float:
+        """The worst output's."""
+        errors = [output.relative_error() for output in self.outputs]
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+    def problems(self) -> list[str]:
+        """What is wrong, a sentence for each output that is not as it should be; empty where all are."""
+        return [problem for output in self.outputs if (problem := output.problem())]
+
+
+class Inputs:
+    """Random inputs of one trial, the same for the same seed on the same device."""
+
+    def __init__(self, device: Device, seed: int) -> None:
+        self._device = device
+        self._torch = device.torch
+        self._generator = device.torch.Generator(device.name).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: str = "bfloat16") -> Any:
+        """Standard normal values."""
+        values = self._device.empty(*shape, dtype="float32").normal_(generator=self._generator)
+        return values.to(getattr(self._torch, dtype))
+
+    def integers(self, low: int, high: int, count: int) -> list[int]:
+        """``count`` integers from ``low`` to ``high``, both included."""
+        values = self._device.empty(count, dtype="int64").random_(low, high + 1, generator=self._generator)
+        return [int(value) for value in values.tolist()]
+
+    def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
+        """FP8 activations ``[…, M, K]`` and scales ``[…, M, ⌈K/128⌉]``, as `Device.fp8_rows` has them."""
+        return self._fp8(shape, 1)
+
+    def fp8_blocks(self, *shape: int) -> tuple[Any, Any]:
+        """FP8 weights ``[…, N, K]`` and scales ``[…, ⌈N/128⌉, ⌈K/128⌉]``, as `Device.fp8_blocks` has them."""
+        return self._fp8(shape, FP8_BLOCK)
+
+    def _fp8(self, shape: tuple[int, ...], rows: int) -> tuple[Any, Any]:
+        *outer, m, k = shape
+        data = self._device.empty(math.prod(outer), m, k, dtype="float8_e4m3fn")
+        scales = self._device.empty(math.prod(outer), ceil_div(m, rows), ceil_div(k, FP8_BLOCK), dtype="float32")
+        for index in range(len(data)):  # one matrix at a time: float32 copies of all experts would not fit
+            values = self.normal(m, k, dtype="float32")
+            data[index], scales[index] = quantise(self._torch, values, rows, self._device.power_of_two_scales)
+        return data.view(shape), scales.view(*outer, *scales.shape[1:])
+
+    def expert_rows(self, m: int, experts: int, alignment: int) -> Any:
+        """int32 ``[M]``: the expert of each row, ascending, −1 for padding.
+
+        Each expert's rows fill blocks of ``alignment`` rows, the last of which ends in padding; the last eighth of
+        the blocks is padding only, as in vLLM's worst-case buffers (0.33.0, ``fused_moe/deep_gemm_utils.py``).
+        """
+        rows = self._torch.full((m,), -1, dtype=self._torch.int32)
+        blocks = m // alignment
+        owners = sorted(self.integers(0, experts - 1, blocks - blocks // 8))
+        valid = self.integers(1, alignment, len(owners))
+        for block, owner in enumerate(owners):
+            last = block + 1 == len(owners) or owners[block + 1] != owner
+            rows[block * alignment : block * alignment + (valid[block] if last else alignment)] = owner
+        return rows.to(self._device.name)
+
+    def expert_counts(self, experts: int, expected: int, largest: int) -> Any:
+        """int32 ``[experts]``: valid rows of each, 0.7 to 1.3 times ``expected`` (as in DeepGEMM's tests); one is 0."""
+        counts = [max(1, min(largest, expected * percent // 100)) for percent in self.integers(70, 130, experts)]
+        if experts > 1:
+            counts[self.integers(0, experts - 1, 1)[0]] = 0
+        return self._torch.tensor(counts, dtype=self._torch.int32, device=self._device.name)
+
+    def output(self, *shape: int, dtype: str) -> tuple[Any, Any]:
+        """An output ``[…, M, N]`` full of NaN, and the buffer ``[rows, N]`` that it is the head of."""
+        *outer, n = shape
+        rows = math.prod(outer)
+        buffer = self._device.empty(rows + GUARD_ROWS, n, dtype=dtype).fill_(math.nan)
+        return buffer[:rows].view(shape), buffer
+
+
+def dense_output(torch: ModuleType, name: str, buffer: Any, expected: Any) -> Output:
+    """All rows of ``expected`` [M, N] are written, and none behind them in ``buffer`` [M + `GUARD_ROWS`, N]."""
+    full, row = _behind(torch, buffer, expected)
+    return Output(name, buffer, full, written=row < len(expected), untouched=row >= len(expected))
+
+
+def contiguous_output(
+    torch: ModuleType, name: str, buffer: Any, expert_of_row: Any, product: Callable[[int, Any], Any]
+) -> Output:
+    """Rows that have an expert are written, nothing behind the last row is; padding rows may hold anything.
+
+    Args:
+        buffer: [M + `GUARD_ROWS`, N].
+        expert_of_row: [M], −1 for padding.
+        product: the expected rows of one expert, for the indices of these rows.
+    """
+    m = len(expert_of_row)
+    expected = torch.zeros(m, buffer.shape[1], device=buffer.device)
+    for expert in expert_of_row.unique().tolist():
+        if expert >= 0:
+            rows = (expert_of_row == expert).nonzero().flatten()
+            expected[rows] = product(expert, rows)
+    full, row = _behind(torch, buffer, expected)
+    written = row < 0
+    written[:m, 0] = expert_of_row >= 0
+    return Output(name, buffer, full, written, untouched=row >= m)
+
+
+def masked_output(
+    torch: ModuleType, name: str, buffer: Any, counts: Any, max_m: int, product: Callable[[int, int], Any]
+) -> Output:
+    """Each expert's first rows are written; its rows behind the last tile that holds one of them are not.
+
+    Args:
+        buffer: [experts · ``max_m`` + `GUARD_ROWS`, N].
+        counts: [experts], valid rows.
+        product: the expected rows of one expert, for the number of them.
+    """
+    experts = len(counts)
+    expected = torch.zeros(experts * max_m, buffer.shape[1], device=buffer.device)
+    for expert, count in enumerate(counts.tolist()):
+        expected[expert * max_m : expert * max_m + count] = product(expert, count)
+    full, row = _behind(torch, buffer, expected)
+    written, untouched = row < 0, row >= experts * max_m
+    inside = row[:max_m, 0]
+    for expert, count in enumerate(counts.tolist()):
+        rows = slice(expert * max_m, (expert + 1) * max_m)
+        written[rows, 0] = inside < count
+        untouched[rows, 0] = inside >= round_up(count, GUARD_ROWS)
+    return Output(name, buffer, full, written, untouched)
+
+
+def _behind(torch: ModuleType, buffer: Any, expected: Any) -> tuple[Any, Any]:
+    """``expected`` with zeroes to ``buffer``'s length, and the index of each row, [rows, 1]."""
+    full = torch.zeros(buffer.shape, device=buffer.device, dtype=torch.float32)
+    full[: len(expected)] = expected
+    return full, torch.arange(len(buffer), device=buffer.device)[:, None]
+
+
+def quantise(torch: ModuleType, values: Any, rows: int, power_of_two: bool) -> tuple[Any, Any]:
+    """FP8 data and float32 scales of ``values`` [M, K], one scale for ``rows`` × 128 elements.
+
+    The scale is the block's largest magnitude / 448, as in DeepGEMM 2.6.1 ``deep_gemm/utils/math.py``
+    (``per_token_cast_to_fp8``, ``per_block_cast_to_fp8``); rounded up to a power of two for SM100, whose kernels keep
+    only a scale's exponent.
+    """
+    m, k = values.shape
+    padded = values.new_zeros(round_up(m, rows), round_up(k, FP8_BLOCK))
+    padded[:m, :k] = values
+    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
+    scales = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-4) / FP8_MAX
+    if power_of_two:
+        scales = scales.log2().ceil().exp2()
+    data = (blocks / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return data.view_as(padded)[:m, :k].contiguous(), scales.view(blocks.shape[0], blocks.shape[2])
+
+
+def dequantise(data: Any, scales: Any, rows: int) -> Any:
+    """float32 values of FP8 ``data`` [M, K] with one scale for ``rows`` × 128 elements."""
+    m, k = data.shape
+    return data.float() * scales.repeat_interleave(rows, 0)[:m].repeat_interleave(FP8_BLOCK, 1)[:, :k]
+
+
+def product_nt(torch: ModuleType, a: Any, b: Any) -> Any:
+    """A · Bᵀ in float32 proper (no TF32), whatever the operands' type."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return a.float() @ b.float().mT
+    finally:
+        torch.set_float32_matmul_precision(before)
