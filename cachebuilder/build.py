@@ -1,4 +1,4 @@
-"""The whole build, in order: manifest → plan → compile → pack."""
+"""The whole build, in order: manifest → plan → compile → pack; on a GPU that is the target, each step confirmed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 
 from cachebuilder import compile as compiling
 from cachebuilder import manifest as manifests
+from cachebuilder import on_gpu, sweep, verify
 from cachebuilder import plan as planning
 from cachebuilder import toolchain as toolchains
 from cachebuilder.artifact.index import fingerprint
-from cachebuilder.artifact.pack import Packed, pack
+from cachebuilder.artifact.pack import Packed, pack, publish
 from cachebuilder.deepgemm import installation as installations
+from cachebuilder.errors import PlanError
+from cachebuilder.paths import scratch_folder
 from cachebuilder.store import CubinStore, NoStore
 
 #: Called with a step's name ("plan", "compile"), units done and units in all (0: not known yet).
@@ -42,6 +45,7 @@ class Built:
     packed: Packed
     plan_seconds: float
     pack_seconds: float
+    launch_seconds: float
 
 
 def find_inputs(manifest: Path, nvcc: Path | None = None, deep_gemm: Path | None = None) -> Inputs:
@@ -58,6 +62,7 @@ def build(
     use_store: bool = True,
     grouped: bool = True,
     check_code: int = 1,
+    device: sweep.DeviceName = "virtual",
     progress: Progress = lambda step, done, total: None,
 ) -> Built:
     """Build ``output`` from ``inputs``.
@@ -66,6 +71,8 @@ def build(
         jobs: compilers at once; all cores when left out.
         grouped: let kernels share the compiler's front end; the bytes are the same either way.
         check_code: of the kernels compiled now, compare this many random ones with what nvcc makes of them alone.
+        device: ``cuda`` to see each step confirmed by the GPU of this machine: it must ask for exactly the planned
+            kernels, and every call is then launched from the finished artifact. The bytes are the same either way.
         use_store: keep plans and compiled kernels in the user's cache folder, and take them from there.
 
     Raises:
@@ -79,6 +86,8 @@ def build(
         lambda done, total: progress("plan", done, total),
         reuse=use_store,
     )
+    if device == "cuda":
+        _confirm_plan(inputs, plan, progress)
     planned = time.monotonic()
     cubins, report = compiling.compile_all(
         plan.kernels,
@@ -92,12 +101,55 @@ def build(
     checked = random.sample(report.compiled, min(check_code, len(report.compiled)))
     compiling.check(checked, cubins, inputs.toolchain, inputs.installation)
     compiled = time.monotonic()
-    packed = pack(
-        output,
-        inputs.manifest.name,
-        inputs.manifest_bytes,
-        plan,
-        cubins,
-        fingerprint(plan, inputs.installation, inputs.toolchain, inputs.manifest.environment),
+    with scratch_folder() as scratch:
+        # On the GPU, what is launched is the finished artifact; it gets its name only afterwards.
+        unproven = scratch / "artifact.tar.zst"
+        packed = pack(
+            unproven if device == "cuda" else output,
+            inputs.manifest.name,
+            inputs.manifest_bytes,
+            plan,
+            cubins,
+            fingerprint(plan, inputs.installation, inputs.toolchain, inputs.manifest.environment),
+        )
+        done = time.monotonic()
+        if device == "cuda":
+            _launch(inputs, unproven, scratch, progress)
+            packed = publish(packed, output)
+    return Built(
+        inputs, plan, report, len(checked), packed, planned - started, done - compiled, time.monotonic() - done
     )
-    return Built(inputs, plan, report, len(checked), packed, planned - started, time.monotonic() - compiled)
+
+
+def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> None:
+    """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
+    asked = sweep.entries_on_gpu(
+        inputs.manifest.ops,
+        plan.gpu,
+        plan.sm_counts,
+        inputs.installation,
+        inputs.toolchain,
+        inputs.manifest.environment,
+        lambda done, total: progress("plan on the GPU", done, total),
+    )
+    wanted = {kernel.entry for kernel in plan.kernels if kernel.selected_by}
+    if asked != wanted:
+        raise PlanError(
+            "the GPU does not ask for the kernels that the virtual one does: "
+            f"{len(asked - wanted)} more ({', '.join(sorted(asked - wanted)[:3])}), "
+            f"{len(wanted - asked)} fewer ({', '.join(sorted(wanted - asked)[:3])})",
+            hint="a property of this card is not what cachebuilder knows of it: report it with cachebuilder doctor",
+        )
+
+
+def _launch(inputs: Inputs, artifact: Path, scratch: Path, progress: Progress) -> None:
+    """Raises `DeviceError` where a call is not served from the artifact on the real GPU."""
+    with verify.opened(artifact, inputs.installation) as folder:
+        replay = on_gpu.serve(
+            folder,
+            inputs.manifest,
+            inputs.installation,
+            scratch,
+            lambda name, done, total: progress("launch", done, total),
+        )
+    on_gpu.require_right(inputs.manifest.name, [replay])

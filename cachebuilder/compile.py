@@ -36,8 +36,8 @@ from cachebuilder.store import CubinStore
 from cachebuilder.toolchain import Toolchain, cubin_command, host_compiler_text, ptx_command
 from cachebuilder.units import Unit
 
-#: Raised whenever the way from source to cubin changes, so that no store serves the old way's bytes.
-_RECIPE = 2
+#: The code that makes a cubin of a source: a store serves only what the same code made.
+_RECIPE = ("compile.py", "ptx.py", "toolchain.py", "units.py")
 
 #: Variables with which nvcc and its host compiler would take other flags or headers than DeepGEMM's.
 _FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
@@ -283,7 +283,8 @@ def code_sections(cubin: bytes) -> dict[str, bytes]:
 
 def _keys(kernels: Sequence[Kernel], toolchain: Toolchain, installation: Installation) -> dict[str, str]:
     """Each entry's key in the store: a digest of all that its cubin's bytes depend on."""
-    common = [_RECIPE, toolchain.version_text, host_compiler_text(), installation.include_digest]
+    recipe = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _RECIPE)).hexdigest()
+    common = [recipe, toolchain.version_text, host_compiler_text(), installation.include_digest]
     return {
         kernel.entry: hashlib.sha256(json.dumps([*common, kernel.flags, kernel.source]).encode()).hexdigest()
         for kernel in kernels

@@ -70,6 +70,12 @@ class VerifyError(CacheBuilderError):
     exit_code = 11
 
 
+class DeviceError(CacheBuilderError):
+    """There is no GPU here, not the one that was asked for, or it cannot do what was asked of it."""
+
+    exit_code = 12
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -84,5 +90,6 @@ EXIT_CODES: dict[int, str] = {
     CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
     RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
     VerifyError.exit_code: "the cache would miss, or is damaged",
+    DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
     130: "interrupted",
 }

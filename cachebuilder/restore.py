@@ -315,7 +315,7 @@ class _Destination:
             with contextlib.suppress(OSError):
                 self._work_path.rmdir()
             os.close(self._work)
-            _remove_root(self._work_path.parent)
+        _remove_root(self.to / frozen.FOLDER / "tmp")
         if self._cache is not None:
             os.close(self._cache)
         if not self._done:
@@ -363,11 +363,13 @@ def _lock(handle: int, kind: int) -> bool:
 
 
 def _remove_root(root: Path) -> None:
-    """Remove the folder of working folders if no restore works in it, nor is about to."""
+    """Remove the folder of working folders, with what killed restores left, if none works in it, nor is about to."""
     with contextlib.suppress(OSError):
         lock = os.open(root, _FOLDER_FLAGS)
         try:
             if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for left in os.listdir(lock):
+                    _sweep(lock, left)
                 root.rmdir()
         finally:
             os.close(lock)

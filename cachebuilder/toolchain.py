@@ -106,6 +106,32 @@ def cubin_command(toolchain: Toolchain, ptx: str, cubin: str, flags: Sequence[st
     return [str(toolchain.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
 
 
+#: The PTX of a kernel that does nothing. 8.7 is the first version of the language with all of our architectures
+#: (PTX ISA 8.7, CUDA 12.8); later compilers read it.
+_EMPTY_KERNEL = """.version 8.7
+.target {arch}
+.address_size 64
+.visible .entry empty() {{ ret; }}
+"""
+
+
+def empty_kernel(toolchain: Toolchain, arch: str, scratch: Path) -> bytes:
+    """A cubin with one kernel, which takes any arguments and does nothing.
+
+    Args:
+        arch: as nvcc names it, ``sm_90``.
+
+    Raises:
+        ToolchainError: this nvcc makes none for ``arch``.
+    """
+    (scratch / "empty.ptx").write_text(_EMPTY_KERNEL.format(arch=arch))
+    command = [str(toolchain.nvcc), "empty.ptx", "--cubin", "-o", "empty.cubin", f"--gpu-architecture={arch}"]
+    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ToolchainError(f"{toolchain.nvcc} makes no kernel for {arch}: {done.stderr.strip()}", hint=_HINT)
+    return (scratch / "empty.cubin").read_bytes()
+
+
 def host_compiler_text() -> str:
     """What the C++ compiler that nvcc preprocesses with says of itself: ``$NVCC_CCBIN``, else gcc.
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from cachebuilder import compatibility, sweep
@@ -56,6 +57,7 @@ class Replay:
         unlisted: those of `hits` that are in no index, so that nothing is known of their bytes.
         missing: kernels that are not there, by name.
         refusals: calls that failed for another reason than a missing kernel.
+        selected_by: each launched entry's points.
         differences: how the artifact's fingerprint, or that of the nearest artifact, differs from what is here.
     """
 
@@ -66,6 +68,7 @@ class Replay:
     unlisted: tuple[str, ...]
     missing: tuple[Missing, ...]
     refusals: tuple[sweep.Refusal, ...]
+    selected_by: Mapping[str, tuple[Selection, ...]]
     differences: tuple[compatibility.Difference, ...]
 
 
@@ -73,7 +76,6 @@ class Replay:
 class Report:
     """Everything `check` found."""
 
-    folder: Path
     installation: Installation
     entries: int
     damage: tuple[Damage, ...]
@@ -86,44 +88,65 @@ class Report:
 
 
 def check(
-    target: Path,
+    folder: RestoredFolder,
     installation: Installation,
     manifest: Path | None = None,
     progress: Progress = lambda name, done, total: None,
 ) -> Report:
-    """Check the artifact or restored folder ``target`` for serving with ``installation``.
+    """Check ``folder``, from `opened`, for serving with ``installation``.
 
     Args:
         manifest: the shapes to replay; left out, those that each artifact was built for.
 
     Raises:
-        ArtifactError: ``target`` is neither an artifact nor a restored folder, or its own files are damaged.
+        ArtifactError: the folder's own files are damaged.
         ManifestError: of ``manifest``.
         InstallationError, PlanError: as `sweep.call`, but for a refused call, which is part of the report.
     """
-    given = manifests.load(manifest)[0] if manifest else None
     with scratch_folder() as scratch:
-        if target.is_file():
-            # Only an artifact needs it: checking a folder must work where nothing is to be restored.
-            from cachebuilder.restore import restore
+        wanted = manifests_for(folder, manifest)
+        return _check(folder, installation, wanted, manifest is not None, scratch, progress)
 
-            restore([target], scratch / "restored", installation, None, force=True)
-            folder = open_folder(scratch / "restored")
-        else:
-            folder = open_folder(target)
-        return replace(_check(folder, installation, given, scratch, progress), folder=target)
+
+@contextmanager
+def opened(target: Path, installation: Installation) -> Iterator[RestoredFolder]:
+    """The restored folder ``target``; an artifact is restored aside, for as long as this lasts.
+
+    Raises:
+        ArtifactError: it is neither.
+    """
+    if not target.is_file():
+        yield open_folder(target)
+        return
+    # Only an artifact needs it: checking a folder must work where nothing is to be restored.
+    from cachebuilder.restore import restore
+
+    with scratch_folder() as scratch:
+        restore([target], scratch / "restored", installation, None, force=True)
+        yield open_folder(scratch / "restored")
+
+
+def manifests_for(folder: RestoredFolder, given: Path | None) -> list[manifests.Manifest]:
+    """What to replay: the manifest ``given``, else those that each artifact in ``folder`` was built from.
+
+    Raises:
+        ManifestError: of ``given``.
+    """
+    if given:
+        return [manifests.load(given)[0]]
+    return [manifests.parse(item.manifest, item.stem) for item in folder.artifacts]
 
 
 def _check(
     folder: RestoredFolder,
     installation: Installation,
-    given: manifests.Manifest | None,
+    wanted: Sequence[manifests.Manifest],
+    given: bool,
     scratch: Path,
     progress: Progress,
 ) -> Report:
     damage = folder.damage()
     compiler_text = folder.compiler_text()
-    wanted = [given] if given else [manifests.parse(item.manifest, item.stem) for item in folder.artifacts]
     replays = []
     for index, manifest in enumerate(wanted):
         # Of several artifacts, the one nearest to what is here is the one whose differences say something.
@@ -144,7 +167,7 @@ def _check(
         work = scratch / f"replay-{index}"
         work.mkdir()
         replays.append(_replay(manifest, folder, installation, compiler_text, damage, differences, work, progress))
-    return Report(folder.path, installation, len(folder.listed), tuple(damage), tuple(replays))
+    return Report(installation, len(folder.listed), tuple(damage), tuple(replays))
 
 
 def _replay(
@@ -167,7 +190,7 @@ def _replay(
             manifest.target.all_sm_counts,
             installation,
             compiler,
-            _roots(folder, entries, installation, scratch),
+            linked_roots(folder, entries, installation, scratch),
             scratch,
             manifest.environment,
             lambda done, total: progress(manifest.name, done, total),
@@ -177,7 +200,7 @@ def _replay(
 
     recorder = sweep.recording_compiler(work, compiler_text)
     replay("self-check", recorder, frozenset(), [], self_check=True)
-    frozen = _frozen_compiler(folder, work)
+    frozen = frozen_compiler(folder, work)
     first = replay("frozen", frozen, folder.entries, manifest.ops, self_check=False)
     asked = Path(frozen.environment[LOG_VARIABLE])
     damaged = frozenset(item.entry for item in damage) & folder.entries
@@ -200,11 +223,14 @@ def _replay(
         unlisted=tuple(entry for entry in hits if entry not in folder.listed),
         missing=missing,
         refusals=refusals,
+        selected_by=selections(answer.sweeps),
         differences=tuple(differences),
     )
 
 
-def _roots(folder: RestoredFolder, entries: frozenset[str], installation: Installation, scratch: Path) -> list[Path]:
+def linked_roots(
+    folder: RestoredFolder, entries: frozenset[str], installation: Installation, scratch: Path
+) -> list[Path]:
     """Cache roots through which DeepGEMM reads ``entries`` and writes to ``scratch``.
 
     DeepJIT takes a writable root and read-only ones behind it. Legacy has one root, where it also writes: there the
@@ -219,7 +245,7 @@ def _roots(folder: RestoredFolder, entries: frozenset[str], installation: Instal
     return list(dict.fromkeys([root, view]))
 
 
-def _frozen_compiler(folder: RestoredFolder, work: Path) -> sweep.Compiler:
+def frozen_compiler(folder: RestoredFolder, work: Path) -> sweep.Compiler:
     """The folder's own nvcc, refusing, with no other one in reach."""
     home = work / "no-cuda"
     home.mkdir()

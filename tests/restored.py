@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cachebuilder import verify
+from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.restore import restore
 
 
@@ -11,3 +13,9 @@ def unpack(artifact: Path, to: Path) -> Path:
     """``artifact`` restored into ``to`` for the place it was built for."""
     restore([artifact], to, None, force=True)
     return to
+
+
+def check(target: Path, installation: Installation, manifest: Path | None = None) -> verify.Report:
+    """What `cachebuilder verify` finds."""
+    with verify.opened(target, installation) as folder:
+        return verify.check(folder, installation, manifest)

@@ -106,7 +106,15 @@ def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp
 def start_build(manifest: Path, folder: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, "-m", "cachebuilder", "build", str(manifest), "-o", str(folder / "out.tar.zst")]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs, and so perhaps this test, deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def compilers_under(folder: Path) -> list[str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import misses, verify
+from cachebuilder import misses
 from cachebuilder import plan as planning
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest import add_sources
 from tests.conftest import SMALL, Run
+from tests.restored import check
 from tests.test_plan import EVERY_OP
 
 
@@ -156,9 +157,9 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     output = tmp_path / "more.tar.zst"
     more = building.build(building.find_inputs(manifest, deep_gemm=here.path), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
-    assert verify.check(output, here, tmp_path / "wide.yaml").complete
-    assert verify.check(output, here).complete
-    [replay] = verify.check(built.packed.path, here, manifest).replays
+    assert check(output, here, tmp_path / "wide.yaml").complete
+    assert check(output, here).complete
+    [replay] = check(built.packed.path, here, manifest).replays
     assert [kernel.entry for kernel in replay.missing] == [f"sources[{number}]" for number in range(len(missed))]
 
 

@@ -15,7 +15,7 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ArtifactError
 from cachebuilder.frozen import frozen_nvcc
 from tests.conftest import SMALL, Run
-from tests.restored import unpack
+from tests.restored import check, unpack
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_damaged_entry_is_named_and_counts_as_missing(
 ) -> None:
     cubin = a_gemm(folder) / "kernel.cubin"
     change(cubin)  # type: ignore[operator]
-    report = verify.check(folder, built.inputs.installation)
+    report = check(folder, built.inputs.installation)
     [damage] = report.damage
     assert str(damage).startswith(f"{cubin.parent.name}/kernel.cubin: ") and words in str(damage)
     assert missing(report) == {cubin.parent.name} and not report.complete
@@ -128,7 +128,7 @@ def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: bui
         for entry in index.entries
     )
     index_file.write_text(index.model_copy(update={"entries": entries}).model_dump_json(exclude_none=True))
-    report = verify.check(folder, built.inputs.installation)
+    report = check(folder, built.inputs.installation)
     assert not report.damage and not missing(report) and not report.complete
     refusal = report.replays[0].refusals[0]
     assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
@@ -138,7 +138,7 @@ def test_a_changed_header_is_named(built: building.Built, folder: Path, tmp_path
     changed = copy_of(built.inputs.installation, tmp_path / "changed")
     header = next((changed.include / "deep_gemm").rglob("sm90_fp8_gemm_1d2d.cuh"))
     header.write_text(header.read_text() + "\n// one more line\n")
-    report = verify.check(folder, changed)
+    report = check(folder, changed)
     assert "headers" in different(report)
     kernels = {kernel.entry for kernel in built.plan.kernels}
     assert missing(report) and not missing(report) & kernels and not report.complete
@@ -169,7 +169,7 @@ def test_another_install_path_matters_to_the_legacy_generation_only(
     built: building.Built, folder: Path, tmp_path: Path
 ) -> None:
     elsewhere = copy_of(built.inputs.installation, tmp_path / "install")
-    report = verify.check(folder, elsewhere)
+    report = check(folder, elsewhere)
     if built.plan.generation == "deepjit":
         assert report.complete and not different(report)
         return
@@ -184,8 +184,8 @@ def test_another_manifest_is_enough_or_not(built: building.Built, folder: Path, 
     less, more = tmp_path / "less.yaml", tmp_path / "more.yaml"
     less.write_text(SMALL.replace("max_tokens: 40", "max_tokens: 20"))
     more.write_text(SMALL.replace("max_tokens: 40", "max_tokens: 200"))
-    assert verify.check(folder, built.inputs.installation, less).complete
-    report = verify.check(folder, built.inputs.installation, more)
+    assert check(folder, built.inputs.installation, less).complete
+    report = check(folder, built.inputs.installation, more)
     assert missing(report) and not different(report)
     points = [
         r.first
@@ -202,7 +202,7 @@ def test_an_entry_that_no_index_lists_is_a_hit_of_unknown_bytes(built: building.
     (index_file,) = (folder / "cachebuilder" / "artifacts").glob("*.json")
     index = open_folder(folder).artifacts[0].index
     index_file.write_text(index.model_copy(update={"entries": index.entries[1:]}).model_dump_json(exclude_none=True))
-    report = verify.check(folder, built.inputs.installation)
+    report = check(folder, built.inputs.installation)
     assert report.complete and report.replays[0].unlisted == (index.entries[0].name,)
 
 
@@ -215,7 +215,7 @@ def test_a_folder_that_was_not_restored_is_one_sentence(built: building.Built, r
 def test_a_frozen_compiler_that_is_gone_is_one_sentence(built: building.Built, folder: Path) -> None:
     frozen_nvcc(folder).unlink()
     with pytest.raises(ArtifactError, match="wanted the frozen nvcc") as error:
-        verify.check(folder, built.inputs.installation)
+        check(folder, built.inputs.installation)
     assert error.value.hint == "restore the artifact again"
 
 

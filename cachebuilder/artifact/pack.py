@@ -7,7 +7,7 @@ import io
 import os
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import zstandard
@@ -77,6 +77,15 @@ def pack(
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
     return Packed(output, hashlib.sha256(data).hexdigest(), len(data), len(tar))
+
+
+def publish(packed: Packed, output: Path) -> Packed:
+    """Put a packed artifact at ``output``, whole or not at all. Raises `ArtifactError` where it cannot be written."""
+    try:
+        write_atomically(output, packed.path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
+    return replace(packed, path=output)
 
 
 def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from cachebuilder.cli import shared
 @shared.nvcc_option
 @shared.deep_gemm_option
 @shared.store_option
+@shared.device_option
 @click.option("--separate", is_flag=True, help="Compile each kernel by itself: slower, the same bytes.")
 @click.option(
     "--check-code",
@@ -33,6 +34,7 @@ def build(
     nvcc: Path | None,
     deep_gemm: Path | None,
     use_store: bool,
+    device: str,
     separate: bool,
     check_code: int,
 ) -> None:
@@ -41,8 +43,9 @@ def build(
     click.echo(f"using     {inputs.installation}")
     click.echo(f"          {inputs.toolchain}")
     output = output or Path("dist") / f"{inputs.manifest.name}.tar.zst"
+    chosen = shared.choose_device(device, inputs.manifest.target.gpu)
     with shared.show_progress() as progress:
-        built = building.build(inputs, output, jobs, use_store, not separate, check_code, progress)
+        built = building.build(inputs, output, jobs, use_store, not separate, check_code, chosen, progress)
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sms = ", ".join(map(str, plan.sm_counts))
     click.echo(
@@ -53,6 +56,8 @@ def build(
         f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
         f"({compiled.cpu_seconds:.1f} s of CPU), pack {built.pack_seconds:.1f} s"
     )
+    if chosen == "cuda":
+        click.echo(f"on GPU    asked for the same kernels; {plan.calls} calls served from the artifact")
     click.echo(f"artifact  {packed.path}, {shared.size(packed.size)} ({shared.size(packed.unpacked_size)} unpacked)")
     click.echo(f"sha256    {packed.sha256}")
     click.echo(f"next      cachebuilder inspect {packed.path}")

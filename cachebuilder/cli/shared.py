@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 if TYPE_CHECKING:
     from cachebuilder.compatibility import Difference
+    from cachebuilder.gpus import Gpu
     from cachebuilder.plan import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
@@ -56,6 +57,31 @@ store_option = click.option(
     default=True,
     help="Keep plans and compiled kernels in the user's cache folder and take them from there.",
 )
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["virtual", "cuda", "auto"]),
+    default="virtual",
+    show_default=True,
+    help="cuda: on this machine's GPU as well, which must be the target; auto: if it is.",
+)
+
+
+def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
+    """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
+    if wanted != "auto":
+        return "cuda" if wanted == "cuda" else "virtual"
+    from cachebuilder import nvml
+
+    gpu = nvml.first_gpu()
+    same = (
+        gpu is not None
+        and gpu.capability == (target.major, target.minor)
+        and gpu.sm_count in (None, target.sm_count)
+        and target.name.lower() in gpu.name.lower()
+    )
+    return "cuda" if same else "virtual"
 
 
 @contextmanager

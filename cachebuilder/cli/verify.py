@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cachebuilder import on_gpu
 from cachebuilder import verify as verifying
 from cachebuilder.cli import shared
 from cachebuilder.compatibility import Difference
@@ -28,21 +30,52 @@ _SHOWN = 20
     help="Replay these shapes instead of those it was built for.",
 )
 @shared.deep_gemm_option
+@shared.device_option
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where to write what the GPU showed; default: beside ARTIFACT.",
+)
 @shared.json_option
-def verify(target: Path, manifest: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
+def verify(
+    target: Path,
+    manifest: Path | None,
+    deep_gemm: Path | None,
+    device: str,
+    report_file: Path | None,
+    as_json: bool,
+) -> None:
     """Prove that DeepGEMM finds every kernel in ARTIFACT or restored DIR.
 
-    Every call of the manifest is replayed on a virtual GPU with the frozen compiler, which refuses to compile.
+    Every call of the manifest is replayed on a virtual GPU with the frozen compiler, which refuses to compile. With
+    --device cuda the calls are made on the real GPU, too, and every kernel's results are compared with a reference.
     """
     installation = installations.find(deep_gemm)
-    with shared.show_progress() as progress:
-        report = verifying.check(target, installation, manifest, progress)
+    with verifying.opened(target, installation) as folder:
+        gpu = verifying.manifests_for(folder, manifest)[0].target.gpu
+        chosen = shared.choose_device(device, gpu)
+        replays: Sequence[on_gpu.Replay] = ()
+        with shared.show_progress() as progress:
+            if chosen == "cuda":
+                report, replays = on_gpu.check(folder, installation, manifest, progress)
+            else:
+                report = verifying.check(folder, installation, manifest, progress)
+    document = _document(target, report)
+    if replays:
+        document["on_gpu"] = on_gpu.document(target, report, replays)
+        if report_file or not target.is_dir():
+            on_gpu.write(report_file or on_gpu.report_path(target), document["on_gpu"])
     if as_json:
-        click.echo(json.dumps(_document(report), indent=1))
+        click.echo(json.dumps(document, indent=1))
     else:
         _print(report)
+        for replay in replays:
+            _print_replay(replay)
     if not report.complete:
-        raise VerifyError(_problem(report), hint=_hint(report))
+        raise VerifyError(_problem(target, report), hint=_hint(report))
+    on_gpu.require_right(target, replays)
 
 
 def _print(report: verifying.Report) -> None:
@@ -81,7 +114,21 @@ def _print(report: verifying.Report) -> None:
                 click.echo(f"differs   {line}" if line.startswith(difference.field) else line)
 
 
-def _problem(report: verifying.Report) -> str:
+def _print_replay(replay: on_gpu.Replay) -> None:
+    if replay.trials is None or replay.worst is None:
+        return
+    device, worst = replay.trials.device, replay.worst
+    kernels = {entry for entries in replay.entries.values() for entry in entries}
+    click.echo(f"on GPU    {device['name']}: {replay.calls} calls, {len(replay.missed)} kernels missed")
+    click.echo(
+        f"numbers   {len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong; "
+        f"worst error {worst.relative_error:.2e}"
+    )
+    op = replay.ops[worst.point.op]
+    click.echo(f"          {op.op} {op.shape()} at {op.variable} {worst.point.value}")
+
+
+def _problem(target: Path, report: verifying.Report) -> str:
     missing = sum(len(replay.missing) for replay in report.replays)
     refused = sum(len(replay.refusals) for replay in report.replays)
     parts = [
@@ -89,7 +136,7 @@ def _problem(report: verifying.Report) -> str:
         f"{refused} calls are refused" if refused else "",
         f"{len(report.damage)} files are damaged" if report.damage else "",
     ]
-    return f"{report.folder}: " + ", ".join(filter(None, parts))
+    return f"{target}: " + ", ".join(filter(None, parts))
 
 
 def _hint(report: verifying.Report) -> str:
@@ -106,10 +153,10 @@ def _hint(report: verifying.Report) -> str:
     return "see the refused calls above; a manifest that builds with this DeepGEMM has none"
 
 
-def _document(report: verifying.Report) -> dict[str, Any]:
+def _document(target: Path, report: verifying.Report) -> dict[str, Any]:
     return {
         "complete": report.complete,
-        "target": str(report.folder),
+        "target": str(target),
         "deep_gemm": {"path": str(report.installation.path), "version": report.installation.version},
         "entries": report.entries,
         "damage": [vars(item) for item in report.damage],

@@ -53,12 +53,14 @@ class Device:
 
     Attributes:
         name: torch's name of the device.
+        virtual: it is the virtual GPU: memory is address space that nobody may touch.
     """
 
-    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda") -> None:
+    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda", virtual: bool = False) -> None:
         self.torch = torch
         self.deep_gemm = deep_gemm
         self.name = name
+        self.virtual = virtual
 
     @property
     def major(self) -> int:
@@ -71,8 +73,12 @@ class Device:
         return self.name == "cuda" and self.major >= 10
 
     def empty(self, *shape: int, dtype: str) -> Any:
-        """An uninitialised tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``."""
-        return self.torch.empty(shape, device=self.name, dtype=getattr(self.torch, dtype))
+        """A tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``.
+
+        Integers are zero on a real GPU, where kernels read experts and counts from them; the rest is uninitialised.
+        """
+        make = self.torch.zeros if dtype.startswith("int") and not self.virtual else self.torch.empty
+        return make(shape, device=self.name, dtype=getattr(self.torch, dtype))
 
     def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
         """FP8 activations ``[…, M, K]`` with their float32 scales ``[…, M, ⌈K/128⌉]``, both row-major.

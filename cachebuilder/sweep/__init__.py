@@ -17,21 +17,23 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Generation, Installation
-from cachebuilder.errors import InstallationError, PlanError
+from cachebuilder.errors import DeviceError, InstallationError, PlanError
 from cachebuilder.gpus import Gpu
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder
 from cachebuilder.sweep import virtual_gpu
 from cachebuilder.sweep.child import CHECKING, IMPORTING, POSITION_FIELDS
-from cachebuilder.toolchain import Toolchain
+from cachebuilder.toolchain import Toolchain, empty_kernel
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 _RECORDER = Path(__file__).parent / "recording_nvcc.sh"
 
+#: Where DeepGEMM runs: on the virtual GPU or on this machine's own.
+DeviceName = Literal["virtual", "cuda"]
 #: Called now and then with (calls done, calls in all); all is 0 until it is known.
 Progress = Callable[[int, int], None]
 
@@ -99,7 +101,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the child saw."""
+    """What the child saw; ``device`` is the real GPU's properties, None on a virtual one."""
 
     sweeps: tuple[Sweep, ...]
     refusals: tuple[Refusal, ...]
@@ -107,11 +109,48 @@ class Answer:
     torch: str
     python: str
     peak_bytes: int
+    device: dict[str, Any] | None
 
     @property
     def launched(self) -> set[str]:
         """Names of all entries that were launched."""
         return {entry for swept in self.sweeps for run in swept.runs for entry in run.entries}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One call: the op's position, the SM count, the value of the op's variable."""
+
+    op: int
+    sm_count: int
+    value: int
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One call on random inputs.
+
+    Attributes:
+        relative_error: ‖D − reference‖ / ‖reference‖, Frobenius; NaN where an element is.
+        worst_row_error: the largest of single rows.
+        microseconds: of one call with inputs in place, the median of several.
+        problems: what is wrong, a sentence each; none where all is right.
+    """
+
+    point: Point
+    relative_error: float
+    worst_row_error: float
+    microseconds: float
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All calls on one GPU; ``device`` holds its name, driver and properties."""
+
+    device: dict[str, Any]
+    torch: str
+    results: tuple[TrialResult, ...]
 
 
 @dataclass(frozen=True)
@@ -164,6 +203,42 @@ def run(
         )
 
 
+def entries_on_gpu(
+    ops: Sequence[OpBase],
+    gpu: Gpu,
+    sm_counts: Sequence[int],
+    installation: Installation,
+    toolchain: Toolchain,
+    environment: dict[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> set[str]:
+    """Names of all entries that DeepGEMM asks for on the real GPU, which must be a ``gpu``; each kernel is launched,
+    empty.
+
+    Raises: what `call` raises.
+    """
+    with scratch_folder() as scratch:
+        compiler = recording_compiler(scratch, toolchain.version_text)
+        placeholder = compiler.nvcc.with_name("placeholder.cubin")
+        placeholder.write_bytes(empty_kernel(toolchain, f"sm_{gpu.major}{gpu.minor}", scratch))
+        root = scratch / "root"
+        root.mkdir()
+        call(
+            ops,
+            gpu,
+            sm_counts,
+            installation,
+            compiler,
+            [root],
+            scratch,
+            environment,
+            progress,
+            self_check=False,  # it would ask for a kernel of its own
+            device="cuda",
+        )
+        return set(read_entries(root, installation.generation))
+
+
 def recording_compiler(scratch: Path, version_text: str) -> Compiler:
     """A compiler, made in ``scratch``, that writes down what it is asked for and answers with ``version_text``."""
     home = scratch / "cuda"
@@ -187,8 +262,9 @@ def call(
     progress: Progress = lambda done, total: None,
     go_on: bool = False,
     self_check: bool = True,
+    device: DeviceName = "virtual",
 ) -> Answer:
-    """Call DeepGEMM at every point of every op on a virtual ``gpu``, in a child process.
+    """Call DeepGEMM at every point of every op on a virtual or a real ``gpu``, in a child process.
 
     Args:
         roots: DeepGEMM's cache roots, the writable one first; the legacy generation knows one only.
@@ -196,31 +272,18 @@ def call(
         environment: DeepGEMM's variables that the serving process will have.
         go_on: note a refused call and take the next op, instead of raising.
         self_check: first see that DeepGEMM reads tensors right; that asks for a kernel of its own.
+        device: ``cuda`` for the real GPU, whose properties must be those of ``gpu``. Which kernels each call launches
+            is not seen there: the answer's runs name none.
 
     Raises:
+        DeviceError: the real GPU is not there, not a ``gpu``, or out of memory (op and point are named).
         PlanError: DeepGEMM refused a shape or died (the op and the point are named), misreads tensors under this
             torch, lacks an op, or made a CUDA call that the virtual GPU does not answer (named).
         InstallationError: torch or DeepGEMM does not load.
     """
-    job: dict[str, Any] = {
-        "deep_gemm": str(installation.path),
-        "ops": [op.model_dump() for op in ops],
-        "sm_counts": list(sm_counts),
-        "go_on": go_on,
-        "self_check": self_check,
-        "position": str(scratch / "position"),
-        "result": str(scratch / "result.json"),
-    }
-    Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
-    Path(job["result"]).unlink(missing_ok=True)  # of an earlier call in the same folder
-    (scratch / "job.json").write_text(json.dumps(job))
-    child_environment = _child_environment(environment or {}) | virtual_gpu.environment(gpu) | compiler.environment
-    child_environment |= {
-        "DG_JIT_CACHE_DIR": ":".join(map(str, roots)),
-        "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
-        "CUDA_HOME": str(compiler.home),
-    }
-    answer = _run_child(scratch, ops, child_environment, progress)
+    job = {"sm_counts": list(sm_counts), "go_on": go_on, "self_check": self_check}
+    setting = _Setting(gpu, installation, compiler, roots, scratch, environment or {}, device)
+    answer = _run_child("child", job, ops, setting, progress)
     return Answer(
         sweeps=tuple(
             Sweep(
@@ -239,24 +302,97 @@ def call(
         torch=answer["torch"],
         python=answer["python"],
         peak_bytes=answer["peak_bytes"],
+        device=answer["device"],
     )
 
 
-def _child_environment(given: dict[str, str]) -> dict[str, str]:
-    """This process's environment without what would change DeepGEMM's or torch's behaviour, and with what is given."""
-    drop = ("DG_", "DJ_", "CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "VIRTUAL_GPU_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
-    paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-    return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | given
+def try_on_gpu(
+    points: Sequence[Point],
+    ops: Sequence[OpBase],
+    gpu: Gpu,
+    installation: Installation,
+    compiler: Compiler,
+    roots: Sequence[Path],
+    scratch: Path,
+    environment: dict[str, str] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Trials:
+    """Call DeepGEMM at ``points`` on the real GPU, on random inputs, and compare with a reference in float32.
+
+    Raises: as `call` does on the real GPU.
+    """
+    job = {"points": [[point.op, point.sm_count, point.value] for point in points]}
+    setting = _Setting(gpu, installation, compiler, roots, scratch, environment or {}, "cuda")
+    answer = _run_child("trials", job, ops, setting, progress)
+    results = tuple(
+        TrialResult(point, r["relative_error"], r["worst_row_error"], r["microseconds"], tuple(r["problems"]))
+        for point, r in zip(points, answer["results"], strict=True)
+    )
+    return Trials(answer["device"], answer["torch"], results)
 
 
-def _run_child(scratch: Path, ops: Sequence[OpBase], environment: dict[str, str], progress: Progress) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Setting:
+    """What a child process runs in; the fields are `call`'s arguments."""
+
+    gpu: Gpu
+    installation: Installation
+    compiler: Compiler
+    roots: Sequence[Path]
+    scratch: Path
+    given: dict[str, str]
+    device: DeviceName
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment without what would change DeepGEMM's or torch's behaviour, and with what is set
+        here.
+        """
+        drop = ("DG_", "DJ_", "CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "VIRTUAL_GPU_")
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(drop) or name in self._of_real_gpu
+        }
+        paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+        virtual = virtual_gpu.environment(self.gpu) if self.device == "virtual" else {}
+        return (
+            kept
+            | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+            | self.given
+            | virtual
+            | self.compiler.environment
+            | {
+                "DG_JIT_CACHE_DIR": ":".join(map(str, self.roots)),
+                "DG_JIT_NVCC_COMPILER": str(self.compiler.nvcc),
+                "CUDA_HOME": str(self.compiler.home),
+            }
+        )
+
+    @property
+    def _of_real_gpu(self) -> tuple[str, ...]:
+        """Variables that say which GPU this process may use."""
+        return ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER") if self.device == "cuda" else ()
+
+
+def _run_child(
+    module: str, job: dict[str, Any], ops: Sequence[OpBase], setting: _Setting, progress: Progress
+) -> dict[str, Any]:
+    scratch = setting.scratch
+    job |= {
+        "device": setting.device,
+        "gpu": setting.gpu.model_dump(),
+        "deep_gemm": str(setting.installation.path),
+        "ops": [op.model_dump() for op in ops],
+        "position": str(scratch / "position"),
+        "result": str(scratch / "result.json"),
+    }
+    Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
+    Path(job["result"]).unlink(missing_ok=True)  # of an earlier call in the same folder
+    (scratch / "job.json").write_text(json.dumps(job))
     log = scratch / "log.txt"
     with open(scratch / "position", "r+b") as file, log.open("wb") as output:
         position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
         child = subprocess.Popen(
-            [sys.executable, "-m", "cachebuilder.sweep.child", str(scratch / "job.json")],
-            env=environment,
+            [sys.executable, "-m", f"cachebuilder.sweep.{module}", str(scratch / "job.json")],
+            env=setting.environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -306,9 +442,16 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
             f"the virtual GPU does not answer {text}",
             hint="this torch or DeepGEMM is newer than cachebuilder: report it",
         )
+    if kind == "device":
+        return DeviceError(text, hint="name the GPU's own target in the manifest, or take --device virtual")
     text = text.partition("\nC++ trace")[0]  # DeepJIT appends its stack: for its authors, not for a manifest's
     op = ops[index]
     where = f"ops[{index}] {op.op} {op.shape()} at {op.variable} {value}"
+    if kind == "memory":
+        return DeviceError(
+            f"{where}: does not fit into the GPU's memory: {text}",
+            hint="end what else runs on the GPU, lower the op's maximum, or take --device virtual",
+        )
     return PlanError(f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}")
 
 

@@ -1,8 +1,8 @@
-"""The sweep's child process: the only code that imports torch and DeepGEMM.
+"""The sweep's child process, which imports torch and DeepGEMM.
 
 ``python -m cachebuilder.sweep.child JOB`` reads JOB (JSON), calls DeepGEMM at every point of every op, and writes which
-kernels each call launched. The parent sets the environment (virtual GPU, recording compiler, cache root) and reads
-where we are from a shared mapping, so it can say which call an abort was in.
+kernels each call launched (on the virtual GPU; a real one does not tell). The parent sets the environment (GPU,
+compiler, cache root) and reads where we are from a shared mapping, so it can say which call an abort was in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,22 @@ class LaunchLog:
         return self._unanswered.value.decode().split()
 
 
+class NoLog:
+    """Stands for the log on a real GPU: nobody writes launches down there."""
+
+    def take(self) -> tuple[int, ...]:
+        """No launches."""
+        return ()
+
+    def entry(self, number: int) -> str:
+        """Not asked for."""
+        raise LookupError(number)
+
+    def unanswered(self) -> list[str]:
+        """A real GPU answers all."""
+        return []
+
+
 class Failure(Exception):
     """What the parent turns into an error: a sentence, and where."""
 
@@ -88,7 +104,62 @@ def _check_tensors_are_read_right(device: Device) -> None:
         raise Failure("misreads", f"scales [{rows}, {columns}] came back as {tuple(read.shape)}, {read.stride()}")
 
 
-def _sweep(op: OpBase, index: int, device: Device, log: LaunchLog, position: memoryview) -> Iterator[dict[str, Any]]:
+def load(job: dict[str, Any], position: memoryview) -> Device:
+    """Import torch and DeepGEMM, and look at the GPU. Raises `Failure`."""
+    position[0] = IMPORTING
+    try:
+        import torch
+    except ImportError as error:
+        raise Failure("import", f"torch: {error}") from error
+    if job["device"] == "cuda":
+        _check_gpu(torch, job["gpu"])
+    try:
+        deep_gemm = _import_deep_gemm(job["deep_gemm"])
+    except Exception as error:
+        raise Failure("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
+    return Device(torch, deep_gemm, virtual=job["device"] == "virtual")
+
+
+def _check_gpu(torch: Any, wanted: dict[str, Any]) -> None:
+    """The real GPU must be the one that the kernels are for."""
+    try:
+        torch.cuda.init()
+        found = properties(torch)
+        torch.zeros(1, device="cuda")
+    except Exception as error:  # no driver, too old a one, no device, one that another process holds
+        raise Failure("device", f"wanted a {wanted['name']}, found no GPU to use: {error}") from error
+    names = {"capability": "compute capability", "sm_count": "SMs", "l2_bytes": "bytes of L2"}
+    different = [
+        f"{text}: wanted {wanted[field]}, found {found[field]}"
+        for field, text in names.items()
+        if wanted[field] != found[field]
+    ]
+    if different:
+        raise Failure("device", f"wanted a {wanted['name']}, found {found['name']}: " + "; ".join(different))
+
+
+def properties(torch: Any) -> dict[str, Any]:
+    """What the CUDA runtime says of the GPU, in `gpus.Gpu`'s names."""
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "sm_count": found.multi_processor_count,
+        "l2_bytes": found.L2_cache_size,
+        "shared_memory_bytes": found.shared_memory_per_block_optin,
+        "memory_bytes": found.total_memory,
+    }
+
+
+def classify(torch: Any, error: Exception) -> Failure:
+    """A failed call, as the parent tells them apart."""
+    text = str(error) or type(error).__name__
+    return Failure("memory" if isinstance(error, torch.OutOfMemoryError) else "refused", text)
+
+
+def _sweep(
+    op: OpBase, index: int, device: Device, log: LaunchLog | NoLog, position: memoryview
+) -> Iterator[dict[str, Any]]:
     """Call DeepGEMM at every point; yields each run of points that launched the same kernels."""
     call = op.prepare(device)
     log.take()  # what preparing launched is torch's, not the op's
@@ -108,26 +179,19 @@ def _sweep(op: OpBase, index: int, device: Device, log: LaunchLog, position: mem
         last = value
     if before is not None:
         yield _run(first, last, points.step, before, log)
+    if not device.virtual:
+        device.torch.cuda.synchronize()  # an error of the last launches belongs to this op
 
 
-def _run(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog) -> dict[str, Any]:
+def _run(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog | NoLog) -> dict[str, Any]:
     return {"first": first, "last": last, "step": step, "entries": [log.entry(number) for number in launched]}
 
 
 def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
     """Do the whole job; returns the result that the parent reads. Raises `Failure`."""
-    position[0] = IMPORTING
-    try:
-        import torch
-    except ImportError as error:
-        raise Failure("import", f"torch: {error}") from error
-    try:
-        deep_gemm = _import_deep_gemm(job["deep_gemm"])
-    except Exception as error:
-        raise Failure("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
-
-    device = Device(torch, deep_gemm)
-    log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"]))
+    device = load(job, position)
+    torch, deep_gemm = device.torch, device.deep_gemm
+    log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"])) if device.virtual else NoLog()
     position[0] = CHECKING
     if job["self_check"]:
         _check_tensors_are_read_right(device)
@@ -149,10 +213,10 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
                 try:
                     runs.extend(_sweep(op, index, device, log, position))
                 except Exception as error:
-                    if not job["go_on"]:
-                        raise
-                    text = str(error) or type(error).__name__
-                    refusals.append({"op": index, "sm_count": sm_count, "value": position[1], "text": text})
+                    failure = classify(torch, error)
+                    if not job["go_on"] or failure.kind == "memory":
+                        raise failure from error
+                    refusals.append({"op": index, "sm_count": sm_count, "value": position[1], "text": str(failure)})
                 sweeps.append({"op": index, "sm_count": sm_count, "runs": runs})
     finally:
         if names := log.unanswered():  # an error that followed from this one says less
@@ -161,19 +225,20 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
         "sweeps": sweeps,
         "refusals": refusals,
         "calls": position[2],
+        "device": None if device.virtual else properties(torch),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-def main() -> None:
-    """Entry point; the job's file names the position's and the result's."""
+def main(work: Callable[[dict[str, Any], memoryview], dict[str, Any]]) -> None:
+    """Do the job whose file the command line names with ``work``; the job names the position's and the result's."""
     job = json.loads(Path(sys.argv[1]).read_text())
     with open(job["position"], "r+b") as file:
         position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
     try:
-        result = run(job, position)
+        result = work(job, position)
     except Failure as failure:
         result = {"failure": {"kind": failure.kind, "text": str(failure)}}
     except Exception as error:  # DeepGEMM's assertions arrive as RuntimeError: the parent names op and point
@@ -184,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(run)
