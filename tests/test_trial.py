@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from cachebuilder.ops import OPS
+from cachebuilder.ops import OPS, scaled
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.trial import Inputs, Output, dequantise, quantise
+from cachebuilder.ops.scaled import quantise
+from cachebuilder.ops.trial import Inputs, Output
 
 torch = pytest.importorskip("torch")
 
 
 def spread(data: Any, scales: Any) -> Any:
-    """Dequantised another way than `dequantise`: element by element."""
+    """Dequantised another way than `Scaled.values`: element by element."""
     m, k = data.shape[-2:]
-    rows = torch.arange(m) // -(-m // scales.shape[-2])
+    rows = torch.arange(m) // (1 if scales.shape[-2] == m else 128)
     return data.float() * scales[..., rows, :][..., torch.arange(k) // 128]
 
 
@@ -117,11 +118,27 @@ def test_quantised_values_are_near_and_their_scales_are_what_the_architecture_ke
     rows: int, power_of_two: bool
 ) -> None:
     values = torch.randn(200, 300)
-    data, scales = quantise(torch, values, rows, power_of_two)
+    data, scales = quantise(torch, values, (rows, 128), power_of_two, False)
     assert data.shape == values.shape and scales.shape == (-(-200 // rows), 3)
-    assert ((dequantise(data, scales, rows) - values).norm() / values.norm()).item() < 0.04
+    assert ((spread(data, scales) - values).norm() / values.norm()).item() < 0.04
     mantissas = scales.view(torch.int32) & 0x7FFFFF
     assert (mantissas == 0).all().item() == power_of_two
+
+
+@pytest.mark.parametrize("fp4", [False, True])
+@pytest.mark.parametrize("columns", [32, 128])
+def test_packed_scales_stand_for_the_same_values(columns: int, fp4: bool) -> None:
+    there = device(dense)
+    plain, packed = (
+        scaled.random(there, Inputs(there, 1), (2, 70, 512), (1, columns), packed, fp4) for packed in (False, True)
+    )
+    data, scales = packed.pair()
+    assert scales.dtype == torch.int32 and scales.shape == (2, 70, -(-512 // columns // 4))
+    assert scales.stride()[-2:] == (1, 72), "MN-major, rows padded to 16 bytes"
+    assert data.shape == (2, 70, 256 if fp4 else 512)
+    error = (packed.values(torch) - plain.values(torch)).norm() / plain.values(torch).norm()
+    assert error < (0.2 if fp4 else 0.06)
+    assert torch.equal(packed.values(torch)[1], packed.values(torch, 1))
 
 
 def test_rows_of_experts_are_as_engines_lay_them_out() -> None:
