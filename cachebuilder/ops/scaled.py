@@ -67,7 +67,7 @@ class Scaled:
         data, scales = self.pair()
         data, scales = data[index] if index else data, scales[index] if index else scales
         if self.packed:
-            scales = _unpack(torch, scales)
+            scales = unpack(torch, scales)
         if data.dtype == torch.int8:
             data = _from_fp4(torch, data)
         mn, k = data.shape[-2:]
@@ -141,7 +141,8 @@ def _pack(torch: Any, scales: Any, aligned: int) -> Any:
     return exponents.view(torch.int32).mT
 
 
-def _unpack(torch: Any, scales: Any) -> Any:
+def unpack(torch: Any, scales: Any) -> Any:
+    """float32 values of UE8M0 exponents, four to an int32."""
     exponents = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).to(torch.int32)
     return (exponents << 23).view(torch.float32)
 
