@@ -21,6 +21,7 @@ UNIT_SECONDS, KERNEL_SECONDS, PTXAS_SECONDS = 2.0, 0.4, 0.35
 MAX_KERNELS = 128
 
 _INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
+_KERNEL = re.compile(r"&\s*[\w:]+<")
 _ARGUMENT = re.compile(r"\b(?:\d+|true|false)\b")
 
 
@@ -59,7 +60,8 @@ def split_source(source: str) -> tuple[str, str]:
 def literals(source: str) -> tuple[str, ...]:
     """The integer and boolean template arguments that a kernel's source names, in order, as mangled names have them."""
     _, body = split_source(source)
-    found = _ARGUMENT.findall(body[body.find("<") :])
+    kernel = _KERNEL.search(body)  # a static_assert with arguments of its own may stand before it
+    found = _ARGUMENT.findall(body[kernel.end() if kernel else body.find("<") :])
     return tuple({"true": "1", "false": "0"}.get(argument, argument) for argument in found)
 
 

@@ -247,8 +247,15 @@ class ScaledGemm(ScaledOp, TokenOp):
         return super().unsupported(major)
 
     def points(self, device: Device) -> range:
-        """Every M; of a transposed A every 16th, the multiples that its rows of M bytes must be (TMA row stride)."""
-        return range(16, self.largest_m + 1, 16) if self.layout[0] == "t" else super().points(device)
+        """Every M; of a transposed A every 16th, the multiples that its rows of M bytes must be (TMA row stride).
+
+        SM90's accumulating kernel from 33 rows on: for fewer, every DeepGEMM from 0.1.7 to vLLM 0.33.0's 2.8.1 asks for
+        block sizes that its own source refuses to compile (``sm90_fp8_gemm_1d1d.cuh``, "Invalid block size").
+        """
+        if self.layout[0] == "t":
+            return range(16, self.largest_m + 1, 16)
+        first = 33 if self.accumulate and device.major == 9 else 1
+        return range(first, self.largest_m + 1)
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest M, row-sliced at each call."""
