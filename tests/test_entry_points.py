@@ -19,7 +19,7 @@ from cachebuilder.ops import OPS
 from cachebuilder.store import CubinStore
 from cachebuilder.sweep import virtual_gpu
 from tests import entry_points
-from tests.conftest import LEGACY
+from tests.conftest import LEGACY, MANIFESTS
 from tests.test_plan import make
 
 
@@ -145,3 +145,11 @@ def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: st
     plain, packed = (make(tmp_path / "m.yaml", f"{head}{more}}}]") for more in ("", f", scales: {scales}"))
     gemms = [{k.entry: k.selected_by for k in plan.kernels if "gemm" in k.name} for plan in (plain, packed)]
     assert gemms[0] == gemms[1] and len(packed.kernels) == len(gemms[1])
+
+
+@pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
+def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
+    inputs = building.find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    assert {selection.op for kernel in plan.kernels for selection in kernel.selected_by} == set(range(len(plan.ops)))
+    assert len(plan.kernels) == kernels

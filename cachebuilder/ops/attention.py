@@ -146,7 +146,7 @@ def schedule_slots(device: Device, next_n: int) -> int:
     vLLM 0.33.0 ``vllm/utils/deep_gemm.py``, ``_paged_mqa_logits_schedule_slots``.
     """
     sms = int(device.deep_gemm.get_num_sms())
-    return sms // 2 if next_n == 4 and device.name == "cuda" and device.major == 9 else sms
+    return sms // 2 if next_n == 4 and device.major == 9 else sms
 
 
 def paged_schedule(device: Device, lengths: Any, page_size: int, varlen: bool | None) -> Any:

@@ -59,13 +59,13 @@ class Device:
 
     @property
     def major(self) -> int:
-        """Major compute capability."""
-        return int(self.torch.cuda.get_device_capability()[0])
+        """Major compute capability; 0 of a CPU."""
+        return int(self.torch.cuda.get_device_capability()[0]) if self.name == "cuda" else 0
 
     @property
     def power_of_two_scales(self) -> bool:
         """Whether DeepGEMM keeps only the exponent of a float32 scale here: it does on Blackwell (packed UE8M0)."""
-        return self.name == "cuda" and self.major >= 10
+        return self.major >= 10
 
     def empty(self, *shape: int, dtype: str) -> Any:
         """An uninitialised tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``."""

@@ -182,11 +182,11 @@ class ContiguousFp8Gemm(ScaledOp, ContiguousGemm):
 
     def unsupported(self, major: int) -> str | None:
         """SM90 knows 1 × 128 and 128 × 128 scales and K-major operands only."""
-        if major == 9 and self.layout != "nt":
-            return "FP8 operands of SM90 are K-major: nt only"
+        if reason := super().unsupported(major):
+            return reason
         if major == 9 and self.blocks != ((1, 128), (128, 128)):
             return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
-        return super().unsupported(major)
+        return None
 
 
 class ContiguousBf16Gemm(ContiguousGemm):
@@ -235,9 +235,11 @@ class MaskedFp8Gemm(ScaledOp, MaskedGemm):
 
     def unsupported(self, major: int) -> str | None:
         """SM90 knows 1 × 128 and 128 × 128 scales only."""
+        if reason := super().unsupported(major):
+            return reason
         if major == 9 and self.blocks != ((1, 128), (128, 128)):
             return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
-        return super().unsupported(major)
+        return None
 
 
 class MaskedBf16Gemm(MaskedGemm):

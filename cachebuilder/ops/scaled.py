@@ -240,11 +240,11 @@ class ScaledGemm(ScaledOp, TokenOp):
 
     def unsupported(self, major: int) -> str | None:
         """On SM90, 1 × 128 scales for B go with accumulation into float32 only, other blocks with BF16 only."""
-        if major == 9 and self.layout != "nt":
-            return "FP8 operands of SM90 are K-major: nt only"
+        if reason := super().unsupported(major):
+            return reason
         if major == 9 and (self.blocks[1][0] == 1) != bool(self.accumulate and self.out_dtype):
             return "on SM90, accumulation in float32 goes with recipe [1, 1, 128] and nothing else does"
-        return super().unsupported(major)
+        return None
 
     def points(self, device: Device) -> range:
         """Every M; of a transposed A every 16th, the multiples that its rows of M bytes must be (TMA row stride).
