@@ -35,7 +35,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def plan() -> None:
-    for manifest in sorted(MANIFESTS.glob("deepseek-v3-*.yaml")):
+    for manifest in sorted(MANIFESTS.glob("deepseek-v3*.yaml")):
         walls = []
         for _ in range(3):
             started = time.monotonic()

@@ -109,11 +109,15 @@ class Manifest(BaseModel):
         filled: list[OpBase] = []
         seen: dict[str, int] = {}
         for index, op in enumerate(self.ops):
+            if reason := op.unsupported(self.target.gpu.major):
+                raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
             if isinstance(op, TokenOp) and op.max_tokens is None:
                 op = op.model_copy(update={"max_tokens": self.max_tokens})
             identity = op.model_dump_json(exclude={"max_tokens", "max_m"})
             if identity in seen:
-                raise _DuplicateOp(seen[identity], index)
+                raise _RefusedOp(
+                    index, f"the same shape as ops[{seen[identity]}]; give it once, with the larger maximum"
+                )
             seen[identity] = index
             filled.append(op)
         object.__setattr__(self, "ops", filled)
@@ -123,10 +127,10 @@ class Manifest(BaseModel):
         return self
 
 
-class _DuplicateOp(ValueError):
-    def __init__(self, first: int, second: int) -> None:
-        super().__init__(f"the same shape as ops[{first}]; give it once, with the larger maximum")
-        self.second = second
+class _RefusedOp(ValueError):
+    def __init__(self, index: int, text: str) -> None:
+        super().__init__(text)
+        self.index = index
 
 
 def load(path: Path) -> tuple[Manifest, bytes]:
@@ -243,8 +247,8 @@ def _describe(error: Any) -> tuple[tuple[Any, ...], str]:
         return loc, f"{field}.op: wanted one of {', '.join(OPS)}, found {context['tag']!r}{guess}"
     if kind == "value_error":
         inner = context["error"]
-        if isinstance(inner, _DuplicateOp):
-            return ("ops", inner.second), f"ops[{inner.second}]: {inner}"
+        if isinstance(inner, _RefusedOp):
+            return ("ops", inner.index), f"ops[{inner.index}]: {inner}"
         return loc, f"{field}: {inner}"
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return loc, f"{field}: wanted {wanted}, found {_show(error['input'])}"

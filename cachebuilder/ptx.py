@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"([\w$]+)\s*(?:\[\d*\]\s*)*(?:=.*)?;$", re.DOTALL)
 _IDENTIFIER = re.compile(r"[A-Za-z_$][\w$]*")
 
 #: An integer or boolean template argument of a mangled name (Itanium C++ ABI, 5.1.6.1 <expr-primary>).
-_LITERAL = re.compile(r"L[a-z](n?\d+)E")
+_LITERAL = re.compile(r"L[abchijlmnostwxy](n?\d+)E")
 
 #: nvcc writes a hash of the source's absolute path and one of its contents into internal names of ``kernel.cu``.
 _MODULE_HASHES = re.compile(r"[0-9a-f]{8}_9_kernel_cu_[0-9a-f]{8}")

@@ -20,7 +20,18 @@ UNIT_SECONDS, KERNEL_SECONDS, PTXAS_SECONDS = 2.0, 0.4, 0.35
 #: cicc's peak memory is about 450 MB and 3 MB for each kernel (60 kernels: 613 MB); this many stay under 1 GB.
 MAX_KERNELS = 128
 
+#: Parts of the names of kernels that are compiled alone: they declare their shared memory with an alignment that
+#: depends on template arguments (``extern __shared__ __align__(kSwizzleAlignment)``), and of all such declarations in a
+#: unit nvcc keeps one: an FP8 kernel beside an FP4 one got 512 bytes where it counts on 1024. A test reads the headers.
+ALONE = ("mqa_logits", "mega_")
+
+#: In the sources of kernels with FP4 operands. Beside FP8 kernels NVVM orders their address arithmetic otherwise than
+#: alone, so they get units of their own; those of the legacy generation (sgl-deep-gemm 0.1.7, SM100, nvcc 13.0) even
+#: beside each other, so they are compiled alone.
+_FP4 = "float_e2m1"
+
 _INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
+_KERNEL = re.compile(r"&\s*[\w:]+<")
 _ARGUMENT = re.compile(r"\b(?:\d+|true|false)\b")
 
 
@@ -59,7 +70,8 @@ def split_source(source: str) -> tuple[str, str]:
 def literals(source: str) -> tuple[str, ...]:
     """The integer and boolean template arguments that a kernel's source names, in order, as mangled names have them."""
     _, body = split_source(source)
-    found = _ARGUMENT.findall(body[body.find("<") :])
+    kernel = _KERNEL.search(body)  # a static_assert with arguments of its own may stand before it
+    found = _ARGUMENT.findall(body[kernel.end() if kernel else body.find("<") :])
     return tuple({"true": "1", "false": "0"}.get(argument, argument) for argument in found)
 
 
@@ -75,20 +87,26 @@ def group(kernels: Sequence[Kernel], jobs: int) -> list[Unit]:
     more: each unit costs its front end again. Kernels are dealt round by round in the order of their block sizes, so
     that every unit gets its share of the large ones.
     """
-    families: dict[tuple[str, tuple[str, ...]], list[Kernel]] = {}
+    families: dict[tuple[str, tuple[str, ...], bool], list[Kernel]] = {}
     for kernel in kernels:
         # A legacy source begins with a comment that holds the headers' digest: part of the head, as it should be.
-        families.setdefault((split_source(kernel.source)[0], kernel.flags), []).append(kernel)
+        key = split_source(kernel.source)[0], kernel.flags, _FP4 in kernel.source
+        families.setdefault(key, []).append(kernel)
     found: list[Unit] = []
     for members in families.values():
         count = max(round(jobs * len(members) / len(kernels)), -(-len(members) // MAX_KERNELS), 1)
-        if any(_must_stay_alone(flag) for flag in members[0].flags):
+        if _must_stay_alone(members[0]):
             count = len(members)
         ordered = sorted(members, key=lambda kernel: (literals(kernel.source)[3:], kernel.source, kernel.entry))
         found += [Unit(tuple(ordered[first::count])) for first in range(min(count, len(members)))]
     return sorted(found, key=lambda unit: -len(unit.kernels))
 
 
-def _must_stay_alone(flag: str) -> bool:
-    """Flags that write line numbers into the code's debug sections: those of a shared unit are not a kernel's own."""
-    return "lineinfo" in flag or "line-info" in flag or flag in ("-G", "--device-debug")
+def _must_stay_alone(kernel: Kernel) -> bool:
+    """Whether a unit's code would differ from the kernel's own: see `ALONE`, `_FP4`, and flags for line numbers.
+
+    Those write the lines into the code's debug sections, and a shared unit's lines are not a kernel's own.
+    """
+    lines = any("lineinfo" in flag or "line-info" in flag or flag in ("-G", "--device-debug") for flag in kernel.flags)
+    legacy = kernel.metadata is None
+    return lines or any(part in kernel.name for part in ALONE) or (legacy and _FP4 in kernel.source)

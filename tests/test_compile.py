@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cachebuilder import build as building
 from cachebuilder import compile as compiling
 from cachebuilder import plan as planning
 from cachebuilder import ptx, units
+from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
 from cachebuilder.paths import scratch_folder
 from cachebuilder.plan import Kernel
@@ -126,6 +128,27 @@ def test_units_hold_every_kernel_once_and_only_with_its_like() -> None:
         assert all(len({(k.name, k.flags) for k in u.kernels}) == 1 for u in work)
         assert len(work) <= max(jobs, 4) + 2
     assert max(len(unit.kernels) for unit in units.group(kernels * 20, 1)) <= units.MAX_KERNELS
+
+
+def test_shared_memory_of_template_dependent_alignment_keeps_kernels_apart(deep_gemm: Path | None) -> None:
+    include = installation.find(deep_gemm).include / "deep_gemm"
+    dependent = [
+        file.stem
+        for file in sorted(include.rglob("*.cuh"))
+        if re.search(r"extern\s+__shared__\s+__align__\(\s*[A-Za-z_]", file.read_text())
+    ]
+    assert len(dependent) >= 10
+    assert [name for name in dependent if not any(part in name for part in units.ALONE)] == []
+    kernels = [
+        Kernel(entry=str(n), name="sm100_mqa_logits", source=f"&a<{n}>", flags=(), selected_by=()) for n in (1, 2)
+    ]
+    assert all(len(unit.kernels) == 1 for unit in units.group(kernels, 1))
+
+
+def test_template_arguments_are_those_of_the_kernel_and_no_floats() -> None:
+    source = "#include <a.cuh>\nstatic_assert(sizeof(s::S<\n1, 2>) == 3);\nauto p = &k::a<4, true, 0x0p+0f, T, 0x1.9p+4f, 5>;"
+    assert units.literals(source) == ("4", "1", "5")
+    assert ptx.KernelPtx("_Z1aILj4ELb1ELf00000000ELf41c80000ELj5EEvv", "", ()).literals == ("4", "1", "5")
 
 
 def test_line_information_keeps_kernels_apart() -> None:

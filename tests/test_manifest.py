@@ -41,7 +41,7 @@ def test_explicit_gpu_fields_are_taken() -> None:
     [
         pytest.param(f"{HEAD}ops:\n- {OP.replace('k:', 'kk:')}", 5, "unknown field; did you mean k?", id="typo-in-field"),
         pytest.param(f"{HEAD}max_token: 1\nops: [{OP}]", 4, "did you mean max_tokens?", id="typo-at-top"),
-        pytest.param(f"{HEAD}ops:\n- {OP.replace('nt', 'tn')}", 5, "did you mean fp8_gemm_nt?", id="typo-in-op"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('gemm', 'gem')}", 5, "did you mean fp8_gemm_nt?", id="typo-in-op"),
         pytest.param(f"{HEAD}ops: [{{n: 8, k: 16}}]", 4, "ops[0].op: missing; wanted one of", id="no-op"),
         pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP.replace('512', '520')}", 6, "ops[1].k: wanted a multiple of 16", id="k"),
         pytest.param(f"{HEAD}ops:\n- {OP.replace('576', '577')}", 5, "wanted a multiple of 8, found 577", id="n"),

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from cachebuilder.ops.trial import Trial
 
-#: A scale factor of a block-quantised FP8 tensor covers this many elements of K (and of N, for weights).
-FP8_BLOCK = 128
-
 #: DeepGEMM reads A and B through TMA descriptors, whose row strides are multiples of 16 bytes (CUDA driver API,
 #: ``cuTensorMapEncodeTiled``, parameter ``globalStrides``): 16 FP8 elements of K, 8 BF16 elements of N.
 Fp8K = Annotated[int, Field(ge=16, le=1 << 20, multiple_of=16, description="K, a multiple of 16 (TMA row stride)")]
@@ -64,13 +61,13 @@ class Device:
 
     @property
     def major(self) -> int:
-        """Major compute capability."""
-        return int(self.torch.cuda.get_device_capability()[0])
+        """Major compute capability; 0 of a CPU."""
+        return int(self.torch.cuda.get_device_capability()[0]) if self.name == "cuda" else 0
 
     @property
     def power_of_two_scales(self) -> bool:
         """Whether DeepGEMM keeps only the exponent of a float32 scale here: it does on Blackwell (packed UE8M0)."""
-        return self.name == "cuda" and self.major >= 10
+        return self.major >= 10
 
     def empty(self, *shape: int, dtype: str) -> Any:
         """A tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``.
@@ -79,24 +76,6 @@ class Device:
         """
         make = self.torch.zeros if dtype.startswith("int") and not self.virtual else self.torch.empty
         return make(shape, device=self.name, dtype=getattr(self.torch, dtype))
-
-    def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
-        """FP8 activations ``[…, M, K]`` with their float32 scales ``[…, M, ⌈K/128⌉]``, both row-major.
-
-        Row-major scales are what the engines' own warm-ups pass (vLLM 0.33.0
-        ``model_executor/warmup/deep_gemm_warmup.py``, SGLang 0.5.23 ``deep_gemm_wrapper/compile_utils.py``):
-        DeepGEMM then also asks for the kernel that brings them into TMA layout. The scales of serving, which are in
-        that layout already (float32 on SM90, packed UE8M0 on SM100), select the same GEMM kernels: a test says so.
-        """
-        *outer, k = shape
-        data = self.empty(*shape, dtype="float8_e4m3fn")
-        return data, self.empty(*outer, ceil_div(k, FP8_BLOCK), dtype="float32")
-
-    def fp8_blocks(self, *shape: int) -> tuple[Any, Any]:
-        """FP8 weights ``[…, N, K]`` with one float32 scale for each 128 × 128 block."""
-        *outer, n, k = shape
-        data = self.empty(*shape, dtype="float8_e4m3fn")
-        return data, self.empty(*outer, ceil_div(n, FP8_BLOCK), ceil_div(k, FP8_BLOCK), dtype="float32")
 
 
 class OpBase(BaseModel):
@@ -109,6 +88,11 @@ class OpBase(BaseModel):
     #: Names under which DeepGEMM's versions have the function, first choice first; left empty: the op's own.
     entry_points: ClassVar[tuple[str, ...]] = ()
 
+    #: Major compute capabilities of the GPUs on which any DeepGEMM has the op.
+    majors: ClassVar[tuple[int, ...]] = (9, 10, 12)
+    #: Which DeepGEMMs have the function, said where the installed one has not; left empty: all that are known.
+    found_in: ClassVar[str] = ""
+
     op: str
     compiled_dims: CompiledDims = None
 
@@ -118,16 +102,24 @@ class OpBase(BaseModel):
         for name in names:
             if function := getattr(deep_gemm, name, None):
                 return cast("Callable[..., Any]", function)
-        raise LookupError(" or ".join(names))
+        raise LookupError(" or ".join(names) + (f" ({self.found_in} have it)" if self.found_in else ""))
 
-    def options(self) -> dict[str, str]:
+    def unsupported(self, major: int) -> str | None:
+        """Why no DeepGEMM has this op on a GPU of major compute capability ``major``; None where one has."""
+        if major in self.majors:
+            return None
+        have = ", ".join(f"SM{major}0" for major in self.majors)
+        return f"{self.op} exists on {have} only"
+
+    def options(self) -> dict[str, Any]:
         """Keyword arguments for DeepGEMM that the manifest sets; none by default."""
         return {} if self.compiled_dims is None else {"compiled_dims": self.compiled_dims}
 
     def shape(self) -> str:
         """The op's shape in a few characters, as ``n=2112 k=7168``."""
         skip = {"op", "max_tokens", "compiled_dims"}
-        text = " ".join(f"{k}={v}" for k, v in self.model_dump().items() if k not in skip and v is not None)
+        fields = self.model_dump(exclude_none=True).items()
+        text = " ".join(f"{k}={_short(v)}" for k, v in fields if k not in skip)
         return text if self.compiled_dims is None else f"{text} compiled_dims={self.compiled_dims!r}"
 
     def points(self, device: Device) -> range:
@@ -144,6 +136,10 @@ class OpBase(BaseModel):
         For a real GPU: on a virtual one the outputs are never written. Equal arguments give equal inputs.
         """
         raise NotImplementedError
+
+
+def _short(value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class TokenOp(OpBase):
@@ -174,14 +170,13 @@ class GroupedContiguousOp(TokenOp):
     experts: Experts
     topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
 
-    def points(self, device: Device) -> range:
-        """Multiples of DeepGEMM's alignment (rows) up to the formula above."""
-        alignment = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
-        return range(alignment, self.largest_rows(alignment) + 1, alignment)
-
     def largest_rows(self, alignment: int) -> int:
         """The largest padded number of rows, at ``alignment`` rows for each expert's block."""
-        rows = self.largest_m * self.topk
+        return self.rows_of(self.largest_m, alignment)
+
+    def rows_of(self, tokens: int, alignment: int) -> int:
+        """The padded number of rows of ``tokens`` tokens in the worst case."""
+        rows = tokens * self.topk
         return round_up(rows + min(rows, self.experts) * (alignment - 1), alignment)
 
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from cachebuilder.ops.base import FP8_BLOCK, Device, ceil_div, round_up
+from cachebuilder.ops.base import Device, round_up
 
-#: The largest finite value of float8_e4m3fn (OCP 8-bit Floating Point Specification 1.0, table 1).
-FP8_MAX = 448.0
 #: Rows allocated behind every output: no kernel's tile is taller, so what overruns the output lands there.
 GUARD_ROWS = 256
 #: The largest relative error accepted. BF16 output alone costs 1.7e-3 (uniform rounding to 8 bits of significand);
@@ -118,23 +116,6 @@ class Inputs:
         values = self._device.empty(count, dtype="int64").random_(low, high + 1, generator=self._generator)
         return [int(value) for value in values.tolist()]
 
-    def fp8_rows(self, *shape: int) -> tuple[Any, Any]:
-        """FP8 activations ``[…, M, K]`` and scales ``[…, M, ⌈K/128⌉]``, as `Device.fp8_rows` has them."""
-        return self._fp8(shape, 1)
-
-    def fp8_blocks(self, *shape: int) -> tuple[Any, Any]:
-        """FP8 weights ``[…, N, K]`` and scales ``[…, ⌈N/128⌉, ⌈K/128⌉]``, as `Device.fp8_blocks` has them."""
-        return self._fp8(shape, FP8_BLOCK)
-
-    def _fp8(self, shape: tuple[int, ...], rows: int) -> tuple[Any, Any]:
-        *outer, m, k = shape
-        data = self._device.empty(math.prod(outer), m, k, dtype="float8_e4m3fn")
-        scales = self._device.empty(math.prod(outer), ceil_div(m, rows), ceil_div(k, FP8_BLOCK), dtype="float32")
-        for index in range(len(data)):  # one matrix at a time: float32 copies of all experts would not fit
-            values = self.normal(m, k, dtype="float32")
-            data[index], scales[index] = quantise(self._torch, values, rows, self._device.power_of_two_scales)
-        return data.view(shape), scales.view(*outer, *scales.shape[1:])
-
     def expert_rows(self, m: int, experts: int, alignment: int) -> Any:
         """int32 ``[M]``: the expert of each row, ascending, −1 for padding.
 
@@ -222,30 +203,6 @@ def _behind(torch: ModuleType, buffer: Any, expected: Any) -> tuple[Any, Any]:
     full = torch.zeros(buffer.shape, device=buffer.device, dtype=torch.float32)
     full[: len(expected)] = expected
     return full, torch.arange(len(buffer), device=buffer.device)[:, None]
-
-
-def quantise(torch: ModuleType, values: Any, rows: int, power_of_two: bool) -> tuple[Any, Any]:
-    """FP8 data and float32 scales of ``values`` [M, K], one scale for ``rows`` × 128 elements.
-
-    The scale is the block's largest magnitude / 448, as in DeepGEMM 2.6.1 ``deep_gemm/utils/math.py``
-    (``per_token_cast_to_fp8``, ``per_block_cast_to_fp8``); rounded up to a power of two for SM100, whose kernels keep
-    only a scale's exponent.
-    """
-    m, k = values.shape
-    padded = values.new_zeros(round_up(m, rows), round_up(k, FP8_BLOCK))
-    padded[:m, :k] = values
-    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // FP8_BLOCK, FP8_BLOCK)
-    scales = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-4) / FP8_MAX
-    if power_of_two:
-        scales = scales.log2().ceil().exp2()
-    data = (blocks / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return data.view_as(padded)[:m, :k].contiguous(), scales.view(blocks.shape[0], blocks.shape[2])
-
-
-def dequantise(data: Any, scales: Any, rows: int) -> Any:
-    """float32 values of FP8 ``data`` [M, K] with one scale for ``rows`` × 128 elements."""
-    m, k = data.shape
-    return data.float() * scales.repeat_interleave(rows, 0)[:m].repeat_interleave(FP8_BLOCK, 1)[:, :k]
 
 
 def product_nt(torch: ModuleType, a: Any, b: Any) -> Any:

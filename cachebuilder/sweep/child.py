@@ -161,10 +161,10 @@ def _sweep(
     op: OpBase, index: int, device: Device, log: LaunchLog | NoLog, position: memoryview
 ) -> Iterator[dict[str, Any]]:
     """Call DeepGEMM at every point; yields each run of points that launched the same kernels."""
+    points = op.points(device)
+    position[0], position[1] = index, points.start  # a refusal while preparing is this op's too
     call = op.prepare(device)
     log.take()  # what preparing launched is torch's, not the op's
-    points = op.points(device)
-    position[0] = index
     first = last = points.start
     before: tuple[int, ...] | None = None
     for value in points:

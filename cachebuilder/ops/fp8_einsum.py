@@ -1,0 +1,62 @@
+"""``fp8_einsum``: a batched FP8 GEMM, one weight for each group of heads (DeepSeek-V4's output projection)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cachebuilder.ops.base import Device, Fp8K, N, TokenOp, ceil_div, round_up
+from cachebuilder.ops.scaled import ScaledOp
+from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
+
+
+class Fp8Einsum(ScaledOp, TokenOp):
+    """``bhr,hdr->bhd``: A [tokens, h, r], B [h, d, r], D [tokens, h, d]; called with every number of tokens.
+
+    The other two expressions that DeepGEMM knows on SM100 are of training; no engine calls them.
+    """
+
+    op: Literal["fp8_einsum"]
+    h: Annotated[int, Field(ge=1, le=4096, description="groups")]
+    d: N
+    r: Fp8K
+
+    def prepare(self, device: Device) -> Callable[[int], None]:
+        """Buffers for the most tokens, sliced at each call; the scales of A as the engines' own kernels write them."""
+        tokens, (_, columns) = self.largest_m, self.blocks[0]
+        a = device.empty(tokens, self.h, self.r, dtype="float8_e4m3fn")
+        weight = self.empty(device, 1, self.h, self.d, self.r).pair()
+        out = device.empty(tokens, self.h, self.d, dtype="bfloat16")
+        words = ceil_div(self.r, 4 * columns)
+        packed = device.empty(self.h * words * round_up(tokens, 4), dtype="int32")
+        plain = device.empty(tokens, self.h, ceil_div(self.r, columns), dtype="float32")
+        function, options = self.function(device.deep_gemm), self.options()
+
+        def call(m: int) -> None:
+            scales = plain[:m]
+            if self.packed:
+                aligned = round_up(m, 4)
+                scales = packed[: self.h * words * aligned].view(self.h, words, aligned).permute(2, 0, 1)[:m]
+            function("bhr,hdr->bhd", (a[:m], scales), weight, out[:m], **options)
+
+        return call
+
+    def options(self) -> dict[str, Any]:
+        """The recipe; this function has no other option."""
+        given = super().options()
+        return {"recipe": given["recipe"]} if "recipe" in given else {}
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``value`` tokens; for each group the float32 product of the dequantised operands."""
+        torch, inputs = device.torch, Inputs(device, seed)
+        a = self.random(device, inputs, 0, self.h, value, self.r)
+        b = self.random(device, inputs, 1, self.h, self.d, self.r)
+        data, scales = (x.permute(1, 0, 2) for x in a.pair())
+        out, buffer = inputs.output(value, self.h, self.d, dtype="bfloat16")
+        pair = (data.contiguous(), scales if self.packed else scales.contiguous())
+        self.function(device.deep_gemm)("bhr,hdr->bhd", pair, b.pair(), out, **self.options())
+        products = [product_nt(torch, a.values(torch, i), b.values(torch, i)) for i in range(self.h)]
+        expected = torch.stack(products, 1).flatten(0, 1)
+        return Trial((dense_output(torch, "d", buffer, expected),))

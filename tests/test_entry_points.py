@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import compile as compiling
+from cachebuilder import gpus, sweep, toolchain
+from cachebuilder import plan as planning
+from cachebuilder.deepgemm import installation
+from cachebuilder.errors import ManifestError, PlanError
+from cachebuilder.ops import OPS
+from cachebuilder.store import CubinStore
+from cachebuilder.sweep import virtual_gpu
+from tests import entry_points
+from tests.conftest import LEGACY, MANIFESTS
+from tests.test_plan import make
+
+
+@pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
+def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, generation: str, tmp_path: Path) -> None:
+    manifest = entry_points.write_manifest(tmp_path / "m.yaml", arch, generation)
+    inputs = building.find_inputs(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    assert plan.generation == generation
+    planned = {selection.op for kernel in plan.kernels for selection in kernel.selected_by}
+    assert planned == set(range(len(plan.ops))), "each op asks for a kernel"
+    cubins, _ = compiling.compile_all(list(plan.kernels), inputs.toolchain, inputs.installation, CubinStore())
+    assert cubins.keys() == {kernel.entry for kernel in plan.kernels}
+    # test_compile.py holds one kernel of every family of the engines' six GEMMs; here two of the others, at random.
+    others = [kernel for kernel in plan.kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
+    compiling.check(random.sample(others, 2), cubins, inputs.toolchain, inputs.installation)
+
+
+def test_every_op_has_a_case() -> None:
+    assert {fields["op"] for fields, _, _ in entry_points.CASES} == OPS.keys()
+
+
+def test_the_docs_tables_are_what_was_done() -> None:
+    text = entry_points.DOCS.read_text()
+    assert entry_points.with_tables(text) == text, "run python -m tests.entry_points"
+
+
+def test_what_was_run_is_an_op() -> None:
+    runs = json.loads(entry_points.RUNS.read_text())
+    assert set(runs) <= {f"{arch} {generation}" for arch, generation in entry_points.PAIRS}
+    assert {name for names in runs.values() for name in names} <= OPS.keys()
+
+
+FUNCTIONS = """
+import json, os, sys
+from cachebuilder.ops import OPS, without_op
+from cachebuilder.sweep.child import _import_deep_gemm
+deep_gemm = _import_deep_gemm(sys.argv[1])
+print(json.dumps([without_op.functions(deep_gemm), without_op.unexplained(deep_gemm, OPS)]), flush=True)
+os._exit(0)
+"""
+
+
+def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None, tmp_path: Path) -> None:
+    copy = installation.find(deep_gemm)
+    compiler = sweep.recording_compiler(tmp_path, toolchain.find().version_text)
+    environment = os.environ | virtual_gpu.environment(gpus.find("H200")) | compiler.environment
+    environment |= {
+        "DG_JIT_CACHE_DIR": str(tmp_path / "root"),
+        "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
+        "CUDA_HOME": str(compiler.home),
+    }
+    command = [sys.executable, "-c", FUNCTIONS, str(copy.path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    functions, unexplained = json.loads(done.stdout.splitlines()[-1])
+    assert len(functions) > 40
+    assert unexplained == [], "give each an op, or a reason in ops/without_op.py"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "op", "words"),
+    [
+        pytest.param("H200", "op: fp8_fp4_gemm_nt, n: 512, k: 512", "FP4 operands are Blackwell", id="no-fp4"),
+        pytest.param("H200", "op: fp8_gemm_nt, n: 512, k: 512, scales: packed", "packed UE8M0 scales", id="packed"),
+        pytest.param("H200", "op: bf16_mega_gate, hidden: 1024, experts: 64, topk: 4", "SM100 only", id="mega-gate"),
+        pytest.param("B200", "op: k_grouped_fp8_gemm_nt_contiguous, experts: 2, m: 64, n: 64, max_k: 128", "SM90 only", id="k-grouped"),
+        pytest.param("H200", "op: fp8_fp4_mqa_logits, heads: 64, format: fp4", "Blackwell", id="fp4-logits"),
+    ],
+)  # fmt: skip
+def test_an_op_that_the_arch_lacks_is_refused_with_the_reason(gpu: str, op: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=rf"m\.yaml:4: ops\[0\]: not on {gpu}: .*{words}"):
+        make(
+            tmp_path / "m.yaml",
+            f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 8\nops: [{{{op}}}]".replace("\nops", "\nops"),
+        )
+
+
+def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(tmp_path: Path) -> None:
+    text = "name: x\ntarget: {gpu: B200}\nmax_tokens: 8\nops: [{op: mega_mhc, hidden: 1024}]"
+    with pytest.raises(
+        PlanError, match=r"has no mega_mhc \(sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy have it\)"
+    ):
+        make(tmp_path / "m.yaml", text, LEGACY)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+def test_numbers_of_rows_and_keys_select_no_logits_kernel(
+    gpu: str, deep_gemm: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep's calls have 1024 keys, and batches up to the manifest's; any others give equal kernels."""
+    found = []
+    for keys in (1, 255, 256, 257, 1024, 4096, 65536):
+        # The child imports the package anew: the number of keys is changed in a copy of it.
+        package = tmp_path / f"{gpu}-{keys}"
+        copy_package(package, keys)
+        monkeypatch.setattr(sweep, "_PACKAGE_ROOT", package)
+        text = (
+            f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 600\nops:\n"
+            "- {op: fp8_mqa_logits, heads: 64}\n- {op: fp8_fp4_mqa_logits, heads: 32, compressed: true}\n"
+            "- {op: fp8_paged_mqa_logits, heads: 64, max_batch: 600, next_n: 2}\n"
+        )
+        plan = make(tmp_path / "m.yaml", text, deep_gemm)
+        assert all(r.first == 1 and r.last == 600 for k in plan.kernels for s in k.selected_by for r in s.ranges)
+        found.append([kernel.entry for kernel in plan.kernels])
+    assert all(entries == found[0] for entries in found) and len(found[0]) == 3
+
+
+def copy_package(folder: Path, keys: int) -> None:
+    import shutil
+
+    import cachebuilder
+
+    shutil.copytree(Path(cachebuilder.__file__).parent, folder / "cachebuilder")
+    file = folder / "cachebuilder" / "ops" / "attention.py"
+    text = file.read_text()
+    assert "\nKEYS = 1024\n" in text
+    file.write_text(text.replace("\nKEYS = 1024\n", f"\nKEYS = {keys}\n"))
+
+
+@pytest.mark.parametrize(("gpu", "scales"), [("B200", "packed")])
+def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: str, tmp_path: Path) -> None:
+    head = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168"
+    plain, packed = (make(tmp_path / "m.yaml", f"{head}{more}}}]") for more in ("", f", scales: {scales}"))
+    gemms = [{k.entry: k.selected_by for k in plan.kernels if "gemm" in k.name} for plan in (plain, packed)]
+    assert gemms[0] == gemms[1] and len(packed.kernels) == len(gemms[1])
+
+
+@pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
+def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
+    inputs = building.find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
+    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    assert {selection.op for kernel in plan.kernels for selection in kernel.selected_by} == set(range(len(plan.ops)))
+    assert len(plan.kernels) == kernels
