@@ -70,6 +70,12 @@ class VerifyError(CacheBuilderError):
     exit_code = 11
 
 
+class ModelError(CacheBuilderError):
+    """A model's config cannot be read, or the engine would not serve the model with DeepGEMM."""
+
+    exit_code = 12
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -84,5 +90,6 @@ EXIT_CODES: dict[int, str] = {
     CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
     RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
     VerifyError.exit_code: "the cache would miss, or is damaged",
+    ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     130: "interrupted",
 }
