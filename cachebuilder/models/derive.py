@@ -10,7 +10,7 @@ from cachebuilder.errors import ModelError
 from cachebuilder.models import families
 from cachebuilder.models.config import BLOCK, Config, check_block_fp8
 from cachebuilder.models.layers import Experts, LeftOut, Linear, Model, Part, numbers_text
-from cachebuilder.models.serving import Serving
+from cachebuilder.models.serving import Serving, knows
 from cachebuilder.ops import OPS, OpBase
 
 #: What DeepGEMM's callers ask of N and K: ``should_use_deepgemm_for_fp8_linear`` (vllm/utils/deep_gemm.py, 0.25.0 and
@@ -62,12 +62,18 @@ def derive(config: Config, serving: Serving) -> Derived:
     for experts in model.experts:
         if layers := _converted(config, serving, experts.module, [experts.module], experts.layers, left_out):
             _add_experts(found, left_out, experts, layers, serving)
-    if not found:
+    if not found:  # what the model calls besides would not need a cache of its own
         raise ModelError(
             f"{config.path}: nothing of {config.architecture} reaches DeepGEMM: "
             + "; ".join(f"{item.what}: {item.why}" for item in left_out),
             hint="there is no DeepGEMM cache to build for it",
         )
+    for call in model.calls:
+        if knows(call.op, *call.fields):
+            found.append((OPS[call.op].model_validate({"op": call.op, **call.fields}), call.what))
+        else:
+            shown = ", ".join(f"{name} {value}" for name, value in call.fields.items())
+            left_out.append(LeftOut(f"{call.op} ({shown}; {call.what})", families.NOT_AN_OP))
     left_out += model.left_out + serving.left_out(config, has_experts)
     return Derived(tuple(_joined(found)), tuple(_distinct(left_out)), tuple(model.unknown), quantization)
 

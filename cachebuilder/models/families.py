@@ -14,12 +14,12 @@ from dataclasses import replace
 
 from cachebuilder.errors import ModelError
 from cachebuilder.models.config import Config
-from cachebuilder.models.layers import Experts, LeftOut, Linear, Model, Part
+from cachebuilder.models.layers import Call, Experts, LeftOut, Linear, Model, Part, numbers_text
 from cachebuilder.models.serving import Serving
 
 _Layers = tuple[int, ...]
 
-_NOT_AN_OP = "no op of this version of cachebuilder covers it"
+NOT_AN_OP = "no op of this version of cachebuilder covers it"
 
 
 def describe(config: Config, serving: Serving) -> Model:
@@ -95,18 +95,17 @@ def _mla(config: Config, serving: Serving) -> Model:
     by_output = [("self_attn.o_proj", hidden, by_hidden[1])]
     add(_linear("self_attn.o_proj", by_output, o, "k", ranks, layers))
     if config.has("index_topk"):
-        _add_indexer(model, config, "self_attn.indexer", config.number("q_lora_rank"), layers)
+        _add_indexer(model, config, serving, "self_attn.indexer", config.number("q_lora_rank"), layers)
     _add_mlp(model, config, serving, layers)
     return model
 
 
-def _add_indexer(model: Model, config: Config, name: str, q_rank: int, layers: _Layers) -> None:
+def _add_indexer(model: Model, config: Config, serving: Serving, name: str, q_rank: int, layers: _Layers) -> None:
     """The sparse attention's indexer: its query projection is FP8; the key's runs in BF16, fused with the weights'."""
     heads, dim = config.number("index_n_heads"), config.number("index_head_dim")
     n = (f"{name}.wq_b", heads * dim, f"index_n_heads {heads} · index_head_dim {dim}")
     model.linears.append(_linear(f"{name}.wq_b", [n], (q_rank, f"q_lora_rank {q_rank}"), "none", 1, layers))
-    for entry_point in ("fp8_mqa_logits", "fp8_paged_mqa_logits", "get_paged_mqa_logits_metadata"):
-        model.left_out.append(LeftOut(f"{entry_point} ({name})", _NOT_AN_OP))
+    model.calls += serving.indexer_calls(heads, f"{name}, layers {numbers_text(layers)}")
 
 
 def _v4(config: Config, serving: Serving) -> Model:
@@ -131,7 +130,7 @@ def _v4(config: Config, serving: Serving) -> Model:
     add(_linear("attn.wo_b", [("self_attn.wo_b", hidden, by_hidden[1])], o, "k", ranks, layers))
     per_group = heads * dim // groups
     model.left_out.append(
-        LeftOut(f"fp8_einsum (attn.wo_a: {groups} groups of N {o_rank}, K {per_group}, before sharding)", _NOT_AN_OP)
+        LeftOut(f"fp8_einsum (attn.wo_a: {groups} groups of N {o_rank}, K {per_group}, before sharding)", NOT_AN_OP)
     )
     # Layers that compress by 4 have an indexer (vLLM 0.33.0, models/deepseek_v4/attention.py).
     ratios = config.numbers("compress_ratios")
@@ -140,11 +139,12 @@ def _v4(config: Config, serving: Serving) -> Model:
         model.unknown.append("compress_ratios is missing: every layer is taken to have an indexer")
         indexed = layers
     if indexed:
-        _add_indexer(model, config, "self_attn.indexer", q_rank, indexed)
+        _add_indexer(model, config, serving, "self_attn.indexer", q_rank, indexed)
     if config.has("hc_mult"):
         mult = config.number("hc_mult")
         n, k = mult * (mult + 2), mult * hidden
-        model.left_out.append(LeftOut(f"tf32_hc_prenorm_gemm (hyper-connections: N {n}, K {k})", _NOT_AN_OP))
+        what = f"hyper-connections, layers {numbers_text(layers)}: N = {mult} · ({mult} + 2); K = {mult} · hidden_size"
+        model.calls.append(Call("tf32_hc_prenorm_gemm", {"n": n, "k": k}, what))
     intermediate, count, topk = (
         config.number(name) for name in ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     )
@@ -157,7 +157,7 @@ def _v4(config: Config, serving: Serving) -> Model:
     else:
         # vLLM 0.33.0 models/deepseek_v4/quant_config.py: expert_dtype fp4 (the default) is Mxfp4MoEMethod.
         what = f"routed experts ({count} of MXFP4 weights: DeepGEMM's FP8 × FP4 grouped GEMM or mega-MoE on SM100)"
-        model.left_out.append(LeftOut(what, _NOT_AN_OP))
+        model.left_out.append(LeftOut(what, NOT_AN_OP))
     if mtp := layers[len(decoder) :]:
         # h_proj takes the hyper-connection's streams of a token as so many rows (SGLang deepseek_v4_nextn.py).
         rows = config.number("hc_mult", 1) * serving.largest_m

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,6 +73,19 @@ class LeftOut:
     why: str
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a DeepGEMM function that is neither a linear layer's nor the experts': the op and its fields.
+
+    Attributes:
+        what: which part of the model makes it, for the manifest.
+    """
+
+    op: str
+    fields: Mapping[str, object]
+    what: str
+
+
 @dataclass
 class Model:
     """All of a model's layers that matter here.
@@ -83,6 +96,7 @@ class Model:
 
     linears: list[Linear] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
 

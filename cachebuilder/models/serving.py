@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from cachebuilder.errors import ModelError
 from cachebuilder.gpus import Gpu
 from cachebuilder.models.config import Config
-from cachebuilder.models.layers import Experts, LeftOut
-from cachebuilder.ops import OpBase
+from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.ops import OPS, OpBase
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Serving:
         """Ops of one expert GEMM of weight [count, n, k] on a rank, each with the arithmetic of its M."""
         raise NotImplementedError
 
+    def indexer_calls(self, heads: int, what: str) -> list[Call]:
+        """The calls that sparse attention's indexer makes besides its projections."""
+        return []
+
     def header(self, config: Config) -> list[str]:
         """Sentences about the engine for the head of the manifest."""
         raise NotImplementedError
@@ -115,6 +120,30 @@ class Serving:
     def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
         """What the engine does with the model that no op of the manifest covers."""
         return []
+
+
+def knows(op: str, *fields: str) -> bool:
+    """Whether a manifest can name ``op`` with these fields."""
+    return op in OPS and set(fields) <= OPS[op].model_fields.keys()
+
+
+def indexer_calls(
+    prefill: str, paged: str, heads: int, formats: Mapping[str, object], batch: int, what: str
+) -> list[Call]:
+    """Logits over a batch's own keys, and for decoding over the paged cache after its schedule's kernel.
+
+    Decoding has one query row a sequence, and two with one speculated token.
+    """
+    calls = [Call(prefill, {"heads": heads, **formats}, f"{what}, prefill")]
+    shared = {name: value for name, value in formats.items() if name != "compressed"}
+    for rows in (1, 2):
+        where = f"{what}, decoding with {rows} query row{'s' if rows > 1 else ''} a sequence"
+        size = {"max_batch": batch, "next_n": rows}
+        calls += [
+            Call("get_paged_mqa_logits_metadata", size, where),
+            Call(paged, {"heads": heads, **shared, **size}, where),
+        ]
+    return calls
 
 
 def version_key(version: str) -> tuple[int, ...]:

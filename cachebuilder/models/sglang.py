@@ -6,9 +6,11 @@ from typing import ClassVar
 
 from cachebuilder.errors import ModelError
 from cachebuilder.models.config import Config, path_match, pattern_match
-from cachebuilder.models.layers import Experts, LeftOut
-from cachebuilder.models.serving import Serving
+from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.models.serving import Serving, indexer_calls, knows
 from cachebuilder.ops import OPS, OpBase
+
+_CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 
 
 class Sglang(Serving):
@@ -85,28 +87,20 @@ class Sglang(Serving):
         Under DeepEP it is contiguous for prefill, masked for decoding. expected_m is about tokens · top-k / experts,
         less than a batch of tokens, in all of them; SGLang's pre-compilation sweeps it to the same end as M.
         """
-        contiguous, masked = OPS["m_grouped_fp8_gemm_nt_contiguous"], OPS["m_grouped_fp8_gemm_nt_masked"]
         rows = self.largest_m
+        weights = {"experts": count, "n": n, "k": k}
+        contiguous: dict[str, object] = {"op": _CONTIGUOUS, **weights, "topk": experts.topk}
+        if self.gpu.major != 9 and knows(_CONTIGUOUS, "alignment"):
+            contiguous["alignment"] = "per-call"
+        masked = {"op": _MASKED, **weights, "max_m": rows}
         return [
-            (
-                contiguous.model_validate(
-                    {
-                        "op": "m_grouped_fp8_gemm_nt_contiguous",
-                        "experts": count,
-                        "topk": experts.topk,
-                        "n": n,
-                        "k": k,
-                    }
-                ),
-                "",
-            ),
-            (
-                masked.model_validate(
-                    {"op": "m_grouped_fp8_gemm_nt_masked", "experts": count, "max_m": rows, "n": n, "k": k}
-                ),
-                f"expected_m as far as SGLang's own list: {rows}",
-            ),
+            (OPS[_CONTIGUOUS].model_validate(contiguous), ""),
+            (OPS[_MASKED].model_validate(masked), f"expected_m as far as SGLang's own list: {rows}"),
         ]
+
+    def indexer_calls(self, heads: int, what: str) -> list[Call]:
+        """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns."""
+        return indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, {}, self.max_seqs, what)
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""
@@ -121,7 +115,7 @@ class Sglang(Serving):
     def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
         """As the base says."""
         found = []
-        if has_experts and self.moe_deep_gemm and self.gpu.major != 9:
+        if has_experts and self.moe_deep_gemm and self.gpu.major != 9 and not knows(_CONTIGUOUS, "alignment"):
             found.append(
                 LeftOut(
                     "expert GEMMs at the smaller alignments that SGLang sets for each call on SM100 and SM120",

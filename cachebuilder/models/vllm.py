@@ -6,12 +6,14 @@ from typing import ClassVar
 
 from cachebuilder.errors import ModelError
 from cachebuilder.models.config import Config, path_match, pattern_match
-from cachebuilder.models.layers import Experts, LeftOut
-from cachebuilder.models.serving import Serving
+from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.models.serving import Serving, indexer_calls, knows
 from cachebuilder.ops import OPS, OpBase
 
 #: ``_DEEPGEMM_BLACKWELL_EXCLUDED_MODEL_TYPES`` (vllm/utils/deep_gemm.py, 0.25.0 and 0.33.0): switched off for accuracy.
 _NOT_ON_BLACKWELL = ("qwen3_5_text", "qwen3_5_moe_text")
+
+_CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 
 #: Tokens in a KV-cache block, which the chunked-context workspace counts in; 64 is the MLA backends' usual one.
 _CACHE_BLOCK = 64
@@ -101,16 +103,36 @@ class Vllm(Serving):
         if self.low_latency:
             rows = self.max_tokens * self.ep
             how = f"rows for each expert: max_num_batched_tokens {self.max_tokens} · {self.ep} dispatching ranks"
-            op = OPS["m_grouped_fp8_gemm_nt_masked"]
-            return [(op.model_validate({"op": op_name(op), "experts": count, "max_m": rows, "n": n, "k": k}), how)]
+            masked = {"op": _MASKED, "experts": count, "max_m": rows, "n": n, "k": k}
+            return [(OPS[_MASKED].model_validate(masked), how)]
         tokens = self.dp * self.max_tokens
-        fields = {"experts": count, "topk": experts.topk, "n": n, "k": k}
+        fields: dict[str, object] = {"experts": count, "topk": experts.topk, "n": n, "k": k}
         how = ""
         if self.dp > 1:
             fields["max_tokens"] = tokens
             how = f"tokens of all ranks: dp {self.dp} · max_num_batched_tokens {self.max_tokens} = {tokens}"
-        op = OPS["m_grouped_fp8_gemm_nt_contiguous"]
-        return [(op.model_validate({"op": op_name(op), **fields}), how)]
+        if self.gpu.major != 9 and knows(_CONTIGUOUS, "alignment"):
+            fields["alignment"] = "per-call"
+        layouts: list[dict[str, object]] = [fields]
+        if self._psum and knows(_CONTIGUOUS, "psum"):  # as serving calls it; the other is the warm-up's
+            layouts.append({**fields, "psum": True})
+        return [(OPS[_CONTIGUOUS].model_validate({"op": _CONTIGUOUS, **layout}), how) for layout in layouts]
+
+    @property
+    def _psum(self) -> bool:
+        """Whether ``DeepGemmExperts.apply`` passes use_psum_layout (fused_moe/experts/deep_gemm_moe.py)."""
+        return self.at_least("0.32.0") and self.gpu.major in (9, 10)
+
+    def indexer_calls(self, heads: int, what: str) -> list[Call]:
+        """vllm/utils/deep_gemm.py: ``fp8_fp4_mqa_logits`` and its paged form; 0.33.0 gives max_seqlen_k, and MX scales
+        on SM100 (``mqa_logits_mx_inputs``).
+        """
+        formats: dict[str, object] = {}
+        if self.at_least("0.33.0"):
+            formats["compressed"] = True
+            if self.gpu.major == 10:
+                formats |= {"scales": "mx", "weights": "bfloat16", "logits": "bfloat16"}
+        return indexer_calls("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, self.max_seqs, what)
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""
@@ -126,7 +148,13 @@ class Vllm(Serving):
     def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
         """As the base says."""
         found = []
-        if has_experts and self.moe_deep_gemm and not self.low_latency and self.at_least("0.32.0"):
+        if (
+            has_experts
+            and self.moe_deep_gemm
+            and not self.low_latency
+            and self._psum
+            and not knows(_CONTIGUOUS, "psum")
+        ):
             found.append(
                 LeftOut(
                     "m_grouped_fp8_gemm_nt_contiguous with use_psum_layout=True, as serving calls it on SM90 and SM100",
@@ -134,7 +162,13 @@ class Vllm(Serving):
                     "own warm-up calls (fused_moe/experts/deep_gemm_moe.py, warmup/deep_gemm_warmup.py)",
                 )
             )
-        if has_experts and self.moe_deep_gemm and not self.low_latency and self.gpu.major != 9:
+        if (
+            has_experts
+            and self.moe_deep_gemm
+            and not self.low_latency
+            and self.gpu.major != 9
+            and not knows(_CONTIGUOUS, "alignment")
+        ):
             found.append(
                 LeftOut(
                     "expert GEMMs at the smaller alignments that vLLM sets for each call on SM100 and SM120",
@@ -155,8 +189,3 @@ class Vllm(Serving):
             f"vLLM prefers {other} for block-FP8 experts on this GPU; they are DeepGEMM's with --moe-backend deep_gemm "
             "or with VLLM_USE_DEEP_GEMM=1 set (fused_moe/oracle/fp8.py). --moe-backend other leaves them out here."
         )
-
-
-def op_name(op: type[OpBase]) -> str:
-    """The ``op`` field's value of an op's model."""
-    return next(name for name, model in OPS.items() if model is op)
