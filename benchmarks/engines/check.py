@@ -110,7 +110,7 @@ def main() -> None:
         restored = work / "restored"
         restoring.restore([work / "a.tar.zst"], restored, deep_gemm, None)
         result: dict[str, Any] = {
-            "command": ["benchmarks/engines/check.py", given.config.parent.name, *sys.argv[2:]],
+            "command": ["benchmarks/engines/check.py", given.config.parent.name, *map(without_folder, sys.argv[2:])],
             "commit": commit(),
             "manifest": text.splitlines(),
             "deep_gemm": str(deep_gemm).replace(str(deep_gemm.path), deep_gemm.path.name),
@@ -190,6 +190,11 @@ def base_variables(gpu: gpus.Gpu) -> dict[str, str]:
         | virtual_gpu.environment(gpu)
         | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1"}
     )
+
+
+def without_folder(argument: str) -> str:
+    """An argument as it is recorded: of a path, the file alone."""
+    return Path(argument).name if "/" in argument else argument
 
 
 def commit() -> str:

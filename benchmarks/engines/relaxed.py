@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from cachebuilder import gpus
@@ -39,16 +40,35 @@ def relaxed(max_tokens: int, n: int, sms: int) -> set[int]:
     return found
 
 
-def warmed(op: OpBase, ops: list[OpBase], max_tokens: int, dp: int, sms: int) -> set[int] | None:
-    """The points of ``op`` that vLLM's warm-up in ``relax`` calls; None for an op that it never calls."""
+def padded_rows(op: OpBase, tokens: Iterable[int]) -> set[int]:
+    """Rows of the expert GEMM for each number of tokens, at the default alignment."""
+    counts = ((m * op.topk, min(m * op.topk, op.experts)) for m in tokens)
+    return {ceil_div(used + active * (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT for used, active in counts}
+
+
+def warmed_and_served(
+    op: OpBase, ops: list[OpBase], max_tokens: int, dp: int, sms: int
+) -> tuple[set[int], set[int]] | None:
+    """The points of ``op`` that vLLM's warm-up in ``relax`` calls, and those that serving can; None: not warmed at all.
+
+    Serving without DeepEP's counts pads for the worst case, so few experts' rows are never a small multiple of 128.
+    """
     if op.op == "fp8_gemm_nt":
-        return relaxed(max_tokens, op.n, sms)
+        return relaxed(max_tokens, op.n, sms), set(range(1, op.largest_m + 1))
     if op.op != "m_grouped_fp8_gemm_nt_contiguous":
         return None
     largest_n = max(other.n for other in ops if other.op == op.op and other.experts == op.experts)
-    tokens = relaxed(dp * max_tokens, largest_n, sms) | {dp * max_tokens}
-    rows = ((m * op.topk, min(m * op.topk, op.experts)) for m in tokens)
-    return {ceil_div(used + active * (ALIGNMENT - 1), ALIGNMENT) * ALIGNMENT for used, active in rows}
+    tokens = dp * max_tokens
+    return padded_rows(op, relaxed(tokens, largest_n, sms) | {tokens}), padded_rows(op, range(1, tokens + 1))
+
+
+def selected(kernel: planning.Kernel, lists: list[tuple[set[int], set[int]] | None], which: int) -> bool:
+    """Whether a point of the warm-up's (0) or of serving's (1) selects ``kernel``."""
+    return any(
+        (pair := lists[where.op]) is not None and any(m in pair[which] for m in range(r.first, r.last + 1, r.step))
+        for where in kernel.selected_by
+        for r in where.ranges
+    )
 
 
 def main() -> None:
@@ -71,17 +91,11 @@ def main() -> None:
             manifest = manifests.parse(text.encode())
             plan = planning.make(manifest, installation, toolchain)
             lists = [
-                warmed(op, manifest.ops, serving.max_tokens, serving.dp, serving.gpu.sm_count) for op in manifest.ops
+                warmed_and_served(op, manifest.ops, serving.max_tokens, serving.dp, serving.gpu.sm_count)
+                for op in manifest.ops
             ]
-            missed = [
-                kernel.name
-                for kernel in plan.kernels
-                if not any(
-                    (points := lists[where.op])
-                    and any(m in points for r in where.ranges for m in range(r.first, r.last + 1, r.step))
-                    for where in kernel.selected_by
-                )
-            ]
+            missed = [kernel for kernel in plan.kernels if not selected(kernel, lists, 0)]
+            names = [kernel.name for kernel in missed]
             print(
                 json.dumps(
                     {
@@ -92,7 +106,8 @@ def main() -> None:
                         "deep_gemm": installation.version,
                         "kernels": len(plan.kernels),
                         "missed": len(missed),
-                        "names": {name: missed.count(name) for name in sorted(set(missed))},
+                        "reached": sum(selected(kernel, lists, 1) for kernel in missed),
+                        "names": {name: names.count(name) for name in sorted(set(names))},
                     }
                 ),
                 flush=True,

@@ -83,7 +83,8 @@ def _has_experts(derived: Derived) -> bool:
 def _flow(op: OpBase) -> str:
     """An op as a YAML flow mapping, without what it leaves to defaults."""
     fields = op.model_dump(exclude_defaults=True)
-    return "{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
+    shown = ((name, str(value).lower() if isinstance(value, bool) else value) for name, value in fields.items())
+    return "{" + ", ".join(f"{name}: {value}" for name, value in shown) + "}"
 
 
 def _comment(text: str, indent: str = "", width: int = _WIDTH) -> Sequence[str]:
