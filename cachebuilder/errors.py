@@ -76,6 +76,12 @@ class DeviceError(CacheBuilderError):
     exit_code = 12
 
 
+class ModelError(CacheBuilderError):
+    """A model's config cannot be read, or the engine would not serve the model with DeepGEMM."""
+
+    exit_code = 13
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -91,5 +97,6 @@ EXIT_CODES: dict[int, str] = {
     RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
     VerifyError.exit_code: "the cache would miss, or is damaged",
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
+    ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     130: "interrupted",
 }

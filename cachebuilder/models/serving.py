@@ -1,0 +1,156 @@
+"""How an engine is run, and what its rules say about a model: the base of `vllm` and `sglang`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cachebuilder.errors import ModelError
+from cachebuilder.gpus import Gpu
+from cachebuilder.models.config import Config
+from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.ops import OPS, OpBase
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One deployment.
+
+    Attributes:
+        version: the engine's release; one of the engine's `versions`.
+        tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's own options take them.
+        max_tokens: the largest number of tokens in a step.
+        max_seqs: the largest number of sequences in a step.
+        max_model_len: the longest sequence; None: the model's own.
+        low_latency: experts through DeepEP's low-latency dispatch.
+        moe_deep_gemm: the routed experts are DeepGEMM's (an engine has other kernels for them, too).
+    """
+
+    gpu: Gpu
+    version: str
+    tp: int = 1
+    ep: int = 1
+    dp: int = 1
+    pp: int = 1
+    max_tokens: int = 8192
+    max_seqs: int = 1024
+    max_model_len: int | None = None
+    low_latency: bool = False
+    moe_deep_gemm: bool = True
+
+    name: ClassVar[str]
+    #: Releases whose source was read, oldest first; rules of a release between two are those of the older one.
+    versions: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def release(cls, version: str | None) -> str:
+        """``version`` if the rules reach back to it, else the newest release that was read.
+
+        Raises:
+            ModelError: no release, or one older than any that was read.
+        """
+        if version is None:
+            return cls.versions[-1]
+        if len(version_key(version)) < 2 or version_key(version) < version_key(cls.versions[0]):
+            raise ModelError(
+                f"--engine-version: wanted a release of {cls.name} from {cls.versions[0]} on, found {version}",
+                hint=f"the source of {', '.join(cls.versions)} was read; a release between takes the older one's rules",
+            )
+        return version
+
+    def at_least(self, version: str) -> bool:
+        """Whether this release is ``version`` or a later one."""
+        return version_key(self.version) >= version_key(version)
+
+    def check(self, config: Config) -> None:
+        """Raise ModelError where the engine would not run this way, or not use DeepGEMM for this model at all."""
+        if self.gpu.major not in (9, 10, 12):
+            raise ModelError(f"wanted a Hopper or Blackwell GPU, found {self.gpu.name} ({self.gpu.capability})")
+
+    @property
+    def attention_ranks(self) -> int:
+        """Ranks that attention's projections are divided among."""
+        raise NotImplementedError
+
+    @property
+    def shared_ranks(self) -> int:
+        """Ranks that a shared expert is divided among."""
+        raise NotImplementedError
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that each routed expert is divided among."""
+        raise NotImplementedError
+
+    @property
+    def largest_m(self) -> int:
+        """The largest M of a dense GEMM."""
+        raise NotImplementedError
+
+    def prefix_tokens(self, config: Config) -> int | None:
+        """The largest M of ``kv_b_proj`` where it is also called for the context that is in the cache already."""
+        return None
+
+    def fuses_shared_experts(self, config: Config, shared: int) -> bool:
+        """Whether the shared expert is one more routed expert."""
+        return False
+
+    def keeps_unquantized(self, config: Config, module: str) -> bool:
+        """Whether the checkpoint's list of unconverted modules covers ``module``, as this engine reads the list."""
+        raise NotImplementedError
+
+    def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
+        """Ops of one expert GEMM of weight [count, n, k] on a rank, each with the arithmetic of its M."""
+        raise NotImplementedError
+
+    def indexer_calls(self, heads: int, what: str) -> list[Call]:
+        """The calls that sparse attention's indexer makes besides its projections."""
+        return []
+
+    def header(self, config: Config) -> list[str]:
+        """Sentences about the engine for the head of the manifest."""
+        raise NotImplementedError
+
+    @property
+    def moe_rule(self) -> str:
+        """When the engine's routed experts are DeepGEMM's, for the manifest; empty where they always are."""
+        return ""
+
+    def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
+        """What the engine does with the model that no op of the manifest covers."""
+        return []
+
+
+def knows(op: str, *fields: str) -> bool:
+    """Whether a manifest can name ``op`` with these fields."""
+    return op in OPS and set(fields) <= OPS[op].model_fields.keys()
+
+
+def indexer_calls(
+    prefill: str, paged: str, heads: int, formats: Mapping[str, object], batch: int, what: str
+) -> list[Call]:
+    """Logits over a batch's own keys, and for decoding over the paged cache after its schedule's kernel.
+
+    Decoding has one query row a sequence, and two with one speculated token.
+    """
+    calls = [Call(prefill, {"heads": heads, **formats}, f"{what}, prefill")]
+    shared = {name: value for name, value in formats.items() if name != "compressed"}
+    for rows in (1, 2):
+        where = f"{what}, decoding with {rows} query row{'s' if rows > 1 else ''} a sequence"
+        size = {"max_batch": batch, "next_n": rows}
+        calls += [
+            Call("get_paged_mqa_logits_metadata", size, where),
+            Call(paged, {"heads": heads, **shared, **size}, where),
+        ]
+    return calls
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """A release as numbers, for comparing: 0.25.0 → (0, 25, 0); what follows a non-number is dropped."""
+    numbers = []
+    for part in version.split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)

@@ -1,0 +1,429 @@
+"""From a model's config to a manifest: the shapes of MODEL_SHAPES.md, the engines' rules, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from cachebuilder import gpus
+from cachebuilder import manifest as manifests
+from cachebuilder.cli import cli
+from cachebuilder.errors import ModelError
+from cachebuilder.models import ENGINES, Config, Derived, Serving, derive, manifest_text
+
+from . import configs
+
+DENSE = "fp8_gemm_nt"
+CONTIGUOUS = "m_grouped_fp8_gemm_nt_contiguous"
+MASKED = "m_grouped_fp8_gemm_nt_masked"
+
+
+def config_of(tree: dict[str, Any]) -> Config:
+    return Config.of(tree, Path("model/config.json"))
+
+
+def serving_of(engine: str = "vllm", gpu: str = "H200", version: str | None = None, **sizes: Any) -> Serving:
+    rules = ENGINES[engine]
+    return rules(gpu=gpus.find(gpu), version=rules.release(version), **sizes)
+
+
+def derived_of(tree: dict[str, Any], engine: str = "vllm", gpu: str = "H200", **sizes: Any) -> Derived:
+    return derive(config_of(tree), serving_of(engine, gpu, **sizes))
+
+
+def dense(derived: Derived) -> set[tuple[int, int]]:
+    return {(item.op.n, item.op.k) for item in derived.ops if item.op.op == DENSE}
+
+
+def experts(derived: Derived, op: str = CONTIGUOUS) -> set[tuple[int, int, int]]:
+    return {(item.op.experts, item.op.n, item.op.k) for item in derived.ops if item.op.op == op}
+
+
+def changed(tree: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(tree), **fields}
+
+
+# Whole shapes, and the dimension that tensor parallelism divides: "n", "k" or "" (every rank holds it all). The rows are
+# MODEL_SHAPES.md's; what a row has more or less than the engines really call is named where it differs.
+
+#: Not called by the fused model, so not here: (576, 7168) is kv_a unfused, (24576, 7168) the q projection of a model
+#: without q_lora_rank, and (12288, 7168) a shape of the benchmark that no layer of DeepSeek-V3's has.
+DEEPSEEK_V3_LINEARS = {
+    (2112, 7168, ""),
+    (24576, 1536, "n"),
+    (32768, 512, "n"),
+    (7168, 16384, "k"),
+    (36864, 7168, "n"),
+    (7168, 18432, "k"),
+    (4096, 7168, "n"),
+    (7168, 2048, "k"),
+}
+#: Besides the row: the shared expert, the indexer's wq_b, and the MTP layer's e_proj and h_proj.
+DEEPSEEK_V4_LINEARS = {
+    (1536, 4096, ""),
+    (32768, 1024, "n"),
+    (4096, 8192, "k"),
+    (4096, 4096, "n"),
+    (4096, 2048, "k"),
+    (8192, 1024, ""),
+    (4096, 4096, ""),
+}
+#: (14336, 5120), the fused q, k and v, is divided by heads: 96 and twice 8 of them.
+GLM_45_LINEARS = {
+    (14336, 5120, "n"),
+    (5120, 12288, "k"),
+    (24576, 5120, "n"),
+    (3072, 5120, "n"),
+    (5120, 1536, "k"),
+}
+
+
+def cut(shapes: set[tuple[int, int, str]], ranks: int) -> set[tuple[int, int]]:
+    return {(n // ranks if axis == "n" else n, k // ranks if axis == "k" else k) for n, k, axis in shapes}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+class TestModelShapes:
+    """The rows of MODEL_SHAPES.md, for each engine, divided by 1, 2, 4 and 8."""
+
+    def test_deepseek_v3(self, engine: str, tp: int) -> None:
+        derived = derived_of(configs.DEEPSEEK_V3, engine, tp=tp)
+        if engine == "sglang":  # the shared expert is the 257th routed one there
+            assert dense(derived) == cut(DEEPSEEK_V3_LINEARS - {(4096, 7168, "n"), (7168, 2048, "k")}, tp) | (
+                {(7168, 2048)} if tp == 8 else set()  # o_proj, cut, has the shared expert's shape
+            )
+        else:
+            assert dense(derived) == cut(DEEPSEEK_V3_LINEARS, tp)
+        count = 257 if engine == "sglang" else 256
+        assert experts(derived) == {(count, 4096 // tp, 7168), (count, 7168, 2048 // tp)}
+        assert {item.op.topk for item in derived.ops if item.op.op == CONTIGUOUS} == {9 if engine == "sglang" else 8}
+
+    def test_deepseek_v3_with_expert_parallelism(self, engine: str, tp: int) -> None:
+        derived = derived_of(configs.DEEPSEEK_V3, engine, tp=tp, ep=tp, moe_deep_gemm=True)
+        count, shared = (257, set()) if engine == "sglang" and tp == 1 else (256 // tp, {(4096 // tp, 7168)})
+        assert shared <= dense(derived)
+        assert experts(derived) == {(count, 4096, 7168), (count, 7168, 2048)}
+
+    def test_deepseek_v32_adds_the_indexer_s_query_projection(self, engine: str, tp: int) -> None:
+        derived = derived_of(configs.DEEPSEEK_V32, engine, tp=tp)
+        assert dense(derived) == cut(DEEPSEEK_V3_LINEARS | {(8192, 1536, "")}, tp)
+        assert experts(derived) == {(256, 4096 // tp, 7168), (256, 7168, 2048 // tp)}
+        asked = {item.op.op for item in derived.ops} | {item.what.partition(" ")[0] for item in derived.left_out}
+        assert {"get_paged_mqa_logits_metadata"} <= asked
+
+    def test_deepseek_v4_flash(self, engine: str, tp: int) -> None:
+        derived = derived_of(configs.DEEPSEEK_V4_FLASH, engine, tp=tp)
+        assert dense(derived) == cut(DEEPSEEK_V4_LINEARS, tp)
+        assert not experts(derived)
+        left_out = " ".join(item.what for item in derived.left_out)
+        assert "fp8_einsum (attn.wo_a: 8 groups of N 1024, K 4096" in left_out
+        asked = " ".join([left_out, *(str(item.op) + item.op.op for item in derived.ops)])
+        assert "tf32_hc_prenorm_gemm" in asked
+        assert "256 of MXFP4 weights" in left_out
+
+    def test_deepseek_v4_with_fp8_experts(self, engine: str, tp: int) -> None:
+        tree = changed(configs.DEEPSEEK_V4_FLASH, expert_dtype="fp8")
+        assert experts(derived_of(tree, engine, tp=tp)) == {(256, 4096 // tp, 4096), (256, 4096, 2048 // tp)}
+
+    def test_qwen3_235b(self, engine: str, tp: int) -> None:
+        if tp == 8:  # 1536 / 8 = 192 is no multiple of the checkpoint's block
+            with pytest.raises(ModelError, match=r"multiple of 128.* 1536 / 8 = 192"):
+                derived_of(configs.QWEN3_235B, engine, tp=tp)
+            # Of 4 K and V heads on 8 ranks each has a copy of one: 8 + 2 heads of 128, not 9216 / 8.
+            derived = derived_of(configs.QWEN3_235B, engine, tp=tp, moe_deep_gemm=False)
+            assert dense(derived) == {(1280, 4096), (4096, 1024)}
+            return
+        derived = derived_of(configs.QWEN3_235B, engine, tp=tp)
+        assert dense(derived) == {(9216 // tp, 4096), (4096, 8192 // tp)}
+        assert experts(derived) == {(128, 3072 // tp, 4096), (128, 4096, 1536 // tp)}
+
+    def test_qwen3_30b(self, engine: str, tp: int) -> None:
+        if tp >= 4:  # 768 / 4 = 192, 768 / 8 = 96
+            with pytest.raises(ModelError, match=f"768 / {tp} = {768 // tp}"):
+                derived_of(configs.QWEN3_30B, engine, tp=tp)
+            by_experts = derived_of(configs.QWEN3_30B, engine, tp=tp, ep=tp)
+            assert experts(by_experts) == {(128 // tp, 1536, 2048), (128 // tp, 2048, 768)}
+            return
+        derived = derived_of(configs.QWEN3_30B, engine, tp=tp)
+        assert dense(derived) == {(5120 // tp, 2048), (2048, 4096 // tp)}
+        assert experts(derived) == {(128, 1536 // tp, 2048), (128, 2048, 768 // tp)}
+
+    def test_glm_45(self, engine: str, tp: int) -> None:
+        if tp == 8:  # the shared expert's and the routed experts' 1536 / 8 = 192
+            with pytest.raises(ModelError, match=r"1536 / 8 = 192"):
+                derived_of(configs.GLM_45, engine, tp=tp)
+            return
+        derived = derived_of(configs.GLM_45, engine, tp=tp)
+        fused = engine == "sglang"  # the shared expert, as the 161st routed one
+        shared = {(3072, 5120, "n"), (5120, 1536, "k")} if fused else set()
+        assert dense(derived) == cut(GLM_45_LINEARS - shared, tp)
+        count = 161 if fused else 160
+        assert experts(derived) == {(count, 3072 // tp, 5120), (count, 5120, 1536 // tp)}
+
+
+def test_kimi_k2_is_deepseek_s_layers_with_its_own_numbers() -> None:
+    derived = derived_of(configs.KIMI_K2, tp=8, ep=8)
+    assert {(2112, 7168), (1536, 1536), (2048, 512), (7168, 1024)} <= dense(derived)
+    assert experts(derived) == {(48, 4096, 7168), (48, 7168, 2048)}
+
+
+def test_qwen3_next_has_gated_attention_and_gated_delta_net_layers() -> None:
+    derived = derived_of(configs.QWEN3_NEXT, tp=2)
+    # Query and gate of 16 heads of 256, K and V of 2; the delta net's q and k of 2048, v and z of 4096.
+    assert {((2 * 4096 + 2 * 512) // 2, 2048), (2048, 2048), (12288 // 2, 2048)} <= dense(derived)
+    assert experts(derived) == {(512, 512, 2048), (512, 2048, 256)}
+    texts = " ".join(line for item in derived.ops for line in item.serves)
+    assert "self_attn.qkv_proj, layers 3, 7, 11, …, 43, 47:" in texts
+
+
+def test_an_unknown_decoder_says_what_it_could_not_tell() -> None:
+    derived = derived_of(configs.UNKNOWN)
+    assert dense(derived) == {(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)}
+    assert any("SomethingNewForCausalLM has no rule of its own" in text for text in derived.unknown)
+    assert "# Not known:" in manifest_text(config_of(configs.UNKNOWN), serving_of(), derived)
+
+
+class TestLargestM:
+    """Over which M each engine calls."""
+
+    def test_vllm_takes_the_batch_and_the_tokens_of_all_replicas_for_experts(self) -> None:
+        derived = derived_of(configs.DEEPSEEK_V3, tp=8, ep=16, dp=2, max_tokens=4096)
+        assert serving_of(max_tokens=4096).largest_m == 4096
+        assert {item.op.max_tokens for item in derived.ops if item.op.op == CONTIGUOUS} == {8192}
+        # Tokens are spread over the tensor parallel ranks: each holds the whole shared expert.
+        assert {(4096, 7168), (7168, 2048)} <= dense(derived)
+
+    def test_vllm_calls_kv_b_for_the_chunked_context_too(self) -> None:
+        derived = derived_of(configs.DEEPSEEK_V3, tp=8, max_model_len=1000, max_seqs=16)
+        (kv_b,) = (item for item in derived.ops if (item.op.op, item.op.k) == (DENSE, 512))
+        assert kv_b.op.max_tokens is None  # 8 · 1000 is less than the batch
+        (kv_b,) = (
+            item for item in derived_of(configs.DEEPSEEK_V3, tp=8).ops if (item.op.op, item.op.k) == (DENSE, 512)
+        )
+        assert kv_b.op.max_tokens == 64 * 1024
+
+    def test_v4_s_mtp_projection_takes_a_row_for_each_stream(self) -> None:
+        derived = derived_of(configs.DEEPSEEK_V4_FLASH, tp=8, max_tokens=1000)
+        (projection,) = (
+            item.op for item in derived.ops if item.op.op == DENSE and (item.op.n, item.op.k) == (4096, 4096)
+        )
+        assert projection.max_tokens == 4 * 1000
+
+    def test_vllm_low_latency_reserves_rows_for_each_dispatching_rank(self) -> None:
+        derived = derived_of(configs.DEEPSEEK_V3, tp=1, ep=32, dp=32, max_tokens=256, low_latency=True)
+        assert experts(derived, MASKED) == {(8, 4096, 7168), (8, 7168, 2048)}
+        assert not experts(derived)
+        assert {item.op.max_m for item in derived.ops if item.op.op == MASKED} == {256 * 32}
+
+    @pytest.mark.parametrize(("chunk", "dp", "largest"), [(4096, 1, 16384), (16384, 1, 32768), (16384, 8, 16384)])
+    def test_sglang_goes_to_the_end_of_its_own_list(self, chunk: int, dp: int, largest: int) -> None:
+        assert serving_of("sglang", tp=8, dp=dp, max_tokens=chunk).largest_m == largest
+
+    def test_sglang_runs_experts_in_both_layouts(self) -> None:
+        derived = derived_of(configs.QWEN3_235B, "sglang", tp=4)
+        assert experts(derived) == experts(derived, MASKED)
+
+
+class TestRefusals:
+    """A model that the engine would not serve with DeepGEMM is refused, and told why."""
+
+    @pytest.mark.parametrize(
+        ("quantization", "reason"),
+        [
+            pytest.param(None, "its weights are not quantised", id="bf16"),
+            pytest.param({"quant_method": "fp8"}, "one scale a tensor", id="fp8 per tensor"),
+            pytest.param(
+                {"quant_method": "fp8", "weight_block_size": [32, 32]}, r"each block of \[32, 32\]", id="other block"
+            ),
+            pytest.param(
+                {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+                "static scales",
+                id="static activations",
+            ),
+            pytest.param({"quant_method": "awq", "bits": 4}, "quant_method is 'awq'", id="awq"),
+            pytest.param({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "'modelopt'", id="nvfp4"),
+            pytest.param(
+                # Kimi-K2-Thinking's form: INT4 experts, the rest unquantised.
+                {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {
+                        "group_0": {
+                            "targets": ["Linear"],
+                            "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+                        }
+                    },
+                },
+                "INT4",
+                id="int4 experts",
+            ),
+            pytest.param(
+                {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {
+                        "group_0": {
+                            "targets": ["Linear"],
+                            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                            "input_activations": {"dynamic": True, "strategy": "token"},
+                        }
+                    },
+                },
+                "one for each channel",
+                id="compressed-tensors by channel",
+            ),
+        ],
+    )
+    def test_of_another_quantisation(self, quantization: dict[str, Any] | None, reason: str) -> None:
+        tree = changed(configs.GLM_45, quantization_config=quantization)
+        with pytest.raises(ModelError, match=reason) as caught:
+            derived_of(tree)
+        assert "wanted FP8 weights" in str(caught.value)
+
+    def test_not_of_compressed_tensors_by_block(self) -> None:
+        group = {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+            "input_activations": {"dynamic": True, "strategy": "group", "group_size": 128},
+        }
+        tree = changed(
+            configs.QWEN3_30B,
+            quantization_config={
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": group},
+                "ignore": ["lm_head", r"re:.*mlp\.gate$"],
+            },
+        )
+        assert dense(derived_of(tree)) == dense(derived_of(configs.QWEN3_30B))
+
+    def test_of_heads_that_the_ranks_do_not_divide(self) -> None:
+        with pytest.raises(ModelError, match=r"128.*wanted a multiple of the 3 ranks"):
+            derived_of(configs.DEEPSEEK_V3, tp=3)
+
+    def test_of_a_k_that_is_cut_within_a_block(self) -> None:
+        tree = changed(configs.DEEPSEEK_V4_FLASH, o_lora_rank=80)
+        with pytest.raises(ModelError, match=r"attn\.wo_b: wanted K .* 128, .* 640 / 2 = 320"):
+            derived_of(tree, tp=2)
+
+    def test_of_an_n_that_is_cut_within_a_block(self) -> None:
+        with pytest.raises(ModelError, match=r"mlp\.gate_proj: wanted N .* 128, .* 12352 / 2 = 6176"):
+            derived_of(changed(configs.UNKNOWN, intermediate_size=12352), tp=2)
+
+    def test_of_ranks_that_the_engine_does_not_have(self) -> None:
+        with pytest.raises(ModelError, match="wanted --ep 8 or 1, found 4"):
+            derived_of(configs.DEEPSEEK_V3, tp=8, ep=4)
+        with pytest.raises(ModelError, match="wanted --dp to divide --tp, found 3"):
+            derived_of(configs.DEEPSEEK_V3, "sglang", tp=8, dp=3)
+
+    def test_of_a_model_that_vllm_switches_off_on_blackwell(self) -> None:
+        tree = changed(configs.UNKNOWN, model_type="qwen3_5_text")
+        assert dense(derived_of(tree, gpu="H200"))
+        with pytest.raises(ModelError, match="does not use DeepGEMM for qwen3_5_text on B200"):
+            derived_of(tree, gpu="B200")
+
+    def test_of_a_missing_field(self) -> None:
+        tree = changed(configs.DEEPSEEK_V3)
+        del tree["v_head_dim"]
+        with pytest.raises(ModelError, match="v_head_dim: missing"):
+            derived_of(tree)
+
+    @pytest.mark.parametrize("value", ["7168", 0, -1, 7168.0, True, [7168]])
+    def test_of_a_field_that_is_no_number(self, value: object) -> None:
+        with pytest.raises(ModelError, match="hidden_size: wanted an integer of at least 1"):
+            derived_of(changed(configs.DEEPSEEK_V3, hidden_size=value))
+
+    @pytest.mark.parametrize(
+        "text", ["", "[]", "{", '{"architectures": "X"}', "\ud800".encode("utf-8", "replace").decode()]
+    )
+    def test_of_a_file_that_is_no_config(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"config\.json"):
+            Config.read(tmp_path)
+
+    def test_of_a_release_that_was_not_read(self) -> None:
+        with pytest.raises(ModelError, match=r"from 0\.25\.0 on, found 0\.11\.0"):
+            serving_of(version="0.11.0")
+
+
+class TestUnconverted:
+    """Layers that the checkpoint keeps unquantised are left out, and named."""
+
+    def test_one_layer(self) -> None:
+        names = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+        tree = changed(configs.UNKNOWN, quantization_config={**configs.BLOCK_FP8, "modules_to_not_convert": names})
+        derived = derived_of(tree)
+        assert dense(derived) == dense(derived_of(configs.UNKNOWN))
+        assert any(item.what == "mlp.gate_up_proj in layers 0" for item in derived.left_out)
+        assert any("mlp.gate_up_proj, layers 1–31" in line for item in derived.ops for line in item.serves)
+
+    def test_all_layers(self) -> None:
+        names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(32)]
+        tree = changed(configs.UNKNOWN, quantization_config={**configs.BLOCK_FP8, "modules_to_not_convert": names})
+        assert (4096, 4096) not in dense(derived_of(tree))
+
+    def test_half_of_a_fused_layer_is_refused(self) -> None:
+        names = ["model.layers.7.self_attn.q_proj"]
+        tree = changed(configs.UNKNOWN, quantization_config={**configs.BLOCK_FP8, "modules_to_not_convert": names})
+        with pytest.raises(ModelError, match=r"layer 7's self_attn\.qkv_proj is fused"):
+            derived_of(tree)
+
+    def test_sglang_reads_parts_of_names_and_vllm_whole_ones(self) -> None:
+        tree = changed(configs.UNKNOWN, quantization_config={**configs.BLOCK_FP8, "modules_to_not_convert": ["o_proj"]})
+        assert (4096, 4096) in dense(derived_of(tree, "vllm"))
+        assert (4096, 4096) not in dense(derived_of(tree, "sglang"))
+
+
+MODELS = {name: tree for name, tree in vars(configs).items() if isinstance(tree, dict) and "architectures" in tree}
+
+
+@pytest.mark.parametrize("gpu", ["H200", "B200"])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_written_manifest_reads_back_as_the_ops_that_were_derived(name: str, engine: str, gpu: str) -> None:
+    config, serving = config_of(MODELS[name]), serving_of(engine, gpu, tp=2)
+    derived = derive(config, serving)
+    text = manifest_text(config, serving, derived)
+    read = manifests.parse(text.encode())
+    assert read.target.gpu == serving.gpu
+    assert read.max_tokens == serving.largest_m
+    for given, op in zip(derived.ops, read.ops, strict=True):
+        wanted = given.op.model_dump(exclude_none=True)
+        if "max_tokens" in type(op).model_fields:
+            wanted.setdefault("max_tokens", read.max_tokens)
+        assert op.model_dump(exclude_none=True) == wanted
+    assert manifest_text(config, serving, derived) == text
+    assert max(len(line) for line in text.splitlines() if line.lstrip().startswith("#")) <= 120
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(cli, ["manifest", *map(str, arguments)], standalone_mode=False)
+
+
+def test_the_verb_writes_a_manifest_with_its_reasons(tmp_path: Path) -> None:
+    folder = tmp_path / "DeepSeek-V3.2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(configs.DEEPSEEK_V32))
+    output = tmp_path / "m.yaml"
+    result = run("--model", folder, "--engine", "vllm", "--gpu", "b200", "--tp", "8", "-o", output)
+    assert result.exception is None, result.output
+    text = output.read_text()
+    assert "name: deepseek-v3.2-tp8-b200-vllm\n" in text
+    assert "self_attn.q_b_proj, layers 0–61" in text
+    assert "mqa_logits" in text
+    assert str(tmp_path) not in text
+    assert manifests.load(output)[0].target.gpu.name == "B200"
+
+
+def test_the_verb_writes_to_standard_output_and_names_a_wrong_gpu(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(configs.QWEN3_30B))
+    result = run("--model", file, "--engine", "sglang", "--gpu", "H200")
+    assert manifests.parse(result.output.encode()).ops
+    result = run("--model", file, "--engine", "sglang", "--gpu", "A100")
+    assert isinstance(result.exception, ModelError)
+    assert "--gpu: wanted one of" in str(result.exception)
