@@ -22,6 +22,12 @@ class ManifestError(CacheBuilderError):
     exit_code = 3
 
 
+class ModelError(CacheBuilderError):
+    """A model's config cannot be read, or the engine would not serve the model with DeepGEMM."""
+
+    exit_code = 13
+
+
 class InstallationError(CacheBuilderError):
     """This machine lacks something needed here: torch, DeepGEMM, a C compiler."""
 
@@ -70,18 +76,13 @@ class VerifyError(CacheBuilderError):
     exit_code = 11
 
 
-class ModelError(CacheBuilderError):
-    """A model's config cannot be read, or the engine would not serve the model with DeepGEMM."""
-
-    exit_code = 12
-
-
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "diff: the two differ",
     2: "wrong command line",
     ManifestError.exit_code: "bad manifest",
+    ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or unusable",
     ToolchainError.exit_code: "no nvcc, or not the one asked for",
     PlanError.exit_code: "DeepGEMM refused a shape, or the plan could not be trusted",
@@ -90,6 +91,5 @@ EXIT_CODES: dict[int, str] = {
     CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
     RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
     VerifyError.exit_code: "the cache would miss, or is damaged",
-    ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     130: "interrupted",
 }
