@@ -55,8 +55,11 @@ class Replay:
 
     @property
     def worst(self) -> sweep.TrialResult | None:
-        """The trial with the largest relative error."""
-        return max(self.trials.results, key=lambda result: result.relative_error) if self.trials else None
+        """The trial with the largest relative error; None where nothing was compared."""
+        compared = (
+            [result for result in self.trials.results if result.relative_error is not None] if self.trials else []
+        )
+        return max(compared, key=lambda result: result.relative_error or 0, default=None)
 
     @property
     def right(self) -> bool:

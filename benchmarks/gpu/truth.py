@@ -52,7 +52,9 @@ def main(out: Path, manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...]) ->
                 if done.returncode:
                     continue
                 done, seconds = run("restore", artifact, "--to", out / f"{name}-restored", *copied)
-                say(step="restore", what=name, seconds=seconds, exit=done.returncode, said=done.stderr.splitlines()[-2:])
+                say(
+                    step="restore", what=name, seconds=seconds, exit=done.returncode, said=done.stderr.splitlines()[-2:]
+                )
                 done, seconds = run("verify", artifact, *copied, "--device", "cuda")
                 text = done.stdout + done.stderr[-1500:] if done.returncode else done.stdout
                 say(step="verify", what=name, seconds=seconds, exit=done.returncode, said=text.splitlines()[-8:])

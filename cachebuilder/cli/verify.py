@@ -115,17 +115,19 @@ def _print(report: verifying.Report) -> None:
 
 
 def _print_replay(replay: on_gpu.Replay) -> None:
-    if replay.trials is None or replay.worst is None:
+    if replay.trials is None:
         return
     device, worst = replay.trials.device, replay.worst
     kernels = {entry for entries in replay.entries.values() for entry in entries}
     click.echo(f"on GPU    {device['name']}: {replay.calls} calls, {len(replay.missed)} kernels missed")
-    click.echo(
-        f"numbers   {len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong; "
-        f"worst error {worst.relative_error:.2e}"
-    )
-    op = replay.ops[worst.point.op]
-    click.echo(f"          {op.op} {op.shape()} at {op.variable} {worst.point.value}")
+    click.echo(f"numbers   {len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong")
+    if untold := sum(result.relative_error is None for result in replay.trials.results):
+        click.echo(f"          {untold} points of ops without a reference were launched only")
+    if worst is not None:
+        op = replay.ops[worst.point.op]
+        where = f"{op.op} {op.shape()} at {op.variable} {worst.point.value}"
+        text = f"worst error {worst.relative_error:.2e}: {where}"
+        click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
 
 
 def _problem(target: Path, report: verifying.Report) -> str:

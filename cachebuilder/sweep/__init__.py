@@ -131,15 +131,16 @@ class TrialResult:
     """One call on random inputs.
 
     Attributes:
-        relative_error: ‖D − reference‖ / ‖reference‖, Frobenius; NaN where an element is.
+        relative_error: ‖D − reference‖ / ‖reference‖, Frobenius; NaN where an element is; None where the op has no
+            reference, and the kernel was only launched.
         worst_row_error: the largest of single rows.
         microseconds: of one call with inputs in place, the median of several.
         problems: what is wrong, a sentence each; none where all is right.
     """
 
     point: Point
-    relative_error: float
-    worst_row_error: float
+    relative_error: float | None
+    worst_row_error: float | None
     microseconds: float
     problems: tuple[str, ...]
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from cachebuilder.ops import OPS
+from cachebuilder.ops import OPS, OpBase
 from cachebuilder.ops.base import Device
 from cachebuilder.sweep.child import classify, load, main, properties
 
@@ -33,13 +33,7 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
         try:
             for number, value in points:
                 position[1] = value
-                trial = op.trial(device, value, seed=number)
-                results[number] = {
-                    "relative_error": trial.relative_error(),
-                    "worst_row_error": max(output.worst_row_error() for output in trial.outputs),
-                    "problems": trial.problems(),
-                }
-                del trial
+                results[number] = _try(op, device, value, number)
                 position[2] += 1
             device.torch.cuda.empty_cache()
             call = op.prepare(device)
@@ -51,6 +45,19 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
         except Exception as error:
             raise classify(device.torch, error) from error
     return {"results": results, "device": properties(device.torch), "torch": device.torch.__version__}
+
+
+def _try(op: OpBase, device: Device, value: int, seed: int) -> dict[str, Any]:
+    """One point's errors and problems; none of either for an op without a reference."""
+    try:
+        trial = op.trial(device, value, seed)
+    except NotImplementedError:
+        return {"relative_error": None, "worst_row_error": None, "problems": []}
+    return {
+        "relative_error": trial.relative_error(),
+        "worst_row_error": max(output.worst_row_error() for output in trial.outputs),
+        "problems": trial.problems(),
+    }
 
 
 def _microseconds(device: Device, call: Callable[[int], None], value: int) -> float:
