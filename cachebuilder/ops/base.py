@@ -72,9 +72,13 @@ class Device:
     def empty(self, *shape: int, dtype: str) -> Any:
         """A tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``.
 
-        Integers are zero on a real GPU, where kernels read experts and counts from them; the rest is uninitialised.
+        On a real GPU integers are zero, since kernels read experts and counts from them, and float32 is one: DeepGEMM
+        traps where a scale to be packed is no power of two. The rest is uninitialised.
         """
-        make = self.torch.zeros if dtype.startswith("int") and not self.virtual else self.torch.empty
+        make = self.torch.empty
+        if not self.virtual:
+            make = self.torch.zeros if dtype.startswith("int") else make
+            make = self.torch.ones if dtype == "float32" else make
         return make(shape, device=self.name, dtype=getattr(self.torch, dtype))
 
 
