@@ -15,6 +15,7 @@ from typing import Any
 
 from cachebuilder import __version__, misses, nvml, sweep, verify
 from cachebuilder.artifact.folder import RestoredFolder
+from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, DeviceError
@@ -23,9 +24,6 @@ from cachebuilder.manifest import Manifest
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder, write_atomically
 from cachebuilder.plan import Selection
-
-#: The report on an artifact lies beside it, under its name and this.
-SUFFIX = ".verified.json"
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ def _identity(artifact: Path) -> dict[str, str]:
 
 def report_path(artifact: Path) -> Path:
     """Where the report on an artifact lies: beside it."""
-    return artifact.with_name(artifact.name + SUFFIX)
+    return artifact.with_name(artifact.name + REPORT_SUFFIX)
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of th
 #: The members of an artifact: the index, the manifest as given, and the folder of entries.
 INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 
+#: What was seen on a GPU lies beside the artifact, under its name and this.
+REPORT_SUFFIX = ".verified.json"
+
 #: No cache of a real model comes near.
 MAX_ENTRIES = 20_000
 #: The largest cubin seen is under 200 kB.

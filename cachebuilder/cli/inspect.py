@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
 from cachebuilder.cli import shared
 from cachebuilder.deepgemm import entries as entry_files
@@ -31,6 +32,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
         f"({shared.size(unpacked)} unpacked)"
     )
     click.echo(f"sha256       {digest}")
+    if text := _verified(artifact, digest):
+        click.echo(f"verified     {text}")
     click.echo(f"fingerprint  {index.fingerprint_digest}")
     for field, value in index.fingerprint.model_dump(mode="json", exclude_none=True).items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -45,3 +48,19 @@ def inspect(artifact: Path, as_json: bool) -> None:
     click.echo("kernels")
     for name, count in sorted(families.items(), key=str):
         click.echo(f"  {count:>6}  {name}")
+
+
+def _verified(artifact: Path, sha256: str) -> str | None:
+    """What the report beside the artifact says, if there is one: `verify --device cuda` writes it."""
+    path = artifact.with_name(artifact.name + REPORT_SUFFIX)
+    try:
+        report = json.loads(path.read_bytes())
+        same, right, gpu = report["artifact"]["sha256"] == sha256, report["right"], report["device"].get("name")
+        calls = sum(replay["calls"] for replay in report["replays"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{path.name} cannot be read"
+    if not same:
+        return f"{path.name} is of another artifact"
+    return f"{'right' if right else 'WRONG'} on {gpu}, {calls} calls ({path.name})"
