@@ -19,10 +19,11 @@ from pathlib import Path
 import click
 
 
-def run(*command: str | Path) -> tuple[subprocess.CompletedProcess[str], float]:
+def run(out: Path, *command: str | Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run cachebuilder in ``out``, so that what it prints of its files names no folder of this machine."""
     started = time.monotonic()
     words = [sys.executable, "-m", "cachebuilder", *map(str, command)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=out, capture_output=True, text=True)
     return done, round(time.monotonic() - started, 2)
 
 
@@ -44,18 +45,20 @@ def main(out: Path, manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...]) ->
         for copy in deep_gemm:
             for manifest in manifests:
                 name = f"{manifest.stem}-{copy.parent.name}"
-                artifact = out / f"{name}.tar.zst"
-                copied = ["--deep-gemm", copy]
-                done, seconds = run("build", manifest, *copied, "--device", "cuda", "--no-store", "-o", artifact)
+                artifact = f"{name}.tar.zst"
+                copied = ["--deep-gemm", copy.absolute()]
+                done, seconds = run(
+                    out, "build", manifest.absolute(), *copied, "--device", "cuda", "--no-store", "-o", artifact
+                )
                 text = done.stdout if done.returncode == 0 else done.stderr[-1500:]
                 say(step="build", what=name, seconds=seconds, exit=done.returncode, said=text.splitlines()[-8:])
                 if done.returncode:
                     continue
-                done, seconds = run("restore", artifact, "--to", out / f"{name}-restored", *copied)
+                done, seconds = run(out, "restore", artifact, "--to", f"{name}-restored", *copied)
                 say(
                     step="restore", what=name, seconds=seconds, exit=done.returncode, said=done.stderr.splitlines()[-2:]
                 )
-                done, seconds = run("verify", artifact, *copied, "--device", "cuda")
+                done, seconds = run(out, "verify", artifact, *copied, "--device", "cuda")
                 text = done.stdout + done.stderr[-1500:] if done.returncode else done.stdout
                 say(step="verify", what=name, seconds=seconds, exit=done.returncode, said=text.splitlines()[-8:])
 
