@@ -7,6 +7,7 @@ would be asked for; `call` is the same child with any compiler and any cache roo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -407,7 +408,8 @@ def _run_child(
                 except subprocess.TimeoutExpired:
                     progress(position[2], position[3])
         except BaseException:
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended, and been waited for, in the meantime
+                os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
         progress(position[2], position[3])
