@@ -52,7 +52,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was found; an absent part is None, with the reason in ``problems``."""
+    """All that was found; an absent part is None, with the reason in ``problems``.
+
+    Attributes:
+        roots: those that DeepGEMM would take here, in its order; ``roots_from`` says what named them.
+        folder: the restored folder that was asked about.
+    """
 
     installation: Installation | None
     generation: Generation | None
@@ -62,6 +67,7 @@ class Findings:
     gpu: nvml.VisibleGpu | None
     roots_from: str
     roots: tuple[Root, ...]
+    folder: Root | None
     kernel_variables: Mapping[str, str]
     verdicts: tuple[Verdict, ...]
     problems: tuple[str, ...]
@@ -106,6 +112,7 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         gpu=gpu,
         roots_from=roots_from,
         roots=tuple(_look_into(root) for root in roots),
+        folder=_look_into(target) if target and target.is_dir() else None,
         kernel_variables=kernel_variables,
         verdicts=tuple(verdicts),
         problems=tuple(problems),

@@ -61,6 +61,16 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     assert root["damaged"] == [first.name, f"{second.name}: wanted an entry, found none"]
 
 
+def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Built, tmp_path: Path) -> None:
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    entry = min(path for path in (folder / "cache").iterdir())
+    cubin = (entry / "kernel.cubin").read_bytes()
+    (entry / "kernel.cubin").write_bytes(cubin[:-1])
+    done = doctor(folder, "--deep-gemm", built.inputs.installation.path)
+    told = f"damaged: {entry.name}/kernel.cubin: wanted {len(cubin)} bytes, found {len(cubin) - 1}"
+    assert f"folder       {folder}" in done.stdout and told in done.stdout, done.stdout
+
+
 def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Built, tmp_path: Path) -> None:
     path = built.inputs.installation.path
     for target in (built.packed.path, unpack(built.packed.path, tmp_path / "restored")):

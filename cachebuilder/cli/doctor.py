@@ -51,14 +51,11 @@ def _print(found: examining.Findings) -> None:
     else:
         _line("GPU", "none that NVML knows")
     for index, root in enumerate(found.roots):
-        _line("caches" if index == 0 else "", f"{root.path}" + (f" ({found.roots_from})" if index == 0 else ""))
-        _line("", f"  {_contents(root)}")
-        for item in root.damaged[:_SHOWN]:
-            _line("", f"  damaged: {item}")
-        if len(root.damaged) > _SHOWN:
-            _line("", f"  … {len(root.damaged) - _SHOWN} more damaged: --json lists all")
+        _print_root("caches" if index == 0 else "", root, f" ({found.roots_from})" if index == 0 else "")
     names = ", ".join(f"{name}={value}" for name, value in found.kernel_variables.items())
     _line("variables", names or "none set that changes kernels")
+    if found.folder:
+        _print_root("folder", found.folder)
     for verdict in found.verdicts:
         fits = (
             "fits, as far as can be told without a replay" if not verdict.differences else "differs from what is here"
@@ -73,6 +70,15 @@ def _print(found: examining.Findings) -> None:
 
 def _line(name: str, text: str) -> None:
     click.echo(f"{name:<12} {text}")
+
+
+def _print_root(name: str, root: examining.Root, origin: str = "") -> None:
+    _line(name, f"{root.path}{origin}")
+    _line("", f"  {_contents(root)}")
+    for item in root.damaged[:_SHOWN]:
+        _line("", f"  damaged: {item}")
+    if len(root.damaged) > _SHOWN:
+        _line("", f"  … {len(root.damaged) - _SHOWN} more damaged: --json lists all")
 
 
 def _contents(root: examining.Root) -> str:
@@ -101,17 +107,8 @@ def _document(found: examining.Findings) -> dict[str, Any]:
         "c_compiler": found.c_compiler,
         "gpu": gpu and {"name": gpu.name, "capability": list(gpu.capability), "driver": gpu.driver},
         "roots_from": found.roots_from,
-        "roots": [
-            {
-                "path": str(root.path),
-                "exists": root.exists,
-                "writable": root.writable,
-                "entries": dict(root.entries),
-                "damaged": list(root.damaged),
-                "artifacts": list(root.artifacts),
-            }
-            for root in found.roots
-        ],
+        "roots": [_root_document(root) for root in found.roots],
+        "folder": found.folder and _root_document(found.folder),
         "kernel_variables": dict(found.kernel_variables),
         "artifacts": [
             {
@@ -122,4 +119,15 @@ def _document(found: examining.Findings) -> dict[str, Any]:
             for verdict in found.verdicts
         ],
         "problems": list(found.problems),
+    }
+
+
+def _root_document(root: examining.Root) -> dict[str, Any]:
+    return {
+        "path": str(root.path),
+        "exists": root.exists,
+        "writable": root.writable,
+        "entries": dict(root.entries),
+        "damaged": list(root.damaged),
+        "artifacts": list(root.artifacts),
     }
