@@ -39,9 +39,11 @@ class LaunchLog:
         self._unanswered = (ctypes.c_char * 4096).in_dll(library, "virtual_gpu_unanswered")
 
     def take(self) -> tuple[int, ...]:
-        """Numbers of the cubins launched since the last call, in order."""
+        """Numbers of the cubins launched since the last call, in order. Raises RuntimeError if some are unknown."""
         count = self._count.value
         self._count.value = 0
+        if count > len(self._numbers):
+            raise RuntimeError(f"{count} launches in one call: the virtual GPU notes {len(self._numbers)}")
         return tuple(self._numbers[:count])
 
     def entry(self, number: int) -> str:

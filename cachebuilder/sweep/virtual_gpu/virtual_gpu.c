@@ -33,7 +33,7 @@
 #define MAX_LIBRARIES 65536
 
 EXPORT uint32_t virtual_gpu_launches[MAX_LAUNCHES]; /* library numbers, in order of launch, since the sweep's reset */
-EXPORT uint32_t virtual_gpu_launch_count;
+EXPORT uint32_t virtual_gpu_launch_count;             /* may be more than were written down */
 EXPORT char virtual_gpu_unanswered[4096]; /* names of calls nobody answered, one a line */
 
 struct library {
@@ -325,9 +325,9 @@ EXPORT int cuFuncSetAttribute(struct library *function, int attribute, int value
 
 EXPORT int cuLaunchKernelEx(const void *config, struct library *function, void **arguments, void **extra) {
     (void)config, (void)arguments, (void)extra;
-    if (virtual_gpu_launch_count == MAX_LAUNCHES)
-        return OUT_OF_MEMORY;
-    virtual_gpu_launches[virtual_gpu_launch_count++] = function->number;
+    if (virtual_gpu_launch_count < MAX_LAUNCHES)
+        virtual_gpu_launches[virtual_gpu_launch_count] = function->number;
+    virtual_gpu_launch_count++; /* past the end too: a process that nobody sweeps launches as long as it lives */
     return SUCCESS;
 }
 
