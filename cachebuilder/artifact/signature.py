@@ -60,7 +60,7 @@ def generate_key(path: Path, passphrase: bytes | None = None) -> Path:
         The public key's file, SubjectPublicKeyInfo in PEM.
 
     Raises:
-        SignatureError: either file is there already, or cannot be written; neither is left then.
+        SignatureError: either file is there already, or cannot be written.
     """
     public = path.with_suffix(".pub")
     if public == path:
