@@ -29,7 +29,7 @@ def run_restore(
 
         trusted = load_trusted(trust)
     else:
-        click.echo("unchecked origin: no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
+        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
     try:
         installation = installations.find(deep_gemm)
     except InstallationError:
