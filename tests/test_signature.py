@@ -249,6 +249,19 @@ def test_no_flipped_bit_of_a_signature_or_an_envelope_is_taken(artifact: Path, k
             provenance.open_envelope(flip(envelope, 8 * byte + byte % 8), trust, sha256, "x")
 
 
+def test_a_second_spelling_of_the_same_bytes_in_base64_is_not_taken(artifact: Path, keys: Path) -> None:
+    """The bits behind the last byte are nobody's: ``QQ==`` and ``QR==`` decode to the same."""
+    content, key = provenance.statement(artifact, artifact.read_bytes()), signature.load_key(keys / "ours.pem")
+    sha256 = content["subject"][0]["digest"]["sha256"]
+    envelopes = [json.loads(provenance.seal(content | {"pad": "x" * n}, key)) for n in range(3)]
+    envelope = next(one for one in envelopes if one["payload"].endswith("=="))
+    assert provenance.open_envelope(json.dumps(envelope).encode(), trusted(keys), sha256, "x")
+    other = envelope["payload"][:-3] + chr(ord(envelope["payload"][-3]) + 1) + "=="
+    assert base64.b64decode(other) == base64.b64decode(envelope["payload"])
+    with pytest.raises(SignatureError, match="wanted a DSSE envelope"):
+        provenance.open_envelope(json.dumps(envelope | {"payload": other}).encode(), trusted(keys), sha256, "x")
+
+
 @pytest.mark.parametrize(
     "envelope",
     [b"", b"[]", b"{", b"[" * 100_000, b'{"payloadType":1,"payload":2,"signatures":3}', b"\xff", b"null"],
