@@ -82,6 +82,12 @@ class ModelError(CacheBuilderError):
     exit_code = 13
 
 
+class SignatureError(CacheBuilderError):
+    """An artifact without a signature by a key that is trusted here, or a key that cannot be used."""
+
+    exit_code = 14
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -98,5 +104,6 @@ EXIT_CODES: dict[int, str] = {
     VerifyError.exit_code: "the cache would miss, or is damaged",
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
     ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
+    SignatureError.exit_code: "no valid signature by a trusted key, or a key that cannot be used",
     130: "interrupted",
 }

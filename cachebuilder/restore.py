@@ -16,12 +16,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachebuilder import frozen
 from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, Index
@@ -32,6 +34,9 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError, RestoreError
 from cachebuilder.nvml import VisibleGpu
+
+if TYPE_CHECKING:  # not imported where no key is given
+    from cachebuilder.artifact.signature import TrustedKey
 
 #: DeepGEMM hands paths below DIR to a shell with no quotes around them.
 _PLAIN_PATH = re.compile(r"[\w./+@,=-]+")
@@ -53,6 +58,7 @@ class Restored:
         written: entries made.
         skipped: entries that were there already, equal.
         relocated: legacy entries were renamed for this install path.
+        signed_by: the trusted key that signed it; None where no key was given to check with.
     """
 
     dir: Path
@@ -63,6 +69,7 @@ class Restored:
     written: int
     skipped: int
     relocated: bool
+    signed_by: TrustedKey | None = None
 
 
 def restore(
@@ -71,6 +78,7 @@ def restore(
     installation: Installation | None,
     gpu: VisibleGpu | None = None,
     force: bool = False,
+    trust: Sequence[TrustedKey] | None = None,
 ) -> Restored:
     """Restore the first of ``artifacts`` that fits this environment into ``to``.
 
@@ -81,8 +89,11 @@ def restore(
         installation: the DeepGEMM that will read the cache; None where none was found, which only ``force`` accepts.
         gpu: the GPU, where one is visible.
         force: take the first artifact, whatever differs.
+        trust: keys, by one of which each artifact must be signed; None to take any. The signatures of all are checked
+            before anything is decompressed or parsed, and what is parsed are the bytes that were checked.
 
     Raises:
+        SignatureError: an artifact is not signed by a trusted key, or what lies beside it as provenance is not.
         CompatibilityError: none fits, or the entries cannot be relocated.
         ArtifactError: an artifact is damaged or hostile.
         RestoreError: a different entry is in ``to``, or it cannot be written.
@@ -90,8 +101,11 @@ def restore(
     to = Path(os.path.abspath(to))
     refused: list[tuple[Path, list[Difference]]] = []
     taken: Restored | None = None
+    if trust is not None:
+        for path in artifacts[1:]:  # before the first is written; again when their turn comes
+            _checked(path, trust)
     for path in artifacts:
-        with open_archive(path) as archive:
+        with _opened(path, trust) as (archive, key):
             nvcc = str(frozen.frozen_nvcc(to))
             found = with_environment(archive.index, installation, gpu, os.environ, relocates=True, frozen_nvcc=nvcc)
             fits = not any(difference.causes_miss for difference in found)
@@ -100,13 +114,32 @@ def restore(
             elif taken is None:
                 written, skipped, index = _restore(archive, to, installation)
                 relocated = index.fingerprint.install_include != archive.index.fingerprint.install_include
-                taken = Restored(to, index, path, refused, found, written, skipped, relocated)
+                taken = Restored(to, index, path, refused, found, written, skipped, relocated, key)
     if taken is None:
         raise CompatibilityError(
             "\n".join(explain(path, found) for path, found in refused),
             hint="--force restores all the same; DeepGEMM will not find the kernels then",
         )
     return taken
+
+
+@contextlib.contextmanager
+def _opened(path: Path, trust: Sequence[TrustedKey] | None) -> Iterator[tuple[Archive, TrustedKey | None]]:
+    """The artifact, and who signed it."""
+    if trust is None:
+        with open_archive(path) as archive:
+            yield archive, None
+    else:
+        data, key = _checked(path, trust)
+        yield Archive(io.BytesIO(data), path), key
+
+
+def _checked(path: Path, trust: Sequence[TrustedKey]) -> tuple[bytes, TrustedKey]:
+    from cachebuilder.artifact import provenance, signature  # import cryptography
+
+    signed = signature.read_signed(path, trust)
+    provenance.read_statement(signed, trust)
+    return signed.data, signed.key
 
 
 def explain(path: Path, differences: Sequence[Difference]) -> str:

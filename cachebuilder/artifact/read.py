@@ -68,7 +68,7 @@ _KINDS = {
 
 
 class Archive:
-    """An artifact opened for one pass. Made by `open_archive`.
+    """An artifact opened for one pass. Made by `open_archive`, or from bytes that were checked before.
 
     Attributes:
         index: the index, checked against itself and against the cache's grammar.
@@ -229,6 +229,13 @@ def open_archive(path: Path) -> Iterator[Archive]:
     Raises:
         ArtifactError: not an artifact, damaged, hostile, or of another schema version.
     """
+    with open_file(path) as file:
+        yield Archive(file, path)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file, whoever gave it. Raises `ArtifactError` where it is none or cannot be read."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -237,7 +244,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
     with os.fdopen(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ArtifactError(f"{path}: wanted a regular file")
-        yield Archive(file, path)
+        yield file
 
 
 def read_index(path: Path) -> Index:
@@ -258,11 +265,12 @@ def unpacked(file: BinaryIO, path: Path) -> Iterator[bytes]:
         ArtifactError: not a zstd frame, one that is cut, damaged, too large or followed by anything.
     """
     try:
+        packed = file.seek(0, os.SEEK_END)
+        file.seek(0)
         start = file.read(_INPUT_BYTES)
         size = zstandard.get_frame_parameters(start).content_size
         if not 0 < size <= _MAX_UNPACKED_BYTES:
             raise ArtifactError(f"{path}: wanted up to {_MAX_UNPACKED_BYTES} bytes unpacked, found {size}")
-        packed = os.fstat(file.fileno()).st_size
         if size > max(_SMALL_BYTES, packed * _MAX_RATIO):
             raise ArtifactError(
                 f"{path}: wanted at most {_MAX_RATIO} bytes unpacked for each one packed, found {size} for {packed}"

@@ -13,8 +13,11 @@ from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-#: Each is the command of that name in the module of that name.
-VERBS = ("manifest", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor")
+#: Each is the command of that name in the module of that name; a hyphen is an underscore there.
+VERBS = (
+    *("manifest", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
+    *("keygen", "sign", "verify-signature"),
+)
 
 
 class _Verbs(click.Group):
@@ -26,7 +29,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             return None
-        command: click.Command = getattr(import_module(f"cachebuilder.cli.{name}"), name)
+        module = name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"cachebuilder.cli.{module}"), module)
         return command
 
 

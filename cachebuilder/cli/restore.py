@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from cachebuilder import nvml
 from cachebuilder import restore as restoring
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, signing
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import InstallationError
 
+if TYPE_CHECKING:
+    from cachebuilder.artifact.signature import TrustedKey
 
-def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool) -> restoring.Restored:
+
+def run_restore(
+    artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
+) -> restoring.Restored:
     """Restore and say what was done, on stderr."""
     started = time.monotonic()
+    trusted: tuple[TrustedKey, ...] | None = None
+    if trust:
+        from cachebuilder.artifact.signature import load_trusted  # imports cryptography
+
+        trusted = load_trusted(trust)
+    else:
+        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
     try:
         installation = installations.find(deep_gemm)
     except InstallationError:
         if deep_gemm is not None:
             raise
         installation = None
-    done = restoring.restore(artifacts, to, installation, nvml.first_gpu(), force)
+    done = restoring.restore(artifacts, to, installation, nvml.first_gpu(), force, trusted)
     for path, differences in done.refused:
         click.echo(f"refused   {restoring.explain(path, differences)}", err=True)
     if done.differences:
@@ -32,6 +45,8 @@ def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, f
             f"{'forced    ' if overruled else 'note      '}{restoring.explain(done.artifact, done.differences)}",
             err=True,
         )
+    if done.signed_by is not None:
+        click.echo(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})", err=True)
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
     click.echo(
         f"restored  {done.index.name}: {done.written} kernels written, {done.skipped} there already{relocated}, "
@@ -46,10 +61,14 @@ def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, f
 @click.option("--to", required=True, metavar="DIR", type=shared.folder_type, help="Where DeepGEMM will read it.")
 @shared.serving_deep_gemm_option
 @shared.force_option
-def restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool) -> None:
+@signing.trust_option
+def restore(
+    artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
+) -> None:
     """Put the first ARTIFACT that fits this machine's DeepGEMM and GPU into DIR, beside a frozen nvcc.
 
-    The whole archive is checked before anything becomes visible in DIR. DIR may be in use.
+    The whole archive is checked before anything becomes visible in DIR. DIR may be in use. With --trust the signature
+    in ARTIFACT.sig is checked before anything else.
     """
-    done = run_restore(artifacts, to, deep_gemm, force)
+    done = run_restore(artifacts, to, deep_gemm, force, trust)
     click.echo(f"next      cachebuilder env {done.dir} --engine vllm|sglang", err=True)

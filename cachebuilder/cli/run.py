@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from cachebuilder.artifact.folder import open_folder
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, signing
 from cachebuilder.cli.restore import run_restore
 from cachebuilder.environment import Engine, variables
 from cachebuilder.errors import RestoreError
@@ -22,6 +23,7 @@ from cachebuilder.errors import RestoreError
 @shared.engine_option
 @shared.scratch_option
 @shared.force_option
+@signing.trust_option
 def run(
     source: Path,
     command: tuple[str, ...],
@@ -30,17 +32,20 @@ def run(
     engine: Engine,
     scratch: Path | None,
     force: bool,
+    trust: tuple[Path, ...],
 ) -> None:
     """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored."""
     if source.is_dir():
         if to is not None:
             raise click.UsageError(f"--to goes with an artifact; {source} is a folder")
+        if trust:
+            _say_unchecked(source)
         found = open_folder(source).indexes
         dir = source
     else:
         if to is None:
             to = _own_folder(source)
-        done = run_restore((source,), to, deep_gemm, force)
+        done = run_restore((source,), to, deep_gemm, force, trust)
         found = [done.index]
         dir = done.dir
     environment = os.environ | {v.name: v.value for v in variables(dir, found, engine, scratch, os.environ)}
@@ -48,6 +53,15 @@ def run(
         os.execvpe(command[0], command, environment)
     except OSError as error:
         raise RestoreError(f"{command[0]}: cannot be run: {error.strerror}") from error
+
+
+def _say_unchecked(dir: Path) -> None:
+    """A folder bears no signature: asked to check one, refuse; where every restore is to check, say it."""
+    if click.get_current_context().get_parameter_source("trust") is ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            f"--trust goes with an artifact; {dir} is a folder, checked when it was restored or never"
+        )
+    click.echo(f"unchecked {dir}: a folder bears no signature; it was checked when it was restored, or never", err=True)
 
 
 def _own_folder(artifact: Path) -> Path:

@@ -1,0 +1,236 @@
+"""Where an artifact comes from, signed: an in-toto Statement v1 with SLSA provenance v1, in a DSSE envelope.
+
+Formats: https://github.com/in-toto/attestation (spec/v1/statement.md), https://slsa.dev/spec/v1.0/provenance and
+https://github.com/secure-systems-lab/dsse (protocol.md, envelope.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cachebuilder.artifact import signature
+from cachebuilder.artifact.index import INDEX, MANIFEST, REPORT_SUFFIX, Index
+from cachebuilder.artifact.read import Archive
+from cachebuilder.errors import ArtifactError, SignatureError
+
+#: The envelope lies beside the artifact, under its name and this.
+SUFFIX = ".intoto.json"
+
+PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:cachebuilder:artifact:v1"
+BUILDER = "urn:cachebuilder"
+
+_MAX_ENVELOPE_BYTES = 1 << 20
+_MAX_REPORT_BYTES = 256 << 20
+
+
+def encoded(payload_type: str, payload: bytes) -> bytes:
+    """What a DSSE signature is over: the pre-authentication encoding (DSSE protocol.md, PAE)."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def statement(path: Path, data: bytes) -> dict[str, Any]:
+    """What is to be said of an artifact: read from its index, and from the report beside it where there is one.
+
+    Args:
+        data: the artifact's bytes; all of it is checked.
+
+    Raises:
+        ArtifactError: it is damaged, or the report speaks of another artifact.
+    """
+    archive = Archive(io.BytesIO(data), path)
+    for _ in archive.files():
+        pass
+    index, sha256 = archive.index, hashlib.sha256(data).hexdigest()
+    byproducts: list[dict[str, Any]] = [
+        {"name": INDEX, "digest": _digest(archive.index_bytes), "annotations": {"kernels": len(index.entries)}}
+    ]
+    report_path = _report_path(path)
+    if report := signature.read_beside(report_path, _MAX_REPORT_BYTES):
+        _check_report(report_path, report, sha256)
+        byproducts.append({"name": report_path.name, "digest": _digest(report)})
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": path.name, "digest": {"sha256": sha256}}],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"name": index.name, "manifest": {"sha256": index.manifest}},
+                "internalParameters": {
+                    "fingerprint": index.fingerprint.model_dump(exclude_none=True),
+                    "fingerprint_digest": index.fingerprint_digest,
+                    "kernels": len(index.entries),
+                    "recorded": index.recorded,
+                },
+                "resolvedDependencies": _dependencies(index),
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": {"cachebuilder": index.recorded.get("cachebuilder", "")}},
+                "metadata": {},
+                "byproducts": byproducts,
+            },
+        },
+    }
+
+
+def _dependencies(index: Index) -> list[dict[str, Any]]:
+    fingerprint = index.fingerprint
+    deep_gemm: dict[str, Any] = {
+        "name": "deep_gemm",
+        "annotations": {
+            "version": fingerprint.deep_gemm,
+            "headers": fingerprint.headers,
+            "cutlass": fingerprint.cutlass,
+        },
+    }
+    if fingerprint.distribution:
+        deep_gemm["uri"] = "pkg:pypi/" + fingerprint.distribution.replace(" ", "@")
+    else:
+        deep_gemm["digest"] = {"headers": fingerprint.headers}
+    compiler = fingerprint.compiler.encode("utf-8", "surrogateescape")
+    return [
+        {"name": MANIFEST, "digest": {"sha256": index.manifest}},
+        deep_gemm,
+        {"name": "nvcc --version", "digest": _digest(compiler), "content": base64.b64encode(compiler).decode()},
+    ]
+
+
+def seal(content: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The statement in its envelope. No key id: DSSE does not sign it, so it could say anything."""
+    payload = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    signed = signature.sign(encoded(PAYLOAD_TYPE, payload), key).decode().strip()
+    envelope = {
+        "payloadType": PAYLOAD_TYPE,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": [{"sig": signed}],
+    }
+    return json.dumps(envelope, separators=(",", ":")).encode()
+
+
+def read_statement(signed: signature.Signed, trusted: Sequence[signature.TrustedKey]) -> dict[str, Any] | None:
+    """The statement beside an artifact, checked: signed by a trusted key, and about these very bytes.
+
+    Returns:
+        None where there is none: the signature alone says who made the artifact.
+
+    Raises:
+        SignatureError: it is damaged, not signed by a trusted key, or speaks of another artifact.
+    """
+    path = signed.path.with_name(signed.path.name + SUFFIX)
+    data = signature.read_beside(path, _MAX_ENVELOPE_BYTES)
+    return None if data is None else open_envelope(data, trusted, signed.sha256, path)
+
+
+def open_envelope(data: bytes, trusted: Sequence[signature.TrustedKey], sha256: str, what: object) -> dict[str, Any]:
+    """The statement in an envelope; raises as `read_statement` does. The payload is parsed once it is checked.
+
+    Args:
+        sha256: the artifact's.
+        what: what the envelope is called in errors.
+    """
+    wrong = SignatureError(f"{what}: wanted a DSSE envelope, found something else")
+    try:
+        envelope = json.loads(data)
+    except (ValueError, RecursionError):
+        raise wrong from None
+    if not isinstance(envelope, dict) or envelope.keys() != {"payloadType", "payload", "signatures"}:
+        raise wrong
+    text, signatures = envelope["payload"], envelope["signatures"]
+    if envelope["payloadType"] != PAYLOAD_TYPE or not isinstance(text, str) or not isinstance(signatures, list):
+        raise wrong
+    try:
+        payload = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise wrong from None
+    if base64.b64encode(payload).decode() != text:
+        raise wrong
+    _check_any(encoded(PAYLOAD_TYPE, payload), signatures, trusted, what)
+    return _about(payload, sha256, what)
+
+
+def _check_any(data: bytes, signatures: list[Any], trusted: Sequence[signature.TrustedKey], what: object) -> None:
+    failed = SignatureError(f"{what}: wanted a DSSE envelope with a signature, found none")
+    for one in signatures[:10]:
+        if (
+            not isinstance(one, dict)
+            or not {"sig"} <= one.keys() <= {"sig", "keyid"}
+            or not isinstance(one["sig"], str)
+        ):
+            break
+        try:
+            signature.check(data, one["sig"].encode("utf-8", "replace"), trusted, what)
+            return
+        except SignatureError as error:
+            failed = error
+    raise failed
+
+
+def _about(payload: bytes, sha256: str, what: object) -> dict[str, Any]:
+    try:
+        found = json.loads(payload)
+        types = (found["_type"], found["predicateType"])
+        subjects = [subject["digest"].get("sha256") for subject in found["subject"]]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise SignatureError(f"{what}: wanted an in-toto statement, found something else") from None
+    if types != (STATEMENT_TYPE, PREDICATE_TYPE):
+        raise SignatureError(f"{what}: wanted {STATEMENT_TYPE} with {PREDICATE_TYPE}, found {types}")
+    if sha256 not in subjects:
+        raise SignatureError(
+            f"{what}: it speaks of another artifact\nwanted: sha256 {sha256}\nfound:  {str(subjects)[:200]}",
+            hint="sign the artifact again, or remove the statement that belongs to another",
+        )
+    return dict(found)
+
+
+def check_report_beside(path: Path, content: Mapping[str, Any]) -> str | None:
+    """The name of the verification report that a statement lists, where it lies beside the artifact and is the same.
+
+    Raises:
+        SignatureError: it lies there and is another.
+    """
+    report_path = _report_path(path)
+    try:
+        listed = {item["name"]: item["digest"]["sha256"] for item in content["predicate"]["runDetails"]["byproducts"]}
+    except (KeyError, TypeError):
+        return None
+    if (wanted := listed.get(report_path.name)) is None:
+        return None
+    report = signature.read_beside(report_path, _MAX_REPORT_BYTES)
+    if report is None:
+        return None
+    if (found := hashlib.sha256(report).hexdigest()) != wanted:
+        raise SignatureError(f"{report_path}: not the report that was signed\nwanted: sha256 {wanted}\nfound:  {found}")
+    return report_path.name
+
+
+def _check_report(path: Path, report: bytes, sha256: str) -> None:
+    try:
+        found = json.loads(report)["artifact"]["sha256"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise ArtifactError(f"{path}: wanted the report of a verification, found something else") from None
+    if found != sha256:
+        raise ArtifactError(
+            f"{path}: it speaks of another artifact\nwanted: sha256 {sha256}\nfound:  {found}",
+            hint="verify again, or remove the report",
+        )
+
+
+def _report_path(path: Path) -> Path:
+    return path.with_name(path.name + REPORT_SUFFIX)
+
+
+def _digest(data: bytes) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(data).hexdigest()}
