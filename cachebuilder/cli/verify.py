@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cachebuilder import on_gpu
+from cachebuilder import on_gpu, verified
 from cachebuilder import verify as verifying
 from cachebuilder.cli import shared
 from cachebuilder.compatibility import Difference
@@ -66,7 +66,7 @@ def verify(
     if replays:
         document["on_gpu"] = on_gpu.document(target, report, replays)
         if report_file or not target.is_dir():
-            on_gpu.write(report_file or on_gpu.report_path(target), document["on_gpu"])
+            on_gpu.write(report_file or verified.path_for(target), document["on_gpu"])
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
