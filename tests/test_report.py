@@ -1,15 +1,21 @@
 """The report: what it gathers, and the page that it writes."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import vl_convert
 
-from cachebuilder import verified
+from cachebuilder import build_record, verified
 from cachebuilder.build import Built
 from cachebuilder.errors import ArtifactError
-from cachebuilder.report import facts
+from cachebuilder.report import facts, page
+from tests.conftest import ROOT, Run
 
 
 def report_on(sha256: str, entry: str) -> dict[str, object]:
@@ -80,3 +86,88 @@ def test_changes_against_the_same_artifact_are_none(built: Built) -> None:
     changes = facts.compare(found, found)
     assert not (changes.fields or changes.added or changes.removed or changes.changed)
     assert changes.equal == len(found.kernels)
+
+
+@pytest.fixture(scope="session")
+def pages(built: Built, tmp_path_factory: pytest.TempPathFactory, run: Run) -> Path:
+    """A folder with the small artifact, as it is after build and verify, its plan, and the report on each."""
+    folder = tmp_path_factory.mktemp("report")
+    artifact = Path(shutil.copy(built.packed.path, folder / "small.tar.zst"))
+    record = build_record.path_for(built.packed.path)
+    shutil.copy(record, build_record.path_for(artifact))
+    gemm = next(kernel.entry for kernel in built.plan.kernels if "gemm" in kernel.name)
+    verified.path_for(artifact).write_text(json.dumps(report_on(built.packed.sha256, gemm)))
+    (folder / "plan.json").write_text(built.plan.model_dump_json(exclude_none=True))
+    done = run("report", artifact, "-o", folder / "small.tar.zst.html", "--against", artifact)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_page_holds_everything_and_is_one_small_file(pages: Path, built: Built) -> None:
+    text = (pages / "small.tar.zst.html").read_text()
+    assert len(text) < 3_000_000
+    for part in (
+        "fp8_gemm_nt n=576 k=512",
+        built.packed.sha256,
+        "on NVIDIA H200",
+        "Size by op",
+        "cicc",
+        "0 new, 0 gone",
+    ):
+        assert part in text
+    assert all(kernel.entry[-32:][:8] in text for kernel in built.plan.kernels)
+    own = text.replace(vl_convert.javascript_bundle(), "")
+    assert not re.search(r"""(src|href)=(?!"#)|@import|url\(""", own), "the page loads something"
+
+
+def test_a_plan_has_a_page_too_that_says_what_it_cannot_tell(pages: Path) -> None:
+    plan = facts.gather(pages / "plan.json")
+    text = page.render(plan, facts.compare(plan, plan))
+    assert "report on a plan" in text and "nothing is built yet" in text and 'id="size"' not in text
+
+
+def test_equal_artifacts_have_equal_pages(pages: Path) -> None:
+    found = facts.gather(pages / "small.tar.zst")
+    assert page.render(found, facts.compare(found, found)) == (pages / "small.tar.zst.html").read_text()
+
+
+def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    plan = built.plan.model_copy(
+        update={
+            "ops": ({"op": evil, "n": "<img src=x onerror=alert(2)>"}, *built.plan.ops[1:]),
+            "kernels": tuple(kernel.model_copy(update={"name": evil}) for kernel in built.plan.kernels),
+        }
+    )
+    (path := tmp_path / "<b>plan.json").write_text(plan.model_dump_json(exclude_none=True))
+    text = page.render(facts.gather(path)).replace(vl_convert.javascript_bundle(), "")
+    assert "alert(1)" in text and evil not in text and "<img" not in text and "<b>plan" not in text
+
+
+def test_in_a_browser_it_is_drawn_without_complaint_and_the_hover_tells_the_kernel(pages: Path) -> None:
+    look = [
+        sys.executable,
+        str(ROOT / "tools" / "look.py"),
+        str(pages / "small.tar.zst.html"),
+        "--chromium",
+        chromium(),
+    ]
+    done = subprocess.run(look, capture_output=True, text=True, check=False, timeout=180)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and not found["problems"], found
+    assert found["charts"] >= 5
+    for word in ("block", "stages", "cluster", "cubin", "registers", "shared memory"):
+        assert word in found["tooltip"]
+
+
+def chromium() -> str:
+    """The path of a Chromium: this machine's, else Debian's, where it can be installed."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    if not any(map(shutil.which, names)) and os.geteuid() == 0 and shutil.which("apt-get"):
+        for command in (
+            ["apt-get", "update", "-q"],
+            ["apt-get", "install", "-yq", "--no-install-recommends", "chromium"],
+        ):
+            subprocess.run(command, capture_output=True, check=False, timeout=240)
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return found or pytest.skip("no chromium on PATH, and apt-get did not install one")

@@ -2,9 +2,9 @@
 
     python tools/look.py REPORT.html [--pictures FOLDER] [--chromium FILE]
 
-It fails where the page asks for anything from a network, writes an error to the console, leaves a chart undrawn, or shows
-no tooltip under the pointer; it prints how long the page took to open. The pictures are report-light.png of a desktop
-and report-dark-phone.png.
+It fails where the page asks for anything from a network, writes an error to the console, leaves a chart undrawn, or
+shows no tooltip under the pointer; it prints how long the page took to open. The pictures are report-light.png of a
+desktop and report-dark-phone.png.
 """
 
 from __future__ import annotations

@@ -14,7 +14,20 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, mea
 
 
 #: Each is the command of that name in the module of that name.
-VERBS = ("manifest", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor", "report")
+VERBS = (
+    "manifest",
+    "build",
+    "plan",
+    "inspect",
+    "restore",
+    "verify",
+    "diff",
+    "env",
+    "run",
+    "misses",
+    "doctor",
+    "report",
+)
 
 
 class _Verbs(click.Group):

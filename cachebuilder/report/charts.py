@@ -1,7 +1,8 @@
-"""The report's charts, as Vega-Lite specifications made with Altair; the page's script gives each its colours and width."""
+"""The report's charts: Vega-Lite specifications made with Altair; the page's script gives them colours and width."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def kernel_map(facts: Facts, op: int) -> Spec:
     rows = [
         {
             "row": f"{kernel.name}, {selection.sm_count} SMs" if several else kernel.name,
-            "kernel": kernel.short,
+            "kernel": f"{kernel.name} {kernel.short}",
             "order": order[kernel.entry],
             "first": max(points.first, 1),
             "end": points.last + points.step,
@@ -45,7 +46,7 @@ def kernel_map(facts: Facts, op: int) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_rect(strokeWidth=0.6, cursor="pointer")
         .encode(
-            x=alt.X("first:Q", scale=_log(rows), title=variable, axis=alt.Axis(tickCount=8, format="~s", grid=False)),
+            x=alt.X("first:Q", scale=_log(rows), title=None, axis=alt.Axis(tickCount=8, format="d", grid=False)),
             x2="end:Q",
             y=alt.Y(
                 "row:N",
@@ -99,7 +100,12 @@ def timeline(facts: Facts, record: BuildRecord) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_rect(strokeWidth=0.4)
         .encode(
-            x=alt.X("start:Q", title="seconds since compiling began", axis=alt.Axis(tickCount=8)),
+            x=alt.X(
+                "start:Q",
+                title="seconds since compiling began",
+                scale=alt.Scale(nice=False),
+                axis=alt.Axis(tickCount=8),
+            ),
             x2="end:Q",
             y=alt.Y("job:O", title="job", scale=alt.Scale(padding=0.15)),
             color=alt.Color("phase:N", legend=alt.Legend(orient="top", title=None, columns=3)),
@@ -126,7 +132,7 @@ def errors(verified: Verified) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_circle(size=36, opacity=0.8)
         .encode(
-            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="~s")),
+            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="d")),
             y=alt.Y("error:Q", title="relative error", axis=alt.Axis(format=".0e", tickCount=5)),
             color=_op_colour(),
             tooltip=_trial_tooltips(),
@@ -148,8 +154,10 @@ def times(verified: Verified) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_line(strokeWidth=1, point=alt.OverlayMarkDef(size=24))
         .encode(
-            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="~s")),
-            y=alt.Y("microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=alt.Axis(tickCount=5)),
+            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="d")),
+            y=alt.Y(
+                "microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=alt.Axis(tickCount=5, gridOpacity=0.4)
+            ),
             color=_op_colour(),
             detail="sms:N",
             tooltip=_trial_tooltips(),
@@ -210,7 +218,7 @@ def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]
         what = f"{kernel.name} {kernel.short}" if kernel else run.entries[0]
     else:
         what = f"{len(run.entries)} kernels in one source"
-    pieces = [(phase.name, phase.seconds) for phase in run.phases]
+    pieces = [(phase.name, phase.seconds) for phase in run.phases if not phase.name.startswith("nvcc")]
     rest = run.seconds - sum(seconds for _, seconds in pieces)
     rows, at = [], run.start
     for name, seconds in [*pieces, ("nvcc", max(rest, 0.0))]:
@@ -225,7 +233,8 @@ def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]
 def _trials(verified: Verified) -> list[dict[str, Any]]:
     return [
         {
-            "op": f"{trial.op} {trial.shape}",
+            # The shape first: a phone cuts the end off.
+            "op": f"{re.sub(r' compiled_dims=.*', '', trial.shape)} · {trial.op}",
             "sms": f"{trial.op} {trial.shape} {trial.sm_count}",
             "point": f"{trial.variable} {trial.value}, {trial.sm_count} SMs",
             "value": max(trial.value, 1),
@@ -239,7 +248,7 @@ def _trials(verified: Verified) -> list[dict[str, Any]]:
 
 
 def _op_colour() -> alt.Color:
-    legend = alt.Legend(orient="bottom", columns=1, title=None, labelLimit=600, symbolLimit=60)
+    legend = alt.Legend(orient="bottom", columns=1, title=None, symbolLimit=60)
     return alt.Color("op:N", scale=alt.Scale(scheme="tableau20"), legend=legend)
 
 

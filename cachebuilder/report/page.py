@@ -13,6 +13,7 @@ from cachebuilder import __version__
 from cachebuilder.report import charts
 from cachebuilder.report.facts import Changes, Facts
 
+
 def render(facts: Facts, changes: Changes | None = None) -> str:
     """The page's HTML. Equal facts give equal pages."""
     environment = jinja2.Environment(
