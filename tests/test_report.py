@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import vl_convert
 
 from cachebuilder import build_record, verified
 from cachebuilder.build import Built
@@ -116,7 +115,7 @@ def test_the_page_holds_everything_and_is_one_small_file(pages: Path, built: Bui
     ):
         assert part in text
     assert all(kernel.entry[-32:][:8] in text for kernel in built.plan.kernels)
-    own = text.replace(vl_convert.javascript_bundle(), "")
+    own = text.replace(page.library(), "")
     assert not re.search(r"""(src|href)=(?!"#)|@import|url\(""", own), "the page loads something"
 
 
@@ -140,7 +139,7 @@ def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_p
         }
     )
     (path := tmp_path / "<b>plan.json").write_text(plan.model_dump_json(exclude_none=True))
-    text = page.render(facts.gather(path)).replace(vl_convert.javascript_bundle(), "")
+    text = page.render(facts.gather(path)).replace(page.library(), "")
     assert "alert(1)" in text and evil not in text and "<img" not in text and "<b>plan" not in text
 
 

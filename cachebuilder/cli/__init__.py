@@ -27,6 +27,9 @@ VERBS = (
     "misses",
     "doctor",
     "report",
+    "explain",
+    "gpus",
+    "schema",
 )
 
 

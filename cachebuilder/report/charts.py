@@ -67,7 +67,7 @@ def kernel_map(facts: Facts, op: int) -> Spec:
 
 def size_by_op(facts: Facts) -> Spec:
     """Cubin bytes of the kernels that each op asks for; a kernel of two ops counts for both."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, op in enumerate(facts.ops):
         kernels = {kernel.entry: kernel for kernel, _ in facts.kernels_of(number)}.values()
         if kernels:
@@ -166,7 +166,7 @@ def times(verified: Verified) -> Spec:
     return _spec(lines.properties(height=260))
 
 
-def _spec(chart: alt.Chart | alt.LayerChart) -> Spec:
+def _spec(chart: Any) -> Spec:
     """As wide as the page's column; no data is named, so that equal reports have equal bytes."""
     with alt.data_transformers.enable(consolidate_datasets=False, max_rows=None):
         spec: Spec = chart.properties(width="container").to_dict()

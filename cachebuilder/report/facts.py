@@ -168,7 +168,7 @@ def _of_plan(path: Path) -> Facts:
         KernelFacts(k.entry, k.name, hashlib.sha256(k.source.encode()).hexdigest(), k.source, k.selected_by)
         for k in plan.kernels
     )
-    return Facts(path, path.stem, plan.generation, plan.gpu.name, plan.arch, tuple(map(_op, plan.ops)), kernels)
+    return Facts(path, path.stem, plan.generation, plan.gpu.name, plan.arch, tuple(map(op_facts, plan.ops)), kernels)
 
 
 def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
@@ -185,7 +185,7 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
             source=files[entry.name][entry_files.SOURCE].decode(errors="replace"),
             selected_by=entry.selected_by,
             size=len(files[entry.name][entry_files.CUBIN]),
-            resources=_resources(path, entry.name, files[entry.name][entry_files.CUBIN]),
+            resources=resources_of(path, entry.name, files[entry.name][entry_files.CUBIN]),
         )
         for entry in index.entries
     )
@@ -200,7 +200,7 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         generation=index.fingerprint.generation,
         gpu=index.recorded.get("gpu", ""),
         arch=index.fingerprint.arch,
-        ops=tuple(map(_op, index.ops)),
+        ops=tuple(map(op_facts, index.ops)),
         kernels=kernels,
         size=path.stat().st_size,
         sha256=sha256,
@@ -212,14 +212,15 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
     )
 
 
-def _resources(path: Path, entry: str, data: bytes) -> Resources:
+def resources_of(path: Path, entry: str, data: bytes) -> Resources:
+    """What the cubin ``data`` of ``entry`` takes. Raises `ArtifactError` where it is none."""
     try:
         return cubin.resources(data)
     except cubin.CubinError as error:
         raise ArtifactError(f"{path}: {entry}: {error}") from error
 
 
-def _op(fields: Mapping[str, object]) -> OpFacts:
+def op_facts(fields: Mapping[str, object]) -> OpFacts:
     """An op that this version does not know, or not so, is told by its fields."""
     name = str(fields.get("op"))
     try:

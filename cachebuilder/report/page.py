@@ -31,9 +31,14 @@ def render(facts: Facts, changes: Changes | None = None) -> str:
         changes=changes,
         specs=drawn,
         spec_json=_script_json(drawn),
-        library=_script(vl_convert.javascript_bundle()),  # Vega, Vega-Lite and Vega-Embed
+        library=_script(library()),
         version=__version__,
     )
+
+
+def library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, out of vl-convert."""
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _charts(facts: Facts) -> dict[str, charts.Spec]:
