@@ -13,6 +13,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from cachebuilder.errors import InstallationError
+
 _REGCOUNT, _FRAME_SIZE, _MAX_THREADS = 0x2F, 0x11, 0x05
 #: The format of an attribute whose value has a size of its own (``EIFMT_SVAL``); all others hold two bytes.
 _SIZED = 4
@@ -45,11 +47,15 @@ class CubinError(ValueError):
 
 
 def resources(cubin: bytes) -> Resources:
-    """What the kernel in ``cubin`` takes. Needs pyelftools. Raises `CubinError`."""
-    from elftools.common.exceptions import ELFError
-    from elftools.construct import ConstructError
-    from elftools.elf.elffile import ELFFile
-
+    """What the kernel in ``cubin`` takes. Raises `CubinError`, and `InstallationError` where pyelftools is missing."""
+    try:
+        from elftools.common.exceptions import ELFError
+        from elftools.construct import ConstructError
+        from elftools.elf.elffile import ELFFile
+    except ModuleNotFoundError:
+        raise InstallationError(
+            "reading a cubin wants pyelftools, which is not installed", hint="pip install 'cachebuilder[report]'"
+        ) from None
     try:
         elf = ELFFile(io.BytesIO(cubin))
         sections = {section.name: section for section in elf.iter_sections()}

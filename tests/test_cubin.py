@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from importlib import util
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from cachebuilder import cubin
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.build import Built
+from cachebuilder.errors import InstallationError
 
 
 def _cuobjdump(nvcc: Path) -> str:
@@ -44,3 +46,9 @@ def test_registers_and_memory_are_what_cuobjdump_says(built: Built, tmp_path: Pa
 def test_what_is_no_cubin_is_a_named_error(built: Built, cut: int) -> None:
     with pytest.raises(cubin.CubinError, match="wanted a cubin"):
         cubin.resources(_cubins(built.packed.path)[0][:cut])
+
+
+def test_without_pyelftools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
+    with pytest.raises(InstallationError, match="wants pyelftools"):
+        cubin.resources(b"")

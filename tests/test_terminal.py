@@ -1,7 +1,9 @@
 """What a person sees: 80 columns, and colour on a terminal only."""
 
+import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from cachebuilder.build import Built
 from cachebuilder.cli import table
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 from tests.restored import unpack
 
 
@@ -79,3 +81,21 @@ def test_a_word_that_does_not_fit_stands_below_its_name(name: str, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].strip() == key and all(len(line) <= 82 for line in lines)
     assert len(lines[-1]) <= 80 or name.startswith(" ")
+
+
+@pytest.mark.parametrize("verb", ["verify", "diff", "doctor", "misses", "explain", "gpus"])
+def test_json_has_the_documented_fields(verb: str, built: Built, tmp_path: Path, run: Run) -> None:
+    (log := tmp_path / "misses.jsonl").write_text("")
+    artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.path]
+    arguments: dict[str, list[str | Path]] = {
+        "verify": [artifact, *here],
+        "diff": [artifact, artifact],
+        "doctor": [artifact, *here],
+        "misses": [log],
+        "explain": [built.plan.kernels[0].entry, "--in", artifact],
+        "gpus": [],
+    }
+    document = json.loads(run(verb, *arguments[verb], "--json").stdout)
+    [row] = re.findall(rf"^\| `{verb} --json` \|(.*)\|$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
+    told = re.findall(r"`(\w+)`", row.partition(";")[0])
+    assert told == list(document[0] if verb == "gpus" else document)
