@@ -17,7 +17,7 @@ from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
 from cachebuilder.deepgemm.templates import Parameter
 from cachebuilder.errors import ArtifactError
-from cachebuilder.report.facts import OpFacts, gather, op_facts, resources_of
+from cachebuilder.report.facts import OpFacts, check_selections, gather, op_facts, resources_of
 from cachebuilder.selection import Selection
 
 _GENERATIONS: tuple[Generation, ...] = ("deepjit", "legacy")
@@ -112,7 +112,7 @@ def _of_folder(folder: Path) -> Explanation:
         source,
         len(binary),
         resources_of(folder, entry_files.CUBIN, binary),
-        _askers(folder.name, indexes),
+        _askers(folder, folder.name, indexes),
     )
 
 
@@ -148,11 +148,10 @@ def _explanation(
     )
 
 
-def _askers(entry: str, indexes: Iterable[Index]) -> tuple[Asker, ...]:
-    return tuple(
-        Asker(index.name, op_facts(index.ops[selection.op]), selection)
-        for index in indexes
-        for listed in index.entries
-        if listed.name == entry
-        for selection in listed.selected_by
-    )
+def _askers(folder: Path, entry: str, indexes: Iterable[Index]) -> tuple[Asker, ...]:
+    found = []
+    for index in indexes:
+        for selection in (s for listed in index.entries if listed.name == entry for s in listed.selected_by):
+            check_selections(folder, len(index.ops), [selection])
+            found.append(Asker(index.name, op_facts(index.ops[selection.op]), selection))
+    return tuple(found)

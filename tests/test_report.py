@@ -1,6 +1,7 @@
 """The report: what it gathers, and the page that it writes."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -141,6 +142,28 @@ def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_p
     (path := tmp_path / "<b>plan.json").write_text(plan.model_dump_json(exclude_none=True))
     text = page.render(facts.gather(path)).replace(page.library(), "")
     assert "alert(1)" in text and evil not in text and "<img" not in text and "<b>plan" not in text
+
+
+def test_a_kernel_that_writes_nan_is_told_in_words(built: Built, tmp_path: Path) -> None:
+    artifact = Path(shutil.copy(built.packed.path, tmp_path / "small.tar.zst"))
+    report = report_on(built.packed.sha256, built.plan.kernels[0].entry)
+    [replay] = report["replays"]  # type: ignore[misc]
+    replay["trials"][0] |= {"relative_error": math.nan, "problems": ["d: relative error nan, wanted at most 5e-03"]}
+    verified.path_for(artifact).write_text(json.dumps(report | {"right": False}))
+    text = page.render(facts.gather(artifact))
+    assert "WRONG" in text and "n=576 k=512 at m 1: d: relative error nan" in text
+
+
+@pytest.mark.parametrize("selection", [{"op": 7}, {"ranges": ()}], ids=["no such op", "no point"])
+def test_a_kernel_that_nothing_can_ask_for_is_refused(
+    built: Built, tmp_path: Path, selection: dict[str, object]
+) -> None:
+    [first, *others] = built.plan.kernels
+    wrong = first.model_copy(update={"selected_by": (first.selected_by[0].model_copy(update=selection),)})
+    path = tmp_path / "plan.json"
+    path.write_text(built.plan.model_copy(update={"kernels": (wrong, *others)}).model_dump_json(exclude_none=True))
+    with pytest.raises(ArtifactError, match="wanted kernels asked for by ops 0 to 1 at some points"):
+        facts.gather(path)
 
 
 def test_in_a_browser_it_is_drawn_without_complaint_and_the_hover_tells_the_kernel(pages: Path) -> None:

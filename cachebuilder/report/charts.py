@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -238,13 +239,17 @@ def _trials(verified: Verified) -> list[dict[str, Any]]:
             "sms": f"{trial.op} {trial.shape} {trial.sm_count}",
             "point": f"{trial.variable} {trial.value}, {trial.sm_count} SMs",
             "value": max(trial.value, 1),
-            "error": trial.relative_error,
-            "microseconds": trial.microseconds,
+            "error": _finite(trial.relative_error),  # NaN of a wrong kernel: the page tells its problem in words
+            "microseconds": _finite(trial.microseconds),
             "kernels": ", ".join(f"{entry[:-32].strip('.')} {entry[-32:][:8]}" for entry in trial.kernels),
         }
         for replay in verified.replays
         for trial in replay.trials
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _op_colour() -> alt.Color:

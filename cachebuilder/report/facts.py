@@ -150,6 +150,16 @@ def compare(old: Facts, new: Facts) -> Changes:
     )
 
 
+def check_selections(path: Path, op_count: int, selections: Iterable[Selection]) -> None:
+    """Raises `ArtifactError` where a kernel is asked for by an op that is not there, or at no point."""
+    for selection in selections:
+        if selection.op >= op_count or not selection.ranges:
+            raise ArtifactError(
+                f"{path}: wanted kernels asked for by ops 0 to {op_count - 1} at some points, found "
+                f"ops[{selection.op}] with {len(selection.ranges)} ranges"
+            )
+
+
 def _named(kernels: Mapping[str, KernelFacts], entries: Iterable[str]) -> tuple[KernelFacts, ...]:
     return tuple(kernels[entry] for entry in sorted(entries))
 
@@ -164,6 +174,7 @@ def _of_plan(path: Path) -> Facts:
             f"{path}: wanted an artifact or a plan, found other JSON: {where}: {first['msg']}",
             hint=f"cachebuilder plan MANIFEST --json > {path}",
         ) from None
+    check_selections(path, len(plan.ops), (s for kernel in plan.kernels for s in kernel.selected_by))
     kernels = tuple(
         KernelFacts(k.entry, k.name, hashlib.sha256(k.source.encode()).hexdigest(), k.source, k.selected_by)
         for k in plan.kernels
@@ -174,6 +185,7 @@ def _of_plan(path: Path) -> Facts:
 def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
     with open_archive(path) as archive:
         index = archive.index
+        check_selections(path, len(index.ops), (s for entry in index.entries for s in entry.selected_by))
         files: dict[str, dict[str, bytes]] = {entry.name: {} for entry in index.entries}
         for entry, file, data in archive.files():
             files[entry.name][file.name] = data
