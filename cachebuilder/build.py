@@ -6,11 +6,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from cachebuilder import __version__, build_record, on_gpu, sweep, verify
 from cachebuilder import compile as compiling
 from cachebuilder import manifest as manifests
-from cachebuilder import on_gpu, sweep, verify
 from cachebuilder import plan as planning
 from cachebuilder import toolchain as toolchains
 from cachebuilder.artifact.index import fingerprint
@@ -65,7 +66,7 @@ def build(
     device: sweep.DeviceName = "virtual",
     progress: Progress = lambda step, done, total: None,
 ) -> Built:
-    """Build ``output`` from ``inputs``.
+    """Build ``output`` from ``inputs``, with the record of the build beside it (`build_record`).
 
     Args:
         jobs: compilers at once; all cores when left out.
@@ -116,9 +117,28 @@ def build(
         if device == "cuda":
             _launch(inputs, unproven, scratch, progress)
             packed = publish(packed, output)
+    _record(report, packed, planned - started, done - compiled)
     return Built(
         inputs, plan, report, len(checked), packed, planned - started, done - compiled, time.monotonic() - done
     )
+
+
+def _record(report: compiling.Report, packed: Packed, plan_seconds: float, pack_seconds: float) -> None:
+    """Write down beside the artifact how it was built."""
+    record = build_record.BuildRecord(
+        artifact=packed.sha256,
+        cachebuilder=__version__,
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        jobs=report.jobs,
+        compiled=len(report.compiled),
+        reused=report.reused,
+        plan_seconds=round(plan_seconds, 3),
+        compile_seconds=round(report.wall_seconds, 3),
+        pack_seconds=round(pack_seconds, 3),
+        cpu_seconds=round(report.cpu_seconds, 3),
+        runs=tuple(map(build_record.run_of, report.tasks)),
+    )
+    build_record.write(packed.path, record)
 
 
 def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> None:

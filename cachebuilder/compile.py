@@ -23,7 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Literal
 
 from cachebuilder import ptx, units
 from cachebuilder.deepgemm.entries import SOURCE
@@ -39,18 +40,45 @@ from cachebuilder.units import Unit
 #: The code that makes a cubin of a source: a store serves only what the same code made.
 _RECIPE = ("compile.py", "ptx.py", "toolchain.py", "units.py")
 
+#: nvcc's own times, in a compilation's folder.
+_PHASES = "phases.csv"
+
 #: Variables with which nvcc and its host compiler would take other flags or headers than DeepGEMM's.
 _FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
 
+@dataclass(frozen=True)
+class Task:
+    """One call of nvcc.
+
+    Attributes:
+        step: ``ptx`` for sources to PTX, ``cubin`` for one kernel's PTX to its cubin.
+        job: which of the parallel compilers, from 0.
+        start, seconds: since compiling began, and how long.
+        phases: nvcc's own, (name, seconds), where it told them.
+    """
+
+    step: Literal["ptx", "cubin"]
+    job: int
+    start: float
+    seconds: float
+    kernels: tuple[Kernel, ...]
+    phases: tuple[tuple[str, float], ...]
+
+
 @dataclass
 class Report:
-    """What compiling took: kernels compiled, how many the store had, seconds of wall clock and of children's CPU."""
+    """What compiling took: kernels compiled, how many the store had, seconds of wall clock and of children's CPU.
+
+    ``tasks`` are the calls of nvcc that ended well, in the order in which they ended.
+    """
 
     compiled: list[Kernel] = field(default_factory=list)
     reused: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    jobs: int = 0
+    tasks: list[Task] = field(default_factory=list)
     failures: list[tuple[Kernel, str]] = field(default_factory=list)
 
 
@@ -125,7 +153,7 @@ def compile_all(
     report.reused = len(cubins)
     progress(len(cubins), len(kernels))
     missing = [kernel for kernel in kernels if kernel.entry not in cubins]
-    jobs = jobs or available_cores()
+    report.jobs = jobs = jobs or available_cores()
 
     def keep(kernel: Kernel, cubin: bytes) -> None:
         store.put(keys[kernel.entry], cubin)
@@ -136,7 +164,8 @@ def compile_all(
     if missing:
         work = units.group(missing, jobs) if grouped else units.separate(missing)
         with scratch_folder() as scratch:
-            report.failures = _Pool(toolchain, installation, scratch, jobs, keep).run(work)
+            pool = _Pool(toolchain, installation, scratch, jobs, keep)
+            report.failures, report.tasks = pool.run(work), pool.tasks
     report.wall_seconds, report.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu
     if report.failures:
         parts = [f"{kernel.entry}:\n{output}" for kernel, output in report.failures]
@@ -165,6 +194,11 @@ class _Pool:
         self._threads = ThreadPoolExecutor(jobs)
         self._waiting: dict[Future[Any], Unit | Kernel] = {}
         self._folders = itertools.count()
+        self._started = time.monotonic()
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for job in range(jobs):
+            self._free.put(job)
+        self.tasks: list[Task] = []
 
     def run(self, work: Sequence[Unit]) -> list[tuple[Kernel, str]]:
         """Compile all units; returns the kernels that failed, each with its compiler's output."""
@@ -216,13 +250,27 @@ class _Pool:
         folder.mkdir()
         return folder
 
+    def _call(
+        self, step: Literal["ptx", "cubin"], command: Sequence[str], folder: Path, kernels: tuple[Kernel, ...]
+    ) -> None:
+        """Run nvcc and note when, on which job, and what it says of its phases."""
+        job, start = self._free.get(), time.monotonic()  # there are as many as threads: one is free
+        try:
+            self._processes.run([*command, "--time", _PHASES], folder)
+        finally:
+            self._free.put(job)
+        seconds = time.monotonic() - start
+        phases = phases_of((folder / _PHASES).read_text())
+        self.tasks.append(Task(step, job, start - self._started, seconds, kernels, phases))
+
     def _to_ptx(self, unit: Unit) -> list[KernelPtx]:
         """Each kernel's module, in the unit's order."""
         folder = self._folder()
         (folder / SOURCE).write_text(unit.source())
         # A relative include path: __FILE__ in the headers' assertions then reads the same wherever DeepGEMM is.
         (folder / "include").symlink_to(self._installation.include)
-        self._processes.run(ptx_command(self._toolchain, SOURCE, "kernel.ptx", unit.flags, "include"), folder)
+        command = ptx_command(self._toolchain, SOURCE, "kernel.ptx", unit.flags, "include")
+        self._call("ptx", command, folder, unit.kernels)
         modules = ptx.split((folder / "kernel.ptx").read_text())
         shutil.rmtree(folder)
         _check_order(unit, modules)
@@ -231,10 +279,21 @@ class _Pool:
     def _to_cubin(self, kernel: Kernel, module: KernelPtx) -> bytes:
         folder = self._folder()
         (folder / "kernel.ptx").write_text(module.text)
-        self._processes.run(cubin_command(self._toolchain, "kernel.ptx", "kernel.cubin", kernel.flags), folder)
+        command = cubin_command(self._toolchain, "kernel.ptx", "kernel.cubin", kernel.flags)
+        self._call("cubin", command, folder, (kernel,))
         cubin = (folder / "kernel.cubin").read_bytes()
         shutil.rmtree(folder)
         return cubin
+
+
+def phases_of(table: str) -> tuple[tuple[str, float], ...]:
+    """(phase, seconds) out of what nvcc writes for ``--time``: the phases of one source, in their order.
+
+    A line holds the source, the phase, its files, the architecture, the tool, a number and its unit, between commas;
+    no file of ours has a comma in its name.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()]
+    return tuple((row[1], float(row[6]) / 1000) for row in rows if len(row) == 8 and row[1] and row[7] == "ms")
 
 
 def _check_order(unit: Unit, modules: Sequence[KernelPtx]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -44,7 +44,11 @@ class Target(BaseModel):
 
     gpu: Annotated[
         gpus.Gpu,
-        BeforeValidator(lambda value: gpus.find(value) if isinstance(value, str) else value),
+        BeforeValidator(
+            lambda value: gpus.find(value) if isinstance(value, str) else value,
+            # For editors: the names to complete, any spelling of them, or a card's fields.
+            json_schema_input_type=Literal[tuple(gpus.GPUS)] | str | gpus.Gpu,  # type: ignore[valid-type]
+        ),
         Field(description="a known GPU's name, or its fields"),
     ]
     sm_counts: Annotated[

@@ -15,7 +15,6 @@ from typing import Any
 
 from cachebuilder import __version__, misses, nvml, sweep, verify
 from cachebuilder.artifact.folder import RestoredFolder
-from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, DeviceError
@@ -24,6 +23,7 @@ from cachebuilder.manifest import Manifest
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder, write_atomically
 from cachebuilder.plan import Selection
+from cachebuilder.verified import Verified
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def document(target: Path, report: verify.Report, replays: Sequence[Replay]) -> 
     """
     trials = next((replay.trials for replay in replays if replay.trials), None)
     gpu = nvml.first_gpu()
-    return {
+    found = {
         "schema_version": 1,
         "artifact": _identity(target) if target.is_file() else {"folder": target.name},
         "right": bool(replays) and all(replay.right for replay in replays),
@@ -202,6 +202,7 @@ def document(target: Path, report: verify.Report, replays: Sequence[Replay]) -> 
             for replay in replays
         ],
     }
+    return Verified.model_validate(found).model_dump(exclude_unset=True)
 
 
 def _identity(artifact: Path) -> dict[str, str]:
@@ -209,11 +210,6 @@ def _identity(artifact: Path) -> dict[str, str]:
     with artifact.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"name": index.name, "sha256": sha256, "fingerprint_digest": index.fingerprint_digest}
-
-
-def report_path(artifact: Path) -> Path:
-    """Where the report on an artifact lies: beside it."""
-    return artifact.with_name(artifact.name + REPORT_SUFFIX)
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:

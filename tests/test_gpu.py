@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import nvml, on_gpu
+from cachebuilder import nvml, on_gpu, verified
 from cachebuilder.plan import Range, Selection
 from cachebuilder.sweep import Point
 from tests.conftest import SMALL, Run
@@ -31,7 +31,7 @@ def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(
     done = run(verb, *what, *here, "--device", "cuda")
     assert done.returncode == 12 and "wanted a H200, found no GPU to use" in done.stderr
     assert "--device virtual" in done.stderr and "Traceback" not in done.stderr
-    assert not output.exists() and not on_gpu.report_path(built.packed.path).exists()
+    assert not output.exists() and not verified.path_for(built.packed.path).exists()
     assert run(verb, *what, *here, "--device", "auto").returncode == 0
 
 
@@ -59,7 +59,7 @@ def test_the_gpu_asks_for_the_planned_kernels_and_each_is_right(
     assert real.read_bytes() == virtual.read_bytes()
     done = run("verify", real, *here, "--device", "cuda")
     assert done.returncode == 0, done.stderr
-    report = json.loads(on_gpu.report_path(real).read_text())
+    report = json.loads(verified.path_for(real).read_text())
     assert report["right"] and report["replays"][0]["trials"]
     assert "verified" in run("inspect", real).stdout
 

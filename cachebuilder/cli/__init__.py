@@ -8,6 +8,7 @@ from importlib import import_module
 import click
 
 from cachebuilder import __version__
+from cachebuilder.cli import table
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -17,6 +18,7 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, mea
 VERBS = (
     *("manifest", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
     *("keygen", "sign", "verify-signature"),
+    *("report", "explain", "gpus", "schema"),
 )
 
 
@@ -36,8 +38,10 @@ class _Verbs(click.Group):
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
+    table.follow_no_color(context)
 
 
 def main() -> None:

@@ -38,7 +38,10 @@ def build(
     separate: bool,
     check_code: int,
 ) -> None:
-    """Plan MANIFEST, compile every kernel, and pack them into one artifact."""
+    """Plan MANIFEST, compile every kernel, and pack them into one artifact.
+
+    Beside it lies ARTIFACT.build.json, the record of the build, for `report`.
+    """
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)
     click.echo(f"using     {inputs.installation}")
     click.echo(f"          {inputs.toolchain}")

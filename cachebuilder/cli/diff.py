@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cachebuilder import diff as comparing
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 
 _EITHER = click.Path(path_type=Path, exists=True)
 
@@ -38,16 +38,17 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
 def _print(found: comparing.Comparison) -> None:
     if not found.fields:
-        click.echo("fingerprint  equal")
+        table.line("fingerprint", "equal", table.GOOD, column=13)
     for difference in found.fields:
-        click.echo(f"fingerprint  {difference.field}")
+        table.line("fingerprint", difference.field, table.UNSURE, column=13)
         a, b = difference.short()
         click.echo(f"  A: {a}\n  B: {b}")
     for title, entries in (("only in A", found.only_a), ("only in B", found.only_b)):
         for entry in entries:
-            click.echo(f"{title:<12} {entry}")
+            table.line(title, entry, table.UNSURE, column=13)
     for entry, files in found.changed:
-        click.echo(f"{'other bytes':<12} {entry}\n{'':<13}{', '.join(files)}")
+        table.line("other bytes", entry, table.BAD, column=13)
+        table.line("", ", ".join(files), column=13)
     click.echo(
         f"kernels      {len(found.equal)} equal, {len(found.changed)} with other bytes, "
         f"{len(found.only_a)} only in A, {len(found.only_b)} only in B"

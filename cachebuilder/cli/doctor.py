@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from cachebuilder import doctor as examining
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 
 #: Damaged entries of a root that are named; all of them are in the JSON.
 _SHOWN = 5
@@ -69,7 +69,7 @@ def _print(found: examining.Findings) -> None:
 
 
 def _line(name: str, text: str) -> None:
-    click.echo(f"{name:<12} {text}")
+    table.line(name, text, column=13)
 
 
 def _print_root(name: str, root: examining.Root, origin: str = "") -> None:

@@ -11,8 +11,11 @@ import click
 
 from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 from cachebuilder.deepgemm import entries as entry_files
+
+#: Where the fields' values stand: a digest then just fits.
+_COLUMN = 16
 
 
 @click.command()
@@ -27,23 +30,21 @@ def inspect(artifact: Path, as_json: bool) -> None:
     with artifact.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     unpacked = sum(file.size for entry in index.entries for file in entry.files)
-    click.echo(
-        f"{index.name}: {len(index.entries)} kernels, {shared.size(artifact.stat().st_size)} "
-        f"({shared.size(unpacked)} unpacked)"
-    )
-    click.echo(f"sha256       {digest}")
+    sizes = f"{shared.size(artifact.stat().st_size)} ({shared.size(unpacked)} unpacked)"
+    table.title(f"{index.name}: {len(index.entries)} kernels, {sizes}")
+    table.line("sha256", digest, column=13)
     if text := _verified(artifact, digest):
-        click.echo(f"verified     {text}")
-    click.echo(f"fingerprint  {index.fingerprint_digest}")
+        table.line("verified", text, table.GOOD if text.startswith("right") else table.BAD, column=13)
+    table.line("fingerprint", index.fingerprint_digest, column=13)
     for field, value in index.fingerprint.model_dump(mode="json", exclude_none=True).items():
         text = value if isinstance(value, str) else json.dumps(value)
         first, *rest = text.strip().splitlines() or [""]
-        click.echo(f"  {field:<16} {first}")
+        table.line(f"  {field}", first, column=_COLUMN)
         for line in rest:
-            click.echo(f"  {'':<16} {line}")
+            table.line("", line, column=_COLUMN)
     click.echo("recorded")
     for field, value in index.recorded.items():
-        click.echo(f"  {field:<16} {value}")
+        table.line(f"  {field}", value, column=_COLUMN)
     families = Counter(entry_files.kernel_name(index.fingerprint.generation, e.name) for e in index.entries)
     click.echo("kernels")
     for name, count in sorted(families.items(), key=str):

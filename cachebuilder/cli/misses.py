@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from cachebuilder import misses as reading
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 
 
 @click.command()
@@ -65,7 +65,7 @@ def _times(miss: reading.Miss) -> str:
 
 
 def _print(miss: reading.Miss) -> None:
-    click.echo(textwrap.fill(f"{miss.kernel}: {_times(miss)}", 80, subsequent_indent="  "))
+    table.title(f"{miss.kernel}: {_times(miss)}")
     if miss.artifacts:
         click.echo(
             textwrap.fill(f"not in {', '.join(miss.artifacts)}", 80, initial_indent="  ", subsequent_indent="  ")

@@ -9,7 +9,7 @@ import click
 
 from cachebuilder import build as building
 from cachebuilder import plan as planning
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 from cachebuilder.ops import OPS
 
 
@@ -36,7 +36,7 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
     for index, fields in enumerate(made.ops):
         op = OPS[str(fields["op"])].model_validate(fields)
         for sm_count in made.sm_counts:
-            click.echo(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
+            table.title(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
             here = [
                 (kernel, selection)
                 for kernel in made.kernels
@@ -46,12 +46,13 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
             for kernel, selection in sorted(here, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
                 click.echo(_line(kernel, selection))
             if not here:
-                click.echo("  nothing to compile: this DeepGEMM has no kernel of its own for it (cuBLASLt serves it)")
+                table.line(
+                    "  nothing to compile:", "this DeepGEMM has no kernel of its own (cuBLASLt serves it)", column=22
+                )
     sms = ", ".join(map(str, made.sm_counts))
-    click.echo(
-        f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs; "
-        f"torch {made.torch}, peak memory {shared.size(made.peak_bytes)}\n{inputs.installation}"
-    )
+    table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs")
+    table.line("", f"torch {made.torch}, peak memory {shared.size(made.peak_bytes)}")
+    table.line("using", f"{inputs.installation}")
 
 
 def _line(kernel: planning.Kernel, selection: planning.Selection) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from cachebuilder import on_gpu
+from cachebuilder import on_gpu, verified
 from cachebuilder import verify as verifying
-from cachebuilder.cli import shared
+from cachebuilder.cli import shared, table
 from cachebuilder.compatibility import Difference
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import VerifyError
@@ -66,7 +66,7 @@ def verify(
     if replays:
         document["on_gpu"] = on_gpu.document(target, report, replays)
         if report_file or not target.is_dir():
-            on_gpu.write(report_file or on_gpu.report_path(target), document["on_gpu"])
+            on_gpu.write(report_file or verified.path_for(target), document["on_gpu"])
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
@@ -79,23 +79,21 @@ def verify(
 
 
 def _print(report: verifying.Report) -> None:
-    click.echo(f"using     {report.installation}")
+    table.line("using", f"{report.installation}")
     for item in report.damage[:_SHOWN]:
-        click.echo(f"damaged   {item}")
+        table.line("damaged", f"{item}", table.BAD)
     if len(report.damage) > _SHOWN:
         click.echo(f"          … {len(report.damage) - _SHOWN} more: --json lists all")
     if not report.damage:
         click.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
-        click.echo(
-            f"replay    {replay.manifest}: {replay.calls} calls, {len(replay.hits)} kernels found, "
-            f"{len(replay.missing)} missing"
-        )
+        told = f"{replay.calls} calls, {len(replay.hits)} kernels found, {len(replay.missing)} missing"
+        table.line("replay", f"{replay.manifest}: {told}", table.BAD if replay.missing else table.GOOD)
         if replay.unlisted:
             click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
         for kernel in replay.missing[:_SHOWN]:
             state = "damaged" if kernel.damaged else "missing"
-            click.echo(f"{state:<9} {kernel.entry}")
+            table.line(state, kernel.entry, table.BAD)
             for selection in kernel.selected_by:
                 op = replay.ops[selection.op]
                 head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
@@ -105,13 +103,16 @@ def _print(report: verifying.Report) -> None:
             click.echo(f"          … {len(replay.missing) - _SHOWN} more: --json lists all")
         for refusal in replay.refusals:
             op = replay.ops[refusal.op]
-            click.echo(f"refused   ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs")
+            table.line("refused", f"ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs", table.BAD)
             text = " ".join(refusal.text.split())
             text = f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}"
             click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
         for difference in replay.differences:
             for line in difference.lines():
-                click.echo(f"differs   {line}" if line.startswith(difference.field) else line)
+                if line.startswith(difference.field):
+                    table.line("differs", line, table.UNSURE)
+                else:
+                    click.echo(line)
 
 
 def _print_replay(replay: on_gpu.Replay) -> None:
@@ -119,8 +120,10 @@ def _print_replay(replay: on_gpu.Replay) -> None:
         return
     device, worst = replay.trials.device, replay.worst
     kernels = {entry for entries in replay.entries.values() for entry in entries}
-    click.echo(f"on GPU    {device['name']}: {replay.calls} calls, {len(replay.missed)} kernels missed")
-    click.echo(f"numbers   {len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong")
+    missed = f"{device['name']}: {replay.calls} calls, {len(replay.missed)} kernels missed"
+    table.line("on GPU", missed, table.BAD if replay.missed else table.GOOD)
+    numbers = f"{len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong"
+    table.line("numbers", numbers, table.BAD if replay.wrong else table.GOOD)
     if untold := sum(result.relative_error is None for result in replay.trials.results):
         click.echo(f"          {untold} points of ops without a reference were launched only")
     if worst is not None:

@@ -47,6 +47,8 @@ class _Template:
     plain: dict[int, str]
 
 
+_INSTANTIATION = re.compile(r"&\s*(\w+)\s*<(.*)>\s*\)", re.DOTALL)
+
 _E4M3 = "cutlass::float_e4m3_t"
 _TEMPLATES = {
     "sm90_fp8_gemm_1d2d_impl": _Template("fp8", 1, 4, 1, {}),
@@ -73,6 +75,12 @@ def kernel_template(source: str) -> str | None:
     return match[1] if match else None
 
 
+def instantiated(source: str) -> tuple[str | None, tuple[str, ...]]:
+    """The template that ``source`` instantiates and all its arguments; None and none where it instantiates none."""
+    match = _INSTANTIATION.search(source)
+    return (match[1], tuple(_split(match[2]))) if match else (None, ())
+
+
 def includes(source: str) -> list[str]:
     """The headers that ``source`` includes, in their order."""
     return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", source, re.MULTILINE)
@@ -86,11 +94,10 @@ def family(source: str) -> tuple[str | None, str | None]:
 
 def read_shape(source: str) -> Shape | None:
     """What ``source`` was generated for; None where it is not a GEMM whose template is known."""
-    match = re.search(r"&\s*(\w+)\s*<(.*)>\s*\)", source, re.DOTALL)
-    template = _TEMPLATES.get(match[1]) if match else None
-    if match is None or template is None:
+    name, found = instantiated(source)
+    template, arguments = _TEMPLATES.get(name or ""), list(found)
+    if template is None:
         return None
-    arguments = _split(match[2])
     at = next((i for i, argument in enumerate(arguments) if argument.startswith("GemmType::")), None)
     try:
         if at is None:

@@ -1,0 +1,48 @@
+"""The record of a build, beside the artifact and not in it."""
+
+from itertools import pairwise
+from pathlib import Path
+
+from cachebuilder import build as building
+from cachebuilder import build_record
+from cachebuilder import compile as compiling
+from cachebuilder.artifact.read import open_archive
+from cachebuilder.build import Built
+from cachebuilder.store import NoStore
+
+
+def test_the_record_tells_which_compiler_made_what_and_when(built: Built) -> None:
+    record = build_record.read(built.packed.path, built.packed.sha256)
+    assert record is not None and record.jobs >= 1
+    made = [entry for run in record.runs if run.step == "cubin" for entry in run.entries]
+    assert sorted(made) == sorted(kernel.entry for kernel in built.compiled.compiled)
+    assert record.compiled + record.reused == len(built.plan.kernels)
+    assert {run.job for run in record.runs} <= set(range(record.jobs))
+    for job in range(record.jobs):  # a job runs one compiler at a time
+        mine = sorted((run.start, run.start + run.seconds) for run in record.runs if run.job == job)
+        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(mine))
+
+
+def test_each_call_of_nvcc_is_noted_with_its_phases(built: Built) -> None:
+    inputs = built.inputs
+    _, report = compiling.compile_all(built.plan.kernels[:1], inputs.toolchain, inputs.installation, NoStore(), jobs=2)
+    ptx, cubin = map(build_record.run_of, report.tasks)
+    assert (ptx.step, cubin.step) == ("ptx", "cubin") and ptx.entries == cubin.entries == (built.plan.kernels[0].entry,)
+    assert "cicc" in {phase.name for phase in ptx.phases} and "ptxas" in {phase.name for phase in cubin.phases}
+    assert 0 < sum(phase.seconds for phase in ptx.phases) <= ptx.seconds < cubin.start + cubin.seconds
+
+
+def test_the_artifact_holds_nothing_of_the_record(built: Built, tmp_path: Path) -> None:
+    again = building.build(built.inputs, tmp_path / built.packed.path.name)
+    assert again.packed.path.read_bytes() == built.packed.path.read_bytes()
+    record = build_record.read(again.packed.path, again.packed.sha256)
+    assert record is not None and record.reused == len(again.plan.kernels) and not record.runs
+    with open_archive(again.packed.path) as archive:
+        assert not [file for _, file, _ in archive.files() if "build" in file.name]
+
+
+def test_a_record_of_other_bytes_or_none_is_not_read(built: Built, tmp_path: Path) -> None:
+    assert build_record.read(built.packed.path, "0" * 64) is None
+    assert build_record.read(tmp_path / "none.tar.zst", built.packed.sha256) is None
+    (tmp_path / "bad.tar.zst.build.json").write_text("{")
+    assert build_record.read(tmp_path / "bad.tar.zst", built.packed.sha256) is None

@@ -1,0 +1,101 @@
+"""What a person sees: 80 columns, and colour on a terminal only."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cachebuilder.build import Built
+from cachebuilder.cli import table
+from tests.conftest import ROOT, Run
+from tests.restored import unpack
+
+
+def too_wide(text: str) -> list[str]:
+    """Lines over 80 columns, but for those with a path, which nobody can wrap."""
+    return [line for line in text.splitlines() if len(line) > 80 and "/" not in line]
+
+
+@pytest.fixture(scope="session")
+def folder(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A restored folder with one kernel gone and one changed."""
+    to = unpack(built.packed.path, tmp_path_factory.mktemp("terminal") / "to")
+    gemms = sorted((path for path in (to / "cache").iterdir() if "gemm" in path.name), key=lambda path: len(path.name))
+    changed, gone = gemms[0], gemms[-1]  # the longest name is the missing one's
+    for path in (changed / "kernel.cubin", gone):
+        path.parent.chmod(0o755)
+    (changed / "kernel.cubin").chmod(0o644)
+    (changed / "kernel.cubin").write_bytes(b"\x7fELF")
+    gone.rename(to / "gone")
+    return to
+
+
+@pytest.mark.parametrize("verb", ["plan", "inspect", "diff", "doctor", "verify", "build", "misses"])
+def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path, folder: Path, run: Run) -> None:
+    here = ["--deep-gemm", str(built.inputs.installation.path)]
+    arguments = {
+        "plan": [small, *here],
+        "inspect": [built.packed.path],
+        "diff": [built.packed.path, folder],
+        "doctor": [folder, *here],
+        "verify": [folder, *here],
+        "build": [small, "-o", folder / "again.tar.zst", *here],
+        "misses": [folder / "none.jsonl"],
+    }[verb]
+    (folder / "none.jsonl").write_text("")
+    done = run(verb, *arguments)
+    assert done.returncode in (0, 1, 8, 11) and "Traceback" not in done.stderr
+    assert done.stdout and not too_wide(done.stdout)
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
+def test_colour_is_for_terminals_without_no_color(built: Built, no_color: str | None, coloured: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    if no_color is not None:
+        environment["NO_COLOR"] = no_color
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cachebuilder", "inspect", str(built.packed.path)]
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.STDOUT, env=environment)
+    os.close(theirs)
+    text = b""
+    try:
+        while part := os.read(ours, 4096):
+            text += part
+    except OSError:  # the other end was closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0 and b"sm90_fp8_gemm_1d2d" in text
+    assert (b"\x1b[" in text) is coloured
+
+
+@pytest.mark.parametrize("name", ["", "missing", "  headers"])
+def test_a_word_that_does_not_fit_stands_below_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "kernel.sm90_m_grouped_fp8_gemm_contiguous_1d2d." + "0" * 32
+    table.line(name, key)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].strip() == key and all(len(line) <= 82 for line in lines)
+    assert len(lines[-1]) <= 80 or name.startswith(" ")
+
+
+@pytest.mark.parametrize("verb", ["verify", "diff", "doctor", "misses", "explain", "gpus"])
+def test_json_has_the_documented_fields(verb: str, built: Built, tmp_path: Path, run: Run) -> None:
+    (log := tmp_path / "misses.jsonl").write_text("")
+    artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.path]
+    arguments: dict[str, list[str | Path]] = {
+        "verify": [artifact, *here],
+        "diff": [artifact, artifact],
+        "doctor": [artifact, *here],
+        "misses": [log],
+        "explain": [built.plan.kernels[0].entry, "--in", artifact],
+        "gpus": [],
+    }
+    document = json.loads(run(verb, *arguments[verb], "--json").stdout)
+    [row] = re.findall(rf"^\| `{verb} --json` \|(.*)\|$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
+    told = re.findall(r"`(\w+)`", row.partition(";")[0])
+    assert told == list(document[0] if verb == "gpus" else document)

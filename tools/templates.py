@@ -1,0 +1,36 @@
+"""Write cachebuilder/deepgemm/templates.json: the parameters of every kernel template in some copies of DeepGEMM.
+
+    python tools/templates.py DEEP_GEMM_FOLDER…
+
+What the table has already is kept: it grows by the copies that are named.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from cachebuilder.deepgemm import templates
+
+
+def main() -> None:
+    """Read the copies named on the command line, write the table, say what is new."""
+    path = Path(templates.__file__).with_suffix(".json")
+    table: dict[str, list[list[str]]] = json.loads(path.read_text()) if path.exists() else {}
+    for folder in sys.argv[1:]:
+        added = 0
+        for name, declared in templates.declared_templates(Path(folder) / "include" / "deep_gemm").items():
+            if declared not in table.setdefault(name, []):
+                table[name].append(declared)
+                added += 1
+        print(f"{folder}: {added} declarations that the table did not have")
+    lines = [
+        f' "{name}": [\n' + ",\n".join(f"  {json.dumps(one)}" for one in sorted(ways)) + "\n ]"
+        for name, ways in sorted(table.items())
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
