@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -175,8 +177,20 @@ def compile_all(
     return cubins, report
 
 
+@dataclass(order=True, frozen=True)
+class _Ready:
+    """A call of nvcc that could start; the smallest is the one that takes longest."""
+
+    minus_seconds: float
+    item: Unit | Kernel = field(compare=False)
+    start: Callable[[], Any] = field(compare=False)
+
+
 class _Pool:
-    """The compilations of one build: units to PTX, kernels to cubins, on ``jobs`` threads that wait for processes."""
+    """The compilations of one build: units to PTX, kernels to cubins, on ``jobs`` threads that wait for processes.
+
+    Of all that could start, what takes longest does: a large kernel's ptxas that starts last is waited for alone.
+    """
 
     def __init__(
         self,
@@ -192,7 +206,9 @@ class _Pool:
         self._keep = keep
         self._processes = Processes()
         self._threads = ThreadPoolExecutor(jobs)
-        self._waiting: dict[Future[Any], Unit | Kernel] = {}
+        self._jobs = jobs
+        self._ready: list[_Ready] = []
+        self._running: dict[Future[Any], Unit | Kernel] = {}
         self._folders = itertools.count()
         self._started = time.monotonic()
         self._free: SimpleQueue[int] = SimpleQueue()
@@ -206,20 +222,21 @@ class _Pool:
         with self._threads:
             try:
                 for unit in work:
-                    self._submit(unit)
-                while self._waiting:
-                    done, _ = wait(self._waiting, return_when=FIRST_COMPLETED)
+                    self._add(unit)
+                while self._ready or self._running:
+                    while self._ready and len(self._running) < self._jobs:
+                        next_one = heapq.heappop(self._ready)
+                        self._running[self._threads.submit(next_one.start)] = next_one.item
+                    done, _ = wait(self._running, return_when=FIRST_COMPLETED)
                     for future in done:
-                        self._finish(future, self._waiting.pop(future), failures)
+                        self._finish(future, self._running.pop(future), failures)
             except BaseException:
-                for future in self._waiting:
-                    future.cancel()
                 self._processes.stop()
                 raise
         return failures
 
-    def _submit(self, unit: Unit) -> None:
-        self._waiting[self._threads.submit(self._to_ptx, unit)] = unit
+    def _add(self, unit: Unit) -> None:
+        heapq.heappush(self._ready, _Ready(-unit.seconds, unit, partial(self._to_ptx, unit)))
 
     def _finish(self, future: Future[Any], item: Unit | Kernel, failures: list[tuple[Kernel, str]]) -> None:
         try:
@@ -231,7 +248,7 @@ class _Pool:
                 failures.append((item.kernels[0], str(error)))
             else:  # one bad kernel fails its whole unit: halve until it is alone
                 for half in item.halves():
-                    self._submit(half)
+                    self._add(half)
             return
         if isinstance(item, Kernel):
             self._keep(item, result)
@@ -241,9 +258,10 @@ class _Pool:
             mixed = len({module.strings for module in result}) > 1
             for kernel, module in zip(item.kernels, result, strict=True):
                 if mixed and module.strings:
-                    self._submit(Unit((kernel,)))
+                    self._add(Unit((kernel,)))
                 else:
-                    self._waiting[self._threads.submit(self._to_cubin, kernel, module)] = kernel
+                    seconds = units.ptxas_seconds(module.text)
+                    heapq.heappush(self._ready, _Ready(-seconds, kernel, partial(self._to_cubin, kernel, module)))
 
     def _folder(self) -> Path:
         folder = self._scratch / str(next(self._folders))

@@ -145,7 +145,7 @@ def _version(distribution: str) -> str | None:
 
 def _look_into(root: Path) -> Root:
     counts: Counter[str] = Counter()
-    damaged: list[str] = []
+    damaged: dict[str, str] = {}
     cache = root / "cache"
     try:
         folders = sorted(path for path in cache.iterdir() if path.is_dir())
@@ -154,17 +154,19 @@ def _look_into(root: Path) -> Root:
     for folder in folders:
         generation = _generation_of(folder.name)
         counts[generation or "unknown"] += 1
-        if generation and not _is_whole(folder, generation):
-            damaged.append(folder.name)
+        if generation and (fault := _fault(folder, generation)):
+            damaged[folder.name] = f"{folder.name}/{fault}"
     artifacts: list[str] = []
     if is_restored(root):
         try:
             restored = open_folder(root)
             artifacts = [artifact.index.name for artifact in restored.artifacts]
-            damaged += [str(item) for item in restored.damage() if item.entry not in damaged]
+            for item in restored.damage():
+                damaged.setdefault(item.entry, str(item))
         except ArtifactError as error:
-            damaged.append(str(error))
-    return Root(root, root.is_dir(), os.access(root, os.W_OK), dict(counts), tuple(damaged), tuple(artifacts))
+            damaged[""] = str(error)
+    sentences = tuple(damaged.values())
+    return Root(root, root.is_dir(), os.access(root, os.W_OK), dict(counts), sentences, tuple(artifacts))
 
 
 def _generation_of(entry: str) -> Generation | None:
@@ -172,11 +174,16 @@ def _generation_of(entry: str) -> Generation | None:
     return next((g for g in generations if entry_files.kernel_name(g, entry) is not None), None)
 
 
-def _is_whole(folder: Path, generation: Generation) -> bool:
-    if not all((folder / name).is_file() for name in entry_files.FILES[generation]):
-        return False
+def _fault(folder: Path, generation: Generation) -> str | None:
+    """What DeepGEMM would stumble over in an entry, or what makes it pass the entry by."""
+    for name in entry_files.FILES[generation]:
+        if not (folder / name).is_file():
+            return f"{name}: wanted a file, found none"
     with (folder / entry_files.CUBIN).open("rb") as file:
-        return file.read(4) == b"\x7fELF"
+        start = file.read(4)
+    if start != b"\x7fELF":
+        return f"{entry_files.CUBIN}: wanted an ELF file, found one that begins with {start!r}"
+    return None
 
 
 def _indexes(target: Path) -> list[tuple[Index, str | None]]:

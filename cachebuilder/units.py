@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cachebuilder.plan import Kernel
 
 #: The cost model, CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's front
-#: end, a kernel's share of it, a kernel's ptxas. Only their ratios matter.
+#: end, a kernel's share of it, ptxas for each 100 kB of PTX (kernels have 4 kB to 500 kB). Only their ratios matter.
 UNIT_SECONDS, KERNEL_SECONDS, PTXAS_SECONDS = 2.0, 0.4, 0.35
 
 #: cicc's peak memory is about 450 MB and 3 MB for each kernel (60 kernels: 613 MB); this many stay under 1 GB.
@@ -46,6 +46,11 @@ class Unit:
         """Nvcc's flags, the same for all."""
         return self.kernels[0].flags
 
+    @property
+    def seconds(self) -> float:
+        """What it costs until its kernels' PTX is there."""
+        return UNIT_SECONDS + KERNEL_SECONDS * len(self.kernels)
+
     def source(self) -> str:
         """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
         if len(self.kernels) == 1:
@@ -59,6 +64,11 @@ class Unit:
         """Two units of half the kernels each."""
         middle = len(self.kernels) // 2
         return Unit(self.kernels[:middle]), Unit(self.kernels[middle:])
+
+
+def ptxas_seconds(text: str) -> float:
+    """What a kernel's PTX costs in ptxas."""
+    return PTXAS_SECONDS * len(text) / 1e5
 
 
 def split_source(source: str) -> tuple[str, str]:

@@ -58,7 +58,10 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     root = found["roots"][-1]
     assert root["path"] == str(folder) and root["artifacts"] == ["small"]
     assert root["entries"] == {generation: len(built.plan.kernels) - 1}
-    assert root["damaged"] == [first.name, f"{second.name}: wanted an entry, found none"]
+    assert root["damaged"] == [
+        f"{first.name}/kernel.cubin: wanted an ELF file, found one that begins with b'to b'",
+        f"{second.name}: wanted an entry, found none",
+    ]
 
 
 def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Built, tmp_path: Path) -> None:

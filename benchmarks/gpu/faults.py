@@ -126,7 +126,9 @@ def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
 def clean(lines: list[str], folder: Path | None) -> list[str]:
     """Without this machine's folders."""
     text = "\n".join(lines).replace(str(folder), "DIR") if folder else "\n".join(lines)
-    words = [f"…/{Path(word).name}" if word.startswith("/") and word.count("/") > 2 else word for word in text.split(" ")]
+    words = [
+        f"…/{Path(word).name}" if word.startswith("/") and word.count("/") > 2 else word for word in text.split(" ")
+    ]
     return " ".join(words)[:600].splitlines()
 
 
