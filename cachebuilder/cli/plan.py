@@ -11,6 +11,7 @@ from cachebuilder import build as building
 from cachebuilder import plan as planning
 from cachebuilder.cli import shared
 from cachebuilder.ops import OPS
+from cachebuilder.selection import Selection
 
 
 @click.command()
@@ -54,7 +55,7 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
     )
 
 
-def _line(kernel: planning.Kernel, selection: planning.Selection) -> str:
+def _line(kernel: planning.Kernel, selection: Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
     head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
     points = shared.ranges(selection.ranges)

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from cachebuilder.compatibility import Difference
     from cachebuilder.gpus import Gpu
-    from cachebuilder.plan import Range
+    from cachebuilder.selection import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cachebuilder.deepgemm.installation import Generation
+from cachebuilder.deepgemm import Generation
 
 #: Variables, without their prefix, that put a flag into every key where they are on.
 _FLAGS: dict[Generation, tuple[str, ...]] = {
