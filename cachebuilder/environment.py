@@ -22,9 +22,9 @@ ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "none")
 
 #: What cachebuilder itself reads, for the reference page; a test holds it to the code.
 OWN_VARIABLES: dict[str, str] = {
-    "CACHEBUILDER_CACHE_DIR": "plans, compiled kernels and scratch folders; else a folder cachebuilder under XDG_CACHE_HOME",
+    "CACHEBUILDER_CACHE_DIR": "plans, compiled kernels, scratch folders; else XDG_CACHE_HOME/cachebuilder",
     "CACHEBUILDER_MISS_LOG": "where the frozen nvcc writes a miss; else DIR/cachebuilder/misses.jsonl",
-    "CACHEBUILDER_ON_MISS": "what the frozen nvcc does with a missing kernel: refuse (default), compile, compile-and-warn",
+    "CACHEBUILDER_ON_MISS": "the frozen nvcc's answer to a missing kernel: refuse (default), compile, compile-and-warn",
     "CACHEBUILDER_REAL_NVCC": "the nvcc that the compiling policies call; else the first on PATH that is not frozen",
     "CC": "the C compiler that builds the virtual GPU; else the first of cc, gcc, clang",
     "CUDA_DEVICE_ORDER": "with CUDA_VISIBLE_DEVICES: which GPU --device cuda uses",

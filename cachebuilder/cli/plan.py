@@ -20,6 +20,7 @@ from cachebuilder.selection import Selection
 @shared.nvcc_option
 @shared.deep_gemm_option
 @shared.store_option
+@shared.progress_options
 def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)

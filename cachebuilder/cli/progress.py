@@ -30,7 +30,8 @@ class Progress(Protocol):
     ``share`` is the share of the work done, 0 to 1, where it is not done / total; the time left is told from it.
     """
 
-    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None: ...
+    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None:
+        """Report."""
 
 
 class Meter:
@@ -92,6 +93,9 @@ class Meter:
             parts.append(f"about {duration(self.left)} left")
         return ", ".join(parts)
 
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.counts(), self.pace())))
+
     def _amount(self, count: int) -> str:
         from cachebuilder.cli.shared import size
 
@@ -138,7 +142,7 @@ class Lines:
             if self._every is None:
                 self._wait[step] = min(2 * self._wait[step], _LONGEST_WAIT)
             self._next[step] = self._clock() + self._wait[step]
-            self._write(": ".join(filter(None, [step, ", ".join(filter(None, [meter.counts(), meter.pace()]))])))
+            self._write(f"{step}: {meter}")
 
 
 def options(verb: F) -> F:
@@ -205,8 +209,7 @@ def _bars(in_bytes: bool) -> Iterator[Progress]:
                 tasks[step] = bars.add_task(step, total=None, said=""), Meter(in_bytes=in_bytes)
             task, meter = tasks[step]
             meter.update(done, total, share)
-            said = ", ".join(filter(None, [meter.counts(), meter.pace()]))
             shown = share if share is not None else (done / total if total else 0.0)
-            bars.update(task, completed=shown, total=1.0 if total else None, said=said)
+            bars.update(task, completed=shown, total=1.0 if total else None, said=str(meter))
 
         yield show

@@ -33,10 +33,9 @@ def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, f
             err=True,
         )
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
-    click.echo(
+    shared.remark(
         f"restored  {done.index.name}: {done.written} kernels written, {done.skipped} there already{relocated}, "
-        f"{time.monotonic() - started:.2f} s",
-        err=True,
+        f"{time.monotonic() - started:.2f} s"
     )
     return done
 
@@ -46,10 +45,11 @@ def run_restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, f
 @click.option("--to", required=True, metavar="DIR", type=shared.folder_type, help="Where DeepGEMM will read it.")
 @shared.serving_deep_gemm_option
 @shared.force_option
+@shared.progress_options
 def restore(artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool) -> None:
     """Put the first ARTIFACT that fits this machine's DeepGEMM and GPU into DIR, beside a frozen nvcc.
 
     The whole archive is checked before anything becomes visible in DIR. DIR may be in use.
     """
     done = run_restore(artifacts, to, deep_gemm, force)
-    click.echo(f"next      cachebuilder env {done.dir} --engine vllm|sglang", err=True)
+    shared.remark(f"next      cachebuilder env {done.dir} --engine vllm|sglang")
