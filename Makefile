@@ -1,25 +1,42 @@
 # make build   .venv with everything, then a first artifact: dist/quickstart.tar.zst
 # make test    the tests, on DeepGEMM and nvcc themselves; no GPU
-# make clean   removes .venv and dist
+# make check   what a maintainer runs before each commit: lint, types, the site, the tests that compile nothing
+# make docs    the site, in build/site, its links checked
+# make clean   removes .venv, build and dist
 
 PYTHON ?= python3
 VENV := .venv
 MANIFEST ?= manifests/quickstart.yaml
 
-.PHONY: build test clean
+.PHONY: build test check lint docs clean
 
 build: $(VENV)/installed
 	$(VENV)/bin/cachebuilder build $(MANIFEST)
 
 test: $(VENV)/installed $(VENV)/legacy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES)
+
+check: lint docs $(VENV)/legacy
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow"
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+# A test spends half of its time on one core, where torch is imported: two at once per two cores, and no more than
+# four, since each holds a torch and its share of compilers in memory.
+TEST_PROCESSES := $(shell n=$$(nproc); [ $$n -lt 4 ] && echo $$n || echo 4)
 
 # PyPI's compiler is installed only where the machine has none of its own.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "wanted Python 3.11 or newer, found $$($(PYTHON) --version); name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,report,test]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,report,test,check,docs]'
 	@if "$${CUDA_HOME:-/none}/bin/nvcc" --version >/dev/null 2>&1 || nvcc --version >/dev/null 2>&1; then :; else \
 	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
 	@touch $@
@@ -31,4 +48,4 @@ $(VENV)/legacy: $(VENV)/installed
 	mv $@.new $@
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) build dist

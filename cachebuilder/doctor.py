@@ -15,10 +15,11 @@ from cachebuilder import toolchain as toolchains
 from cachebuilder.artifact.folder import is_restored, open_folder
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import read_index
+from cachebuilder.deepgemm import Generation
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
 from cachebuilder.sweep import virtual_gpu
 

@@ -20,6 +20,25 @@ from cachebuilder.errors import RestoreError
 Engine = Literal["vllm", "sglang", "none"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "none")
 
+#: What cachebuilder itself reads, for the reference page; a test holds it to the code.
+OWN_VARIABLES: dict[str, str] = {
+    "CACHEBUILDER_CACHE_DIR": "plans, compiled kernels, scratch folders; else XDG_CACHE_HOME/cachebuilder",
+    "CACHEBUILDER_MISS_LOG": "where the frozen nvcc writes a miss; else DIR/cachebuilder/misses.jsonl",
+    "CACHEBUILDER_ON_MISS": "the frozen nvcc's answer to a missing kernel: refuse (default), compile, compile-and-warn",
+    "CACHEBUILDER_REAL_NVCC": "the nvcc that the compiling policies call; else the first on PATH that is not frozen",
+    "CC": "the C compiler that builds the virtual GPU; else the first of cc, gcc, clang",
+    "CUDA_DEVICE_ORDER": "with CUDA_VISIBLE_DEVICES: which GPU --device cuda uses",
+    "CUDA_HOME": "its bin/nvcc compiles, unless --nvcc names another",
+    "CUDA_PATH": "where CUDA_HOME is not set",
+    "CUDA_VISIBLE_DEVICES": "which GPU --device cuda uses",
+    "NO_COLOR": "set to anything: no colour on a terminal",
+    "NVCC_CCBIN": "nvcc's host compiler; else gcc",
+    "PATH": "nvcc, where neither --nvcc nor CUDA_HOME names one",
+    "SOURCE_DATE_EPOCH": "the time of every member of an artifact, seconds since 1970; else 0",
+    "TMPDIR": "where the frozen nvcc logs a miss when no other place can be written",
+    "XDG_CACHE_HOME": "the user's cache folder; else ~/.cache",
+}
+
 
 @dataclass(frozen=True)
 class Variable:

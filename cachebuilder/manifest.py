@@ -47,7 +47,7 @@ class Target(BaseModel):
         BeforeValidator(
             lambda value: gpus.find(value) if isinstance(value, str) else value,
             # For editors: the names to complete, any spelling of them, or a card's fields.
-            json_schema_input_type=Literal[tuple(gpus.GPUS)] | str | gpus.Gpu,  # type: ignore[valid-type]
+            json_schema_input_type=Literal[tuple(gpus.GPUS)] | str | gpus.Gpu,
         ),
         Field(description="a known GPU's name, or its fields"),
     ]

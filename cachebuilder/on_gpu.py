@@ -22,7 +22,7 @@ from cachebuilder.frozen import LOG_VARIABLE
 from cachebuilder.manifest import Manifest
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder, write_atomically
-from cachebuilder.plan import Selection
+from cachebuilder.selection import Selection
 from cachebuilder.verified import Verified
 
 

@@ -25,7 +25,8 @@ from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder
-from cachebuilder.plan import Selection, selections
+from cachebuilder.plan import selections
+from cachebuilder.selection import Selection
 
 #: Called with the name of a manifest, calls done and calls in all (0: not known yet).
 Progress = Callable[[str, int, int], None]

@@ -5,10 +5,12 @@ DeepGEMM and nvcc are the real ones. The legacy generation's copy is installed b
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,26 @@ ops:
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of pytest-xdist's processes, or for the only one."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextmanager
+def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
+    """Of the processes that share ``folder`` only one is inside; the others wait, and then find what it made."""
+    with (folder / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_folder(shared_folder: Path) -> Path:
     """The user's cache folder, for this session only: tests neither use nor leave anything of the user's."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = shared_folder / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["CACHEBUILDER_CACHE_DIR"] = str(folder)
     return folder
 
@@ -68,7 +86,10 @@ def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def built(small: Path, deep_gemm: Path | None, tmp_path_factory: pytest.TempPathFactory) -> building.Built:
-    """The small manifest, built for one generation."""
+def built(
+    small: Path, deep_gemm: Path | None, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> building.Built:
+    """The small manifest, built for one generation; another process takes plan and kernels from the cache folder."""
     output = tmp_path_factory.mktemp("built") / "small.tar.zst"
-    return building.build(building.find_inputs(small, deep_gemm=deep_gemm), output)
+    with one_at_a_time(shared_folder, "built"):
+        return building.build(building.find_inputs(small, deep_gemm=deep_gemm), output)

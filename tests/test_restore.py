@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -396,33 +394,50 @@ def test_ten_restores_at_once_end_with_one_whole_cache(
     assert snapshot(tmp_path / "dir") == snapshot(alone)
 
 
-def test_twenty_killed_restores_leave_whole_entries_only(
+#: A restore that kills itself where it makes its N-th file, folder or rename in DIR; at the end it says how many it made.
+KILLED_AT_ITS_NTH_STEP = """
+import os, signal, sys
+n, dir, seen = int(sys.argv.pop(1)), sys.argv[sys.argv.index("--to") + 1], 0
+def count(event, arguments):
+    global seen
+    if event in ("open", "os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove") and dir in str(arguments):
+        seen += 1
+        if seen == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+from cachebuilder.cli import main
+try:
+    main()
+finally:
+    print(seen)
+"""
+
+
+def test_a_restore_killed_at_any_of_its_steps_leaves_whole_entries_only(
     built: building.Built, installation: Installation, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
+    whole, dir = tmp_path / "whole", tmp_path / "dir"
     restore([built.packed.path], whole, installation)
     wanted = snapshot(whole)
-    dir = tmp_path / "dir"
-    chance = random.Random(7)
-    landed = 0
-    for _ in range(20):
-        if chance.random() < 0.5:  # half of them from nothing, half into what is there
+
+    def run_until(step: int) -> subprocess.CompletedProcess[str]:
+        _, *command = restore_command(built, dir)
+        command[:2] = ["-c", KILLED_AT_ITS_NTH_STEP, str(step)]
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+
+    steps = int(run_until(0).stdout)
+    assert steps > 4 * len(built.plan.kernels)
+    for number in range(12):
+        if number % 2 == 0:  # half of them from nothing, half into what is there
             shutil.rmtree(dir, ignore_errors=True)
-        process = subprocess.Popen(restore_command(built, dir), stderr=subprocess.DEVNULL)
-        # From the moment it begins to write, at a random one; a restore of seven kernels writes for milliseconds.
-        until = time.monotonic() + 5
-        while not (dir / "cachebuilder").exists() and process.poll() is None and time.monotonic() < until:
-            pass
-        time.sleep(chance.random() * 0.008)
-        process.send_signal(signal.SIGKILL)
-        landed += process.wait() == -signal.SIGKILL
+        done = run_until(1 + number * (steps - 1) // 12)
+        assert done.returncode == -signal.SIGKILL or number % 2, "from nothing it makes as many steps each time"
         found = snapshot(dir) if dir.exists() else {}
         for name, content in found.items():
             if name.startswith("cache/") or (name.startswith("cachebuilder/artifacts/") and "/." not in name):
                 assert content == wanted[name], name
         for entry in (dir / "cache").iterdir() if (dir / "cache").exists() else ():
             assert files(entry) == files(whole / "cache" / entry.name)
-    assert landed >= 5, "the kills came too late to tell anything"
     restore([built.packed.path], dir, installation)
     left = snapshot(dir)
     assert {name: left[name] for name in wanted} == wanted

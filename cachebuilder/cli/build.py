@@ -18,6 +18,7 @@ from cachebuilder.cli import shared
 @shared.deep_gemm_option
 @shared.store_option
 @shared.device_option
+@shared.progress_options
 @click.option("--separate", is_flag=True, help="Compile each kernel by itself: slower, the same bytes.")
 @click.option(
     "--check-code",
@@ -43,12 +44,15 @@ def build(
     Beside it lies ARTIFACT.build.json, the record of the build, for `report`.
     """
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)
-    click.echo(f"using     {inputs.installation}")
-    click.echo(f"          {inputs.toolchain}")
+    if not shared.quiet():
+        click.echo(f"using     {inputs.installation}")
+        click.echo(f"          {inputs.toolchain}")
     output = output or Path("dist") / f"{inputs.manifest.name}.tar.zst"
     chosen = shared.choose_device(device, inputs.manifest.target.gpu)
     with shared.show_progress() as progress:
         built = building.build(inputs, output, jobs, use_store, not separate, check_code, chosen, progress)
+    if shared.quiet():
+        return
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sms = ", ".join(map(str, plan.sm_counts))
     click.echo(

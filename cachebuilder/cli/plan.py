@@ -11,6 +11,7 @@ from cachebuilder import build as building
 from cachebuilder import plan as planning
 from cachebuilder.cli import shared, table
 from cachebuilder.ops import OPS
+from cachebuilder.selection import Selection
 
 
 @click.command()
@@ -19,6 +20,7 @@ from cachebuilder.ops import OPS
 @shared.nvcc_option
 @shared.deep_gemm_option
 @shared.store_option
+@shared.progress_options
 def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
     inputs = building.find_inputs(manifest, nvcc, deep_gemm)
@@ -55,7 +57,7 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
     table.line("using", f"{inputs.installation}")
 
 
-def _line(kernel: planning.Kernel, selection: planning.Selection) -> str:
+def _line(kernel: planning.Kernel, selection: Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
     head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
     points = shared.ranges(selection.ranges)

@@ -46,12 +46,11 @@ def run_restore(
             err=True,
         )
     if done.signed_by is not None:
-        click.echo(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})", err=True)
+        shared.remark(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})")
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
-    click.echo(
+    shared.remark(
         f"restored  {done.index.name}: {done.written} kernels written, {done.skipped} there already{relocated}, "
-        f"{time.monotonic() - started:.2f} s",
-        err=True,
+        f"{time.monotonic() - started:.2f} s"
     )
     return done
 
@@ -62,6 +61,7 @@ def run_restore(
 @shared.serving_deep_gemm_option
 @shared.force_option
 @signing.trust_option
+@shared.progress_options
 def restore(
     artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
 ) -> None:
@@ -71,4 +71,4 @@ def restore(
     in ARTIFACT.sig is checked before anything else.
     """
     done = run_restore(artifacts, to, deep_gemm, force, trust)
-    click.echo(f"next      cachebuilder env {done.dir} --engine vllm|sglang", err=True)
+    shared.remark(f"next      cachebuilder env {done.dir} --engine vllm|sglang")

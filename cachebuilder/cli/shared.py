@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
+
+from cachebuilder.cli.progress import options as progress_options
+from cachebuilder.cli.progress import quiet, remark, show_progress
+
+__all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
 if TYPE_CHECKING:
     from cachebuilder.compatibility import Difference
     from cachebuilder.gpus import Gpu
-    from cachebuilder.plan import Range
+    from cachebuilder.selection import Range
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
@@ -82,40 +85,6 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
         and target.name.lower() in gpu.name.lower()
     )
     return "cuda" if same else "virtual"
-
-
-@contextmanager
-def show_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (step, done, total) that draws bars on a terminal and writes a line now and then elsewhere."""
-    from rich.console import Console  # slow to import, and only builds draw
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines()
-        return
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=None)
-            bars.update(tasks[step], completed=done, total=total or None)
-
-        yield show
-
-
-def _lines() -> Callable[[str, int, int], None]:
-    said: dict[str, int] = {}
-
-    def say(step: str, done: int, total: int) -> None:
-        quarter = 4 * done // total if total else -1
-        if quarter > said.get(step, 0):
-            said[step] = quarter
-            print(f"{step}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def size(count: int) -> str:

@@ -39,6 +39,7 @@ _SHOWN = 20
     help="Where to write what the GPU showed; default: beside ARTIFACT.",
 )
 @shared.json_option
+@shared.progress_options
 def verify(
     target: Path,
     manifest: Path | None,

@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cachebuilder.deepgemm.installation import Generation
+from cachebuilder.deepgemm import Generation
 
 #: Variables, without their prefix, that put a flag into every key where they are on.
-_FLAGS: dict[Generation, tuple[str, ...]] = {
+FLAGS: dict[Generation, tuple[str, ...]] = {
     "deepjit": (
         "JIT_DEBUG",
         "JIT_PTXAS_VERBOSE",
@@ -24,8 +24,8 @@ _FLAGS: dict[Generation, tuple[str, ...]] = {
     "legacy": ("JIT_DEBUG", "JIT_PTXAS_VERBOSE", "JIT_PTXAS_CHECK", "JIT_WITH_LINEINFO", "JIT_USE_NVRTC"),
 }
 _FLAGS_OF_OTHERS: dict[Generation, frozenset[str]] = {
-    "deepjit": frozenset(_FLAGS["legacy"]) - frozenset(_FLAGS["deepjit"]),
-    "legacy": frozenset(_FLAGS["deepjit"]) - frozenset(_FLAGS["legacy"]),
+    "deepjit": frozenset(FLAGS["legacy"]) - frozenset(FLAGS["deepjit"]),
+    "legacy": frozenset(FLAGS["deepjit"]) - frozenset(FLAGS["legacy"]),
 }
 #: Variables that change no kernel: where to look, what to print or dump beside it, what cuBLASLt is given.
 _HARMLESS = re.compile(
@@ -34,12 +34,12 @@ _HARMLESS = re.compile(
 _OFF = ("", "0", "false", "no")
 _CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
 #: Each generation's prefixes, first choice first.
-_PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
+PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
 
 
 def get(generation: Generation, environment: Mapping[str, str], suffix: str) -> tuple[str, str] | None:
     """The variable that DeepGEMM takes for ``suffix``, as ``JIT_DEBUG``, and its value; None where none is set."""
-    for prefix in _PREFIXES[generation]:
+    for prefix in PREFIXES[generation]:
         if (value := environment.get(name := f"{prefix}_{suffix}")) is not None:
             return name, value
     return None
@@ -54,10 +54,10 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
     found = {}
     for name in environment:
         prefix, _, suffix = name.partition("_")
-        if prefix not in _PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or suffix in _FLAGS_OF_OTHERS[generation]:
+        if prefix not in PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or suffix in _FLAGS_OF_OTHERS[generation]:
             continue
         taken, value = get(generation, environment, suffix) or (name, "")
-        off = value.lower() in _OFF if suffix in _FLAGS[generation] else not value
+        off = value.lower() in _OFF if suffix in FLAGS[generation] else not value
         if taken == name and not off and (suffix, value) != (_CPP_STANDARD, _DEFAULT_CPP_STANDARD):
             found[name] = value
     return found

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cachebuilder.deepgemm import Generation
 from cachebuilder.deepgemm import entries as entry_files
-from cachebuilder.deepgemm.installation import Generation, Installation
+from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import DeviceError, InstallationError, PlanError
 from cachebuilder.gpus import Gpu
 from cachebuilder.ops import OpBase

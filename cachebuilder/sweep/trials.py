@@ -63,7 +63,7 @@ def _try(op: OpBase, device: Device, value: int, seed: int) -> dict[str, Any]:
 def _microseconds(device: Device, call: Callable[[int], None], value: int) -> float:
     """The median time of one call on the GPU."""
     cuda = device.torch.cuda
-    times = []
+    times: list[float] = []
     for timed in [False] * _CALLS + [True] * _CALLS:
         start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
         start.record()
