@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/installed
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # A test spends half of its time on one core, where torch is imported: two at once per two cores, and no more than
 # four, since each holds a torch and its share of compilers in memory.
