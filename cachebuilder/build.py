@@ -144,12 +144,9 @@ def _record(report: compiling.Report, packed: Packed, plan_seconds: float, pack_
 def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> None:
     """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
     asked = sweep.entries_on_gpu(
-        inputs.manifest.ops,
-        plan.gpu,
-        plan.sm_counts,
+        inputs.manifest,
         inputs.installation,
         inputs.toolchain,
-        inputs.manifest.environment,
         lambda done, total: progress("plan on the GPU", done, total),
     )
     wanted = {kernel.entry for kernel in plan.kernels if kernel.selected_by}

@@ -87,15 +87,7 @@ def make(
     kept = cache_folder() / "plans" / f"{_inputs_digest(manifest, installation, toolchain)}.json"
     if reuse and (plan := _read(kept)):
         return plan
-    found = sweep.run(
-        manifest.ops,
-        manifest.target.gpu,
-        manifest.target.all_sm_counts,
-        installation,
-        toolchain,
-        manifest.environment,
-        progress,
-    )
+    found = sweep.run(manifest, installation, toolchain, progress)
     plan = _from_sweep(manifest, installation, toolchain, found)
     if reuse:
         write_atomically(kept, plan.model_dump_json().encode())

@@ -17,7 +17,7 @@ from cachebuilder.deepgemm import installation
 from cachebuilder.errors import ManifestError, PlanError
 from cachebuilder.ops import OPS
 from cachebuilder.store import CubinStore
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.sweep import process, virtual_gpu
 from tests import entry_points
 from tests.conftest import LEGACY, MANIFESTS
 from tests.test_plan import make
@@ -115,7 +115,7 @@ def test_numbers_of_rows_and_keys_select_no_logits_kernel(
         # The child imports the package anew: the number of keys is changed in a copy of it.
         package = tmp_path / f"{gpu}-{keys}"
         copy_package(package, keys)
-        monkeypatch.setattr(sweep, "_PACKAGE_ROOT", package)
+        monkeypatch.setattr(process, "_PACKAGE_ROOT", package)
         text = (
             f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 600\nops:\n"
             "- {op: fp8_mqa_logits, heads: 64}\n- {op: fp8_fp4_mqa_logits, heads: 32, compressed: true}\n"

@@ -1,0 +1,48 @@
+"""The compiler that compiles nothing: it writes down what DeepGEMM asks of it, and what it wrote is read here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.errors import PlanError
+from cachebuilder.sweep.process import Compiler
+from cachebuilder.sweep.results import Entry
+
+_RECORDER = Path(__file__).parent / "recording_nvcc.sh"
+
+
+def recording_compiler(scratch: Path, version_text: str) -> Compiler:
+    """A compiler, made in ``scratch``, that writes down what it is asked for and answers with ``version_text``."""
+    home = scratch / "cuda"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    shutil.copyfile(_RECORDER, nvcc)
+    nvcc.chmod(0o755)
+    (home / "bin" / "version.txt").write_text(version_text)
+    return Compiler(nvcc, home, {})
+
+
+def read_entries(root: Path, generation: Generation) -> dict[str, Entry]:
+    """The entries that the recording compiler was asked for under ``root``; links to other caches' are not its own.
+
+    Raises:
+        PlanError: a folder whose name is not one of ``generation``.
+    """
+    found = {}
+    folders = sorted((root / "cache").iterdir()) if (root / "cache").is_dir() else []
+    for folder in folders:
+        if folder.is_symlink():
+            continue
+        if entry_files.kernel_name(generation, folder.name) is None:
+            raise PlanError(f"wanted entries of the {generation} generation, found {folder.name}")
+        metadata = folder / entry_files.METADATA
+        found[folder.name] = Entry(
+            name=folder.name,
+            source=(folder / entry_files.SOURCE).read_text(),
+            arguments=(folder / "command.txt").read_text().rstrip("\n"),
+            metadata=metadata.read_text() if metadata.exists() else None,
+        )
+    return found
