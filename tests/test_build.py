@@ -51,6 +51,7 @@ def test_the_artifact_holds_each_planned_kernel_as_deepgemm_reads_it(built: buil
         assert found[f"cache/{kernel.entry}/kernel.cubin"][:4] == b"\x7fELF"
 
 
+@pytest.mark.slow
 def test_two_builds_in_different_folders_are_equal_byte_for_byte(
     built: building.Built, small: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path:
     assert again.packed.sha256 == built.packed.sha256
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_compiled(built: building.Built, tmp_path: Path) -> None:
     text = built.inputs.manifest_bytes.decode().replace("max_tokens: 40", "max_tokens: 200")
     (tmp_path / "more.yaml").write_text(text)
@@ -135,6 +137,7 @@ def wait_for_compilers(folder: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_path: Path) -> None:
     process = start_build(small, tmp_path)
     wait_for_compilers(tmp_path, process)
@@ -147,6 +150,7 @@ def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_pa
     assert os.listdir(tmp_path / "cache" / "scratch") == []
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_build_then_finishes_with_the_same_bytes(small: Path, tmp_path: Path) -> None:
     expected = building.build(building.find_inputs(small), tmp_path / "expected.tar.zst").packed.sha256
     process = start_build(small, tmp_path)
@@ -160,6 +164,7 @@ def test_killed_at_any_moment_a_build_then_finishes_with_the_same_bytes(small: P
     assert expected in said
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_share_a_store(small: Path, tmp_path: Path) -> None:
     one, two = start_build(small, tmp_path), start_build(small, tmp_path)
     said = [process.communicate() for process in (one, two)]

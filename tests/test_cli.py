@@ -62,7 +62,8 @@ def test_each_kind_of_failure_has_its_exit_code(run: Run, small: Path, tmp_path:
     assert run("plan", small, "--deep-gemm", tmp_path / "empty").returncode == 4
     assert run("plan", small, "--nvcc", tmp_path / "none").returncode == 5
     assert run("inspect", tmp_path / "none").returncode == 8
-    assert all(f"{code}  " in run("--help").stdout for code in EXIT_CODES)
+    told = run("--help").stdout
+    assert all(f"{code}  " in told for code in EXIT_CODES)
 
 
 def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Built, small: Path) -> None:

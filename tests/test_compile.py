@@ -41,6 +41,7 @@ def compile_units(work: Sequence[Unit], inputs: building.Inputs) -> dict[str, by
     return cubins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
     gpu: str, deep_gemm: Path | None, tmp_path: Path
@@ -53,6 +54,7 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
     compiling.check(list(one_of_each.values()), cubins, inputs.toolchain, inputs.installation)
 
 
+@pytest.mark.slow
 def test_a_difference_in_code_is_found(built: building.Built) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
     cubins, _ = compiling.compile_all([one, two], built.inputs.toolchain, built.inputs.installation, CubinStore())
@@ -61,6 +63,7 @@ def test_a_difference_in_code_is_found(built: building.Built) -> None:
         compiling.check([one], swapped, built.inputs.toolchain, built.inputs.installation)
 
 
+@pytest.mark.slow
 def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
     inputs = building.find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
@@ -77,6 +80,7 @@ def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
     assert module([kernel]) == module(five) == module(fifty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "legacy"), [("B200", True), ("RTX-PRO-6000", False)])
 def test_kernels_with_strings_do_not_depend_on_their_unit_either(
     gpu: str, legacy: bool, tmp_path: Path, request: pytest.FixtureRequest
@@ -92,6 +96,7 @@ def test_kernels_with_strings_do_not_depend_on_their_unit_either(
     compiling.check([k for k in kernels if "transpose" in k.name], apart, inputs.toolchain, inputs.installation)
 
 
+@pytest.mark.slow
 def test_one_bad_kernel_does_not_take_its_unit_down(built: building.Built, tmp_path: Path) -> None:
     kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name]
     bad = kernels[1].model_copy(update={"source": kernels[1].source + '\nstatic_assert(false, "not today");\n'})

@@ -111,6 +111,7 @@ def test_only_variables_that_change_keys_are_listed(
     assert kernel_variables(generation, environment).keys() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variable", ["DG_JIT_PTXAS_VERBOSE", "DG_JIT_WITH_LINEINFO", "DG_JIT_DUMP_PTX", "DG_JIT_CPP_STANDARD"]
 )

@@ -23,6 +23,7 @@ from tests.conftest import LEGACY, MANIFESTS
 from tests.test_plan import make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
 def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, generation: str, tmp_path: Path) -> None:
     manifest = entry_points.write_manifest(tmp_path / "m.yaml", arch, generation)
@@ -105,6 +106,7 @@ def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(tm
         make(tmp_path / "m.yaml", text, LEGACY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_numbers_of_rows_and_keys_select_no_logits_kernel(
     gpu: str, deep_gemm: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +141,7 @@ def copy_package(folder: Path, keys: int) -> None:
     file.write_text(text.replace("\nKEYS = 1024\n", f"\nKEYS = {keys}\n"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "scales"), [("B200", "packed")])
 def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: str, tmp_path: Path) -> None:
     head = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168"
@@ -147,6 +150,7 @@ def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: st
     assert gemms[0] == gemms[1] and len(packed.kernels) == len(gemms[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
 def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
     inputs = building.find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")

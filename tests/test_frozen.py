@@ -291,6 +291,7 @@ def test_run_restores_sets_the_environment_and_becomes_the_command(
     assert run("run", tmp_path / "dir", "--", "no-such-command").returncode == 10
 
 
+@pytest.mark.slow
 def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: building.Built, tmp_path: Path) -> None:
     """DeepGEMM on the virtual GPU, from an empty cache: asks the version, asks to compile, and is told."""
     from cachebuilder.sweep import virtual_gpu

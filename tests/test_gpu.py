@@ -20,6 +20,7 @@ GPU = nvml.first_gpu()
 gpu = pytest.mark.skipif(GPU is None or "H200" not in GPU.name, reason="wants an H200; none is visible")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU is not None, reason="there is a GPU")
 @pytest.mark.parametrize("verb", ["build", "verify"])
 def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(

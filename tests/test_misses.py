@@ -49,6 +49,7 @@ def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
         assert shape.n is not None or op["op"] == "fp8_gemm_nt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_every_gemm_kernel_of_a_plan_says_its_op_and_shape(gpu: str, deep_gemm: Path | None, tmp_path: Path) -> None:
     check_sources(gpu, deep_gemm, tmp_path)
@@ -131,6 +132,7 @@ def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> No
     assert done.returncode == 8 and "cannot be read" in done.stderr
 
 
+@pytest.mark.slow
 def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_deepgemms_own_names(
     built: building.Built, run: Run, tmp_path: Path
 ) -> None:
@@ -163,6 +165,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     assert [kernel.entry for kernel in replay.missing] == [f"sources[{number}]" for number in range(len(missed))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

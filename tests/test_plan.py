@@ -67,6 +67,7 @@ def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
     assert plan.arch == "sm_120f"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kernels", "arch"),
     [
@@ -82,6 +83,7 @@ def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: st
     assert plan.peak_bytes < 2e9
 
 
+@pytest.mark.slow
 def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
     text = (
         "name: x\ntarget: {gpu: H200, sm_counts: [132, 100]}\nmax_tokens: 64\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
@@ -96,6 +98,7 @@ def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
     assert all("100, GemmType" in k.source for k in plan.kernels if k.entry in kernels[100])
 
 
+@pytest.mark.slow
 def test_the_environment_of_the_manifest_reaches_deepgemm(tmp_path: Path) -> None:
     text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
     plain = make(tmp_path / "m.yaml", text)
@@ -104,6 +107,7 @@ def test_the_environment_of_the_manifest_reaches_deepgemm(tmp_path: Path) -> Non
     assert {k.entry for k in plain.kernels}.isdisjoint(k.entry for k in info.kernels)
 
 
+@pytest.mark.slow
 def test_variables_of_this_process_do_not_change_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
     plain = make(tmp_path / "m.yaml", text)
@@ -139,6 +143,7 @@ def fake_deep_gemm(folder: Path, body: str) -> Path:
     return package
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [
@@ -184,6 +189,7 @@ for m in range(1, 301):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "mode"), [("H200", "aligned"), ("B200", "packed")])
 def test_scales_as_serving_passes_them_ask_for_no_kernel_outside_the_plan(gpu: str, mode: str, tmp_path: Path) -> None:
     text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 1024}}]"

@@ -166,6 +166,7 @@ def test_a_kernel_that_nothing_can_ask_for_is_refused(
         facts.gather(path)
 
 
+@pytest.mark.slow
 def test_in_a_browser_it_is_drawn_without_complaint_and_the_hover_tells_the_kernel(pages: Path) -> None:
     look = [
         sys.executable,

@@ -35,6 +35,7 @@ def folder(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "inspect", "diff", "doctor", "verify", "build", "misses"])
 def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path, folder: Path, run: Run) -> None:
     here = ["--deep-gemm", str(built.inputs.installation.path)]
@@ -83,7 +84,9 @@ def test_a_word_that_does_not_fit_stands_below_its_name(name: str, capsys: pytes
     assert len(lines[-1]) <= 80 or name.startswith(" ")
 
 
-@pytest.mark.parametrize("verb", ["verify", "diff", "doctor", "misses", "explain", "gpus"])
+@pytest.mark.parametrize(
+    "verb", [pytest.param("verify", marks=pytest.mark.slow), "diff", "doctor", "misses", "explain", "gpus"]
+)
 def test_json_has_the_documented_fields(verb: str, built: Built, tmp_path: Path, run: Run) -> None:
     (log := tmp_path / "misses.jsonl").write_text("")
     artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.path]

@@ -53,6 +53,7 @@ def different(report: verify.Report) -> set[str]:
     return {difference.field for replay in report.replays for difference in replay.differences}
 
 
+@pytest.mark.slow
 def test_every_call_hits_in_a_read_only_cache_with_no_compiler_in_reach(
     built: building.Built, folder: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -78,6 +79,7 @@ def test_every_call_hits_in_a_read_only_cache_with_no_compiler_in_reach(
         path.chmod(path.stat().st_mode | 0o200)
 
 
+@pytest.mark.slow
 def test_a_removed_kernel_is_named_with_the_points_that_need_it(built: building.Built, folder: Path, run: Run) -> None:
     removed = a_gemm(folder)
     shutil.rmtree(removed)
@@ -94,6 +96,7 @@ def test_a_removed_kernel_is_named_with_the_points_that_need_it(built: building.
     assert listing(folder) == before  # a miss is not compiled into it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -114,6 +117,7 @@ def test_a_damaged_entry_is_named_and_counts_as_missing(
     assert all(kernel.damaged for replay in report.replays for kernel in replay.missing)
 
 
+@pytest.mark.slow
 def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: building.Built, folder: Path) -> None:
     cubin = a_gemm(folder) / "kernel.cubin"
     cubin.write_bytes(b"to be compiled\n")
@@ -134,6 +138,7 @@ def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: bui
     assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
 
 
+@pytest.mark.slow
 def test_a_changed_header_is_named(built: building.Built, folder: Path, tmp_path: Path) -> None:
     changed = copy_of(built.inputs.installation, tmp_path / "changed")
     header = next((changed.include / "deep_gemm").rglob("sm90_fp8_gemm_1d2d.cuh"))
@@ -144,6 +149,7 @@ def test_a_changed_header_is_named(built: building.Built, folder: Path, tmp_path
     assert missing(report) and not missing(report) & kernels and not report.complete
 
 
+@pytest.mark.slow
 def test_another_compiler_text_is_named(built: building.Built, folder: Path, run: Run) -> None:
     text = (frozen_nvcc(folder).parent / "version.txt").read_text()
     frozen.write(folder / frozen.FOLDER, text.replace("release 13.", "release 14."), "small", "0" * 64)
@@ -155,6 +161,7 @@ def test_another_compiler_text_is_named(built: building.Built, folder: Path, run
     assert "hint: compiler differs: " in done.stderr and "restore again" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_sm_count_is_named(built: building.Built, folder: Path, run: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(SMALL.replace("{gpu: H200}", "{gpu: H200, sm_counts: [132, 100]}"))
@@ -165,6 +172,7 @@ def test_another_sm_count_is_named(built: building.Built, folder: Path, run: Run
     assert "target.sm_counts" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_install_path_matters_to_the_legacy_generation_only(
     built: building.Built, folder: Path, tmp_path: Path
 ) -> None:
@@ -180,6 +188,7 @@ def test_another_install_path_matters_to_the_legacy_generation_only(
     assert len(missing(report)) == len(built.plan.kernels)
 
 
+@pytest.mark.slow
 def test_another_manifest_is_enough_or_not(built: building.Built, folder: Path, tmp_path: Path) -> None:
     less, more = tmp_path / "less.yaml", tmp_path / "more.yaml"
     less.write_text(SMALL.replace("max_tokens: 40", "max_tokens: 20"))
@@ -198,6 +207,7 @@ def test_another_manifest_is_enough_or_not(built: building.Built, folder: Path, 
     assert points and min(points) > 40
 
 
+@pytest.mark.slow
 def test_an_entry_that_no_index_lists_is_a_hit_of_unknown_bytes(built: building.Built, folder: Path) -> None:
     (index_file,) = (folder / "cachebuilder" / "artifacts").glob("*.json")
     index = open_folder(folder).artifacts[0].index
@@ -219,6 +229,7 @@ def test_a_frozen_compiler_that_is_gone_is_one_sentence(built: building.Built, f
     assert error.value.hint == "restore the artifact again"
 
 
+@pytest.mark.slow
 def test_an_artifact_is_restored_aside_and_checked(built: building.Built, run: Run) -> None:
     done = run("verify", built.packed.path, "--deep-gemm", built.inputs.installation.path)
     assert done.returncode == 0, done.stderr
