@@ -123,7 +123,7 @@ def _deep_gemm(wanted: Fingerprint, installation: Installation | None, relocates
         "cutlass": (wanted.cutlass, installation.cutlass_version),
     }
     if wanted.generation == "legacy" and not relocates:
-        facts["install_include"] = (wanted.install_include, str(installation.imported_as / "include"))
+        facts["install_include"] = (wanted.install_include, str(installation.include))
     return [_difference(wanted, field, want, have) for field, (want, have) in facts.items() if want != have]
 
 

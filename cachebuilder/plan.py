@@ -110,7 +110,7 @@ def _inputs_digest(manifest: Manifest, installation: Installation, toolchain: To
     inputs = {
         "code": code.hexdigest(),
         "manifest": manifest.model_dump(mode="json", exclude={"name", "toolchain"}),
-        "deep_gemm": [str(installation.path), installation.code_digest, installation.headers_digest],
+        "deep_gemm": [str(installation.imported_as), installation.code_digest, installation.headers_digest],
         "compiler": toolchain.version_text,
         "torch": _version("torch"),
     }
@@ -312,7 +312,7 @@ def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Instal
     source = entry.arguments.split(" ", 1)[0]  # <root>/tmp/<uuid>/kernel.cu
     text = entry.metadata.replace(source.removesuffix(entry_files.SOURCE), "")
     text = text.replace(f"{cache_root.removesuffix('/root')}/cuda/bin/", "").replace(
-        str(installation.path), "deep_gemm"
+        str(installation.imported_as), "deep_gemm"
     )
     return json.dumps(json.loads(text), separators=(",", ":"))
 

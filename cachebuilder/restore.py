@@ -222,7 +222,7 @@ class _Names:
         fingerprint = index.fingerprint
         if fingerprint.generation != "legacy" or installation is None or installation.generation != "legacy":
             return
-        include = str(installation.imported_as / "include")
+        include = str(installation.include)
         if include == fingerprint.install_include:
             return
         old, flags = f"-I{fingerprint.install_include}", (fingerprint.legacy_flags or "").split(" ")

@@ -14,6 +14,7 @@ from cachebuilder.artifact.index import File
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ArtifactError
 from cachebuilder.frozen import frozen_nvcc
+from cachebuilder.restore import restore
 from tests.conftest import SMALL, Run
 from tests.restored import check, unpack
 
@@ -41,8 +42,12 @@ def copy_of(installation: installations.Installation, to: Path) -> installations
     return installations.find(to / "deep_gemm")
 
 
+def gemms(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "cache").iterdir() if "gemm" in path.name)
+
+
 def a_gemm(folder: Path) -> Path:
-    return sorted(path for path in (folder / "cache").iterdir() if "gemm" in path.name)[0]
+    return gemms(folder)[0]
 
 
 def missing(report: verify.Report) -> set[str]:
@@ -97,23 +102,19 @@ def test_a_removed_kernel_is_named_with_the_points_that_need_it(built: building.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        pytest.param(lambda file: file.write_bytes(file.read_bytes()[:-1]), "bytes, found", id="truncated"),
-        pytest.param(lambda file: file.write_bytes(b"\x7fELX" + file.read_bytes()[4:]), "wanted sha256", id="flipped"),
-        pytest.param(lambda file: file.unlink(), "wanted a file, found none", id="no-cubin"),
-    ],
-)
-def test_a_damaged_entry_is_named_and_counts_as_missing(
-    built: building.Built, folder: Path, change: object, words: str
-) -> None:
-    cubin = a_gemm(folder) / "kernel.cubin"
-    change(cubin)  # type: ignore[operator]
+def test_damaged_entries_are_named_and_count_as_missing(built: building.Built, folder: Path) -> None:
+    truncated, flipped, gone = (gemm / "kernel.cubin" for gemm in gemms(folder)[:3])
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    flipped.write_bytes(b"\x7fELX" + flipped.read_bytes()[4:])
+    gone.unlink()
     report = check(folder, built.inputs.installation)
-    [damage] = report.damage
-    assert str(damage).startswith(f"{cubin.parent.name}/kernel.cubin: ") and words in str(damage)
-    assert missing(report) == {cubin.parent.name} and not report.complete
+    words = {truncated: "bytes, found", flipped: "wanted sha256", gone: "wanted a file, found none"}
+    said = {damage.entry: str(damage) for damage in report.damage}
+    assert said.keys() == {cubin.parent.name for cubin in words}
+    for cubin, expected in words.items():
+        assert said[cubin.parent.name].startswith(f"{cubin.parent.name}/kernel.cubin: ")
+        assert expected in said[cubin.parent.name]
+    assert missing(report) == said.keys() and not report.complete
     assert all(kernel.damaged for replay in report.replays for kernel in replay.missing)
 
 
@@ -186,6 +187,17 @@ def test_another_install_path_matters_to_the_legacy_generation_only(
     assert (difference.wanted, difference.found) == (built.plan.include, str(elsewhere.include))
     assert "restore again" in difference.remedy
     assert len(missing(report)) == len(built.plan.kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["legacy"], indirect=True, scope="session")
+def test_a_cache_for_a_copy_behind_a_link_is_the_one_that_the_copy_asks_for(
+    built: building.Built, tmp_path: Path
+) -> None:
+    (tmp_path / "deep_gemm").symlink_to(built.inputs.installation.path)
+    linked = installations.find(tmp_path / "deep_gemm")
+    restored = restore([built.packed.path], tmp_path / "to", linked)
+    assert restored.relocated and check(tmp_path / "to", linked).complete
 
 
 @pytest.mark.slow

@@ -67,8 +67,8 @@ class Installation:
 
     @property
     def include(self) -> Path:
-        """The folder DeepGEMM hands to nvcc."""
-        return self.path / "include"
+        """The folder DeepGEMM hands to nvcc: it takes its own place by ``abspath``, so links are kept in it."""
+        return self.imported_as / "include"
 
     @cached_property
     def headers_digest(self) -> str:

@@ -82,7 +82,8 @@ class Failure(Exception):
 def _import_deep_gemm(path: str) -> Any:
     spec = importlib.util.spec_from_file_location("deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path])
     assert spec is not None and spec.loader is not None
-    sys.path.append(str(Path(path).parent))  # what the copy itself imports may lie beside it
+    # What the copy itself imports may lie beside it, or beside the link that leads to it.
+    sys.path += dict.fromkeys([str(Path(path).parent), str(Path(path).resolve().parent)])
     module = importlib.util.module_from_spec(spec)
     sys.modules["deep_gemm"] = module
     spec.loader.exec_module(module)

@@ -98,7 +98,7 @@ def run_child(
     job |= {
         "device": setting.device,
         "gpu": setting.gpu.model_dump(),
-        "deep_gemm": str(setting.installation.path),
+        "deep_gemm": str(setting.installation.imported_as),
         "ops": [op.model_dump() for op in ops],
         "position": str(scratch / "position"),
         "result": str(scratch / "result.json"),
