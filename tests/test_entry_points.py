@@ -113,7 +113,7 @@ def test_numbers_of_rows_and_keys_select_no_logits_kernel(
 ) -> None:
     """The sweep's calls have 1024 keys, and batches up to the manifest's; any others give equal kernels."""
     found = []
-    for keys in (1, 255, 256, 257, 1024, 4096, 65536):
+    for keys in (1, 257, 1024, 65536):
         # The child imports the package anew: the number of keys is changed in a copy of it.
         package = tmp_path / f"{gpu}-{keys}"
         copy_package(package, keys)

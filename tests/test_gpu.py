@@ -22,6 +22,7 @@ gpu = pytest.mark.skipif(GPU is None or "H200" not in GPU.name, reason="wants an
 
 @pytest.mark.slow
 @pytest.mark.skipif(GPU is not None, reason="there is a GPU")
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 @pytest.mark.parametrize("verb", ["build", "verify"])
 def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(
     verb: str, built: building.Built, small: Path, run: Run, tmp_path: Path
