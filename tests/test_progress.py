@@ -140,6 +140,16 @@ def test_a_long_step_does_not_fill_a_log() -> None:
     assert lines[-1] == "compile: 3600 of 3600, 60 min"
 
 
+def test_nothing_is_said_before_it_is_known_how_much_there_is() -> None:
+    clock, lines = Clock(), []
+    log = Lines(lines.append, clock, every=1.0)
+    for clock.now in (0.0, 3.0, 6.0):
+        log.show("plan", 0, 0)
+    assert lines == []
+    log.show("plan", 1, 40)
+    assert len(lines) == 1
+
+
 def test_a_short_step_says_nothing_in_a_log_and_its_end_when_verbose() -> None:
     for every, said in ((None, []), (1.0, ["pack: 3 of 3, 1 s"])):
         lines: list[str] = []

@@ -138,7 +138,7 @@ class Lines:
             if self._every is None and self._clock() < self._next[step] and self._wait[step] == _FIRST_WAIT:
                 return  # over before the first line was due
             self._write(f"{step}: {meter.counts()}, {duration(meter.seconds)}")
-        elif self._clock() >= self._next[step] and step not in self._ended:
+        elif self._clock() >= self._next[step] and step not in self._ended and (done or total):
             if self._every is None:
                 self._wait[step] = min(2 * self._wait[step], _LONGEST_WAIT)
             self._next[step] = self._clock() + self._wait[step]
