@@ -194,6 +194,7 @@ def document(target: Path, report: verify.Report, replays: Sequence[Replay]) -> 
                         "relative_error": result.relative_error,
                         "worst_row_error": result.worst_row_error,
                         "microseconds": round(result.microseconds, 1),
+                        "reference_microseconds": _rounded(result.reference_microseconds),
                         "problems": list(result.problems),
                     }
                     for result in (replay.trials.results if replay.trials else ())
@@ -203,6 +204,10 @@ def document(target: Path, report: verify.Report, replays: Sequence[Replay]) -> 
         ],
     }
     return Verified.model_validate(found).model_dump(exclude_unset=True)
+
+
+def _rounded(microseconds: float | None) -> float | None:
+    return None if microseconds is None else round(microseconds, 1)
 
 
 def _identity(artifact: Path) -> dict[str, str]:

@@ -43,6 +43,8 @@ class Trial(_Frozen):
         relative_error: ‖D − reference‖ / ‖reference‖, the reference in float32; None for an op without one.
         worst_row_error: the largest of the same over single rows.
         microseconds: of one call, the median.
+        reference_microseconds: of the same product by torch in BF16; None for an op that torch has no call for, and in
+            reports of before it was measured.
     """
 
     op: str
@@ -54,6 +56,7 @@ class Trial(_Frozen):
     relative_error: float | None
     worst_row_error: float | None
     microseconds: float
+    reference_microseconds: float | None = None
     problems: tuple[str, ...]
 
 

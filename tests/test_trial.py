@@ -291,3 +291,12 @@ def test_rows_of_experts_are_as_engines_lay_them_out() -> None:
     for owner, block in zip(owners, blocks, strict=True):
         assert set(block.tolist()) <= {int(owner), -1}
         assert (block[:-1] >= block[1:]).all(), "padding comes last"
+
+
+@pytest.mark.parametrize("name", ["fp8_gemm_nt", "bf16_gemm_nt"])
+def test_a_dense_op_has_a_call_of_torch_to_time_beside_it(name: str) -> None:
+    op = OPS[name].model_validate({"op": name} | PLAYED[name][1])
+    reference = op.reference(device(dense))
+    assert reference is not None
+    for m in (1, 64):
+        reference(m)

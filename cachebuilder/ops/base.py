@@ -141,6 +141,12 @@ class OpBase(BaseModel):
         """
         raise NotImplementedError
 
+    def reference(self, device: Device) -> Callable[[int], None] | None:
+        """What torch itself takes for a point, in BF16, for a time to stand beside DeepGEMM's; None where torch has
+        no such call.
+        """
+        return None
+
 
 def _short(value: Any) -> str:
     return "×".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cachebuilder.ops.base import Bf16K, Device, N, TokenOp
-from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
+from cachebuilder.ops.trial import Inputs, Trial, bf16_product, dense_output, product_nt
 
 
 class Bf16Gemm(TokenOp):
@@ -56,3 +56,7 @@ class Bf16Gemm(TokenOp):
         right = b if self.layout[1] == "t" else b.mT.contiguous()
         self.function(device.deep_gemm)(left, right, d, **c, **self.options())
         return Trial((dense_output(device.torch, "d", buffer, expected),))
+
+    def reference(self, device: Device) -> Callable[[int], None]:
+        """The same product of BF16 operands."""
+        return bf16_product(device, self.largest_m, self.n, self.k)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import Device, Fp8K, N, OpBase, TokenOp, ceil_div, round_up
-from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
+from cachebuilder.ops.trial import Inputs, Trial, bf16_product, dense_output, product_nt
 
 Size = Literal[1, 32, 128]
 Format = Literal["fp8", "fp4"]
@@ -292,3 +292,7 @@ class ScaledGemm(ScaledOp, TokenOp):
             **self.options(),
         )
         return Trial((dense_output(device.torch, "d", buffer, expected),))
+
+    def reference(self, device: Device) -> Callable[[int], None]:
+        """The same product of BF16 operands."""
+        return bf16_product(device, self.largest_m, self.n, self.k)

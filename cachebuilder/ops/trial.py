@@ -205,6 +205,17 @@ def _behind(torch: ModuleType, buffer: Any, expected: Any) -> tuple[Any, Any]:
     return full, torch.arange(len(buffer), device=buffer.device)[:, None]
 
 
+def bf16_product(device: Device, largest_m: int, n: int, k: int) -> Callable[[int], None]:
+    """A dense layer of weight [n, k] in BF16 by torch itself, which is cuBLASLt's: the call for one M."""
+    a, b = (device.empty(rows, k, dtype="bfloat16").zero_() for rows in (largest_m, n))
+    d = device.empty(largest_m, n, dtype="bfloat16")
+
+    def call(m: int) -> None:
+        device.torch.mm(a[:m], b.mT, out=d[:m])
+
+    return call
+
+
 def product_nt(torch: ModuleType, a: Any, b: Any) -> Any:
     """A · Bᵀ in float32 proper (no TF32), whatever the operands' type."""
     before = torch.get_float32_matmul_precision()

@@ -18,6 +18,8 @@ from cachebuilder.verified import Verified
 _BF16_ROUNDING = 1.7e-3
 _BAND = 46
 _LANE = 22
+#: Whose time a line of the chart of times is, and the field that holds it.
+_TIMED = {"DeepGEMM": "microseconds", "torch in BF16": "reference"}
 
 #: A Vega-Lite specification.
 Spec = dict[str, Any]
@@ -149,8 +151,14 @@ def errors(verified: Verified) -> Spec:
 
 
 def times(verified: Verified) -> Spec:
-    """Each trial's time against M."""
-    rows = _trials(verified)
+    """Each trial's time against M, and where it was measured, torch's own in BF16 for the same product."""
+    rows = [
+        row | {"by": by, "microseconds": row[field]}
+        for by, field in _TIMED.items()
+        for row in _trials(verified)
+        if row[field] is not None
+    ]
+    timed = [by for by in _TIMED if any(row["by"] == by for row in rows)]
     lines = (
         alt.Chart(alt.InlineData(rows))
         .mark_line(strokeWidth=1, point=alt.OverlayMarkDef(size=24))
@@ -160,8 +168,13 @@ def times(verified: Verified) -> Spec:
                 "microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=alt.Axis(tickCount=5, gridOpacity=0.4)
             ),
             color=_op_colour(),
+            strokeDash=alt.StrokeDash(
+                "by:N",
+                scale=alt.Scale(domain=timed, range=[[1, 0], [4, 3]][: len(timed)]),
+                legend=alt.Legend(orient="top", title=None) if len(timed) > 1 else None,
+            ),
             detail="sms:N",
-            tooltip=_trial_tooltips(),
+            tooltip=["by:N", *_trial_tooltips()],
         )
     )
     return _spec(lines.properties(height=260))
@@ -241,6 +254,7 @@ def _trials(verified: Verified) -> list[dict[str, Any]]:
             "value": max(trial.value, 1),
             "error": _finite(trial.relative_error),  # NaN of a wrong kernel: the page tells its problem in words
             "microseconds": _finite(trial.microseconds),
+            "reference": _finite(trial.reference_microseconds),
             "kernels": ", ".join(f"{entry[:-32].strip('.')} {entry[-32:][:8]}" for entry in trial.kernels),
         }
         for replay in verified.replays

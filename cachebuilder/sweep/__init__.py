@@ -207,7 +207,14 @@ def try_on_gpu(
     setting = Setting(gpu, installation, compiler, roots, scratch, environment or {}, "cuda")
     answer = run_child("trials", job, ops, setting, progress)
     results = tuple(
-        TrialResult(point, r["relative_error"], r["worst_row_error"], r["microseconds"], tuple(r["problems"]))
+        TrialResult(
+            point,
+            r["relative_error"],
+            r["worst_row_error"],
+            r["microseconds"],
+            r.get("reference_microseconds"),
+            tuple(r["problems"]),
+        )
         for point, r in zip(points, answer["results"], strict=True)
     )
     return Trials(answer["device"], answer["torch"], results)

@@ -90,6 +90,7 @@ class TrialResult:
             reference, and the kernel was only launched.
         worst_row_error: the largest of single rows.
         microseconds: of one call with inputs in place, the median of several.
+        reference_microseconds: the same of torch's own product in BF16; None where torch has no such call.
         problems: what is wrong, a sentence each; none where all is right.
     """
 
@@ -97,6 +98,7 @@ class TrialResult:
     relative_error: float | None
     worst_row_error: float | None
     microseconds: float
+    reference_microseconds: float | None
     problems: tuple[str, ...]
 
 

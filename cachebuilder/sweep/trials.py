@@ -42,6 +42,12 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
                 results[number]["microseconds"] = _microseconds(device, call, value)  # type: ignore[index]
             del call
             device.torch.cuda.empty_cache()
+            if reference := op.reference(device):
+                for number, value in points:
+                    position[1] = value
+                    results[number]["reference_microseconds"] = _microseconds(device, reference, value)  # type: ignore[index]
+                del reference
+                device.torch.cuda.empty_cache()
         except Exception as error:
             raise classify(device.torch, error) from error
     return {"results": results, "device": properties(device.torch), "torch": device.torch.__version__}
