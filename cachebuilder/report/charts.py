@@ -171,7 +171,7 @@ def times(verified: Verified) -> Spec:
             strokeDash=alt.StrokeDash(
                 "by:N",
                 scale=alt.Scale(domain=timed, range=[[1, 0], [4, 3]][: len(timed)]),
-                legend=alt.Legend(orient="top", title=None) if len(timed) > 1 else None,
+                legend=_stroke_legend() if len(timed) > 1 else None,
             ),
             detail="sms:N",
             tooltip=["by:N", *_trial_tooltips()],
@@ -269,6 +269,19 @@ def _finite(value: float | None) -> float | None:
 def _op_colour() -> alt.Color:
     legend = alt.Legend(orient="bottom", columns=1, title=None, symbolLimit=60)
     return alt.Color("op:N", scale=alt.Scale(scheme="tableau20"), legend=legend)
+
+
+def _stroke_legend() -> alt.Legend:
+    """Strokes in a grey that is seen on white and on black: a legend of dashes has no colour of its own."""
+    return alt.Legend(
+        orient="top",
+        title=None,
+        symbolType="stroke",
+        symbolFillColor="transparent",
+        symbolStrokeColor="#888",
+        symbolStrokeWidth=2,
+        symbolSize=400,
+    )
 
 
 def _trial_tooltips() -> list[alt.Tooltip]:
