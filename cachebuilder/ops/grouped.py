@@ -175,10 +175,8 @@ def _ends(device: Device, expert_of_row: Any, experts: int, alignment: int) -> A
     return device.torch.tensor(ends, dtype=device.torch.int32, device=device.name)
 
 
-class ContiguousFp8Gemm(ScaledOp, ContiguousGemm):
-    """FP8 expert layers over rows sorted by expert."""
-
-    k: Fp8K
+class GroupedFp8Op(ScaledOp):
+    """What expert layers in FP8 share."""
 
     def unsupported(self, major: int) -> str | None:
         """SM90 knows 1 × 128 and 128 × 128 scales and K-major operands only."""
@@ -187,6 +185,12 @@ class ContiguousFp8Gemm(ScaledOp, ContiguousGemm):
         if major == 9 and self.blocks != ((1, 128), (128, 128)):
             return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
         return None
+
+
+class ContiguousFp8Gemm(GroupedFp8Op, ContiguousGemm):
+    """FP8 expert layers over rows sorted by expert."""
+
+    k: Fp8K
 
 
 class ContiguousBf16Gemm(ContiguousGemm):
@@ -228,18 +232,10 @@ class MaskedGemm(GroupedMaskedOp):
         return Trial((masked_output(device.torch, "d", buffer, counts, self.max_m, product),))
 
 
-class MaskedFp8Gemm(ScaledOp, MaskedGemm):
+class MaskedFp8Gemm(GroupedFp8Op, MaskedGemm):
     """FP8 expert layers over a fixed buffer for each expert."""
 
     k: Fp8K
-
-    def unsupported(self, major: int) -> str | None:
-        """SM90 knows 1 × 128 and 128 × 128 scales only."""
-        if reason := super().unsupported(major):
-            return reason
-        if major == 9 and self.blocks != ((1, 128), (128, 128)):
-            return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
-        return None
 
 
 class MaskedBf16Gemm(MaskedGemm):

@@ -74,3 +74,17 @@ def _without_group(device: Device, op: MegaMoeOp, make: Callable[[Any], Any]) ->
         return make(SimpleNamespace(size=lambda: op.ranks, rank=lambda: 0, barrier=lambda: None))
     finally:
         symmetric.empty, symmetric.rendezvous = before
+
+
+def pre_dispatch(device: Device, op: MegaMoeOp, there: Any) -> Callable[[int], None]:
+    """The call that quantises M tokens and their routing into the buffer ``there``; inputs for the most tokens."""
+    x = device.empty(op.largest_m, op.hidden, dtype="bfloat16")
+    chosen = device.empty(op.largest_m, op.topk, dtype="int32")
+    weights = device.empty(op.largest_m, op.topk, dtype="float32")
+    function, fp8 = op.function(device.deep_gemm), device.torch.float8_e4m3fn  # legacy copies hand out bytes
+
+    def call(m: int) -> None:
+        into = there.x.view(fp8), there.x_sf, there.topk_idx, there.topk_weights
+        function(x[:m], chosen[:m], weights[:m], *into, m)
+
+    return call
