@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 
 from cachebuilder import build as building
+from cachebuilder.cli import cli
 from cachebuilder.errors import EXIT_CODES
 from tests.conftest import Run
 
@@ -90,3 +92,17 @@ def test_output_into_a_closed_pipe_is_no_error(built: building.Built) -> None:
     command = f"{sys.executable} -m cachebuilder inspect --json {built.packed.path} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "begun", "completed"),
+    [
+        ([], "ver", {"verify", "verify-signature"}),
+        (["plan", "m.yaml"], "--de", {"--deep-gemm"}),
+        (["manifest", "--gpu"], "H2", {"H20", "H200"}),
+        (["env", "DIR", "--engine"], "v", {"vllm"}),
+    ],
+)
+def test_tab_completes_verbs_options_and_names(words: list[str], begun: str, completed: set[str]) -> None:
+    shell = ShellComplete(cli, {}, "cachebuilder", "_CACHEBUILDER_COMPLETE")
+    assert {item.value for item in shell.get_completions(words, begun)} == completed

@@ -43,8 +43,8 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
         )
     if shape := found.shape:
         fields = {"n": shape.n, "k": shape.k, "experts": shape.experts}
-        told = " ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
-        click.echo(f"made for   {shape.op or shape.gemm_type} {told}, {shape.sm_count} SMs")
+        told = [f"{name}={value}" for name, value in fields.items() if value is not None]
+        click.echo(f"made for   {' '.join([shape.op or shape.gemm_type, *told])}, {shape.sm_count} SMs")
     click.echo(f"template   {found.template or 'the source instantiates none'}")
     for parameter in found.parameters:
         _line(parameter.plain_name or "?", parameter.value.rsplit("::", 1)[-1], parameter.words or "")

@@ -15,6 +15,10 @@ from cachebuilder.models import ENGINES, Config, derive, manifest_text
 _size = click.IntRange(min=1)
 
 
+def _names(begun: str) -> list[str]:
+    return [name for name in gpus.GPUS if name.lower().startswith(begun.lower())]
+
+
 @click.command()
 @click.option(
     "--model", type=click.Path(path_type=Path), required=True, metavar="PATH", help="A config.json, or its folder."
@@ -23,7 +27,9 @@ _size = click.IntRange(min=1)
 @click.option(
     "--engine-version", metavar="X.Y.Z", help="The engine's release; default: the newest whose source was read."
 )
-@click.option("--gpu", required=True, metavar="NAME", help="A known GPU, as H200.")
+@click.option(
+    "--gpu", required=True, metavar="NAME", help="A known GPU, as H200.", shell_complete=lambda *told: _names(told[-1])
+)
 @click.option("--tp", type=_size, default=1, show_default=True, help="Tensor parallel ranks.")
 @click.option("--ep", type=_size, default=1, show_default=True, help="Expert parallel ranks (vLLM: tp · dp, or 1).")
 @click.option("--dp", type=_size, default=1, show_default=True, help="vLLM: replicas; SGLang: attention's groups.")
