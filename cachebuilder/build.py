@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from cachebuilder.artifact.index import fingerprint
 from cachebuilder.artifact.pack import Packed, pack, publish
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import PlanError
+from cachebuilder.front_end import FrontEnds
 from cachebuilder.paths import scratch_folder
 from cachebuilder.store import CubinStore, NoStore
 
@@ -42,7 +42,6 @@ class Built:
     inputs: Inputs
     plan: planning.Plan
     compiled: compiling.Report
-    checked: int
     packed: Packed
     plan_seconds: float
     pack_seconds: float
@@ -80,27 +79,37 @@ def build(
         CacheBuilderError: of the kind that says which step failed; no artifact is written then.
     """
     started = time.monotonic()
-    plan = planning.make(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan", done, total),
-        reuse=use_store,
-    )
-    if device == "cuda":
-        _confirm_plan(inputs, plan, progress)
-    planned = time.monotonic()
-    cubins, report = compiling.compile_all(
-        plan.kernels,
-        inputs.toolchain,
-        inputs.installation,
-        CubinStore() if use_store else NoStore(),
-        jobs,
-        lambda done, total: progress("compile", done, total),
-        grouped,
-    )
-    checked = random.sample(report.compiled, min(check_code, len(report.compiled)))
-    compiling.check(checked, cubins, inputs.toolchain, inputs.installation)
+    store = CubinStore() if use_store else NoStore()
+    jobs = jobs or compiling.available_cores()
+    key_of = compiling.StoreKeys(inputs.toolchain, inputs.installation)
+    with FrontEnds(inputs.toolchain, inputs.installation, jobs) as front_ends:
+
+        def expect(source: str, flags: tuple[str, ...]) -> None:
+            if grouped and store.get(key_of(source, flags)) is None:
+                front_ends.expect(source, flags)
+
+        plan = planning.make(
+            inputs.manifest,
+            inputs.installation,
+            inputs.toolchain,
+            lambda done, total: progress("plan", done, total),
+            reuse=use_store,
+            found=expect,
+        )
+        if device == "cuda":
+            _confirm_plan(inputs, plan, progress)
+        planned = time.monotonic()
+        cubins, report = compiling.compile_all(
+            plan.kernels,
+            inputs.toolchain,
+            inputs.installation,
+            store,
+            jobs,
+            lambda done, total: progress("compile", done, total),
+            grouped,
+            check_code,
+            front_ends,
+        )
     compiled = time.monotonic()
     with scratch_folder() as scratch:
         # On the GPU, what is launched is the finished artifact; it gets its name only afterwards.
@@ -118,9 +127,7 @@ def build(
             _launch(inputs, unproven, scratch, progress)
             packed = publish(packed, output)
     _record(report, packed, planned - started, done - compiled)
-    return Built(
-        inputs, plan, report, len(checked), packed, planned - started, done - compiled, time.monotonic() - done
-    )
+    return Built(inputs, plan, report, packed, planned - started, done - compiled, time.monotonic() - done)
 
 
 def _record(report: compiling.Report, packed: Packed, plan_seconds: float, pack_seconds: float) -> None:

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cachebuilder.compile import Task
 from cachebuilder.errors import ArtifactError
 from cachebuilder.paths import write_atomically
+from cachebuilder.pool import Step, Task
 
 #: It lies beside the artifact, under its name and this.
 RECORD_SUFFIX = ".build.json"
@@ -33,13 +33,14 @@ class Run(_Frozen):
     """One call of a compiler: what it was for, in which of the parallel jobs, and when.
 
     Attributes:
-        step: ``ptx``: sources to PTX, many kernels at once; ``cubin``: one kernel's PTX to its cubin.
+        step: ``headers``: a front end reads them, for all that follow; ``ptx``: sources to PTX, many kernels at once;
+            ``cubin``: one kernel's PTX to its cubin; ``check``: one kernel in an nvcc call of its own, to compare.
         job: from 0; as many as compilers were run at once.
         start: seconds since compiling began.
         phases: in their order; none where nvcc does not tell.
     """
 
-    step: Literal["ptx", "cubin"]
+    step: Step
     job: int
     start: float
     seconds: float

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from cachebuilder import compatibility, nvml
+from cachebuilder import compatibility, native, nvml
 from cachebuilder import toolchain as toolchains
 from cachebuilder.artifact.folder import is_restored, open_folder
 from cachebuilder.artifact.index import Index
@@ -21,7 +21,6 @@ from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
-from cachebuilder.sweep import virtual_gpu
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     except ToolchainError as error:
         problems.append(str(error))
     try:
-        c_compiler = _first_line([*virtual_gpu.find_c_compiler(), "--version"])
+        c_compiler = _first_line([*native.find_c_compiler(), "--version"])
     except InstallationError as error:
         problems.append(str(error))
     gpu = nvml.first_gpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -79,16 +79,23 @@ def make(
     toolchain: Toolchain,
     progress: sweep.Progress = lambda done, total: None,
     reuse: bool = True,
+    found: Callable[[str, tuple[str, ...]], None] = lambda source, flags: None,
 ) -> Plan:
     """Plan ``manifest``: from the user's cache folder where nothing that bears on it has changed, else by a sweep.
+
+    Args:
+        found: called with the source and the flags of each kernel that a sweep comes upon, while it goes on.
 
     Raises what `sweep.run` raises, and `PlanError` where the sweep shows something that a cache must not be built from.
     """
     kept = cache_folder() / "plans" / f"{_inputs_digest(manifest, installation, toolchain)}.json"
     if reuse and (plan := _read(kept)):
         return plan
-    found = sweep.run(manifest, installation, toolchain, progress)
-    plan = _from_sweep(manifest, installation, toolchain, found)
+    include = str(installation.include)
+    swept = sweep.run(
+        manifest, installation, toolchain, progress, lambda entry: found(entry.source, _split_command(entry, include))
+    )
+    plan = _from_sweep(manifest, installation, toolchain, swept)
     if reuse:
         write_atomically(kept, plan.model_dump_json().encode())
     return plan

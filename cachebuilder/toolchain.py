@@ -96,9 +96,20 @@ def _ask(path: Path, origin: str) -> Toolchain:
 _REPEATABLE = "-frandom-seed=deep_gemm"
 
 
+def own_command(toolchain: Toolchain, source: str, cubin: str, flags: Sequence[str], include: str) -> list[str]:
+    """The command that DeepGEMM itself gives: one source to its cubin."""
+    return [str(toolchain.nvcc), source, "--cubin", "--output-file", cubin, *flags, f"-I{include}"]
+
+
 def ptx_command(toolchain: Toolchain, source: str, ptx: str, flags: Sequence[str], include: str) -> list[str]:
     """The command that compiles one source to PTX with DeepGEMM's own flags."""
     return [str(toolchain.nvcc), source, "--ptx", "--output-file", ptx, *flags, f"-I{include}", _REPEATABLE]
+
+
+def macros_command(toolchain: Toolchain, source: str, macros: str, flags: Sequence[str], include: str) -> list[str]:
+    """The command that lists the macros that hold at the end of `ptx_command`'s source, as ``#define`` lines."""
+    listed = ["-E", "--compiler-options=-dM", "--output-file", macros]
+    return [str(toolchain.nvcc), source, *listed, *flags, f"-I{include}", _REPEATABLE]
 
 
 def cubin_command(toolchain: Toolchain, ptx: str, cubin: str, flags: Sequence[str]) -> list[str]:

@@ -51,14 +51,23 @@ class Unit:
         """What it costs until its kernels' PTX is there."""
         return UNIT_SECONDS + KERNEL_SECONDS * len(self.kernels)
 
+    @property
     def source(self) -> str:
         """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
-        if len(self.kernels) == 1:
-            return self.kernels[0].source
-        head, _ = split_source(self.kernels[0].source)
+        return self.head + self.body
+
+    @property
+    def head(self) -> str:
+        """The text up to and with the last include."""
+        return split_source(self.kernels[0].source)[0]
+
+    @property
+    def body(self) -> str:
+        """The text behind the includes."""
         parts = [split_source(kernel.source)[1] for kernel in self.kernels]
-        spaces = [f"namespace cachebuilder_{index} {{\n{part}\n}}\n" for index, part in enumerate(parts)]
-        return head + "\n" + "".join(spaces)
+        if len(parts) == 1:
+            return parts[0]
+        return "\n" + "".join(f"namespace cachebuilder_{index} {{\n{part}\n}}\n" for index, part in enumerate(parts))
 
     def halves(self) -> tuple[Unit, Unit]:
         """Two units of half the kernels each."""

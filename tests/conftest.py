@@ -10,14 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import build_record
+from cachebuilder import build_record, code
+from cachebuilder.paths import scratch_folder
+from cachebuilder.plan import Kernel
+from cachebuilder.processes import Processes
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
@@ -31,6 +34,15 @@ ops:
   - {op: fp8_gemm_nt, n: 576, k: 512}
   - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: 1, n: 256, k: 512}
 """
+
+
+def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: building.Inputs) -> None:
+    """Each kernel's code must be what nvcc makes of it alone, called as DeepGEMM calls it."""
+    with scratch_folder() as scratch:
+        for kernel in kernels:
+            own = code.compile_alone(kernel, inputs.toolchain, inputs.installation, Processes(), scratch)
+            code.require_equal(kernel, own, cubins[kernel.entry])
+
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -15,9 +15,10 @@ from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
 from cachebuilder.paths import scratch_folder
 from cachebuilder.plan import Kernel
+from cachebuilder.pool import Pool, check_order
 from cachebuilder.store import CubinStore, NoStore
 from cachebuilder.units import Unit
-from tests.conftest import MANIFESTS
+from tests.conftest import MANIFESTS, check_code
 from tests.test_plan import EVERY_OP
 
 
@@ -30,14 +31,15 @@ def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[building.I
 def compile_units(work: Sequence[Unit], inputs: building.Inputs) -> dict[str, bytes]:
     cubins: dict[str, bytes] = {}
     with scratch_folder() as scratch:
-        pool = compiling._Pool(
+        pool = Pool(
             inputs.toolchain,
             inputs.installation,
             scratch,
             2,
             lambda kernel, cubin: cubins.update({kernel.entry: cubin}),
         )
-        assert pool.run(work) == []
+        pool.run(work)
+        assert pool.failures == []
     return cubins
 
 
@@ -51,7 +53,7 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
     cubins, _ = compiling.compile_all(kernels, inputs.toolchain, inputs.installation, NoStore())
     one_of_each = {kernel.name: kernel for kernel in random.sample(kernels, len(kernels))}
     assert len(one_of_each) >= 6
-    compiling.check(list(one_of_each.values()), cubins, inputs.toolchain, inputs.installation)
+    check_code(one_of_each.values(), cubins, inputs)
 
 
 @pytest.mark.slow
@@ -60,7 +62,7 @@ def test_a_difference_in_code_is_found(built: building.Built) -> None:
     cubins, _ = compiling.compile_all([one, two], built.inputs.toolchain, built.inputs.installation, CubinStore())
     swapped = {one.entry: cubins[two.entry]}
     with pytest.raises(CompileError, match=f"{one.entry}: the code is not what nvcc makes of it alone, in .*text"):
-        compiling.check([one], swapped, built.inputs.toolchain, built.inputs.installation)
+        check_code([one], swapped, built.inputs)
 
 
 @pytest.mark.slow
@@ -74,8 +76,8 @@ def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
 
     def module(members: Sequence[Kernel]) -> str:
         with scratch_folder() as scratch:
-            pool = compiling._Pool(inputs.toolchain, inputs.installation, scratch, 1, lambda *_: None)
-            return pool._to_ptx(Unit(tuple(members)))[list(members).index(kernel)].text
+            pool = Pool(inputs.toolchain, inputs.installation, scratch, 1, lambda *_: None)
+            return pool.to_ptx(Unit(tuple(members)))[list(members).index(kernel)].text
 
     assert module([kernel]) == module(five) == module(twenty)
 
@@ -93,7 +95,7 @@ def test_kernels_with_strings_do_not_depend_on_their_unit_either(
     apart = compile_units(units.separate(kernels), inputs)
     random.shuffle(kernels)
     assert compile_units(units.group(kernels, 1), inputs) == compile_units(units.group(kernels, 2), inputs) == apart
-    compiling.check([k for k in kernels if "transpose" in k.name], apart, inputs.toolchain, inputs.installation)
+    check_code([k for k in kernels if "transpose" in k.name], apart, inputs)
 
 
 @pytest.mark.slow
@@ -115,9 +117,9 @@ def test_a_source_that_makes_another_kernel_than_it_names_is_refused(built: buil
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
     with pytest.raises(CompileError, match="wanted a kernel with template arguments"):
         modules = [ptx.KernelPtx("_Z3fooILi3EEvv", "", ()), ptx.KernelPtx("_Z3fooILi4EEvv", "", ())]
-        compiling._check_order(Unit((one, two)), modules)
+        check_order(Unit((one, two)), modules)
     with pytest.raises(CompileError, match="wanted 2 kernels in the compiled source, found 1"):
-        compiling._check_order(Unit((one, two)), modules[:1])
+        check_order(Unit((one, two)), modules[:1])
 
 
 def test_units_hold_every_kernel_once_and_only_with_its_like() -> None:

@@ -19,7 +19,7 @@ from cachebuilder.ops import OPS
 from cachebuilder.store import CubinStore
 from cachebuilder.sweep import process, virtual_gpu
 from tests import entry_points
-from tests.conftest import LEGACY, MANIFESTS
+from tests.conftest import LEGACY, MANIFESTS, check_code
 from tests.test_plan import make
 
 
@@ -36,7 +36,7 @@ def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, gener
     assert cubins.keys() == {kernel.entry for kernel in plan.kernels}
     # test_compile.py holds one kernel of every family of the engines' six GEMMs; here two of the others, at random.
     others = [kernel for kernel in plan.kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
-    compiling.check(random.sample(others, 2), cubins, inputs.toolchain, inputs.installation)
+    check_code(random.sample(others, 2), cubins, inputs)
 
 
 def test_every_op_has_a_case() -> None:

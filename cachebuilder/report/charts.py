@@ -226,7 +226,7 @@ def _labelled_rows(field: str, order: list[str]) -> alt.Y:
 
 
 def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
-    """The run cut into nvcc's phases, end to end; what they leave is nvcc's own."""
+    """The run cut into nvcc's phases, end to end; what they leave is nvcc's own. A held front end tells none."""
     if len(run.entries) == 1:
         kernel = kernels.get(run.entries[0])
         what = f"{kernel.name} {kernel.short}" if kernel else run.entries[0]
@@ -234,8 +234,9 @@ def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]
         what = f"{len(run.entries)} kernels in one source"
     pieces = [(phase.name, phase.seconds) for phase in run.phases if not phase.name.startswith("nvcc")]
     rest = run.seconds - sum(seconds for _, seconds in pieces)
+    untold = {"headers": "headers", "ptx": "cicc, forked", "cubin": "nvcc", "check": "to compare"}
     rows, at = [], run.start
-    for name, seconds in [*pieces, ("nvcc", max(rest, 0.0))]:
+    for name, seconds in [*pieces, ("nvcc" if pieces else untold[run.step], max(rest, 0.0))]:
         rows.append(
             {"job": run.job, "phase": name, "what": what, "start": round(at, 3), "end": round(at + seconds, 3)}
             | {"seconds": seconds}

@@ -7,7 +7,7 @@ and any cache roots, which is what `verify` needs; `try_on_gpu` compares results
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from cachebuilder.gpus import Gpu
 from cachebuilder.ops import OpBase
 from cachebuilder.paths import scratch_folder
 from cachebuilder.sweep.process import Compiler, DeviceName, Progress, Setting, run_child
-from cachebuilder.sweep.recorder import read_entries, recording_compiler
+from cachebuilder.sweep.recorder import Newcomers, read_entries, recording_compiler
 from cachebuilder.sweep.results import (
     Answer,
     Entry,
@@ -61,8 +61,12 @@ def run(
     installation: Installation,
     toolchain: Toolchain,
     progress: Progress = lambda done, total: None,
+    found: Callable[[Entry], None] = lambda entry: None,
 ) -> Result:
     """Sweep the manifest's ops on a virtual GPU from an empty cache.
+
+    Args:
+        found: called with each entry soon after DeepGEMM has asked for it, before the sweep's end.
 
     Raises: what `call` raises, and `PlanError` where a launched kernel has no entry.
     """
@@ -70,6 +74,13 @@ def run(
         compiler = recording_compiler(scratch, toolchain.version_text)
         root = scratch / "root"
         root.mkdir()
+        newcomers = Newcomers(root)
+
+        def look(done: int, total: int) -> None:
+            progress(done, total)
+            for entry in newcomers.take():
+                found(entry)
+
         target = manifest.target
         answer = call(
             manifest.ops,
@@ -80,7 +91,7 @@ def run(
             [root],
             scratch,
             manifest.environment,
-            progress,
+            look,
         )
         entries = read_entries(root, installation.generation)
         if lost := answer.launched - entries.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cachebuilder.deepgemm import Generation
@@ -32,17 +33,42 @@ def read_entries(root: Path, generation: Generation) -> dict[str, Entry]:
         PlanError: a folder whose name is not one of ``generation``.
     """
     found = {}
-    folders = sorted((root / "cache").iterdir()) if (root / "cache").is_dir() else []
-    for folder in folders:
-        if folder.is_symlink():
-            continue
+    for folder in _folders(root):
         if entry_files.kernel_name(generation, folder.name) is None:
             raise PlanError(f"wanted entries of the {generation} generation, found {folder.name}")
-        metadata = folder / entry_files.METADATA
-        found[folder.name] = Entry(
-            name=folder.name,
-            source=(folder / entry_files.SOURCE).read_text(),
-            arguments=(folder / "command.txt").read_text().rstrip("\n"),
-            metadata=metadata.read_text() if metadata.exists() else None,
-        )
+        found[folder.name] = _read(folder)
     return found
+
+
+class Newcomers:
+    """Entries as they come, while DeepGEMM still asks for more."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: set[str] = set()
+
+    def take(self) -> Iterator[Entry]:
+        """Those that were not there before."""
+        for folder in _folders(self._root):
+            if folder.name not in self._seen:
+                try:
+                    entry = _read(folder)
+                except FileNotFoundError:  # not whole yet
+                    continue
+                self._seen.add(folder.name)
+                yield entry
+
+
+def _folders(root: Path) -> list[Path]:
+    folders = sorted((root / "cache").iterdir()) if (root / "cache").is_dir() else []
+    return [folder for folder in folders if not folder.is_symlink()]
+
+
+def _read(folder: Path) -> Entry:
+    metadata = folder / entry_files.METADATA
+    return Entry(
+        name=folder.name,
+        source=(folder / entry_files.SOURCE).read_text(),
+        arguments=(folder / "command.txt").read_text().rstrip("\n"),
+        metadata=metadata.read_text() if metadata.exists() else None,
+    )

@@ -1,24 +1,18 @@
-"""The virtual GPU's library: compiled once with the machine's C compiler, kept in the user's cache folder."""
+"""The virtual GPU's library, and the environment in which a process sees that GPU and no other."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+from cachebuilder import native
 from cachebuilder.errors import InstallationError
 from cachebuilder.gpus import Gpu
-from cachebuilder.paths import cache_folder
 
 _HERE = Path(__file__).parent
 _SOURCE = _HERE / "virtual_gpu.c"
-_FLAGS = ["-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-Wl,-soname,libcuda.so.1"]
 
 
 def environment(gpu: Gpu) -> dict[str, str]:
@@ -45,33 +39,14 @@ def build() -> Path:
     """The library's path; compiled if this source was not yet, for this CUDA runtime, by this compiler."""
     runtime = _find_cuda_runtime()
     headers = runtime.parent.parent / "include"
-    compiler = find_c_compiler()
-    stubs = _stubs(runtime)
-    digest = hashlib.sha256()
-    for part in (
-        _SOURCE.read_bytes(),
-        (_HERE / "crt" / "host_defines.h").read_bytes(),
-        stubs.encode(),
-        (headers / "driver_types.h").read_bytes(),
-        repr((compiler, _FLAGS, runtime.name)).encode(),
-    ):
-        digest.update(hashlib.sha256(part).digest())
-    folder = cache_folder() / "virtual-gpu" / digest.hexdigest()[:32]
-    library = folder / "libcuda.so.1"
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        generated, built = Path(scratch, "unanswered.c"), Path(scratch, library.name)
-        generated.write_text(stubs)
-        major = runtime.name.rpartition(".so.")[2].split(".")[0]
-        command = [*compiler, *_FLAGS, f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"]
-        command += ["-o", str(built), str(_SOURCE), str(generated), "-ldl"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InstallationError(f"the virtual GPU did not compile: {shlex.join(command)}\n{done.stderr.strip()}")
-        os.replace(built, library)  # another build may have put the same there meanwhile: equal by construction
-    return library
+    major = runtime.name.rpartition(".so.")[2].split(".")[0]
+    return native.shared_library(
+        "libcuda.so.1",
+        "virtual GPU",
+        [_SOURCE, _stubs(runtime)],
+        ["-Wl,-soname,libcuda.so.1", f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"],
+        [(_HERE / "crt" / "host_defines.h").read_bytes(), (headers / "driver_types.h").read_bytes()],
+    )
 
 
 def _stubs(runtime: Path) -> str:
@@ -108,13 +83,3 @@ def _find_cuda_runtime() -> Path:
         f"wanted a CUDA build of torch with its runtime wheel, found {torch} without libcudart and its headers",
         hint="install torch from PyPI: it brings nvidia-cuda-runtime; a CPU build has none",
     )
-
-
-def find_c_compiler() -> list[str]:
-    """``$CC``, else the first of cc, gcc, clang."""
-    if given := os.environ.get("CC"):
-        return shlex.split(given)
-    for name in ("cc", "gcc", "clang"):
-        if path := shutil.which(name):
-            return [path]
-    raise InstallationError("wanted a C compiler for the virtual GPU, found none", hint="apt-get install gcc")

@@ -1,0 +1,119 @@
+"""A front end that is held behind the headers and forked for each source."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import compile as compiling
+from cachebuilder.build import Built
+from cachebuilder.errors import CompileError
+from cachebuilder.front_end import FrontEnd, FrontEnds
+from cachebuilder.plan import Kernel
+from cachebuilder.pool import Pool
+from cachebuilder.store import NoStore
+from cachebuilder.units import Unit
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def family(built: Built) -> tuple[Kernel, ...]:
+    """Kernels with the same includes and flags."""
+    return tuple(kernel for kernel in built.plan.kernels if "gemm" in kernel.name)[:3]
+
+
+@pytest.fixture(scope="module")
+def held(built: Built, family: tuple[Kernel, ...]) -> Iterator[FrontEnd]:
+    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 2) as front_ends:
+        held = front_ends.of(family[0].source, family[0].flags)
+        assert held.open(), "this nvcc's front end cannot be held"
+        yield held
+
+
+def test_it_makes_the_ptx_of_an_nvcc_that_reads_all_itself(
+    built: Built, family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
+) -> None:
+    pool = Pool(built.inputs.toolchain, built.inputs.installation, tmp_path, 2, lambda *_: None)
+    for unit in (Unit(family), Unit(family[:1])):
+        assert held.takes(unit.body)
+        assert pool.to_ptx(unit, held) == pool.to_ptx(unit)
+
+
+def test_a_bad_source_is_refused_with_its_own_line_and_the_next_one_compiled(
+    family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
+) -> None:
+    unit = Unit(family[:1])
+    (bad, good) = (tmp_path / "bad", tmp_path / "good")
+    bad.mkdir()
+    good.mkdir()
+    line = unit.source.count("\n") + 1
+    with pytest.raises(CompileError, match=rf'(?s)kernel\.cu\({line}\).*"not today"'):
+        held.compile(unit.body + 'static_assert(false, "not today");', bad)
+    held.compile(unit.body, good)
+    assert ".entry" in (good / "kernel.ptx").read_text()
+
+
+def test_what_the_preprocessor_would_change_is_left_to_it(held: FrontEnd, family: tuple[Kernel, ...]) -> None:
+    body = Unit(family).body
+    for text in ("int x = __LINE__;", "#pragma once", "auto x = INT_MAX;", "int x = __COUNTER__;"):
+        assert held.takes(body) and not held.takes(body + text)
+
+
+def test_one_that_is_killed_is_an_error_and_nobody_waits_for_it(
+    built: Built, family: tuple[Kernel, ...], tmp_path: Path
+) -> None:
+    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 1) as front_ends:
+        killed = front_ends.of(family[0].source, family[0].flags)
+        assert killed.open() and killed._process is not None
+        os.killpg(killed._process.pid, signal.SIGKILL)
+        with pytest.raises(CompileError, match="front end ended"):
+            killed.compile("", tmp_path)
+
+
+def test_a_compiler_that_cannot_be_held_compiles_as_ever(
+    built: Built, family: tuple[Kernel, ...], tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {built.inputs.toolchain.nvcc} "$@"\n')
+    nvcc.chmod(0o755)
+    inputs = dataclasses.replace(built.inputs, toolchain=dataclasses.replace(built.inputs.toolchain, nvcc=nvcc))
+    with FrontEnds(inputs.toolchain, inputs.installation, 2) as front_ends:
+        front_ends.expect(family[0].source, family[0].flags)
+        assert not front_ends.of(family[0].source, family[0].flags).open()
+        cubins, _ = compiling.compile_all(
+            family[:1], inputs.toolchain, inputs.installation, NoStore(), front_ends=front_ends
+        )
+    assert cubins == compiling.compile_all(family[:1], inputs.toolchain, inputs.installation, NoStore())[0]
+
+
+def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[str] = []
+    before = FrontEnds.expect
+
+    def expect(self: FrontEnds, source: str, flags: tuple[str, ...]) -> None:
+        expected.append(source)
+        before(self, source, flags)
+
+    monkeypatch.setattr(FrontEnds, "expect", expect)
+    done = building.build(building.find_inputs(small), tmp_path / "a.tar.zst", use_store=False)
+    assert {kernel.source for kernel in done.plan.kernels} <= set(expected)
+    steps = [task.step for task in done.compiled.tasks]
+    assert steps.count("headers") >= 1 and steps.count("check") == 1
+    left = [path for path in Path("/proc").glob("[0-9]*/comm") if _is_cicc(path)]
+    assert not left, f"cicc still runs: {left}"
+
+
+def _is_cicc(path: Path) -> bool:
+    try:
+        return path.read_text() == "cicc\n" and Path(path.with_name("status")).read_text().find("PPid:\t1\n") >= 0
+    except OSError:
+        return False
