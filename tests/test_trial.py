@@ -100,6 +100,42 @@ def paged(
     return torch.cat(rows)[:, :most]
 
 
+def mx(pair: Any, width: int = 128) -> Any:
+    """Values of data […, D] whose scales are four exponents in an int32."""
+    data, scales = pair
+    exponents = scales.contiguous().view(torch.uint8).view(*scales.shape, 4).int()
+    return data.float() * (exponents - 127).float().exp2().repeat_interleave(width // 4, -1)
+
+
+def sparse(q: Any, kv: Any, weights: Any, schedule: Any, blocks: int, block: int, use_unaligned_ks: bool) -> Any:
+    """The schedule stands for what DeepGEMM's holds: starts and blocks of each row."""
+    starts, chosen = schedule
+    queries, keys = mx(q), mx(kv)
+    logits = torch.zeros(len(weights), blocks * block)
+    for row, own in enumerate(chosen.tolist()):
+        whole = one_by_one(queries[row : row + 1], keys, weights[row : row + 1])[0]
+        for j, number in enumerate(own):
+            at = number * block + int(starts[row]) % block
+            logits[row, j * block : (j + 1) * block] = whole[at : at + block]
+    return logits
+
+
+def paged_sparse(q: Any, cache: Any, weights: Any, schedule: Any, blocks: int, block: int) -> Any:
+    table, chosen = schedule
+    pages, size, _, width = cache.shape
+    whole_pages = torch.stack(
+        [cache[page].as_strided((size * width,), (1,), cache[page].storage_offset()) for page in range(pages)]
+    )
+    data = whole_pages[:, : size * 128].reshape(pages, size, 128).contiguous().view(torch.float8_e4m3fn)
+    scales = whole_pages[:, size * 128 :].contiguous().view(torch.int32)
+    rows = [
+        sparse((q[0][i : i + 1, 0], q[1][i : i + 1, 0]), (data[own].flatten(0, 1), scales[own].flatten()),
+               weights[i : i + 1], (torch.zeros(1), chosen[i : i + 1]), blocks, block, False)
+        for i, own in enumerate(table.long())
+    ]  # fmt: skip
+    return torch.cat(rows)
+
+
 def k_grouped(a: Any, b: Any, d: Any, ks: Any, layout: Any, c: Any, **_: Any) -> None:
     scales = lambda x: x[1].repeat_interleave(128, 0) if isinstance(x, tuple) else 1.0  # noqa: E731
     data = lambda x: (x[0] if isinstance(x, tuple) else x).float()  # noqa: E731
@@ -165,6 +201,9 @@ PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_mqa_logits": (logits, {"heads": 32, "max_tokens": 64}),
     "fp8_fp4_mqa_logits": (logits, {"heads": 32, "max_tokens": 64, "compressed": True}),
     "fp8_paged_mqa_logits": (paged, {"heads": 32, "max_batch": 40, "next_n": 2}),
+    "fp8_fp4_sparse_mqa_logits": (sparse, {"heads": 8, "block": 16, "blocks": 32, "unaligned": True, "max_tokens": 64}),
+    "fp8_fp4_sparse_mqa_logits aligned": (sparse, {"heads": 8, "block": 8, "blocks": 132, "max_tokens": 64}),
+    "fp8_fp4_paged_sparse_mqa_logits": (paged_sparse, {"heads": 8, "block": 16, "blocks": 32, "max_batch": 64}),
     "k_grouped_bf16_gemm_tn_contiguous": (k_grouped, {"experts": 3, "m": 64, "n": 32, "max_k": 512}),
     "k_grouped_fp8_gemm_tn_contiguous": (k_grouped, {"experts": 3, "m": 64, "n": 32, "max_k": 512}),
     "fp8_mega_moe": (mega_moe, MOE),
@@ -187,6 +226,8 @@ def device(function: Any) -> Device:
     functions = dict.fromkeys(map(op_name, PLAYED), function) | {
         "get_mk_alignment_for_contiguous_layout": lambda: 128,
         "get_num_sms": lambda: 132,
+        "get_sparse_mqa_logits_metadata": lambda starts, ends, keys, chosen, *_, **__: (starts, chosen),
+        "get_paged_sparse_mqa_logits_metadata": lambda lengths, table, rows, page, chosen, *_: (table, chosen),
         "get_symm_buffer_for_sm90_mega_moe": mega_buffer,
         "transform_weights_for_mega_moe_sm90": lambda first, second: (first, second),
         "get_paged_mqa_logits_metadata": lambda lengths, page, slots: torch.zeros(slots + 1, 2, dtype=torch.int32),
