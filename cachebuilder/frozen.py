@@ -54,6 +54,15 @@ def frozen_nvcc(dir: Path) -> Path:
     return dir / FOLDER / "bin" / "nvcc"
 
 
+def is_frozen(nvcc: Path) -> bool:
+    """Whether ``nvcc`` is a frozen one, of any folder; the script asks the same of what it finds on PATH."""
+    try:
+        with nvcc.open("rb") as file:
+            return file.read(256).startswith(_TEMPLATE.read_bytes()[:64])
+    except OSError:
+        return False
+
+
 def version_text(dir: Path) -> str | None:
     """What the frozen nvcc of DIR answers; None where there is none yet."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,13 +11,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.scalarstring import LiteralScalarString
 
 from cachebuilder import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.ops import OPS, Op, OpBase
 from cachebuilder.ops.base import TokenOp, Tokens
-from cachebuilder.paths import write_atomically
 
 #: A manifest is a page of shapes, and perhaps hundreds of kernel sources of a page each.
 _MAX_BYTES = 4 << 20
@@ -80,7 +77,7 @@ class Toolchain(BaseModel):
 
 
 class Source(BaseModel):
-    """A kernel that no op asks for, as DeepGEMM wrote it: `cachebuilder misses --add-to` finds them."""
+    """A kernel that no op asks for, as DeepGEMM wrote it: `cachebuilder record` and `misses --add-to` find them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -98,8 +95,10 @@ class Manifest(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the artifact")]
     target: Target
-    max_tokens: Annotated[Tokens, Field(description="the engine's max_num_batched_tokens")]
-    ops: Annotated[list[Op], Field(min_length=1, description="the GEMM shapes")]
+    max_tokens: Annotated[
+        Tokens | None, Field(description="the engine's max_num_batched_tokens; for ops that have none of their own")
+    ] = None
+    ops: Annotated[list[Op], Field(description="the GEMM shapes; may be none where there are sources")] = []
     sources: Annotated[list[Source], Field(description="kernels to build beside those that the ops ask for")] = []
     toolchain: Toolchain | None = None
     environment: Annotated[
@@ -116,6 +115,8 @@ class Manifest(BaseModel):
             if reason := op.unsupported(self.target.gpu.major):
                 raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
             if isinstance(op, TokenOp) and op.max_tokens is None:
+                if self.max_tokens is None:
+                    raise _RefusedOp(index, "max_tokens: missing, here or for the whole manifest")
                 op = op.model_copy(update={"max_tokens": self.max_tokens})
             identity = op.model_dump_json(exclude={"max_tokens", "max_m"})
             if identity in seen:
@@ -125,6 +126,8 @@ class Manifest(BaseModel):
             seen[identity] = index
             filled.append(op)
         object.__setattr__(self, "ops", filled)
+        if not self.ops and not self.sources:
+            raise ValueError("wanted ops, or sources; found neither")
         texts = [source.source for source in self.sources]
         if twice := [index for index, text in enumerate(texts) if text in texts[:index]]:
             raise ValueError(f"sources[{twice[0]}] is the same as sources[{texts.index(texts[twice[0]])}]")
@@ -171,39 +174,6 @@ def parse(data: bytes, name: str = "manifest") -> Manifest:
     except ValidationError as error:
         lines = [f"{name}:{_line(tree, loc)}: {text}" for loc, text in map(_describe, error.errors())]
         raise ManifestError("\n".join(lines)) from None
-
-
-def add_sources(path: Path, sources: Sequence[tuple[str, str]]) -> int:
-    """Write kernels into the manifest at ``path`` as `Source`, its comments kept; returns how many were new to it.
-
-    Args:
-        sources: for each kernel its text and a comment to stand above it.
-
-    Raises:
-        ManifestError: ``path`` is no manifest, before or after; it is left as it was then.
-    """
-    manifest, data = load(path)
-    known = {source.source for source in manifest.sources}
-    new = {text: comment for text, comment in sources if text not in known}
-    if not new:
-        return 0
-    yaml = YAML(typ="rt")
-    yaml.preserve_quotes = True
-    yaml.width = 1 << 16  # no line of the writer's is folded
-    tree = yaml.load(data.decode())
-    listed = tree.setdefault("sources", CommentedSeq())
-    for text, comment in new.items():
-        listed.append(CommentedMap(source=LiteralScalarString(text)))
-        listed.yaml_set_comment_before_after_key(len(listed) - 1, before=comment, indent=2)
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    written = io.BytesIO()
-    yaml.dump(tree, written)
-    read_back = parse(written.getvalue(), str(path))
-    wanted = [*(source.source for source in manifest.sources), *new]
-    if [source.source for source in read_back.sources] != wanted or read_back.ops != manifest.ops:
-        raise ManifestError(f"{path}: a source cannot be written as YAML without a change: add it by hand")
-    write_atomically(path, written.getvalue())
-    return len(new)
 
 
 def _plain(node: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -132,35 +132,37 @@ def _version(distribution: str) -> str | None:
 
 
 def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolchain, found: sweep.Result) -> Plan:
-    if not found.entries:
+    if not found.entries and not manifest.sources:
         raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own: there is nothing to build")
     include = str(installation.include)
-    commands = {entry.name: _split_command(entry, include) for entry in found.entries.values()}
-    names = {entry: entry_files.kernel_name(found.generation, entry) or "" for entry in found.entries}
+    asked = found.entries | found.checked
+    commands = {entry.name: _split_command(entry, include) for entry in asked.values()}
+    names = {entry: entry_files.kernel_name(found.generation, entry) or "" for entry in asked}
     _check_flags(names, commands)
     if found.generation == "legacy":
-        _check_legacy_names(found, names, toolchain)
+        _check_legacy_names(asked.values(), names, toolchain)
     selected_by = selections(found.sweeps)
-    kernels = tuple(
+    known = tuple(
         Kernel(
             entry=entry.name,
             name=names[entry.name],
             source=entry.source,
             flags=commands[entry.name],
             metadata=_portable_metadata(entry, found.cache_root, installation),
-            selected_by=selected_by[entry.name],
+            selected_by=selected_by.get(entry.name, ()),
         )
-        for entry in found.entries.values()
+        for entry in asked.values()
     )
-    extra = _from_sources(manifest, kernels, installation, toolchain, found)
-    kernels = tuple(sorted((*kernels, *extra), key=lambda kernel: kernel.entry))
-    first = next(iter(found.entries.values()))
+    planned = [kernel for kernel in known if kernel.entry in found.entries]
+    extra = _from_sources(manifest, planned, known, installation, toolchain, found)
+    kernels = tuple(sorted((*planned, *extra), key=lambda kernel: kernel.entry))
+    first = next(iter(asked.values()))
     legacy = found.generation == "legacy"
     return Plan(
         generation=found.generation,
         gpu=manifest.target.gpu,
         sm_counts=tuple(manifest.target.all_sm_counts),
-        arch=_arch(kernels[0].flags),
+        arch=_arch(known[0].flags),
         include=include if legacy else None,
         legacy_flags=_legacy_flags(first) if legacy else None,
         ops=tuple(op.model_dump(mode="json") for op in manifest.ops),
@@ -175,43 +177,44 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
 def _from_sources(
     manifest: Manifest,
     planned: Sequence[Kernel],
+    known: Sequence[Kernel],
     installation: Installation,
     toolchain: Toolchain,
     found: sweep.Result,
 ) -> tuple[Kernel, ...]:
-    """The kernels that the manifest gives as text, but for those that its ops ask for.
+    """The kernels that the manifest gives as text, but for the ``planned`` ones, which its ops ask for.
 
-    DeepGEMM names and compiles them as it does the planned ones of the same family, so these tell the name and the
-    flags; that the key's formula holds is seen on one planned kernel first.
+    DeepGEMM names and compiles them as it does the ``known`` ones of the same family, so these tell the name and the
+    flags; that the key's formula holds is seen on one of these first.
     """
-    known = {kernel.source for kernel in planned}
-    wanted = [(number, given) for number, given in enumerate(manifest.sources) if given.source not in known]
+    covered = {kernel.source for kernel in planned}
+    wanted = [(number, given) for number, given in enumerate(manifest.sources) if given.source not in covered]
     if not wanted:
         return ()
 
     def entry(name: str, source: str) -> str:
         if found.generation == "legacy":
-            flags = _legacy_flags(next(iter(found.entries.values())))
+            flags = _legacy_flags(next(iter((found.entries | found.checked).values())))
             return entry_files.legacy_entry(name, toolchain.release, flags, source)
         cutlass = installation.cutlass_version
         return entry_files.deepjit_entry(
-            name, toolchain.version_text, cutlass, planned[0].flags, source, installation.include
+            name, toolchain.version_text, cutlass, known[0].flags, source, installation.include
         )
 
-    first = planned[0]
+    first = known[0]
     if entry(first.name, first.source) != first.entry:
         raise PlanError(
             f"sources cannot be planned, the key's formula does not hold for this DeepGEMM: wanted {first.entry}, "
             f"found {entry(first.name, first.source)}",
             hint="leave sources out of the manifest and give the ops that ask for these kernels",
         )
-    if others := sorted({" ".join(k.flags) for k in planned if k.flags != first.flags}):
+    if others := sorted({" ".join(k.flags) for k in known if k.flags != first.flags}):
         raise PlanError(f"sources cannot be planned: wanted one set of flags, found {' '.join(first.flags)}, {others}")
     kernels = []
     for number, given in wanted:
         where = f"sources[{number}]"
-        name = given.kernel or _name_by_family(where, given.source, planned)
-        _check_source(where, given.source, planned, installation)
+        name = given.kernel or _name_by_family(where, given.source, known)
+        _check_source(where, given.source, known, installation)
         try:
             key = entry(name, given.source)
         except OSError as error:
@@ -230,10 +233,10 @@ def _from_sources(
     return tuple(kernels)
 
 
-def _name_by_family(where: str, source: str, planned: Sequence[Kernel]) -> str:
-    """DeepGEMM's name for a kernel, from the planned ones that instantiate the same template for the same GemmType."""
+def _name_by_family(where: str, source: str, known: Sequence[Kernel]) -> str:
+    """DeepGEMM's name for a kernel, from the known ones that instantiate the same template for the same GemmType."""
     wanted = family(source)
-    names = sorted({kernel.name for kernel in planned if family(kernel.source) == wanted})
+    names = sorted({kernel.name for kernel in known if family(kernel.source) == wanted})
     if len(names) != 1:
         what = " ".join(filter(None, wanted)) or "a kernel of no known template"
         raise PlanError(
@@ -243,16 +246,16 @@ def _name_by_family(where: str, source: str, planned: Sequence[Kernel]) -> str:
     return names[0]
 
 
-def _check_source(where: str, source: str, planned: Sequence[Kernel], installation: Installation) -> None:
+def _check_source(where: str, source: str, known: Sequence[Kernel], installation: Installation) -> None:
     """Raises `PlanError` for a kernel of another arch, or of other headers (legacy writes their hash into it)."""
-    template, ours = family(source)[0] or "", _arch(planned[0].flags)
+    template, ours = family(source)[0] or "", _arch(known[0].flags)
     arch = re.match(r"sm(\d+)_", template)
     if arch and not ours.startswith(f"sm_{arch[1][:-1]}"):
         raise PlanError(f"{where}: wanted a kernel for {ours}, found {template}")
     if installation.generation == "deepjit":
         return
     head, _, body = source.partition("\n")
-    for kernel in planned:
+    for kernel in known:
         its_head, _, its_body = kernel.source.partition("\n")
         if includes(its_body) == includes(body) and its_head != head:
             raise PlanError(
@@ -295,9 +298,9 @@ def _legacy_flags(entry: sweep.Entry) -> str:
     return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
 
 
-def _check_legacy_names(found: sweep.Result, names: dict[str, str], toolchain: Toolchain) -> None:
+def _check_legacy_names(asked: Iterable[sweep.Entry], names: dict[str, str], toolchain: Toolchain) -> None:
     """Every entry's name recomputed from the formula must be the one DeepGEMM chose: relocation hangs on it."""
-    for entry in found.entries.values():
+    for entry in asked:
         expected = entry_files.legacy_entry(names[entry.name], toolchain.release, _legacy_flags(entry), entry.source)
         if expected != entry.name:
             raise PlanError(

@@ -48,7 +48,8 @@ def test_explicit_gpu_fields_are_taken() -> None:
         pytest.param(f"{HEAD}ops:\n- {OP.replace('576', '0')}", 5, "greater than or equal to 8, found 0", id="zero"),
         pytest.param(f"{HEAD}ops:\n- {OP.replace('576', chr(34) + '576' + chr(34))}", 5, "wanted integer, found '576'", id="text"),
         pytest.param(f"{HEAD}ops: [{OP.replace('576', 'true')}]", 4, "wanted integer, found True", id="bool"),
-        pytest.param(f"{HEAD}ops: []", 4, "at least 1 item", id="no-ops"),
+        pytest.param(f"{HEAD}ops: []", 1, "wanted ops, or sources; found neither", id="no-ops"),
+        pytest.param(f"name: x\ntarget: {{gpu: H200}}\nops:\n- {OP}", 4, "ops[0]: max_tokens: missing", id="no-maximum"),
         pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP}", 6, "the same shape as ops[0]", id="duplicate-op"),
         pytest.param(HEAD.replace("H200", "GH2O0") + f"ops: [{OP}]", 2, "did you mean GH200?", id="gpu"),
         pytest.param(HEAD.replace("H200}", "H200, sm_counts: [133]}") + f"ops: [{OP}]", 2, "up to H200's 132", id="sms"),
@@ -73,7 +74,7 @@ def test_what_is_no_manifest_is_refused(text: str) -> None:
 
 
 def test_every_error_is_listed_not_only_the_first() -> None:
-    assert len(refused(f"name: x\ntarget: {{gpu: H2OO}}\nops:\n- {OP.replace('576', '577')}").splitlines()) == 3
+    assert len(refused(f"name: ../x\ntarget: {{gpu: H2OO}}\nops:\n- {OP.replace('576', '577')}").splitlines()) == 3
 
 
 def test_a_manifest_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import misses
+from cachebuilder import misses, sources
 from cachebuilder import plan as planning
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
-from cachebuilder.manifest import add_sources
+from cachebuilder.sources import NewSource
 from tests.conftest import SMALL, Run
 from tests.restored import check
 from tests.test_plan import EVERY_OP
@@ -182,7 +182,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
     (tmp_path / "m.yaml").write_text(SMALL)
     kernel = "sm90_fp8_gemm_1d2d" if "GemmType" not in change[0] else None
-    add_sources(tmp_path / "m.yaml", [(source.replace(*change), "changed")])
+    sources.add(tmp_path / "m.yaml", [NewSource(source.replace(*change), "changed")])
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
@@ -200,7 +200,8 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
 def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_path: Path) -> None:
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
     (tmp_path / "m.yaml").write_text(SMALL)
-    add_sources(tmp_path / "m.yaml", [(f"// of other headers\n{source.partition(chr(10))[2]}", "old")])
+    text = f"// of other headers\n{source.partition(chr(10))[2]}"
+    sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
     inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)

@@ -189,6 +189,23 @@ def test_an_unknown_decoder_says_what_it_could_not_tell() -> None:
     assert "# Not known:" in manifest_text(config_of(configs.UNKNOWN), serving_of(), derived)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "version", "paged"),
+    [
+        pytest.param("B200", "0.33.0", [(2048, 1, True)], id="each-row-by-itself"),
+        pytest.param("B200", "0.32.0", [(1024, 1, None), (1024, 2, None)], id="before-that"),
+        pytest.param("H200", "0.33.0", [(1024, 1, None), (1024, 2, None)], id="not-on-sm90"),
+    ],
+)
+def test_vllm_decodes_with_rows_of_their_own_on_sm100(
+    gpu: str, version: str, paged: list[tuple[int, int, bool | None]]
+) -> None:
+    derived = derive(config_of(configs.DEEPSEEK_V32), serving_of("vllm", gpu, version, tp=8))
+    for name in ("fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata"):
+        ops: list[Any] = [item.op for item in derived.ops if item.op.op == name]
+        assert [(op.max_batch, op.next_n, op.varlen) for op in ops] == paged
+
+
 class TestLargestM:
     """Over which M each engine calls."""
 

@@ -100,6 +100,42 @@ def paged(
     return torch.cat(rows)[:, :most]
 
 
+def mx(pair: Any, width: int = 128) -> Any:
+    """Values of data […, D] whose scales are four exponents in an int32."""
+    data, scales = pair
+    exponents = scales.contiguous().view(torch.uint8).view(*scales.shape, 4).int()
+    return data.float() * (exponents - 127).float().exp2().repeat_interleave(width // 4, -1)
+
+
+def sparse(q: Any, kv: Any, weights: Any, schedule: Any, blocks: int, block: int, use_unaligned_ks: bool) -> Any:
+    """The schedule stands for what DeepGEMM's holds: starts and blocks of each row."""
+    starts, chosen = schedule
+    queries, keys = mx(q), mx(kv)
+    logits = torch.zeros(len(weights), blocks * block)
+    for row, own in enumerate(chosen.tolist()):
+        whole = one_by_one(queries[row : row + 1], keys, weights[row : row + 1])[0]
+        for j, number in enumerate(own):
+            at = number * block + int(starts[row]) % block
+            logits[row, j * block : (j + 1) * block] = whole[at : at + block]
+    return logits
+
+
+def paged_sparse(q: Any, cache: Any, weights: Any, schedule: Any, blocks: int, block: int) -> Any:
+    table, chosen = schedule
+    pages, size, _, width = cache.shape
+    whole_pages = torch.stack(
+        [cache[page].as_strided((size * width,), (1,), cache[page].storage_offset()) for page in range(pages)]
+    )
+    data = whole_pages[:, : size * 128].reshape(pages, size, 128).contiguous().view(torch.float8_e4m3fn)
+    scales = whole_pages[:, size * 128 :].contiguous().view(torch.int32)
+    rows = [
+        sparse((q[0][i : i + 1, 0], q[1][i : i + 1, 0]), (data[own].flatten(0, 1), scales[own].flatten()),
+               weights[i : i + 1], (torch.zeros(1), chosen[i : i + 1]), blocks, block, False)
+        for i, own in enumerate(table.long())
+    ]  # fmt: skip
+    return torch.cat(rows)
+
+
 def k_grouped(a: Any, b: Any, d: Any, ks: Any, layout: Any, c: Any, **_: Any) -> None:
     scales = lambda x: x[1].repeat_interleave(128, 0) if isinstance(x, tuple) else 1.0  # noqa: E731
     data = lambda x: (x[0] if isinstance(x, tuple) else x).float()  # noqa: E731
@@ -117,6 +153,41 @@ def nn(a: Any, b: Any, d: Any, **_: Any) -> None:
     d.copy_(a.float() @ b.float())
 
 
+def mega_buffer(group: Any, experts: int, tokens: int, topk: int, hidden: int, intermediate: int) -> Any:
+    tokens = -(-tokens // 128) * 128
+    return SimpleNamespace(
+        x=torch.zeros(tokens, hidden, dtype=torch.int8),
+        x_sf=torch.zeros(tokens, hidden // 128),
+        topk_idx=torch.zeros(tokens, topk, dtype=torch.int64),
+        topk_weights=torch.zeros(tokens, topk),
+    )
+
+
+def mega_moe(y: Any, first: Any, second: Any, there: Any, activation_clamp: float | None) -> None:
+    """One token and one expert at a time."""
+    x = spread(there.x.view(torch.float8_e4m3fn), there.x_sf)
+    first, second = spread(*first), spread(*second)
+    limit = activation_clamp or math.inf
+    for token in range(len(y)):
+        total = torch.zeros(y.shape[1])
+        for expert, weight in zip(there.topk_idx[token].tolist(), there.topk_weights[token].tolist(), strict=True):
+            both = first[expert] @ x[token]
+            gate, up = both[: len(both) // 2].clamp(max=limit), both[len(both) // 2 :].clamp(-limit, limit)
+            blocks = (gate / (1 + (-gate).exp()) * up * weight).view(-1, 64)
+            scale = blocks.abs().max(1, keepdim=True).values / 448
+            total += (second[expert] @ ((blocks / scale).to(torch.float8_e4m3fn).float() * scale).flatten()).bfloat16()
+        y[token] = total
+
+
+def sm90_pre_dispatch(x: Any, chosen: Any, weights: Any, into: Any, sf: Any, ids: Any, ws: Any, tokens: int) -> None:
+    blocks = x.float().view(tokens, -1, 128)
+    sf[:tokens] = blocks.abs().amax(-1) / 448
+    into[:tokens] = (blocks / sf[:tokens, :, None]).flatten(1).to(torch.float8_e4m3fn)
+    ids.fill_(-1), ws.fill_(0)
+    ids[:tokens], ws[:tokens] = chosen, weights
+
+
+MOE = {"ranks": 1, "experts": 8, "topk": 2, "hidden": 256, "intermediate": 128, "max_tokens": 64}
 PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_gemm_nt accumulating": (
         accumulating,
@@ -130,8 +201,14 @@ PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_mqa_logits": (logits, {"heads": 32, "max_tokens": 64}),
     "fp8_fp4_mqa_logits": (logits, {"heads": 32, "max_tokens": 64, "compressed": True}),
     "fp8_paged_mqa_logits": (paged, {"heads": 32, "max_batch": 40, "next_n": 2}),
+    "fp8_fp4_sparse_mqa_logits": (sparse, {"heads": 8, "block": 16, "blocks": 32, "unaligned": True, "max_tokens": 64}),
+    "fp8_fp4_sparse_mqa_logits aligned": (sparse, {"heads": 8, "block": 8, "blocks": 132, "max_tokens": 64}),
+    "fp8_fp4_paged_sparse_mqa_logits": (paged_sparse, {"heads": 8, "block": 16, "blocks": 32, "max_batch": 64}),
     "k_grouped_bf16_gemm_tn_contiguous": (k_grouped, {"experts": 3, "m": 64, "n": 32, "max_k": 512}),
     "k_grouped_fp8_gemm_tn_contiguous": (k_grouped, {"experts": 3, "m": 64, "n": 32, "max_k": 512}),
+    "fp8_mega_moe": (mega_moe, MOE),
+    "fp8_mega_moe clamped": (mega_moe, MOE | {"activation_clamp": 7.0}),
+    "mega_moe_pre_dispatch_sm90": (sm90_pre_dispatch, MOE),
     "fp8_gemm_nt": (dense, {"n": 256, "k": 384, "max_tokens": 64}),
     "bf16_gemm_nt": (dense, {"n": 256, "k": 384, "max_tokens": 64, "out_dtype": "float32"}),
     "m_grouped_fp8_gemm_nt_contiguous": (contiguous, {"experts": 3, "topk": 2, "n": 128, "k": 256, "max_tokens": 400}),
@@ -149,6 +226,10 @@ def device(function: Any) -> Device:
     functions = dict.fromkeys(map(op_name, PLAYED), function) | {
         "get_mk_alignment_for_contiguous_layout": lambda: 128,
         "get_num_sms": lambda: 132,
+        "get_sparse_mqa_logits_metadata": lambda starts, ends, keys, chosen, *_, **__: (starts, chosen),
+        "get_paged_sparse_mqa_logits_metadata": lambda lengths, table, rows, page, chosen, *_: (table, chosen),
+        "get_symm_buffer_for_sm90_mega_moe": mega_buffer,
+        "transform_weights_for_mega_moe_sm90": lambda first, second: (first, second),
         "get_paged_mqa_logits_metadata": lambda lengths, page, slots: torch.zeros(slots + 1, 2, dtype=torch.int32),
     }
     return Device(torch, SimpleNamespace(**functions), "cpu")  # type: ignore[arg-type]
@@ -178,7 +259,7 @@ def test_equal_seeds_give_equal_inputs(name: str) -> None:
 #: Those whose output the caller allocates, and that do not add to what it held.
 FILLED = [name for name in PLAYED if "logits" not in name and "k_grouped" not in name and "accumulating" not in name]
 #: Of these, the ones with a single output.
-ONE_OUTPUT = [name for name in FILLED if name != "tf32_hc_prenorm_gemm"]
+ONE_OUTPUT = [name for name in FILLED if name != "tf32_hc_prenorm_gemm" and "dispatch" not in name]
 
 
 @pytest.mark.parametrize("name", FILLED)
@@ -197,13 +278,13 @@ def test_a_row_written_behind_the_output_is_found(name: str) -> None:
 
     def overrun(*arguments: Any, **options: Any) -> None:
         function(*arguments, **options)
-        d = arguments[3] if isinstance(arguments[0], str) else arguments[2]
+        d = arguments[3] if isinstance(arguments[0], str) else arguments[0 if "moe" in name else 2]
         d.as_strided((1, d.shape[-1]), (d.shape[-1], 1), d.numel()).fill_(0)
 
     there = device(overrun)
     trial = op.trial(there, 2 * op.points(there).step, seed=0)
     width = trial.outputs[0].actual.shape[1]
-    assert trial.problems() == [f"d: {width} elements were written that must not be"]
+    assert trial.problems() == [f"{trial.outputs[0].name}: {width} elements were written that must not be"]
 
 
 def test_one_wrong_row_among_many_is_found() -> None:

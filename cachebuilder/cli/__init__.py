@@ -16,7 +16,7 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, mea
 
 #: Each is the command of that name in the module of that name; a hyphen is an underscore there.
 VERBS = (
-    *("manifest", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
+    *("manifest", "record", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
     *("keygen", "sign", "verify-signature"),
     *("report", "explain", "gpus", "schema"),
 )

@@ -46,16 +46,18 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
 
 
 def _add(found: reading.Log, manifest: Path) -> None:
-    from cachebuilder.manifest import add_sources  # pydantic's import is slow, and only this needs it
+    from cachebuilder import sources  # pydantic's import is slow, and only this needs it
 
-    sources = [
-        (miss.source, f"{miss.kernel}: missed {_times(miss)}, not in {', '.join(miss.artifacts) or 'the cache'}")
+    known = [
+        sources.NewSource(
+            miss.source, f"{miss.kernel}: missed {_times(miss)}, not in {', '.join(miss.artifacts) or 'the cache'}"
+        )
         for miss in found.misses
         if miss.source is not None
     ]
-    added = add_sources(manifest, sources)
-    click.echo(f"{manifest}: {added} sources added, {len(sources) - added} there already", err=True)
-    if lost := len(found.misses) - len(sources):
+    added = sources.add(manifest, known)
+    click.echo(f"{manifest}: {added} sources added, {len(known) - added} there already", err=True)
+    if lost := len(found.misses) - len(known):
         click.echo(f"note: of {lost} kernels no copy of the source was kept: add their ops by hand", err=True)
 
 

@@ -51,6 +51,10 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
                 table.line(
                     "  nothing to compile:", "this DeepGEMM has no kernel of its own (cuBLASLt serves it)", column=22
                 )
+    if given := [kernel for kernel in made.kernels if not kernel.selected_by]:
+        table.title("sources")
+        for kernel in given:
+            click.echo(f"  {kernel.name}.{kernel.entry[-32:][:8]}")
     sms = ", ".join(map(str, made.sm_counts))
     table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs")
     table.line("", f"torch {made.torch}, peak memory {shared.size(made.peak_bytes)}")

@@ -128,17 +128,23 @@ def knows(op: str, *fields: str) -> bool:
 
 
 def indexer_calls(
-    prefill: str, paged: str, heads: int, formats: Mapping[str, object], batch: int, what: str
+    prefill: str, paged: str, heads: int, formats: Mapping[str, object], batch: int, what: str, flat: bool = False
 ) -> list[Call]:
     """Logits over a batch's own keys, and for decoding over the paged cache after its schedule's kernel.
 
-    Decoding has one query row a sequence, and two with one speculated token.
+    Decoding has one query row a sequence, and two with one speculated token; with ``flat``, each row is a sequence.
     """
     calls = [Call(prefill, {"heads": heads, **formats}, f"{what}, prefill")]
     shared = {name: value for name, value in formats.items() if name != "compressed"}
-    for rows in (1, 2):
-        where = f"{what}, decoding with {rows} query row{'s' if rows > 1 else ''} a sequence"
-        size = {"max_batch": batch, "next_n": rows}
+    if flat:
+        sizes = [({"max_batch": 2 * batch, "varlen": True}, "up to 2 query rows a sequence, each by itself")]
+    else:
+        sizes = [
+            ({"max_batch": batch, "next_n": rows}, f"{rows} query row{'s' if rows > 1 else ''} a sequence")
+            for rows in (1, 2)
+        ]
+    for size, rows in sizes:
+        where = f"{what}, decoding with {rows}"
         calls += [
             Call("get_paged_mqa_logits_metadata", size, where),
             Call(paged, {"heads": heads, **shared, **size}, where),

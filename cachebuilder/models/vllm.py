@@ -125,14 +125,17 @@ class Vllm(Serving):
 
     def indexer_calls(self, heads: int, what: str) -> list[Call]:
         """vllm/utils/deep_gemm.py: ``fp8_fp4_mqa_logits`` and its paged form; 0.33.0 gives max_seqlen_k, and MX scales
-        on SM100 (``mqa_logits_mx_inputs``).
+        on SM100 (``mqa_logits_mx_inputs``), where decoding is varlen (``fp8_fp4_paged_mqa_logits``).
         """
         formats: dict[str, object] = {}
+        flat = self.at_least("0.33.0") and self.gpu.major == 10
         if self.at_least("0.33.0"):
             formats["compressed"] = True
-            if self.gpu.major == 10:
+            if flat:
                 formats |= {"scales": "mx", "weights": "bfloat16", "logits": "bfloat16"}
-        return indexer_calls("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, self.max_seqs, what)
+        return indexer_calls(
+            "fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, self.max_seqs, what, flat
+        )
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""

@@ -7,13 +7,14 @@ the formats and on the number of heads only, never on the number of queries or k
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cachebuilder.ops import scaled
-from cachebuilder.ops.base import Device, OpBase
+from cachebuilder.ops.base import Device, OpBase, round_up
 from cachebuilder.ops.trial import Inputs, Output
 
 #: Keys in a sweep's calls: any number selects the same kernels.
@@ -86,22 +87,27 @@ class MqaOp(OpBase):
 
     def operand(self, device: Device, inputs: Inputs | None, query: bool, *shape: int) -> Operand:
         """Queries or keys ``[…, head_dim]``; uninitialised without ``inputs``."""
-        rows = 1
-        for size in shape:
-            rows *= size
-        fp4 = self.format == "fp4"
         if query and not self.mx:
+            rows = math.prod(shape)
             data = inputs.normal(rows, self.head_dim) if inputs else device.empty(rows, self.head_dim, dtype="bfloat16")
             values = data.to(device.torch.float8_e4m3fn)
             return Operand(values.view(*shape, self.head_dim), None, values.float())
-        block = (1, 32) if self.mx else (1, 128)
-        if inputs is None:
-            made = scaled.empty(device, (rows, self.head_dim), block, self.mx, fp4)
-        else:
-            made = scaled.random(device, inputs, (rows, self.head_dim), block, self.mx, fp4)
-        flat = made.scales[0, :rows] if self.mx else made.scales[:, 0]
-        values = made.values(device.torch) if inputs else None
-        return Operand(made.data.view(*shape, made.data.shape[-1]), flat.contiguous().view(shape), values)
+        return scaled_operand(device, inputs, self.head_dim, self.mx, self.format == "fp4", *shape)
+
+
+def scaled_operand(device: Device, inputs: Inputs | None, head_dim: int, mx: bool, fp4: bool, *shape: int) -> Operand:
+    """Queries or keys ``[…, head_dim]`` with a scale for each 1 × 32 (``mx``) or each row; uninitialised without
+    ``inputs``.
+    """
+    rows = math.prod(shape)
+    block = (1, 32) if mx else (1, 128)
+    if inputs is None:
+        made = scaled.empty(device, (rows, head_dim), block, mx, fp4)
+    else:
+        made = scaled.random(device, inputs, (rows, head_dim), block, mx, fp4)
+    flat = made.scales[0, :rows] if mx else made.scales[:, 0]
+    values = made.values(device.torch) if inputs else None
+    return Operand(made.data.view(*shape, made.data.shape[-1]), flat.contiguous().view(shape), values)
 
 
 class Operand:
@@ -115,11 +121,14 @@ class Operand:
         """As DeepGEMM takes it."""
         return self.data, self.scales
 
-    def pages(self, torch: Any, page_size: int) -> Any:
+    def pages(self, torch: Any, page_size: int, align: int = 1) -> Any:
         """The same as a KV cache: uint8 ``[pages, page_size, 1, D + 4]``, in each page the data, then the scales."""
         data = self.data.view(torch.uint8).view(-1, page_size * self.data.shape[-1])
         scales = self.scales.view(-1, page_size).view(torch.uint8)
-        return torch.cat((data, scales), 1).view(len(data), page_size, 1, self.data.shape[-1] + 4)
+        width = self.data.shape[-1] + 4
+        stride = round_up(page_size * width, align)
+        joined = torch.nn.functional.pad(torch.cat((data, scales), 1), (0, stride - page_size * width))
+        return joined.as_strided((len(data), page_size, 1, width), (stride, width, width, 1))
 
 
 def expected_logits(torch: Any, q: Any, k: Any, weights: Any) -> Any:

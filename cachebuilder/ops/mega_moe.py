@@ -6,14 +6,18 @@ number of ranks and its own, so a plan needs no group: one allocation stands for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.layout import unpacked
+from cachebuilder.ops.scaled import quantise
+from cachebuilder.ops.trial import TOLERANCE, Inputs, Output, Trial, product_nt
 
 
 class MegaMoeOp(TokenOp):
@@ -43,6 +47,12 @@ class MegaMoeOp(TokenOp):
         """Experts of this rank."""
         return self.experts // self.ranks
 
+    def routing(self, device: Device, inputs: Inputs, tokens: int) -> tuple[Any, Any]:
+        """Random experts int64 [tokens, topk], no two the same, and their weights float32 [tokens, topk]."""
+        scores = inputs.normal(tokens, self.experts, dtype="float32")
+        weights, chosen = scores.topk(self.topk, dim=-1)
+        return chosen, device.torch.softmax(weights, -1)
+
 
 def sm90_buffer(device: Device, op: MegaMoeOp) -> Any:
     """The buffer of SM90's kernels."""
@@ -65,7 +75,12 @@ def _without_group(device: Device, op: MegaMoeOp, make: Callable[[Any], Any]) ->
 
     Of the group it asks its size and this rank's number; of symmetric memory, its address at every rank
     (sgl-deep-gemm 0.2.3.post2, ``deep_gemm/mega/__init__.py``, ``SymmBuffer``).
+
+    Raises:
+        ValueError: several ranks on a real GPU: their kernels would wait for each other in one buffer.
     """
+    if op.ranks > 1 and not device.virtual:
+        raise ValueError(f"wanted one rank on one GPU, found {op.ranks}: the other ranks' buffers are on other GPUs")
     symmetric: Any = import_module("torch.distributed._symmetric_memory")
     before = symmetric.empty, symmetric.rendezvous
     symmetric.empty = device.torch.empty
@@ -88,3 +103,86 @@ def pre_dispatch(device: Device, op: MegaMoeOp, there: Any) -> Callable[[int], N
         function(x[:m], chosen[:m], weights[:m], *into, m)
 
     return call
+
+
+#: The largest relative error of a whole layer. Its kernel quantises the activations between the two GEMMs to FP8; where
+#: its own sum differs from the reference's in the last bits, some round to the neighbouring value, 6 to 12 % away:
+#: 3e-4 of difference moves one in three hundred of them and costs 5e-3.
+LAYER_TOLERANCE = 2e-2
+
+
+def layer(
+    torch: ModuleType,
+    op: MegaMoeOp,
+    x: Any,
+    chosen: Any,
+    weights: Any,
+    first: Callable[[int], Any],
+    second: Callable[[int], Any],
+    quantised: Callable[[Any], Any],
+) -> Any:
+    """What the layer is in float32: for each token the sum of its experts, y [tokens, hidden].
+
+    As ``sm90_fp8_mega_moe.cuh`` of sgl-deep-gemm 0.1.5 does it: a routing weight is applied to the activation
+    ``silu(gate) · up`` before that is quantised, gate is limited from above and up on both sides, and each expert's
+    output is rounded to BF16 before the sum.
+
+    Args:
+        x: [tokens, hidden], float32.
+        chosen, weights: [tokens, topk].
+        first: an expert's gate and up [2 · intermediate, hidden], float32; gate comes first.
+        second: an expert's down [hidden, intermediate].
+        quantised: activations [rows, intermediate] as the kernel keeps them between the GEMMs.
+    """
+    y = torch.zeros_like(x)
+    for expert in chosen.unique().tolist():
+        rows, slots = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = product_nt(torch, x[rows], first(expert)).chunk(2, -1)
+        if op.activation_clamp is not None:
+            gate, up = gate.clamp(max=op.activation_clamp), up.clamp(-op.activation_clamp, op.activation_clamp)
+        activation = quantised(torch.nn.functional.silu(gate) * up * weights[rows, slots, None])
+        y[rows] += product_nt(torch, activation, second(expert)).bfloat16().float()
+    return y
+
+
+def pre_dispatch_trial(
+    device: Device, op: MegaMoeOp, there: Any, tokens: int, seed: int, columns: int, packed: bool
+) -> Trial:
+    """``tokens`` tokens in the buffer ``there``: their values, routing and scales, and nothing in the rows behind.
+
+    The routing of unused rows is "no expert": -1, and weight 0 (``sm90_mega_moe_pre_dispatch.cuh`` and
+    ``sm100_mega_moe_pre_dispatch.cuh`` of sgl-deep-gemm 0.2.3.post2).
+
+    Args:
+        columns: that one scale covers.
+        packed: scales are UE8M0 exponents, four to an int32.
+    """
+    torch, inputs = device.torch, Inputs(device, seed)
+    fp8 = torch.float8_e4m3fn
+    x = inputs.normal(tokens, op.hidden)
+    chosen, weights = op.routing(device, inputs, tokens)
+    there.x.view(torch.uint8).fill_(0x7F)  # NaN
+    there.x_sf.fill_(0 if packed else math.nan)
+    op.function(device.deep_gemm)(
+        x, chosen.int(), weights, there.x.view(fp8), there.x_sf, there.topk_idx, there.topk_weights, tokens
+    )
+    data, scales = quantise(torch, x.float(), (1, columns), packed, False)
+    rows = torch.arange(len(there.x), device=device.name)[:, None]
+    used = rows < tokens
+
+    def output(name: str, actual: Any, expected: Any, empty: float, rest: Any, tolerance: float) -> Output:
+        full = torch.full(actual.shape, empty, device=device.name, dtype=torch.float32)
+        full[:tokens] = expected
+        return Output(name, actual, full, used | rest, ~(used | rest), tolerance)
+
+    written = there.x_sf[:, : scales.shape[1]] if not packed else unpacked(device, there.x_sf, scales.shape[1])
+    nothing, everything = torch.zeros_like(used), torch.ones_like(used)
+    return Trial(
+        (
+            output("buf_x", there.x.view(fp8).float(), data.float(), 0.0, nothing, TOLERANCE),
+            # Packed exponents have no NaN to poison them with: a row that is not written keeps zeroes.
+            output("buf_x_sf", written, scales, 0.0, everything if packed else nothing, 1e-6),
+            output("buf_topk_idx", there.topk_idx, chosen.float(), -1.0, everything, 0.0),
+            output("buf_topk_weights", there.topk_weights, weights, 0.0, everything, 1e-6),
+        )
+    )

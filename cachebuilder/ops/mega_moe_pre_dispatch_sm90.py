@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import MegaMoeOp, pre_dispatch, sm90_buffer
+from cachebuilder.ops.mega_moe import MegaMoeOp, pre_dispatch, pre_dispatch_trial, sm90_buffer
+from cachebuilder.ops.trial import Trial
 
 
 class MegaMoePreDispatchSm90(MegaMoeOp):
@@ -14,8 +15,14 @@ class MegaMoePreDispatchSm90(MegaMoeOp):
 
     majors = (9,)
 
+    found_in = "sgl-deep-gemm 0.1.5 to 0.2.3.post2"
+
     op: Literal["mega_moe_pre_dispatch_sm90"]
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The buffer, and inputs for the most tokens."""
         return pre_dispatch(device, self, sm90_buffer(device, self))
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``value`` tokens; FP8 with a float32 scale for each 1 × 128."""
+        return pre_dispatch_trial(device, self, sm90_buffer(device, self), value, seed, 128, packed=False)

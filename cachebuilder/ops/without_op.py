@@ -47,8 +47,6 @@ WITHOUT_OP: dict[str, str] = {
         "launched by k_grouped_fp8_gemm_tn_contiguous, whose op plans it; by itself no engine calls it"
     ),
     "get_mqa_logits_metadata": "SM100's optional schedule of a prefill; vLLM 0.33.0 and SGLang 0.5.23 never ask for it",
-    "get_*sparse_mqa_logits_metadata": "not done yet: DeepSeek-V4.1's sparse indexer on SM100",
-    "fp8_fp4_*sparse_mqa_logits": "not done yet: DeepSeek-V4.1's sparse indexer on SM100",
     "bf16_mega_moe": "not done yet: as fp8_fp4_mega_moe, of BF16",
     "nvfp4_mega_moe": "not done yet: as fp8_fp4_mega_moe, of NVFP4",
     "fp4_fp4_mega_moe": "not done yet: as fp8_fp4_mega_moe, of FP4 activations",

@@ -99,6 +99,7 @@ def run(
         return Result(
             generation=installation.generation,
             entries={name: entries[name] for name in sorted(answer.launched)},
+            checked={name: entries[name] for name in answer.checked},
             sweeps=answer.sweeps,
             calls=answer.calls,
             torch=answer.torch,
@@ -191,6 +192,7 @@ def call(
             Refusal(item["op"], item["sm_count"], item["value"], item["text"].partition("\n\nC++ trace")[0])
             for item in answer["refusals"]
         ),
+        checked=tuple(answer["checked"]),
         calls=answer["calls"],
         torch=answer["torch"],
         python=answer["python"],

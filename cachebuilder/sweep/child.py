@@ -197,7 +197,9 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
     log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"])) if device.virtual else NoLog()
     position[0] = CHECKING
     if job["self_check"]:
+        log.take()
         _check_tensors_are_read_right(device)
+    checked = [log.entry(number) for number in log.take()]
 
     ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
     for op in ops:
@@ -227,6 +229,7 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
     return {
         "sweeps": sweeps,
         "refusals": refusals,
+        "checked": checked,
         "calls": position[2],
         "device": None if device.virtual else properties(torch),
         "torch": torch.__version__,

@@ -56,10 +56,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the child saw; ``device`` is the real GPU's properties, None on a virtual one."""
+    """What the child saw.
+
+    Attributes:
+        checked: entries that the check of tensors launched, which comes before all ops.
+        device: the real GPU's properties, None on a virtual one.
+    """
 
     sweeps: tuple[Sweep, ...]
     refusals: tuple[Refusal, ...]
+    checked: tuple[str, ...]
     calls: int
     torch: str
     python: str
@@ -113,10 +119,16 @@ class Trials:
 
 @dataclass(frozen=True)
 class Result:
-    """All that a sweep found."""
+    """All that a sweep found.
+
+    Attributes:
+        entries: those that the ops launch.
+        checked: those of the check that comes before all ops; some may be among the others.
+    """
 
     generation: Generation
     entries: dict[str, Entry]
+    checked: dict[str, Entry]
     sweeps: tuple[Sweep, ...]
     calls: int
     torch: str

@@ -211,6 +211,15 @@ EXPORT int cudaEventSynchronize(void *e) { return (void)e, SUCCESS; }
 /* torch's own kernels: their launch is accepted, their results are never read */
 EXPORT int cudaLaunchKernel(void) { return SUCCESS; }
 EXPORT int cudaLaunchKernelExC(void) { return SUCCESS; }
+/* CUB, which torch's sorts are made with, chooses its launch by the arch that a kernel was compiled for. */
+EXPORT int cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *function) {
+    (void)function;
+    memset(attributes, 0, sizeof *attributes);
+    attributes->binaryVersion = attributes->ptxVersion =
+        10 * property("VIRTUAL_GPU_MAJOR") + property("VIRTUAL_GPU_MINOR");
+    attributes->maxThreadsPerBlock = 1024;
+    return SUCCESS;
+}
 EXPORT int __cudaLaunchKernel(void) { return SUCCESS; }
 EXPORT int __cudaGetKernel(void **kernel, const void *function) { return *kernel = (void *)function, SUCCESS; }
 EXPORT int __cudaPushCallConfiguration(void) { return SUCCESS; }
