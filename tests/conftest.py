@@ -92,9 +92,10 @@ def run() -> Run:
 
 @pytest.fixture(scope="session", params=["deepjit", "legacy"])
 def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
-    """A copy of each generation: the installed one (None), and the legacy one."""
+    """A copy of each generation: the installed one (None) unless another is named, and the legacy one."""
     if request.param == "deepjit":
-        return None
+        named = os.environ.get("CACHEBUILDER_TEST_DEEPJIT")
+        return Path(named) if named else None
     assert LEGACY.is_dir(), f"wanted the legacy DeepGEMM in {LEGACY}; make installs it"
     return LEGACY
 

@@ -1,0 +1,70 @@
+"""On the GPU that the kernels are for: `tests/gpu/run.sh` runs these, and whole models after them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import build as building
+from cachebuilder import nvml, sweep, verified
+from cachebuilder.sweep.process import Compiler
+from tests.conftest import SMALL, Run
+
+GPU = nvml.first_gpu()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPU is None or "H200" not in GPU.name, reason="wants an H200; none is visible"),
+]
+
+
+def test_the_gpu_asks_for_the_planned_kernels_and_each_is_right(
+    deep_gemm: Path | None, small: Path, run: Run, tmp_path: Path
+) -> None:
+    here = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
+    virtual, real = tmp_path / "virtual.tar.zst", tmp_path / "real.tar.zst"
+    assert run("build", small, "-o", virtual, *here).returncode == 0
+    done = run("build", small, "-o", real, *here, "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    assert real.read_bytes() == virtual.read_bytes()
+    done = run("verify", real, *here, "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(verified.path_for(real).read_text())
+    assert report["right"] and report["replays"][0]["trials"]
+    assert {kernel for trial in report["replays"][0]["trials"] for kernel in trial["kernels"]} == {
+        entry["name"] for entry in json.loads(run("inspect", real, "--json").stdout)["entries"]
+    }
+    assert "verified" in run("inspect", real).stdout
+
+
+def test_deepgemm_left_alone_with_nvcc_makes_exactly_the_planned_entries(built: building.Built, tmp_path: Path) -> None:
+    manifest, toolchain = built.inputs.manifest, built.inputs.toolchain
+    (root := tmp_path / "root").mkdir()
+    sweep.call(
+        manifest.ops,
+        manifest.target.gpu,
+        manifest.target.all_sm_counts,
+        built.inputs.installation,
+        Compiler(toolchain.nvcc, toolchain.nvcc.parents[1], {}),
+        [root],
+        tmp_path,
+        self_check=False,
+        device="cuda",
+    )
+    made = {folder.name for folder in (root / "cache").iterdir()}
+    assert made == {kernel.entry for kernel in built.plan.kernels}
+
+
+def test_another_target_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(SMALL.replace("gpu: H200", "gpu: H20"))
+    done = run("build", tmp_path / "m.yaml", "-o", tmp_path / "out.tar.zst", "--device", "cuda")
+    assert done.returncode == 12 and "SMs: wanted 78, found 132" in done.stderr
+
+
+def test_a_shape_that_does_not_fit_is_named_and_nothing_is_written(run: Run, tmp_path: Path) -> None:
+    op = "{op: m_grouped_fp8_gemm_nt_masked, experts: 256, max_m: 64, n: 65536, k: 65536}"
+    (tmp_path / "m.yaml").write_text(f"name: large\ntarget: {{gpu: H200}}\nmax_tokens: 64\nops: [{op}]")
+    done = run("build", tmp_path / "m.yaml", "-o", tmp_path / "out.tar.zst", "--device", "cuda")
+    assert done.returncode == 12 and "n=65536 k=65536" in done.stderr and "does not fit" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out.tar.zst").exists()
