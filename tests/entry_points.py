@@ -80,7 +80,12 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = [
     ({"op": "mega_moe_pre_dispatch_sm90"} | MOE, ("sm90",), GENERATIONS),
     ({"op": "fp8_mega_moe"} | MOE, ("sm90",), GENERATIONS),
     ({"op": "mega_moe_pre_dispatch"} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "mega_moe_pre_dispatch", "mma_type": "mxf4xmxf4"} | MOE, ("sm100",), ("deepjit",)),
+    ({"op": "mega_moe_pre_dispatch", "mma_type": "nvfp4xnvfp4"} | MOE, ("sm100",), ("deepjit",)),
     ({"op": "fp8_fp4_mega_moe"} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "fp8_fp4_mega_moe", "mma_type": "mxf4xmxf4"} | MOE, ("sm100",), ("deepjit",)),
+    ({"op": "bf16_mega_moe"} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "nvfp4_mega_moe"} | MOE, ("sm100",), GENERATIONS),
 ]  # fmt: skip
 
 #: Pairs whose kernels the CI compiles. Legacy DeepGEMM on SM120 is not planned: its flags name the arch otherwise.

@@ -25,6 +25,7 @@ from typing import Any
 from cachebuilder import build as building
 from cachebuilder import environment, gpus, sweep
 from cachebuilder import restore as restoring
+from cachebuilder.artifact.folder import open_folder
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import Manifest
 from cachebuilder.models import ENGINES, Config, derive, manifest_text
@@ -38,14 +39,14 @@ def shapes(manifest: Manifest) -> dict[str, Any]:
     """What the engine's functions are given: weights' shapes, from the manifest."""
     dense = [(op.n, op.k) for op in manifest.ops if op.op == "fp8_gemm_nt"]
     grouped = [op for op in manifest.ops if op.op == "m_grouped_fp8_gemm_nt_contiguous"]
-    experts = [
+    pairs = ((w13, w2) for w13 in grouped for w2 in grouped)  # several layouts of the rows are one shape here
+    experts = dict.fromkeys(
         (w13.experts, w13.topk, w13.k, w2.k)
-        for w13 in grouped
-        for w2 in grouped
+        for w13, w2 in pairs
         if (w13.experts, w13.n, w13.k) == (w2.experts, 2 * w2.k, w2.n)
-    ]
+    )
     masked = [(op.experts, op.n, op.k) for op in manifest.ops if op.op == "m_grouped_fp8_gemm_nt_masked"]
-    return {"dense": dense, "experts": experts, "masked": masked}
+    return {"dense": dense, "experts": list(experts), "masked": masked}
 
 
 def run_child(
@@ -152,7 +153,7 @@ def check(
         folder.mkdir()
     log = here / "misses.jsonl"
     variables = base_variables(gpu)
-    serving = environment.variables(restored, restoring.indexes(restored), engine, here / "scratch", variables)
+    serving = environment.variables(restored, open_folder(restored).indexes, engine, here / "scratch", variables)
     variables |= {variable.name: variable.value for variable in serving}
     variables |= {"CACHEBUILDER_MISS_LOG": str(log), "VIRTUAL_GPU_CHECK_CUBINS": "1"}
     variables |= {"VLLM_DEEP_GEMM_WARMUP": mode} if engine == "vllm" else {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "1"}

@@ -1,12 +1,16 @@
-"""``fp8_fp4_mega_moe``: a whole MoE layer in one kernel, FP8 activations and FP4 weights, on SM100."""
+"""``fp8_fp4_mega_moe``: a whole MoE layer in one kernel, FP8 activations and FP4 weights, or others of 8 and 4 bits, on
+SM100.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import MegaMoeOp, sm100_buffer
+from cachebuilder.ops.mega_moe import MegaMoeOp, packed_weight, sm100_buffer
 
 
 class Fp8Fp4MegaMoe(MegaMoeOp):
@@ -15,16 +19,20 @@ class Fp8Fp4MegaMoe(MegaMoeOp):
     majors = (10,)
 
     op: Literal["fp8_fp4_mega_moe"]
+    mma_type: Annotated[
+        Literal["fp8xfp8", "mxf4xmxf4"] | None,
+        Field(
+            description="activations and weights, in DeepGEMM's words; left out: fp8xfp4. fp8xfp8 is vLLM's copy's, "
+            "mxf4xmxf4 sgl-deep-gemm's"
+        ),
+    ] = None
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The buffer, this rank's weights, and an output for the most tokens."""
-        there = sm100_buffer(device, self)
-
-        def weight(n: int, k: int) -> tuple[Any, Any]:
-            data = device.empty(self.local_experts, n, k // 2, dtype="int8")
-            return data, device.empty(self.local_experts, k // 128, n, dtype="int32").mT  # four 1 × 32 scales a word
-
-        first, second = weight(2 * self.intermediate, self.hidden), weight(self.hidden, self.intermediate)
+        there = sm100_buffer(device, self, self.mma_type or "fp8xfp4")
+        fp8 = self.mma_type == "fp8xfp8"
+        first = packed_weight(device, self, 2 * self.intermediate, self.hidden, 32, fp8)
+        second = packed_weight(device, self, self.hidden, self.intermediate, 32, fp8)
         y = device.empty(self.largest_m, self.hidden, dtype="bfloat16")
         function = self.function(device.deep_gemm)
 

@@ -27,7 +27,7 @@ class MegaMoeOp(TokenOp):
     must be the engine's.
     """
 
-    found_in = "sgl-deep-gemm 0.1.7 and 0.2.3.post2"
+    found_in = "sgl-deep-gemm 0.1.4 to 0.2.3.post2 and vLLM 0.33.0's copy"
 
     ranks: Annotated[int, Field(ge=1, le=1024, description="expert parallel ranks")]
     experts: Annotated[int, Field(ge=1, le=65536, description="experts of all ranks")]
@@ -60,10 +60,24 @@ def sm90_buffer(device: Device, op: MegaMoeOp) -> Any:
     return _without_group(device, op, lambda group: make(group, *_shape(op)))
 
 
-def sm100_buffer(device: Device, op: MegaMoeOp) -> Any:
-    """The buffer of SM100's kernels, FP8 activations and FP4 weights, no shared experts."""
+def sm100_buffer(device: Device, op: MegaMoeOp, mma_type: str = "fp8xfp4") -> Any:
+    """The buffer of SM100's kernels, no shared experts.
+
+    Args:
+        mma_type: DeepGEMM's word for the types of activations and weights. vLLM 0.33.0's copy has a buffer of its own
+            for NVFP4 (``deep_gemm/mega/nvfp4.py``).
+    """
+    if mma_type == "nvfp4xnvfp4" and (own := getattr(device.deep_gemm, "NVFP4SymmBuffer", None)):
+        return _without_group(device, op, lambda group: own(group, *_shape(op)))
     make = device.deep_gemm.get_symm_buffer_for_mega_moe
-    return _without_group(device, op, lambda group: make(group, *_shape(op)))
+    return _without_group(device, op, lambda group: make(group, *_shape(op), mma_type=mma_type))
+
+
+def packed_weight(device: Device, op: MegaMoeOp, n: int, k: int, columns: int, fp8: bool = False) -> tuple[Any, Any]:
+    """This rank's weights [n, k], in FP4 unless ``fp8``, and a scale for each 1 × ``columns``, four to an int32."""
+    kind, width = ("float8_e4m3fn", k) if fp8 else ("int8", k // 2)
+    data = device.empty(op.local_experts, n, width, dtype=kind)
+    return data, device.empty(op.local_experts, k // (4 * columns), n, dtype="int32").mT
 
 
 def _shape(op: MegaMoeOp) -> tuple[int, ...]:
@@ -91,16 +105,18 @@ def _without_group(device: Device, op: MegaMoeOp, make: Callable[[Any], Any]) ->
         symmetric.empty, symmetric.rendezvous = before
 
 
-def pre_dispatch(device: Device, op: MegaMoeOp, there: Any) -> Callable[[int], None]:
+def pre_dispatch(device: Device, op: MegaMoeOp, there: Any, **options: Any) -> Callable[[int], None]:
     """The call that quantises M tokens and their routing into the buffer ``there``; inputs for the most tokens."""
     x = device.empty(op.largest_m, op.hidden, dtype="bfloat16")
     chosen = device.empty(op.largest_m, op.topk, dtype="int32")
     weights = device.empty(op.largest_m, op.topk, dtype="float32")
-    function, fp8 = op.function(device.deep_gemm), device.torch.float8_e4m3fn  # legacy copies hand out bytes
+    # Legacy copies hand FP8 out as bytes; FP4 is bytes, two to each.
+    fp8 = there.x.shape[-1] == op.hidden
+    quantised = there.x.view(device.torch.float8_e4m3fn) if fp8 else there.x
+    function, into = op.function(device.deep_gemm), (quantised, there.x_sf, there.topk_idx, there.topk_weights)
 
     def call(m: int) -> None:
-        into = there.x.view(fp8), there.x_sf, there.topk_idx, there.topk_weights
-        function(x[:m], chosen[:m], weights[:m], *into, m)
+        function(x[:m], chosen[:m], weights[:m], *into, m, **options)
 
     return call
 

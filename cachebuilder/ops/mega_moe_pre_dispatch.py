@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from cachebuilder.ops.base import Device
 from cachebuilder.ops.mega_moe import MegaMoeOp, pre_dispatch, pre_dispatch_trial, sm100_buffer
@@ -15,12 +17,28 @@ class MegaMoePreDispatch(MegaMoeOp):
 
     majors = (10,)
 
+    found_in = "sgl-deep-gemm 0.1.4 to 0.2.3.post2"
+
     op: Literal["mega_moe_pre_dispatch"]
+    mma_type: Annotated[
+        Literal["mxf4xmxf4", "nvfp4xnvfp4"] | None,
+        Field(description="of the layer that follows, in DeepGEMM's words; left out: fp8xfp4"),
+    ] = None
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The buffer, and inputs for the most tokens."""
-        return pre_dispatch(device, self, sm100_buffer(device, self))
+        there = sm100_buffer(device, self, self.mma_type or "fp8xfp4")
+        options: dict[str, Any] = {"mma_type": self.mma_type} if self.mma_type else {}
+        if self.mma_type == "nvfp4xnvfp4":
+            options |= {"group_size": 16, "buf_x_scales": there.x_scales}
+        return pre_dispatch(device, self, there, **options)
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """``value`` tokens; FP8 with a packed UE8M0 scale for each 1 × 32."""
+        """``value`` tokens; FP8 with a packed UE8M0 scale for each 1 × 32.
+
+        Raises:
+            NotImplementedError: FP4 activations.
+        """
+        if self.mma_type:
+            raise NotImplementedError("no reference for FP4 activations")
         return pre_dispatch_trial(device, self, sm100_buffer(device, self), value, seed, 32, packed=True)
