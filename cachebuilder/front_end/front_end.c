@@ -1,6 +1,6 @@
 // Holds cicc, nvcc's front end, at the end of its source, and forks it there: one parse of the headers for many kernels.
 //
-// cicc (CUDA 13.0) reads its preprocessed source with getc, opens its output only when the code is there, by the relative
+// cicc (CUDA 13.0 to 13.5) reads its preprocessed source with getc, opens its output only when the code is there, by the relative
 // name that nvcc was given, and runs in one thread. So at the end of the headers a child may go on with a text of its
 // own, in a folder of its own, and is from there on a cicc like any other. The text that it read is the one that a cicc
 // of its own would have read; where this does not hold for some release, nothing is held and nvcc ends as always.

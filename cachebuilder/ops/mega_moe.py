@@ -191,14 +191,15 @@ def pre_dispatch_trial(
         full[:tokens] = expected
         return Output(name, actual, full, used | rest, ~(used | rest), tolerance)
 
-    written = there.x_sf[:, : scales.shape[1]] if not packed else unpacked(device, there.x_sf, scales.shape[1])
+    # Copies: the views that DeepGEMM hands out do not keep the buffer, which goes with ``there``.
+    written = there.x_sf[:, : scales.shape[1]].clone() if not packed else unpacked(device, there.x_sf, scales.shape[1])
     nothing, everything = torch.zeros_like(used), torch.ones_like(used)
     return Trial(
         (
             output("buf_x", there.x.view(fp8).float(), data.float(), 0.0, nothing, TOLERANCE),
             # Packed exponents have no NaN to poison them with: a row that is not written keeps zeroes.
             output("buf_x_sf", written, scales, 0.0, everything if packed else nothing, 1e-6),
-            output("buf_topk_idx", there.topk_idx, chosen.float(), -1.0, everything, 0.0),
-            output("buf_topk_weights", there.topk_weights, weights, 0.0, everything, 1e-6),
+            output("buf_topk_idx", there.topk_idx.clone(), chosen.float(), -1.0, everything, 0.0),
+            output("buf_topk_weights", there.topk_weights.clone(), weights, 0.0, everything, 1e-6),
         )
     )

@@ -1,0 +1,196 @@
+"""The pictures and tables of what a build costs, from the recorded results; no figure is typed by hand.
+
+    python benchmarks/plot.py
+
+Reads benchmarks/results/compile.jsonl (one machine after the other: each ``run`` line says which), gpu/warmup.jsonl and
+sensitivity.jsonl. Writes docs/pictures/compile.svg, and the tables between the markers of docs/explanation/speed.md,
+docs/explanation/virtual-gpu.md and README.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SPEED = ROOT / "docs" / "explanation" / "speed.md"
+VIRTUAL = ROOT / "docs" / "explanation" / "virtual-gpu.md"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "pictures" / "compile.svg"
+
+Row = dict[str, Any]
+
+
+def read(name: str) -> list[Row]:
+    """Every measurement, with the fields of the run that it belongs to."""
+    run: Row = {}
+    found = []
+    for line in (RESULTS / name).read_text().splitlines():
+        row = json.loads(line)
+        if row.get("what") == "run":
+            run = {f"run_{key}": value for key, value in row.items()}
+        else:
+            found.append(run | row)
+    return found
+
+
+def put(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Write a table between its markers."""
+    begin, end = f"<!-- {name}: benchmarks/plot.py -->", "<!-- end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    return ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def compile_rows(rows: Sequence[Row]) -> list[str]:
+    """Grouped beside separate, for each manifest, machine and number of jobs."""
+    found: dict[tuple[str, str, int], dict[str, Row]] = {}
+    for row in rows:
+        if row["what"] == "compile":
+            key = row["run_machine"], row["manifest"], row["kernels"], row["jobs"]
+            found.setdefault(key, {})[row["way"]] = row
+    lines = []
+    for (machine, manifest, kernels, jobs), ways in found.items():
+        grouped, separate = ways["grouped"], ways.get("separate", {})
+        row = [machine, manifest, kernels, jobs, *(grouped[f"{what}_seconds"] for what in ("wall", "cpu", "limit"))]
+        for what in ("wall", "cpu"):
+            row.append(separate.get(f"{what}_seconds", ""))
+        for what in ("cpu", "wall"):
+            row.append(f"{separate[f'{what}_seconds'] / grouped[f'{what}_seconds']:.2f} ×" if separate else "")
+        memory = grouped.get("peak_memory_mb")
+        lines.append([*row, f"{memory / 1000:.1f} GB" if memory else ""])
+    header = "machine,manifest,kernels,jobs,wall s,CPU s,CPU ÷ jobs s,separate: wall s,CPU s,CPU less,wall less,memory"
+    return table(header.split(","), lines)
+
+
+def floor_rows(rows: Sequence[Row]) -> list[str]:
+    """What sharing can gain at most: a front end for each kernel, against none at all."""
+    lines = []
+    for row in rows:
+        if row["what"] == "floor":
+            head = row["front_end_cpu_seconds"] / row["front_ends"]
+            own = row["llvm_cpu_seconds"] + row["ptxas_cpu_seconds"]
+            most = (own + head * row["kernels"]) / own
+            spent = [f"{head:.1f}", row["llvm_cpu_seconds"], row["ptxas_cpu_seconds"], f"{own / row['kernels']:.2f}"]
+            lines.append([row["manifest"], row["kernels"], *spent, f"{most:.1f} ×"])
+    header = "manifest,kernels,one front end s,LLVM s (all),ptxas s (all),own s a kernel,the most that sharing can gain"
+    return table(header.split(","), lines)
+
+
+def warmup_rows(rows: Sequence[Row]) -> list[str]:
+    """DeepGEMM's own warm-up beside ours, one line a run."""
+    lines = []
+    found: dict[str, Row] = {}
+    for row in rows:
+        found[row["what"] if row["what"] != "build" else row["way"]] = row
+        if row["what"] == "ratios":
+            built, cold, cached = found["grouped"], found["cold"], found["cached"]
+            sweep = built["plan_seconds"] - built["importing_seconds"]
+            ran = [row["run_manifest"], f"{row['run_deep_gemm']} ({row['run_generation']})", cold["kernels"]]
+            ours = [f"{sweep:.1f} + {built['compile_seconds']:.1f}", built["wall_seconds"], found["restore"]["seconds"]]
+            again = f"{cached['seconds']} ({cached['misses']} missed)"
+            ratios = [f"{row[f'cold_to_{what}']:.1f} ×" for what in ("plan_and_compile", "build", "cached")]
+            lines.append([*ran, cold["seconds"], *ours, again, *ratios])
+            found = {}
+    header = (
+        "manifest,DeepGEMM,kernels,cold warm-up s,sweep + compile s,whole build s,restore s,warm-up on the cache s,"
+        "cold ÷ (sweep + compile),cold ÷ build,cold ÷ warm-up on the cache"
+    )
+    return table(header.split(","), lines)
+
+
+def sensitivity_rows(rows: Sequence[Row]) -> list[str]:
+    """For each property and manifest: over which values the plan stays, and what else was tried."""
+    lines = []
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "property" in row:
+            groups.setdefault((row["property"], row["manifest"]), []).append(row)
+    for (name, manifest), tried in groups.items():
+        same = [row["value"] for row in tried if row.get("other") == 0 and row.get("gone") == 0]
+        other = [row["value"] for row in tried if row.get("other") or row.get("gone")]
+        refused = [row["value"] for row in tried if "refused" in row]
+        lines.append((f"`{name}`", manifest, *(shown(name, values) for values in (same, other, refused))))
+    return table(("property", "manifest", "same plan at", "another plan at", "refused at"), lines)
+
+
+def shown(name: str, values: Sequence[int]) -> str:
+    unit, scale = {
+        "l2_bytes": (" MiB", 1 << 20),
+        "shared_memory_bytes": (" KiB", 1 << 10),
+        "clock_khz": (" MHz", 1000),
+    }.get(name, ("", 1))
+    return ", ".join(str(value // scale) for value in values) + (unit if values else "–")
+
+
+def readme_rows(compiled: Sequence[Row], warmed: Sequence[Row]) -> list[str]:
+    """What a reader wants to know first."""
+    ratios = {
+        row["run_generation"]: row for row in warmed if row["what"] == "ratios" and row["run_manifest"] == "eighty-one"
+    }
+    by_way = {row["way"]: row for row in warmed if row["what"] == "build" and row["run_manifest"] == "eighty-one"}
+    cold = next(row for row in warmed if row["what"] == "cold" and row["run_manifest"] == "eighty-one")
+    cached = next(row for row in warmed if row["what"] == "cached" and row["run_manifest"] == "eighty-one")
+    restore = next(row for row in warmed if row["what"] == "restore" and row["run_manifest"] == "eighty-one")
+    built, ratio = by_way["grouped"], next(iter(ratios.values()))
+    cores = f"{built['run_gpu']}, {built['run_cores']} cores"
+    rows = [
+        ("DeepGEMM's own warm-up, cold", f"{cold['kernels']} kernels, one after the other", f"{cold['seconds']:.0f} s", ""),
+        ("`cachebuilder build`, whole", "importing torch, plan, compile, pack", f"{built['wall_seconds']:.1f} s", f"{ratio['cold_to_build']} ×"),
+        ("`cachebuilder restore`", "checked, into an image", f"{restore['seconds']} s", f"{ratio['cold_to_restore']:.0f} ×"),
+        ("the warm-up on the restored cache", f"{cached['misses']} missed", f"{cached['seconds']} s", f"{ratio['cold_to_cached']:.0f} ×"),
+    ]  # fmt: skip
+    return table((cores, "", "seconds", "less"), rows)
+
+
+def picture(rows: Sequence[Row]) -> alt.Chart:
+    """Wall time against the number of kernels and against compilers at once, the limit drawn in."""
+    runs = [
+        row for row in rows if row["what"] == "compile" and row["way"] == "grouped" and row["manifest"] == "eighty-one"
+    ]
+    most = max(row["jobs"] for row in runs)
+    everything = max(row["kernels"] for row in runs)
+    by_kernels = [row for row in runs if row["jobs"] == most]
+    by_jobs = [row for row in runs if row["kernels"] == everything]
+    return alt.hconcat(
+        _curve(by_kernels, "kernels", f"kernels, on {most} compilers at once"),
+        _curve(by_jobs, "jobs", f"compilers at once, {everything} kernels"),
+    ).configure_view(stroke=None)
+
+
+def _curve(rows: Sequence[Row], field: str, title: str) -> alt.LayerChart:
+    values = [
+        {field: row[field], "seconds": row[f"{what}_seconds"], "what": text}
+        for row in rows
+        for what, text in (("wall", "measured"), ("limit", "all CPU ÷ compilers"))
+    ]
+    base = alt.Chart(alt.Data(values=values), width=300, height=220).encode(
+        x=alt.X(f"{field}:Q", title=title, scale=alt.Scale(type="log", base=2, nice=False, padding=12)),
+        y=alt.Y("seconds:Q", title="wall seconds", scale=alt.Scale(zero=True)),
+        color=alt.Color(
+            "what:N", title=None, scale=alt.Scale(range=["#b2b2b2", "#1f77b4"]), legend=alt.Legend(orient="top")
+        ),
+    )
+    return base.mark_line() + base.mark_point(filled=True, size=45)
+
+
+def main() -> None:
+    compiled, warmed = read("compile.jsonl"), read("gpu/warmup.jsonl")
+    picture(compiled).save(PICTURE)
+    put(SPEED, "compile", compile_rows(compiled))
+    put(SPEED, "floor", floor_rows(compiled))
+    put(SPEED, "warm-up", warmup_rows(warmed))
+    put(VIRTUAL, "sensitivity", sensitivity_rows(read("sensitivity.jsonl")))
+    put(README, "warm-up", readme_rows(compiled, warmed))
+
+
+if __name__ == "__main__":
+    main()
