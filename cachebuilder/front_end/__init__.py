@@ -5,7 +5,7 @@ Of the CPU that nvcc takes for one kernel, most goes into preprocessing and pars
 from its first line to its last. It costs 0.55 s of CPU instead of 2 s (`benchmarks/compile.py`), so that units may be
 small where there are many cores, and its start need not wait for the plan's end.
 
-Held so far: cicc of CUDA 13.0, 13.1 and 13.5. Where a compiler cannot be held, it compiles each source from its beginning.
+Held so far: cicc of CUDA 13.0, 13.1 and 13.5. A compiler that cannot be held compiles each source from its beginning.
 """
 
 from __future__ import annotations
