@@ -1,11 +1,11 @@
 """On the target GPU, side by side: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
 
-    python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--commit HASH]
+    python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--separate] [--commit HASH]
                                     >> benchmarks/results/gpu/warmup.jsonl
 
 For each copy of DeepGEMM and each manifest:
 
-- ``build`` with no store, grouped and separate. What importing torch and DeepGEMM takes of the plan is said beside it:
+- ``build`` with no store, with ``--separate`` also one kernel at a time. What importing torch and DeepGEMM takes of the plan is said beside it:
   an engine pays that, too, before its warm-up.
 - ``restore`` of that artifact, as a command.
 - ``cached``: the warm-up of an engine, in a process of its own, from the restored cache with the compiler that refuses,
@@ -93,7 +93,7 @@ def importing(inputs: building.Inputs, folder: Path) -> float:
     return round(time.monotonic() - started, 2)
 
 
-def compare(manifest: Path, deep_gemm: Path | None, commit: str) -> None:
+def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
     inputs = building.find_inputs(manifest, deep_gemm=deep_gemm)
     gpu = nvml.first_gpu()
     say(
@@ -112,7 +112,7 @@ def compare(manifest: Path, deep_gemm: Path | None, commit: str) -> None:
         folder = Path(name)
         imported = importing(inputs, folder)
         artifact, seconds = folder / "artifact.tar.zst", {}
-        for grouped in (False, True):
+        for grouped in (False, True) if separate else (True,):
             started = time.monotonic()
             built = building.build(inputs, artifact, use_store=False, grouped=grouped)
             seconds[grouped] = time.monotonic() - started
@@ -176,11 +176,12 @@ def compare(manifest: Path, deep_gemm: Path | None, commit: str) -> None:
 @click.command()
 @click.argument("manifests", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--deep-gemm", multiple=True, type=click.Path(path_type=Path))
+@click.option("--separate", is_flag=True)
 @click.option("--commit", default="")
-def main(manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...], commit: str) -> None:
+def main(manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...], separate: bool, commit: str) -> None:
     for copy in deep_gemm or (None,):
         for manifest in manifests:
-            compare(manifest, copy, commit)
+            compare(manifest, copy, separate, commit)
 
 
 if __name__ == "__main__":
