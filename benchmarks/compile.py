@@ -1,12 +1,12 @@
 """Grouped against separate compilation of one manifest's kernels, in one run, no store.
 
-    python benchmarks/compile.py [MANIFEST...] [--kernels N ...] [--jobs N ...] [--separate] [--floor] [--commit HASH]
-                                 >> benchmarks/results/compile.jsonl
+    python benchmarks/compile.py [MANIFEST...] [--kernels N ...] [--jobs N ...] [--separate] [--floor] [--memory]
+                                 [--commit HASH] [--machine TEXT] >> benchmarks/results/compile.jsonl
 
 The first line says what was run and on what. Then one JSON object a measurement: for each count of kernels and of jobs,
-wall and CPU seconds, the limit (CPU ÷ jobs), and the most memory that all compilers had at once (proportional set
-sizes, looked at twice a second). ``--separate`` adds the one-by-one way and the ratios. ``--floor`` adds, on one core,
-where the CPU goes: what a front end costs, once a unit, and what LLVM and ptxas make of each kernel, which no grouping
+wall and CPU seconds, and the limit (CPU ÷ jobs). ``--memory`` adds the most memory that all compilers had at once
+(proportional set sizes, looked at twice a second: that slows the wall clock). ``--separate`` adds the one-by-one way and
+the ratios. ``--floor`` adds, on one core, where the CPU goes: what a front end costs, once a unit, and what LLVM and ptxas make of each kernel, which no grouping
 can share; separate ÷ that is the most that any grouping could gain. `benchmarks/plot.py` draws the results.
 """
 
@@ -17,6 +17,7 @@ import random
 import resource
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 
@@ -38,8 +39,9 @@ DEFAULT = Path(__file__).parents[1] / "manifests" / "deepseek-v3-tp8-h200.yaml"
 class Memory:
     """The most memory that this process's descendants had at once, in bytes."""
 
+    peak = 0
+
     def __enter__(self) -> Memory:
-        self.peak = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -118,6 +120,7 @@ def floor(kernels: Sequence[Kernel], inputs: building.Inputs) -> dict[str, float
 @click.option("--jobs", multiple=True, type=int, help="Default: all cores.")
 @click.option("--separate", is_flag=True)
 @click.option("--floor", "with_floor", is_flag=True)
+@click.option("--memory", "with_memory", is_flag=True)
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--commit", default="")
 @click.option("--machine", default="", help="What this is, for the record.")
@@ -127,6 +130,7 @@ def main(
     jobs: tuple[int, ...],
     separate: bool,
     with_floor: bool,
+    with_memory: bool,
     deep_gemm: Path | None,
     commit: str,
     machine: str,
@@ -153,7 +157,8 @@ def main(
             for job_count in jobs or (compiling.available_cores(),):
                 found = {}
                 for grouped in (True, False) if separate else (True,):
-                    with Memory() as memory:
+                    memory = Memory()
+                    with memory if with_memory else nullcontext():
                         cubins, report = compiling.compile_all(
                             chosen, inputs.toolchain, inputs.installation, NoStore(), job_count, grouped=grouped
                         )
@@ -167,7 +172,7 @@ def main(
                         wall_seconds=round(report.wall_seconds, 1),
                         cpu_seconds=round(report.cpu_seconds, 1),
                         limit_seconds=round(report.cpu_seconds / job_count, 1),
-                        peak_memory_mb=round(memory.peak / 1e6),
+                        **({"peak_memory_mb": round(memory.peak / 1e6)} if with_memory else {}),
                     )
                 if separate:
                     (ours, grouped_report), (own, separate_report) = found[True], found[False]

@@ -84,13 +84,15 @@ def warm_up(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def importing(inputs: building.Inputs, folder: Path) -> float:
-    """Seconds of a sweep of nothing: what every plan pays first."""
+    """Seconds of a sweep of nothing, which every plan pays first: the second one, when all files are in memory."""
     (scratch := folder / "importing").mkdir()
     compiler = recording_compiler(scratch, inputs.toolchain.version_text)
-    target = inputs.manifest.target
-    started = time.monotonic()
-    sweep.call((), target.gpu, target.all_sm_counts, inputs.installation, compiler, [scratch / "root"], scratch)
-    return round(time.monotonic() - started, 2)
+    target, seconds = inputs.manifest.target, 0.0
+    for _ in range(2):
+        started = time.monotonic()
+        sweep.call((), target.gpu, target.all_sm_counts, inputs.installation, compiler, [scratch / "root"], scratch)
+        seconds = time.monotonic() - started
+    return round(seconds, 2)
 
 
 def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
@@ -163,7 +165,7 @@ def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str)
         planned = {kernel.entry for kernel in built.plan.kernels}
         say("cold", **cold, kernels=len(made), not_planned=sorted(made - planned))
         if "seconds" in cold and "seconds" in cached:
-            ours = built.plan_seconds - imported + built.compiled.wall_seconds
+            ours = built.plan_seconds + built.compiled.wall_seconds
             say(
                 "ratios",
                 cold_to_plan_and_compile=round(cold["seconds"] / ours, 1),
