@@ -52,7 +52,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         source = files[entries.SOURCE].decode() + f"// {number}\n"
         if fingerprint.generation == "legacy":
             release = fingerprint.compiler.split("release ")[1].split(",")[0]
-            entry = entries.legacy_entry(name, release, fingerprint.legacy_flags or "", source)
+            entry = entries.legacy_entry(name, release, fingerprint.legacy_flags or "", source.encode())
         else:
             entry = f"{name}.{hashlib.sha256(source.encode()).hexdigest()[:32]}"
         cubin = bytearray(files[entries.CUBIN])

@@ -52,7 +52,7 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     shutil.rmtree(second)
     generation = built.plan.generation
     roots = str(folder) if generation == "legacy" else f"{tmp_path / 'empty'}:{folder}"
-    done = doctor("--deep-gemm", built.inputs.installation.path, "--json", DG_JIT_CACHE_DIR=roots)
+    done = doctor("--deep-gemm", built.inputs.installation.imported_as, "--json", DG_JIT_CACHE_DIR=roots)
     found = json.loads(done.stdout)
     assert found["roots_from"] == "DG_JIT_CACHE_DIR"
     root = found["roots"][-1]
@@ -69,17 +69,17 @@ def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Buil
     entry = min(path for path in (folder / "cache").iterdir())
     cubin = (entry / "kernel.cubin").read_bytes()
     (entry / "kernel.cubin").write_bytes(cubin[:-1])
-    done = doctor(folder, "--deep-gemm", built.inputs.installation.path)
+    done = doctor(folder, "--deep-gemm", built.inputs.installation.imported_as)
     told = f"damaged: {entry.name}/kernel.cubin: wanted {len(cubin)} bytes, found {len(cubin) - 1}"
     assert f"folder       {folder}" in done.stdout and told in " ".join(done.stdout.split()), done.stdout
 
 
 def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Built, tmp_path: Path) -> None:
-    path = built.inputs.installation.path
+    path = built.inputs.installation.imported_as
     for target in (built.packed.path, unpack(built.packed.path, tmp_path / "restored")):
         done = doctor(target, "--deep-gemm", path)
         assert "artifact     small: fits" in done.stdout, done.stdout
-    other = None if path == LEGACY.resolve() else LEGACY
+    other = None if path.resolve() == LEGACY.resolve() else LEGACY
     done = doctor(built.packed.path, *(["--deep-gemm", other] if other else []), "--json")
     [verdict] = json.loads(done.stdout)["artifacts"]
     assert not verdict["fits"] and done.returncode == 0
@@ -88,7 +88,7 @@ def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Bu
 
 
 def test_a_variable_that_changes_keys_is_a_difference(built: building.Built) -> None:
-    done = doctor(built.packed.path, "--deep-gemm", built.inputs.installation.path, DG_JIT_WITH_LINEINFO="1")
+    done = doctor(built.packed.path, "--deep-gemm", built.inputs.installation.imported_as, DG_JIT_WITH_LINEINFO="1")
     assert "variables    DG_JIT_WITH_LINEINFO=1" in done.stdout
     assert "  DG_JIT_WITH_LINEINFO\n    wanted: not set\n    found:  1\n" in done.stdout, done.stdout
 
@@ -122,7 +122,7 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
 
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
     kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
     assert kept == (not kernel_variables(plan.generation, {variable: value}))

@@ -280,7 +280,7 @@ def test_a_folder_that_nothing_was_restored_into_is_refused(run: Run, tmp_path: 
 def test_run_restores_sets_the_environment_and_becomes_the_command(
     run: Run, built: building.Built, tmp_path: Path
 ) -> None:
-    here = ("--deep-gemm", built.inputs.installation.path)
+    here = ("--deep-gemm", built.inputs.installation.imported_as)
     show = ("--", "sh", "-c", 'echo "$DG_JIT_NVCC_COMPILER $VLLM_DEEP_GEMM_WARMUP $1"; exit 5', "sh", "--to")
     done = run("run", built.packed.path, "--to", tmp_path / "dir", "--engine", "vllm", *here, *show)
     assert (done.returncode, done.stdout) == (5, f"{tmp_path}/dir/cachebuilder/bin/nvcc skip --to\n"), done.stderr
@@ -311,7 +311,7 @@ def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: buil
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_", "CUDA_"))}
     clean |= {v.name: v.value for v in found} | virtual_gpu.environment(built.plan.gpu)
     done = subprocess.run(
-        [sys.executable, "-c", code, built.inputs.installation.path.parent],
+        [sys.executable, "-c", code, built.inputs.installation.imported_as.parent],
         capture_output=True,
         text=True,
         env=clean | {"CUDA_HOME": str(tmp_path)},

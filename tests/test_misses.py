@@ -138,7 +138,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 ) -> None:
     here = built.inputs.installation
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
-    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.path)
+    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
     asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
@@ -157,7 +157,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"
-    more = building.build(building.find_inputs(manifest, deep_gemm=here.path), output)
+    more = building.build(building.find_inputs(manifest, deep_gemm=here.imported_as), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
     assert check(output, here, tmp_path / "wide.yaml").complete
     assert check(output, here).complete
@@ -186,7 +186,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
         return
@@ -201,6 +201,6 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
     (tmp_path / "m.yaml").write_text(SMALL)
     add_sources(tmp_path / "m.yaml", [(f"// of other headers\n{source.partition(chr(10))[2]}", "old")])
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)

@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(small: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "build"])
 def test_quiet_says_nothing_of_a_run(verb: str, small: Path, built: Built, run: Run, tmp_path: Path) -> None:
-    here = ["--deep-gemm", built.inputs.installation.path]
+    here = ["--deep-gemm", built.inputs.installation.imported_as]
     output = ["-o", tmp_path / "small.tar.zst"] if verb == "build" else []
     done = run(verb, small, *output, *here, "--quiet")
     assert done.returncode == 0 and done.stderr == ""
@@ -71,7 +71,7 @@ def test_quiet_says_nothing_of_a_run(verb: str, small: Path, built: Built, run: 
 
 
 def test_quiet_keeps_warnings_and_errors(built: Built, run: Run, tmp_path: Path) -> None:
-    here = ["--deep-gemm", built.inputs.installation.path]
+    here = ["--deep-gemm", built.inputs.installation.imported_as]
     done = run("restore", built.packed.path, "--to", tmp_path / "to", *here, "--quiet")
     assert done.returncode == 0 and done.stdout == ""
     assert done.stderr.startswith("unchecked origin") and "restored" not in done.stderr

@@ -292,7 +292,7 @@ def test_the_fitting_artifact_of_several_is_taken_and_each_others_reasons_are_sh
     other = tmp_path / "other.tar.zst"
     members = edit_index(unpack(built.packed.path), lambda index: index["fingerprint"].update(deep_gemm="9.9.9"))
     other.write_bytes(compress(join(members)))
-    here = ("--deep-gemm", installation.path)
+    here = ("--deep-gemm", installation.imported_as)
     done = run("restore", other, built.packed.path, "--to", tmp_path / "dir", *here)
     assert done.returncode == 0, done.stderr
     assert f"{other} does not fit" in done.stderr and "wanted: 9.9.9" in done.stderr
@@ -316,7 +316,7 @@ def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(
 ) -> None:
     slow = ("torch", "deep_gemm", "pydantic", "rich", "ruamel", "tarfile", "importlib.metadata")
     code = f"import sys\nfor name in {slow}: sys.modules[name] = None\nfrom cachebuilder.cli import main\nmain()"
-    command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.path]
+    command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.imported_as]
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -375,7 +375,7 @@ def test_nothing_is_relocated_if_one_name_does_not_follow_from_its_source(
 
 
 def restore_command(built: building.Built, to: Path) -> list[str]:
-    here = built.inputs.installation.path
+    here = built.inputs.installation.imported_as
     command = [sys.executable, "-m", "cachebuilder", "restore", built.packed.path, "--to", to, "--deep-gemm", here]
     return list(map(str, command))
 

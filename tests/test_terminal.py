@@ -38,7 +38,7 @@ def folder(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "inspect", "diff", "doctor", "verify", "build", "misses"])
 def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path, folder: Path, run: Run) -> None:
-    here = ["--deep-gemm", str(built.inputs.installation.path)]
+    here = ["--deep-gemm", str(built.inputs.installation.imported_as)]
     arguments = {
         "plan": [small, *here],
         "inspect": [built.packed.path],
@@ -89,7 +89,7 @@ def test_a_word_that_does_not_fit_stands_below_its_name(name: str, capsys: pytes
 )
 def test_json_has_the_documented_fields(verb: str, built: Built, tmp_path: Path, run: Run) -> None:
     (log := tmp_path / "misses.jsonl").write_text("")
-    artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.path]
+    artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.imported_as]
     arguments: dict[str, list[str | Path]] = {
         "verify": [artifact, *here],
         "diff": [artifact, artifact],

@@ -19,7 +19,7 @@ from cachebuilder.errors import ArtifactError
 from cachebuilder.paths import write_atomically
 from cachebuilder.plan import Kernel, Plan
 
-#: Measured on the DeepSeek-V3 cache (`benchmarks/packing.py`).
+#: Of the DeepSeek-V3 cache's 9.2 MB: level 17 leaves 591 kB, 19 571 kB, and 22 568 kB with a window of 16 MiB.
 _LEVEL = 19
 
 
