@@ -39,8 +39,17 @@ class Destination:
     _done: bool = False
 
     def __enter__(self) -> Destination:
-        with contextlib.suppress(FileNotFoundError):
-            self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
+        cache = self.to / CACHE
+        try:
+            self._cache = os.open(cache, _FOLDER_FLAGS)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            if cache.is_symlink():
+                raise RestoreError(
+                    f"{cache}: wanted a folder or nothing, found a link", hint="link DIR, not what is in it"
+                ) from None
+            raise
         return self
 
     def entries(self) -> set[str]:

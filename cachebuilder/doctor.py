@@ -100,9 +100,16 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     gpu = nvml.first_gpu()
     roots_from, roots = variables.cache_roots(spoken, os.environ, Path.home())
     kernel_variables = variables.kernel_variables(spoken, os.environ)
+    try:
+        indexes = _indexes(target) if target else []
+    except ArtifactError as error:
+        if target is None or not is_restored(target):
+            raise
+        indexes = []
+        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
     verdicts = [
         Verdict(index.name, tuple(_judge(index, installation, nvcc, gpu, frozen_text)))
-        for index, frozen_text in (_indexes(target) if target else [])
+        for index, frozen_text in indexes
     ]
     return Findings(
         installation=installation if generation else None,

@@ -55,9 +55,13 @@ def frozen_nvcc(dir: Path) -> Path:
 
 
 def version_text(dir: Path) -> str | None:
-    """What the frozen nvcc of DIR answers; None where there is none yet."""
+    """What the frozen nvcc of DIR answers; None where there is none yet.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
-        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode()
+        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
 

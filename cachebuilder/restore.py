@@ -145,11 +145,11 @@ def explain(path: Path, differences: Sequence[Difference]) -> str:
 
 
 def _restore(archive: Archive, to: Path, installation: Installation | None) -> tuple[int, int, Index]:
-    _check_destination(to, archive.index.fingerprint)
     names = _Names(archive.index, installation)
     skipped: list[str] = []
     different: list[str] = []
     try:
+        _check_destination(to, archive.index.fingerprint)
         with Destination(to) as destination:
             there = destination.entries()
             for entry, file, data in archive.files():
@@ -178,7 +178,8 @@ def _restore(archive: Archive, to: Path, installation: Installation | None) -> t
             put(folder / f"{stem}.json", names.index_bytes(archive.index_bytes), 0o644)
             destination.keep()
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) and error.filename.startswith("/") else to
+        named = error.filename2 or error.filename  # of a rename: where to
+        where = named if isinstance(named, str) and named.startswith("/") else to
         raise RestoreError(f"{where}: cannot be written: {error.strerror}") from error
     return written, len(archive.index.entries) - written, index
 

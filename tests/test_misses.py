@@ -97,7 +97,7 @@ def test_a_kernel_that_no_op_asks_for_is_not_given_one(built: building.Built, ol
     assert old in source
     shape = read_shape(source.replace(old, new))
     assert shape is not None and shape.op is None and (shape.n, shape.k) == (256, 512)
-    assert "no op of a manifest" in misses.advice(shape)
+    assert "its op cannot be told" in misses.advice(shape) and "--add-to" in misses.advice(shape)
 
 
 def test_a_kernel_whose_source_was_not_kept_is_still_counted(tmp_path: Path) -> None:
@@ -125,6 +125,23 @@ def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 time" in done.stdout
     assert "lines of the log are none of the frozen nvcc's" in done.stdout
+
+
+def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
+    """A log comes from serving machines; what it names could end in a manifest that is shown around."""
+    log = log_of(tmp_path, ("x", 1, None))
+    secret, beside = tmp_path / "secret.d" / "key", tmp_path / "other" / "k.cu"
+    for file in (secret, beside):
+        file.parent.mkdir()
+        file.write_text("secret &x_impl<")
+    (tmp_path / "misses.jsonl.d" / "link.cu").symlink_to(secret)
+    for named in (secret, beside, tmp_path / "misses.jsonl.d" / "link.cu", tmp_path / "misses.jsonl.d" / ".." / "k.cu"):
+        line = {"time": True, "kernel": "\x1b[2J\x07", "artifact": "\x1b]0;x", "source": str(named)}
+        log.write_text(json.dumps(line) + "\n")
+        [miss] = misses.read(log).misses
+        assert (miss.kernel, miss.artifacts, miss.source, miss.first) == ("unknown", (), None, None), named
+        done = run("misses", log)
+        assert done.returncode == 0 and "\x1b" not in done.stdout and "\x07" not in done.stdout
 
 
 def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -32,7 +32,18 @@ nvcc_option = click.option(
     help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-folder_type = click.Path(path_type=Path, file_okay=False)
+
+
+class _Folder(click.Path):
+    """A folder; the empty text, which an unset variable leaves, is none, although Python takes it for this one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("wanted a folder, found an empty text", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+folder_type = _Folder(path_type=Path, file_okay=False)
 artifact_type = click.Path(path_type=Path, dir_okay=False)
 serving_deep_gemm_option = click.option(
     "--deep-gemm",
