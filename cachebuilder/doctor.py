@@ -99,6 +99,9 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         problems.append(str(error))
     gpu = nvml.first_gpu()
     roots_from, roots = variables.cache_roots(spoken, os.environ, Path.home())
+    sglang = os.environ.get("SGLANG_DG_CACHE_DIR")
+    if sglang is not None and sglang != ":".join(map(str, roots)):
+        problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang} instead of the caches above")
     kernel_variables = variables.kernel_variables(spoken, os.environ)
     try:
         indexes = _indexes(target) if target else []

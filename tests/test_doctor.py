@@ -64,6 +64,20 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     ]
 
 
+def test_another_root_of_sglangs_is_said(built: building.Built, tmp_path: Path) -> None:
+    for named, said in ((tmp_path / "x", True), (tmp_path, False)):
+        done = doctor(DG_JIT_CACHE_DIR=str(tmp_path), SGLANG_DG_CACHE_DIR=str(named))
+        assert ("SGLang would take SGLANG_DG_CACHE_DIR=" in done.stdout) == said, done.stdout
+
+
+def test_a_folder_whose_index_is_damaged_still_gets_its_screen(built: building.Built, tmp_path: Path) -> None:
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    next((folder / "cachebuilder" / "artifacts").glob("*.json")).write_text("{")
+    done = doctor(folder)
+    assert done.returncode == 0 and "torch " in done.stdout
+    assert "wanted JSON" in done.stdout and "restore its artifact into" in " ".join(done.stdout.split())
+
+
 def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Built, tmp_path: Path) -> None:
     folder = unpack(built.packed.path, tmp_path / "restored")
     entry = min(path for path in (folder / "cache").iterdir())

@@ -23,6 +23,7 @@ from cachebuilder.errors import CompatibilityError, RestoreError
 from cachebuilder.nvml import VisibleGpu
 from cachebuilder.restore import restore
 from tests.archives import compress, edit_index, join, member, snapshot, unpack
+from tests.archives import replace as replace_member
 from tests.conftest import Run
 
 H200 = VisibleGpu("NVIDIA H200", (9, 0), 132)
@@ -172,6 +173,68 @@ def test_a_path_that_deepgemm_could_not_use_is_refused(
     with pytest.raises(RestoreError, match="wanted a path of letters"):
         restore([built.packed.path], tmp_path / name, installation)
     assert not (tmp_path / name).exists()
+
+
+def cache_is_a_link(dir: Path) -> None:
+    (dir / "cache").rename(dir / "elsewhere")
+    (dir / "cache").symlink_to(dir / "elsewhere")
+
+
+def file_for(name: str) -> Callable[[Path], None]:
+    def spoil(dir: Path) -> None:
+        shutil.rmtree(dir / name)
+        (dir / name).write_text("")
+
+    return spoil
+
+
+def folder_for_the_text(dir: Path) -> None:
+    (dir / "cachebuilder" / "bin" / "version.txt").unlink()
+    (dir / "cachebuilder" / "bin" / "version.txt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(cache_is_a_link, "wanted a folder or nothing, found a link", id="cache-is-a-link"),
+        pytest.param(file_for("cache"), "cache: cannot be written: Not a directory", id="cache-is-a-file"),
+        pytest.param(file_for("cachebuilder"), "cannot be written: ", id="our-folder-is-a-file"),
+        pytest.param(file_for("cachebuilder/bin"), "bin: cannot be written: ", id="bin-is-a-file"),
+        pytest.param(folder_for_the_text, "version.txt: cannot be written: Is a dir", id="the-text-is-a-folder"),
+        pytest.param(
+            lambda dir: (dir / "cachebuilder" / "bin" / "version.txt").write_bytes(b"\xff"),
+            "speaks for another compiler",
+            id="the-text-is-no-text",
+        ),
+    ],
+)
+def test_a_folder_in_disorder_is_one_sentence_and_left_as_it_is(
+    spoil: Callable[[Path], object], words: str, built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    restore([built.packed.path], tmp_path / "dir", installation)
+    spoil(tmp_path / "dir")
+    before = snapshot(tmp_path)
+    with pytest.raises(RestoreError, match=words):
+        restore([built.packed.path], tmp_path / "dir", installation)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_empty_text_is_no_folder(run: Run, built: building.Built) -> None:
+    """An unset variable must not restore into the working folder."""
+    done = run("restore", built.packed.path, "--to", "")
+    assert done.returncode == 2 and "found an empty text" in done.stderr
+
+
+@pytest.mark.parametrize("deep_gemm", ["legacy"], indirect=True, scope="session")
+def test_a_source_that_is_no_utf_8_moves_as_it_is(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    members = unpack(built.packed.path)
+    changed = tmp_path / "odd.tar.zst"
+    changed.write_bytes(compress(join(replace_member(members, 2, members[2].data + b"// \xb5\n", honest=True))))
+    moved = copy_of(installation, tmp_path / "moved" / "deep_gemm")
+    with pytest.raises(CompatibilityError, match="the names do not follow"):  # it is another source
+        restore([changed], tmp_path / "dir", moved)
 
 
 def test_a_destination_that_cannot_be_written_is_said(
