@@ -192,19 +192,20 @@ class Archive:
 
     def _take(self, size: int) -> bytes:
         end = self._position + size
-        if end > len(self._held):
-            parts = [self._held[self._position :]]
-            missing = size - len(parts[0])
-            while missing > 0:
-                part = next(self._parts, None)
-                if part is None:
-                    raise self._bad("truncated: the tar inside ends too early")
-                parts.append(part)
-                missing -= len(part)
-            self._held, self._position, end = b"".join(parts), 0, size
-        data = self._held[self._position : end]
-        self._position = end
-        return data
+        if end <= len(self._held):
+            data = self._held[self._position : end]
+            self._position = end
+            return data
+        parts = [self._held[self._position :]]
+        missing = size - len(parts[0])
+        while missing > 0:
+            part = next(self._parts, None)
+            if part is None:
+                raise self._bad("truncated: the tar inside ends too early")
+            self._held, self._position = part, min(missing, len(part))
+            parts.append(part[: self._position])
+            missing -= len(part)
+        return b"".join(parts)
 
     def _end(self) -> None:
         rest = 0
