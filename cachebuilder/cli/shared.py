@@ -14,7 +14,6 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
 if TYPE_CHECKING:
-    from cachebuilder.compatibility import Difference
     from cachebuilder.gpus import Gpu
     from cachebuilder.selection import Range
 
@@ -113,14 +112,3 @@ def ranges(points: Sequence[Range]) -> str:
     text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
     steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
     return f"{text} (step {', '.join(map(str, steps))})" if steps else text
-
-
-def difference_document(difference: Difference) -> dict[str, object]:
-    """A field that differs, for JSON."""
-    return {
-        "field": difference.field,
-        "wanted": difference.wanted,
-        "found": difference.found,
-        "causes_miss": difference.causes_miss,
-        "remedy": difference.remedy,
-    }
