@@ -130,14 +130,15 @@ def compile_all(
     installation: Installation,
     store: CubinStore,
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, float], None] = lambda done, total, share: None,
     grouped: bool = True,
 ) -> tuple[dict[str, bytes], Report]:
     """Compile ``kernels``; returns each entry's cubin.
 
     Args:
         jobs: compilers at once; the processor count this process may use when left out.
-        progress: called with (kernels done, kernels in all) after each.
+        progress: called with (kernels done, kernels in all, share of the work done) after each call of nvcc. Kernels
+            come late, after their unit's front end: the share goes by `units`' cost model, what the store had aside.
         grouped: let kernels share a front-end pass; the bytes are the same either way.
 
     Raises:
@@ -153,7 +154,7 @@ def compile_all(
         if (cubin := store.get(keys[kernel.entry])) is not None:
             cubins[kernel.entry] = cubin
     report.reused = len(cubins)
-    progress(len(cubins), len(kernels))
+    progress(len(cubins), len(kernels), 0.0)
     missing = [kernel for kernel in kernels if kernel.entry not in cubins]
     report.jobs = jobs = jobs or available_cores()
 
@@ -161,12 +162,13 @@ def compile_all(
         store.put(keys[kernel.entry], cubin)
         cubins[kernel.entry] = cubin
         report.compiled.append(kernel)
-        progress(len(cubins), len(kernels))
 
     if missing:
         work = units.group(missing, jobs) if grouped else units.separate(missing)
         with scratch_folder() as scratch:
-            pool = _Pool(toolchain, installation, scratch, jobs, keep)
+            pool = _Pool(
+                toolchain, installation, scratch, jobs, keep, lambda share: progress(len(cubins), len(kernels), share)
+            )
             report.failures, report.tasks = pool.run(work), pool.tasks
     report.wall_seconds, report.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu
     if report.failures:
@@ -199,16 +201,19 @@ class _Pool:
         scratch: Path,
         jobs: int,
         keep: Callable[[Kernel, bytes], None],
+        tell: Callable[[float], None],
     ) -> None:
         self._toolchain = toolchain
         self._installation = installation
         self._scratch = scratch
         self._keep = keep
+        self._tell = tell
+        self._spent = self._work = 0.0  # by the cost model, seconds
         self._processes = Processes()
         self._threads = ThreadPoolExecutor(jobs)
         self._jobs = jobs
         self._ready: list[_Ready] = []
-        self._running: dict[Future[Any], Unit | Kernel] = {}
+        self._running: dict[Future[Any], _Ready] = {}
         self._folders = itertools.count()
         self._started = time.monotonic()
         self._free: SimpleQueue[int] = SimpleQueue()
@@ -223,20 +228,28 @@ class _Pool:
             try:
                 for unit in work:
                     self._add(unit)
+                    self._work += unit.ptxas_guess
                 while self._ready or self._running:
                     while self._ready and len(self._running) < self._jobs:
                         next_one = heapq.heappop(self._ready)
-                        self._running[self._threads.submit(next_one.start)] = next_one.item
+                        self._running[self._threads.submit(next_one.start)] = next_one
                     done, _ = wait(self._running, return_when=FIRST_COMPLETED)
                     for future in done:
-                        self._finish(future, self._running.pop(future), failures)
+                        ended = self._running.pop(future)
+                        self._spent -= ended.minus_seconds
+                        self._finish(future, ended.item, failures)
+                        self._tell(min(self._spent / self._work, 1.0))
             except BaseException:
                 self._processes.stop()
                 raise
         return failures
 
     def _add(self, unit: Unit) -> None:
-        heapq.heappush(self._ready, _Ready(-unit.seconds, unit, partial(self._to_ptx, unit)))
+        self._push(_Ready(-unit.seconds, unit, partial(self._to_ptx, unit)))
+
+    def _push(self, ready: _Ready) -> None:
+        self._work -= ready.minus_seconds
+        heapq.heappush(self._ready, ready)
 
     def _finish(self, future: Future[Any], item: Unit | Kernel, failures: list[tuple[Kernel, str]]) -> None:
         try:
@@ -256,12 +269,15 @@ class _Pool:
             # The order in which a kernel declares its strings decides where its code finds them. Where all kernels of a
             # unit use the same ones the order is that of each alone; else those that use any are compiled alone.
             mixed = len({module.strings for module in result}) > 1
+            self._work -= item.ptxas_guess  # what is known now, or guessed anew, is added below
             for kernel, module in zip(item.kernels, result, strict=True):
                 if mixed and module.strings:
-                    self._add(Unit((kernel,)))
+                    alone = Unit((kernel,))
+                    self._add(alone)
+                    self._work += alone.ptxas_guess
                 else:
                     seconds = units.ptxas_seconds(module.text)
-                    heapq.heappush(self._ready, _Ready(-seconds, kernel, partial(self._to_cubin, kernel, module)))
+                    self._push(_Ready(-seconds, kernel, partial(self._to_cubin, kernel, module)))
 
     def _folder(self) -> Path:
         folder = self._scratch / str(next(self._folders))

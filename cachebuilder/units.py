@@ -51,6 +51,11 @@ class Unit:
         """What it costs until its kernels' PTX is there."""
         return UNIT_SECONDS + KERNEL_SECONDS * len(self.kernels)
 
+    @property
+    def ptxas_guess(self) -> float:
+        """What its kernels will cost in ptxas, before their PTX is there: about as much as in the front end."""
+        return KERNEL_SECONDS * len(self.kernels)
+
     def source(self) -> str:
         """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
         if len(self.kernels) == 1:

@@ -140,6 +140,19 @@ def test_a_long_step_does_not_fill_a_log() -> None:
     assert lines[-1] == "compile: 3600 of 3600, 60 min"
 
 
+def test_work_whose_units_come_late_is_told_by_its_share() -> None:
+    """A compilation's kernels all come after the front end: their rate would say an hour where minutes are left."""
+    clock = Clock()
+    meter = Meter(clock)
+    meter.update(0, 100, 0.0)
+    clock.now = 100.0
+    meter.update(1, 100, 0.5)
+    assert str(meter) == "1 of 100, 50%, about 2 min left"
+    clock.now = 200.0
+    meter.update(100, 100, 1.0)
+    assert meter.left == 0 and "left" not in str(meter)
+
+
 def test_nothing_is_said_before_it_is_known_how_much_there_is() -> None:
     clock, lines = Clock(), []
     log = Lines(lines.append, clock, every=1.0)
