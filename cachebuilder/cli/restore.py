@@ -50,8 +50,9 @@ def run_restore(
     if done.signed_by is not None:
         shared.remark(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})")
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
+    written = shared.several(done.written, "kernel")
     shared.remark(
-        f"restored  {done.index.name}: {done.written} kernels written, {done.skipped} there already{relocated}, "
+        f"restored  {done.index.name}: {written} written, {done.skipped} there already{relocated}, "
         f"{time.monotonic() - started:.2f} s"
     )
     return done

@@ -97,6 +97,11 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
     return "cuda" if same else "virtual"
 
 
+def several(count: int, what: str) -> str:
+    """As ``1 kernel``, ``2 kernels``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size(count: int) -> str:
     """Bytes as a person reads them, in powers of 1000."""
     value, unit = float(count), "B"

@@ -84,7 +84,9 @@ def _print(report: verifying.Report) -> None:
     if not report.damage:
         click.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
-        told = f"{replay.calls} calls, {len(replay.hits)} kernels found, {len(replay.missing)} missing"
+        told = (
+            f"{replay.calls} calls, {shared.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
+        )
         table.line("replay", f"{replay.manifest}: {told}", table.BAD if replay.missing else table.GOOD)
         if replay.unlisted:
             click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
@@ -134,9 +136,9 @@ def _problem(target: Path, report: verifying.Report) -> str:
     missing = sum(len(replay.missing) for replay in report.replays)
     refused = sum(len(replay.refusals) for replay in report.replays)
     parts = [
-        f"{missing} kernels would be compiled while serving" if missing else "",
-        f"{refused} calls are refused" if refused else "",
-        f"{len(report.damage)} files are damaged" if report.damage else "",
+        f"{shared.several(missing, 'kernel')} would be compiled while serving" if missing else "",
+        f"refused: {shared.several(refused, 'call')}" if refused else "",
+        f"damaged: {shared.several(len(report.damage), 'file')}" if report.damage else "",
     ]
     return f"{target}: " + ", ".join(filter(None, parts))
 
