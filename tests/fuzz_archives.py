@@ -12,7 +12,7 @@ Five kinds in turn, from the outside in:
 
 What is inside is compressed again, so that no checksum of zstd's answers for the reader. An audit hook sees every file
 that is opened for writing, made, renamed or linked, and ends the run at one outside the folder; an alarm ends it at a
-mutation that takes ten seconds, a limit at one that takes 2 GiB. Half of the mutations restore into an empty folder, half
+mutation that takes half a minute, a limit at one that takes 2 GiB. Half of the mutations restore into an empty folder, half
 into a filled one. Prints one JSON object; ``refusals`` counts the different sentences with which one was refused.
 """
 
@@ -327,14 +327,14 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
         slowest = 0.0
         for number in range(count):
-            signal.alarm(10)
-            begun = time.monotonic()
+            signal.alarm(30)
+            begun = time.process_time()
             fuzz.one(number)
-            slowest = max(slowest, time.monotonic() - begun)
+            slowest = max(slowest, time.process_time() - begun)
             signal.alarm(0)
         assert {path.name for path in folder.iterdir()} == {"in.tar.zst", "empty", "filled"}
     figures = {"mutations": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
-    figures |= {"slowest_seconds": round(slowest, 3), "refusals": len(fuzz.refusals)}
+    figures |= {"slowest_cpu_seconds": round(slowest, 3), "refusals": len(fuzz.refusals)}
     print(json.dumps(figures | dict(fuzz.outcomes)))
 
 
