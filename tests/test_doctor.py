@@ -150,10 +150,11 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
         ("deepjit", {"DJ_JIT_CACHE_DIR": "/a", "DG_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/c"])),
         ("legacy", {"DG_JIT_CACHE_DIR": ""}, ("default", ["/home/x/.deep_gemm"])),
         ("legacy", {"DG_JIT_CACHE_DIR": "/a:/b", "DJ_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/a:/b"])),
+        ("deepjit", {"HOME": ""}, ("default", [])),
     ],
 )
 def test_cache_roots_are_those_that_deepgemm_takes(
     generation: Generation, environment: dict[str, str], expected: tuple[str, list[str]]
 ) -> None:
-    variable, roots = cache_roots(generation, environment, Path("/home/x"))
+    variable, roots = cache_roots(generation, {"HOME": "/home/x"} | environment)
     assert (variable, list(map(str, roots))) == expected

@@ -219,6 +219,30 @@ def test_a_folder_in_disorder_is_one_sentence_and_left_as_it_is(
     assert snapshot(tmp_path) == before
 
 
+def test_a_user_without_a_home_gets_a_sentence_and_needs_none_to_restore(
+    run: Run, built: building.Built, tmp_path: Path
+) -> None:
+    """As a container runs under a number that nobody has: Python has no answer to where home is."""
+    code = (
+        "import os, sys\nfor name in ('HOME', 'XDG_CACHE_HOME', 'CACHEBUILDER_CACHE_DIR'): os.environ.pop(name, None)\n"
+        "import pwd\ndef nobody(number): raise KeyError(number)\npwd.getpwuid = nobody\n"
+        "from cachebuilder.cli import main\nmain()"
+    )
+
+    def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments), "--deep-gemm", str(here)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    here = built.inputs.installation.imported_as
+    assert ask("restore", built.packed.path, "--to", tmp_path / "dir").returncode == 0
+    looked = ask("doctor", tmp_path / "dir")
+    assert looked.returncode == 0 and "neither HOME nor DG_JIT_CACHE_DIR is set" in looked.stdout
+    for verb in (("verify", tmp_path / "dir"), ("plan", tmp_path / "none.yaml")):
+        done = ask(*verb)
+        assert "Traceback" not in done.stderr and done.returncode in (3, 4), done.stderr
+    assert "CACHEBUILDER_CACHE_DIR" in ask("verify", tmp_path / "dir").stderr
+
+
 def test_an_empty_text_is_no_folder(run: Run, built: building.Built) -> None:
     """An unset variable must not restore into the working folder."""
     done = run("restore", built.packed.path, "--to", "")

@@ -234,6 +234,17 @@ def test_an_entry_that_no_index_lists_is_a_hit_of_unknown_bytes(built: building.
     assert report.complete and report.replays[0].unlisted == (index.entries[0].name,)
 
 
+def test_a_manifest_that_was_changed_in_the_folder_proves_nothing(built: building.Built, tmp_path: Path) -> None:
+    """Fewer tokens there would need fewer kernels, and a cache that misses would pass."""
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    [manifest] = (folder / "cachebuilder" / "artifacts").glob("*.yaml")
+    manifest.write_bytes(manifest.read_bytes().replace(b"max_tokens: 40", b"max_tokens: 4"))
+    with pytest.raises(ArtifactError, match=f"{manifest.name}: wanted sha256"):
+        check(folder, built.inputs.installation)
+    unpack(built.packed.path, folder)  # restored again, it is the packed one again
+    assert open_folder(folder).artifacts[0].manifest == built.inputs.manifest_bytes
+
+
 def test_a_folder_that_was_not_restored_is_one_sentence(built: building.Built, run: Run, tmp_path: Path) -> None:
     done = run("verify", tmp_path, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 8

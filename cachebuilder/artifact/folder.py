@@ -147,5 +147,8 @@ def open_folder(path: Path) -> RestoredFolder:
             raise ArtifactError(str(error), hint=error.hint or hint) from None
         except OSError as error:
             raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}", hint=hint) from error
+        if (digest := hashlib.sha256(manifest).hexdigest()) != index.manifest:
+            yaml = file.with_suffix(".yaml")
+            raise ArtifactError(f"{yaml}: wanted sha256 {index.manifest}, found {digest}", hint=hint)
         artifacts.append(RestoredArtifact(file.stem, index, manifest))
     return RestoredFolder(path.absolute(), tuple(artifacts))

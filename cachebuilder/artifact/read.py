@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 from zlib import adler32
@@ -236,7 +237,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file, whoever gave it. Raises `ArtifactError` where it is none or cannot be read."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.

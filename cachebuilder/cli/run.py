@@ -68,7 +68,8 @@ def _own_folder(artifact: Path) -> Path:
     """One folder for each artifact's bytes, so that no two meet in one."""
     import hashlib
 
+    from cachebuilder.artifact.read import open_file
     from cachebuilder.paths import cache_folder
 
-    with artifact.open("rb") as file:
+    with open_file(artifact) as file:
         return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]
