@@ -1,16 +1,19 @@
 """The restore's figures, whole processes, on this machine: 1,000 kernels against ``tar --zstd -x`` of the same file.
 
-    python benchmarks/restore.py ARTIFACT [KERNELS]
+    python benchmarks/restore.py ARTIFACT [KERNELS [DEEP_GEMM]] > benchmarks/results/restore-….json
 
-ARTIFACT is a real one, of either generation, for the DeepGEMM installed here (or ``--deep-gemm PATH`` as a third
-argument). Its kernels are repeated with other names, sources that differ in a comment and cubins that differ in noise.
-Prints one JSON object a figure; medians of nine alternating runs. Ratios hold in one run on one machine.
+ARTIFACT is a real one, of either generation, for the DeepGEMM installed here or for the copy in DEEP_GEMM. Its kernels
+are repeated with other names, sources that differ in a comment and cubins that differ in noise. Medians of eleven
+alternating runs, wall and processor seconds of all processes; both depend on the file system of TMPDIR, which is told.
+cachebuilder's own modules are compiled to bytecode before, as pip does. Ratios hold in one run on one machine.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import platform
 import random
 import shutil
 import statistics
@@ -27,11 +30,8 @@ from cachebuilder.deepgemm import entries
 from cachebuilder.gpus import find
 from cachebuilder.plan import Kernel, Plan
 
-RUNS = 9
-
-
-def say(what: str, **figures: object) -> None:
-    print(json.dumps({"what": what} | figures), flush=True)
+RUNS = 11
+Times = tuple[float, float]
 
 
 def grow(artifact: Path, count: int, output: Path) -> Packed:
@@ -52,7 +52,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         source = files[entries.SOURCE].decode() + f"// {number}\n"
         if fingerprint.generation == "legacy":
             release = fingerprint.compiler.split("release ")[1].split(",")[0]
-            entry = entries.legacy_entry(name, release, fingerprint.legacy_flags or "", source)
+            entry = entries.legacy_entry(name, release, fingerprint.legacy_flags or "", source.encode())
         else:
             entry = f"{name}.{hashlib.sha256(source.encode()).hexdigest()[:32]}"
         cubin = bytearray(files[entries.CUBIN])
@@ -80,14 +80,22 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
     return pack(output, index.name, manifest, plan, cubins, fingerprint)
 
 
-def timed(command: Sequence[str | Path]) -> float:
-    started = time.perf_counter()
+def timed(command: Sequence[str | Path]) -> Times:
+    """Wall and processor seconds of a command and all that it started."""
+    before, started = os.times(), time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    return time.perf_counter() - started
+    wall, after = time.perf_counter() - started, os.times()
+    own = after.children_user + after.children_system - before.children_user - before.children_system
+    return wall, own
 
 
-def alternate(folder: Path, **ways: Callable[[Path], Sequence[str | Path]]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def medians(found: Sequence[Times]) -> dict[str, float]:
+    wall, processor = (statistics.median(times) for times in zip(*found, strict=True))
+    return {"seconds": round(wall, 3), "cpu_seconds": round(processor, 3)}
+
+
+def alternate(folder: Path, **ways: Callable[[Path], Sequence[str | Path]]) -> dict[str, list[Times]]:
+    found: dict[str, list[Times]] = {name: [] for name in ways}
     for _ in range(RUNS):
         for name, command in ways.items():
             target = folder / "target"
@@ -98,31 +106,52 @@ def alternate(folder: Path, **ways: Callable[[Path], Sequence[str | Path]]) -> d
     return found
 
 
+def file_system(folder: Path) -> str:
+    command = ["stat", "--file-system", "--format", "%T", folder]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     artifact, count = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
     here = ["--deep-gemm", sys.argv[3]] if len(sys.argv) > 3 else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
         packed = grow(artifact, count, folder / "grown.tar.zst")
-        say("artifact", kernels=count, bytes=packed.size, unpacked_bytes=packed.unpacked_size)
         command = [sys.executable, "-m", "cachebuilder"]
-        found = alternate(
-            folder,
-            tar=lambda to: ["tar", "--zstd", "-xf", packed.path, "-C", to],
-            restore=lambda to: [*command, "restore", packed.path, "--to", to, *here],
-        )
-        tar, restore = (statistics.median(found[name]) for name in ("tar", "restore"))
-        say("restore", seconds=round(restore, 3), tar_seconds=round(tar, 3), ratio=round(restore / tar, 2))
+
+        def restore(to: Path) -> list[str | Path]:
+            return [*command, "restore", packed.path, "--to", to, *here]
+
+        timed(restore(folder / "first"))
+        found = alternate(folder, tar=lambda to: ["tar", "--zstd", "-xf", packed.path, "-C", to], restore=restore)
         target = folder / "target"
-        again = statistics.median(timed([*command, "restore", packed.path, "--to", target, *here]) for _ in range(RUNS))
-        say("restore again, all there", seconds=round(again, 3))
+        again = [timed(restore(target)) for _ in range(RUNS)]
         nvcc, text = target / "cachebuilder/bin/nvcc", target / "cachebuilder/bin/version.txt"
         loop = 'i=0; while [ $i -lt 200 ]; do "$@" >/dev/null; i=$((i + 1)); done'
         frozen, cat = (
-            statistics.median(timed(["sh", "-c", loop, "sh", *what]) / 200 for _ in range(5))
+            statistics.median(timed(["sh", "-c", loop, "sh", *what])[0] / 200 for _ in range(5))
             for what in ([nvcc, "--version"], ["cat", text])
         )
-        say("frozen nvcc --version", milliseconds=round(frozen * 1000, 2), cat_milliseconds=round(cat * 1000, 2))
+        tar, restored = medians(found["tar"]), medians(found["restore"])
+        with open_archive(packed.path) as archive:
+            include = archive.index.fingerprint.install_include
+        figures = {
+            "kernels": count,
+            "bytes": packed.size,
+            "unpacked_bytes": packed.unpacked_size,
+            "relocated": bool(here) and include is not None and include != f"{here[1]}/include",
+            "file_system": file_system(folder),
+            "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "load": round(os.getloadavg()[0], 1)},
+            "restore": restored,
+            "tar": tar,
+            "restore_to_tar": {name: round(restored[name] / tar[name], 2) for name in tar},
+            "restore_again": medians(again),
+            "frozen_nvcc_version_ms": round(frozen * 1000, 2),
+            "cat_ms": round(cat * 1000, 2),
+        }
+        print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

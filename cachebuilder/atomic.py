@@ -10,11 +10,16 @@ from pathlib import Path
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> None:
-    """Write a file that must not exist yet; the mode is ``mode`` whatever the umask. No link is followed."""
+def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None, masked: bool = True) -> None:
+    """Write a file that must not exist yet. No link is followed.
+
+    Args:
+        masked: whether a umask may be in the way of ``mode``.
+    """
     handle = os.open(name, _NEW, mode, dir_fd=dir_fd)
     try:
-        os.fchmod(handle, mode)
+        if masked:
+            os.fchmod(handle, mode)
         while data:
             data = data[os.write(handle, data) :]
     finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from cachebuilder import __version__, build_record, on_gpu, sweep, verify
 from cachebuilder import compile as compiling
@@ -21,8 +21,19 @@ from cachebuilder.front_end import FrontEnds
 from cachebuilder.paths import scratch_folder
 from cachebuilder.store import CubinStore, NoStore
 
-#: Called with a step's name ("plan", "compile"), units done and units in all (0: not known yet).
-Progress = Callable[[str, int, int], None]
+
+class Progress(Protocol):
+    """Called with a step's name ("plan", "compile"), units done and units in all (0: not known yet).
+
+    ``share``: of the work done, 0 to 1, where it is not done / total.
+    """
+
+    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None:
+        """Take a report."""
+
+
+def _say_nothing(step: str, done: int, total: int, share: float | None = None) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def build(
     grouped: bool = True,
     check_code: int = 1,
     device: sweep.DeviceName = "virtual",
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = _say_nothing,
 ) -> Built:
     """Build ``output`` from ``inputs``, with the record of the build beside it (`build_record`).
 
@@ -105,7 +116,7 @@ def build(
             inputs.installation,
             store,
             jobs,
-            lambda done, total: progress("compile", done, total),
+            lambda done, total, share: progress("compile", done, total, share),
             grouped,
             check_code,
             front_ends,

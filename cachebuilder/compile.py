@@ -56,7 +56,7 @@ def compile_all(
     installation: Installation,
     store: CubinStore,
     jobs: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, float], None] = lambda done, total, share: None,
     grouped: bool = True,
     check: int = 0,
     front_ends: FrontEnds | None = None,
@@ -65,7 +65,8 @@ def compile_all(
 
     Args:
         jobs: compilers at once; the processor count this process may use when left out.
-        progress: called with (kernels done, kernels in all) after each.
+        progress: called with (kernels done, kernels in all, share of the work done) after each call of nvcc. Kernels
+            come late, after their unit's front end: the share goes by `units`' cost model, what the store had aside.
         grouped: let kernels share a front-end pass; the bytes are the same either way.
         check: of the kernels compiled now, compare this many random ones with what nvcc makes of them alone.
         front_ends: those that were started before; they are ended here.
@@ -84,19 +85,26 @@ def compile_all(
         if (cubin := store.get(key)) is not None:
             cubins[entry] = cubin
     report.reused = len(cubins)
-    progress(len(cubins), len(kernels))
+    progress(len(cubins), len(kernels), 0.0)
     missing = [kernel for kernel in kernels if kernel.entry not in cubins]
 
     def keep(kernel: Kernel, cubin: bytes) -> None:
         store.put(keys[kernel.entry], cubin)
         cubins[kernel.entry] = cubin
         report.compiled.append(kernel)
-        progress(len(cubins), len(kernels))
 
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         held = front_ends or stack.enter_context(FrontEnds(toolchain, installation, report.jobs))
-        pool = Pool(toolchain, installation, scratch, report.jobs, keep, held if grouped else None)
+        pool = Pool(
+            toolchain,
+            installation,
+            scratch,
+            report.jobs,
+            keep,
+            held if grouped else None,
+            lambda share: progress(len(cubins), len(kernels), share),
+        )
         pool.run(
             units.group(missing, report.jobs) if grouped else units.separate(missing),
             random.sample(missing, min(check, len(missing))),

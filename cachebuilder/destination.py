@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +35,21 @@ class Destination:
     _work: int | None = None
     _work_path: Path | None = None
     _cache: int | None = None
+    _masked: bool = True
     _done: bool = False
 
     def __enter__(self) -> Destination:
-        with contextlib.suppress(FileNotFoundError):
-            self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
+        cache = self.to / CACHE
+        try:
+            self._cache = os.open(cache, _FOLDER_FLAGS)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            if cache.is_symlink():
+                raise RestoreError(
+                    f"{cache}: wanted a folder or nothing, found a link", hint="link DIR, not what is in it"
+                ) from None
+            raise
         return self
 
     def entries(self) -> set[str]:
@@ -50,12 +61,15 @@ class Destination:
         if self._work is None:
             self._make_work()
         os.mkdir(name, 0o755, dir_fd=self._work)
-        os.chmod(name, 0o755, dir_fd=self._work)
+        if not self.made:  # where the first folder gets its mode by itself, so do all others and all files
+            self._masked = stat.S_IMODE(os.stat(name, dir_fd=self._work).st_mode) != 0o755
+        if self._masked:
+            os.chmod(name, 0o755, dir_fd=self._work)
         self.made.append(name)
 
     def write(self, name: str, file: str, data: bytes) -> None:
         """Write one file of an entry that has begun."""
-        write_new(f"{name}/{file}", data, 0o644, self._work)
+        write_new(f"{name}/{file}", data, 0o644, self._work, self._masked)
 
     def holds(self, name: str, entry: Entry) -> bool:
         """Whether ``cache/`` has this entry, equal to the last byte and with nothing else in it."""

@@ -12,6 +12,7 @@ from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
 from cachebuilder.compatibility import Difference, between
 from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.errors import ArtifactError
 
 #: An entry's files: name → sha256.
 _Files = Mapping[str, str]
@@ -88,4 +89,7 @@ def _changed(a: _Files, b: _Files) -> tuple[str, ...]:
 def _on_disk(folder: RestoredFolder, entry: str) -> dict[str, str]:
     generation = folder.artifacts[0].index.fingerprint.generation
     files = {name: folder.cache / entry / name for name in entry_files.FILES[generation]}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
+    try:
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}") from error

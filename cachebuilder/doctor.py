@@ -97,11 +97,23 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     except InstallationError as error:
         problems.append(str(error))
     gpu = nvml.first_gpu()
-    roots_from, roots = variables.cache_roots(spoken, os.environ, Path.home())
+    roots_from, roots = variables.cache_roots(spoken, os.environ)
+    if not roots:
+        problems.append("neither HOME nor DG_JIT_CACHE_DIR is set: DeepGEMM knows no cache root and does not start")
+    sglang = os.environ.get("SGLANG_DG_CACHE_DIR")
+    if sglang is not None and sglang != ":".join(map(str, roots)):
+        problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang} instead of the caches above")
     kernel_variables = variables.kernel_variables(spoken, os.environ)
+    try:
+        indexes = _indexes(target) if target else []
+    except ArtifactError as error:
+        if target is None or not is_restored(target):
+            raise
+        indexes = []
+        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
     verdicts = [
         Verdict(index.name, tuple(_judge(index, installation, nvcc, gpu, frozen_text)))
-        for index, frozen_text in (_indexes(target) if target else [])
+        for index, frozen_text in indexes
     ]
     return Findings(
         installation=installation if generation else None,
@@ -176,11 +188,14 @@ def _generation_of(entry: str) -> Generation | None:
 
 def _fault(folder: Path, generation: Generation) -> str | None:
     """What DeepGEMM would stumble over in an entry, or what makes it pass the entry by."""
-    for name in entry_files.FILES[generation]:
-        if not (folder / name).is_file():
-            return f"{name}: wanted a file, found none"
-    with (folder / entry_files.CUBIN).open("rb") as file:
-        start = file.read(4)
+    try:
+        for name in entry_files.FILES[generation]:
+            if not (folder / name).is_file():
+                return f"{name}: wanted a file, found none"
+        with (folder / entry_files.CUBIN).open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        return f"{entry_files.CUBIN}: cannot be read: {error.strerror}"
     if start != b"\x7fELF":
         return f"{entry_files.CUBIN}: wanted an ELF file, found one that begins with {start!r}"
     return None

@@ -1,7 +1,7 @@
 """What a serving process must have set to run from a restored cache: each variable, its value and the reason.
 
 The engines' parts were read in their own sources: vLLM 0.25.0 and 0.33.0 (``vllm/utils/deep_gemm.py``,
-``vllm/envs.py``, ``vllm/model_executor/warmup/kernel_warmup.py``), SGLang 0.5.23
+``vllm/envs.py``, ``vllm/model_executor/warmup/kernel_warmup.py``), SGLang 0.5.15 and 0.5.23
 (``sglang/srt/layers/deep_gemm_wrapper/compile_utils.py``, ``sglang/srt/environ.py``).
 """
 
@@ -15,6 +15,7 @@ from typing import Literal
 
 from cachebuilder import frozen
 from cachebuilder.artifact.index import Index
+from cachebuilder.deepgemm import Generation
 from cachebuilder.errors import RestoreError
 
 Engine = Literal["vllm", "sglang", "none"]
@@ -86,7 +87,7 @@ def variables(
         why = "DeepGEMM does not load without one, and here is none: it holds the frozen nvcc and nothing else"
         found.append(Variable("CUDA_HOME", str(dir / frozen.FOLDER), why))
     found += _manifest_variables(dir, indexes)
-    return found + _engine_variables(engine, roots)
+    return found + _engine_variables(engine, generations[0], roots)
 
 
 def has_cuda_home(environment: Mapping[str, str]) -> bool:
@@ -115,7 +116,7 @@ def _manifest_variables(dir: Path, indexes: Sequence[Index]) -> list[Variable]:
     return [Variable(name, value, "the manifest's environment: it changes kernels") for name, value in wanted.items()]
 
 
-def _engine_variables(engine: Engine, roots: str) -> list[Variable]:
+def _engine_variables(engine: Engine, generation: Generation, roots: str) -> list[Variable]:
     if engine == "vllm":
         # DG_JIT_CACHE_DIR is kept if set; only otherwise does vLLM take VLLM_CACHE_ROOT/deep_gemm. That root is left
         # alone: vLLM keeps much else in it.
@@ -125,14 +126,21 @@ def _engine_variables(engine: Engine, roots: str) -> list[Variable]:
         )
         return [Variable("VLLM_DEEP_GEMM_WARMUP", "skip", why)]
     if engine == "sglang":
-        source = "sglang/srt/layers/deep_gemm_wrapper/compile_utils.py, 0.5.23"
-        return [
+        source = "sglang/srt/layers/deep_gemm_wrapper/compile_utils.py, 0.5.15 and 0.5.23"
+        found = [
             Variable("SGLANG_DG_CACHE_DIR", roots, f"SGLang overwrites DG_JIT_CACHE_DIR with it ({source})"),
-            # The pre-compilation's lock files would go into the folder "<scratch>:<dir>/locks".
+            # The pre-compilation's lock files would go into the folder "<scratch>:<dir>/locks" (0.5.23).
             Variable(
                 "SGLANG_JIT_DEEPGEMM_PRECOMPILE",
                 "0",
                 f"no warm-up: every kernel is there; its lock files also cannot handle a list of roots ({source})",
             ),
         ]
+        if generation == "legacy":
+            # Named SGL_… in 0.5.15; later SGLang has the other name, and DeepJIT has no NVRTC.
+            why = (
+                "SGLang sets DG_JIT_USE_NVRTC by it: NVRTC's kernels have other keys, and the frozen nvcc sees no miss"
+            )
+            found += [Variable(name, "0", why) for name in ("SGL_DG_USE_NVRTC", "SGLANG_DG_USE_NVRTC")]
+        return found
     return []

@@ -94,6 +94,12 @@ class RecordingError(CacheBuilderError):
     exit_code = 15
 
 
+class CommandError(CacheBuilderError):
+    """The command that was to serve cannot be run; the code is the one of env(1) and of shells."""
+
+    exit_code = 127
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -112,5 +118,6 @@ EXIT_CODES: dict[int, str] = {
     ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     SignatureError.exit_code: "no valid signature by a trusted key, or a key that cannot be used",
     RecordingError.exit_code: "nothing was recorded",
+    CommandError.exit_code: "run: CMD was not found or cannot be run; else CMD's own code",
     130: "interrupted",
 }

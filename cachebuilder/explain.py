@@ -72,12 +72,17 @@ def explain(target: str, inside: Path | None = None) -> Explanation:
         return _of_artifact(target, inside)
     roots = [inside] if inside else sorted({r for g in _GENERATIONS for r in _roots(g)})
     folders = {path.name: path for root in roots for path in (root / CACHE).glob("*") if path.is_dir()}
-    name = _one(target, folders, "the caches " + ", ".join(map(str, roots)), known=inside is not None)
+    name = _one(
+        target,
+        folders,
+        "the caches " + (", ".join(map(str, roots)) or "here: there are none, HOME is not set"),
+        known=inside is not None,
+    )
     return _of_folder(folders[name].absolute())
 
 
 def _roots(generation: Generation) -> Iterable[Path]:
-    return variables.cache_roots(generation, os.environ, Path.home())[1]
+    return variables.cache_roots(generation, os.environ)[1]
 
 
 def _one(key: str, entries: Iterable[str], where: str, known: bool = True) -> str:

@@ -64,9 +64,13 @@ def is_frozen(nvcc: Path) -> bool:
 
 
 def version_text(dir: Path) -> str | None:
-    """What the frozen nvcc of DIR answers; None where there is none yet."""
+    """What the frozen nvcc of DIR answers; None where there is none yet.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     try:
-        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode()
+        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
 

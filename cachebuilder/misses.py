@@ -1,8 +1,13 @@
-"""The frozen nvcc's log, read: which kernels were missed, how often, and what to add to the manifest."""
+"""The frozen nvcc's log, read: which kernels were missed, how often, and what to add to the manifest.
+
+A log comes from where models are served, perhaps by way of others: what it names is taken only in the shapes that the
+frozen nvcc writes.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,8 @@ from cachebuilder.errors import ArtifactError
 _MAX_LINE_BYTES = 64 << 10
 #: The largest generated source is a page long.
 _MAX_SOURCE_BYTES = 1 << 20
+_KERNEL = re.compile(r"[A-Za-z0-9_:]{1,200}")
+_ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ def read(path: Path) -> Log:
                     unreadable += 1
                     continue
                 source = _source(line.get("source"), path)
-                name = (kernel_template(source) if source else None) or line.get("kernel") or "unknown"
-                groups.setdefault((str(name).removesuffix("_impl"), source), []).append(line)
+                name = (kernel_template(source) if source else None) or _said(line, "kernel", _KERNEL) or "unknown"
+                groups.setdefault((name.removesuffix("_impl"), source), []).append(line)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
@@ -81,12 +88,23 @@ def _parse(data: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and "kernel" in line else None
 
 
+def _said(line: dict[str, Any], field: str, form: re.Pattern[str]) -> str | None:
+    """A field of a line, where it has the form of the frozen nvcc's."""
+    value = line.get(field)
+    return value if isinstance(value, str) and form.fullmatch(value) else None
+
+
 def _source(name: object, log: Path) -> str | None:
-    """The kept copy of a source: where the log says, else in the log's own folder, if both were moved."""
-    if not isinstance(name, str) or "\0" in name:
+    """The kept copy of a source: where the log says, else in the log's own folder, if both were moved.
+
+    Only a ``.cu`` in a folder named ``….d``, and no link: no line makes this read another file into a manifest.
+    """
+    if not isinstance(name, str) or "\0" in name or not Path(name).parent.name.endswith(".d"):
         return None
     for path in (Path(name), log.with_name(f"{log.name}.d") / Path(name).name):
         try:
+            if path.suffix != ".cu" or path.is_symlink():
+                continue
             if path.is_file() and path.stat().st_size <= _MAX_SOURCE_BYTES:
                 return path.read_text(errors="replace")
         except OSError:
@@ -95,13 +113,13 @@ def _source(name: object, log: Path) -> str | None:
 
 
 def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
-    times = [line["time"] for line in lines if isinstance(line.get("time"), int)]
+    times = [line["time"] for line in lines if type(line.get("time")) is int]
     return Miss(
         kernel=name,
         count=len(lines),
         first=min(times, default=None),
         last=max(times, default=None),
-        artifacts=tuple(sorted({str(line["artifact"]) for line in lines if line.get("artifact")})),
+        artifacts=tuple(sorted({said for line in lines if (said := _said(line, "artifact", _ARTIFACT))})),
         source=source,
         shape=read_shape(source) if source else None,
     )
@@ -115,7 +133,10 @@ def advice(shape: Shape | None) -> str:
             "if none does, an op is missing from it"
         )
     if shape.op is None:
-        return f"no op of a manifest asks for this kind of kernel ({shape.gemm_type}): it cannot be built ahead yet"
+        return (
+            f"its op cannot be told from its source ({shape.gemm_type}): build the kernel itself, with --add-to, or "
+            "look for the op in cachebuilder's list of entry points"
+        )
     fields: dict[str, object] = {"op": shape.op}
     if shape.experts is not None:
         fields["experts"] = shape.experts

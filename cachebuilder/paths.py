@@ -11,20 +11,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cachebuilder.errors import InstallationError
+
 
 def cache_folder() -> Path:
-    """``$CACHEBUILDER_CACHE_DIR``, else ``$XDG_CACHE_HOME/cachebuilder``, else ``~/.cache/cachebuilder``."""
+    """``$CACHEBUILDER_CACHE_DIR``, else ``$XDG_CACHE_HOME/cachebuilder``, else ``~/.cache/cachebuilder``.
+
+    Raises:
+        InstallationError: there is no home.
+    """
     if given := os.environ.get("CACHEBUILDER_CACHE_DIR"):
         return Path(given).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cachebuilder"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "cachebuilder"
+    try:
+        return Path.home() / ".cache" / "cachebuilder"
+    except RuntimeError:  # a container's user without a name; a folder in /tmp could be made by others before
+        raise InstallationError(
+            "wanted a folder of the user's own, found no HOME", hint="set CACHEBUILDER_CACHE_DIR to one"
+        ) from None
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A fresh working folder, gone afterwards; what a killed process left of its own is swept away first."""
     root = cache_folder() / "scratch"
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InstallationError(
+            f"{root}: cannot be made: {error.strerror}",
+            hint="set CACHEBUILDER_CACHE_DIR to a folder that can be written",
+        ) from error
     for left in root.iterdir():
         _remove_if_abandoned(left)
     folder = Path(tempfile.mkdtemp(dir=root))

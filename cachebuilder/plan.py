@@ -195,7 +195,7 @@ def _from_sources(
     def entry(name: str, source: str) -> str:
         if found.generation == "legacy":
             flags = _legacy_flags(next(iter((found.entries | found.checked).values())))
-            return entry_files.legacy_entry(name, toolchain.release, flags, source)
+            return entry_files.legacy_entry(name, toolchain.release, flags, source.encode())
         cutlass = installation.cutlass_version
         return entry_files.deepjit_entry(
             name, toolchain.version_text, cutlass, known[0].flags, source, installation.include
@@ -301,7 +301,9 @@ def _legacy_flags(entry: sweep.Entry) -> str:
 def _check_legacy_names(asked: Iterable[sweep.Entry], names: dict[str, str], toolchain: Toolchain) -> None:
     """Every entry's name recomputed from the formula must be the one DeepGEMM chose: relocation hangs on it."""
     for entry in asked:
-        expected = entry_files.legacy_entry(names[entry.name], toolchain.release, _legacy_flags(entry), entry.source)
+        expected = entry_files.legacy_entry(
+            names[entry.name], toolchain.release, _legacy_flags(entry), entry.source.encode()
+        )
         if expected != entry.name:
             raise PlanError(
                 f"the legacy key's formula does not hold for this DeepGEMM: wanted {expected}, found {entry.name}"

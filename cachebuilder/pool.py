@@ -75,6 +75,7 @@ class Pool:
     Args:
         keep: called with each kernel and its cubin, from the thread that calls `run`.
         front_ends: those of this build; without, every unit is compiled from its first line.
+        tell: called with the share of the work that is done, by `units`' cost model, after each call that ended.
     """
 
     def __init__(
@@ -85,11 +86,14 @@ class Pool:
         jobs: int,
         keep: Callable[[Kernel, bytes], None],
         front_ends: FrontEnds | None = None,
+        tell: Callable[[float], None] = lambda share: None,
     ) -> None:
         self._toolchain = toolchain
         self._installation = installation
         self._scratch = scratch
         self._keep = keep
+        self._tell = tell
+        self._spent = self._work = self._share = 0.0
         self._front_ends = front_ends
         self._processes = front_ends.processes if front_ends else Processes()
         self._threads = ThreadPoolExecutor(jobs)
@@ -125,12 +129,15 @@ class Pool:
                     done, _ = wait(self._running, return_when=FIRST_COMPLETED)
                     for future in done:
                         ended = self._running.pop(future)
+                        self._spent -= ended.minus_seconds
                         try:
                             result = future.result()
                         except (CompileError, PtxError) as error:
                             ended.fail(str(error))
                         else:
                             ended.finish(result)
+                        self._share = max(self._share, min(self._spent / self._work, 1.0))
+                        self._tell(self._share)
             except BaseException:
                 self._processes.stop()
                 raise
@@ -138,6 +145,7 @@ class Pool:
     def _add(
         self, seconds: float, start: Callable[[], Any], finish: Callable[[Any], None], fail: Callable[[str], None]
     ) -> None:
+        self._work += seconds
         heapq.heappush(self._ready, _Ready(-seconds, start, finish, fail))
 
     def _add_family(self, family: Sequence[Unit]) -> None:
@@ -158,6 +166,7 @@ class Pool:
 
     def _add_units(self, added: Iterable[Unit], front_end: FrontEnd | None) -> None:
         for unit in added:
+            self._work += unit.ptxas_guess  # until its PTX is there
             self._add(
                 unit.seconds,
                 partial(self.to_ptx, unit, front_end),
@@ -167,6 +176,7 @@ class Pool:
 
     def _unit_failed(self, unit: Unit, front_end: FrontEnd | None, output: str) -> None:
         """One bad kernel fails its whole unit: halve until it is alone."""
+        self._work -= unit.ptxas_guess
         if len(unit.kernels) == 1:
             self.failures.append((unit.kernels[0], output))
         else:
@@ -178,6 +188,7 @@ class Pool:
         The order in which a kernel declares its strings decides where its code finds them. Where all kernels of a unit
         use the same ones the order is that of each alone; else those that use any are compiled alone.
         """
+        self._work -= unit.ptxas_guess
         mixed = len({module.strings for module in modules}) > 1
         for kernel, module in zip(unit.kernels, modules, strict=True):
             if mixed and module.strings:

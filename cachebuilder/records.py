@@ -24,7 +24,7 @@ class RecordError(ValueError):
     """JSON that is not the record: ``where`` it is not, and why."""
 
     def __init__(self, where: str, why: str) -> None:
-        super().__init__(f"{where}: {why}")
+        super().__init__(f"{where}: {why}" if where else why)
         self.where = where
         self.why = why
 

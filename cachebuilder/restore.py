@@ -145,11 +145,11 @@ def explain(path: Path, differences: Sequence[Difference]) -> str:
 
 
 def _restore(archive: Archive, to: Path, installation: Installation | None) -> tuple[int, int, Index]:
-    _check_destination(to, archive.index.fingerprint)
     names = _Names(archive.index, installation)
     skipped: list[str] = []
     different: list[str] = []
     try:
+        _check_destination(to, archive.index.fingerprint)
         with Destination(to) as destination:
             there = destination.entries()
             for entry, file, data in archive.files():
@@ -175,10 +175,11 @@ def _restore(archive: Archive, to: Path, installation: Installation | None) -> t
             folder = own / "artifacts"
             make_folders(folder)
             put(folder / f"{stem}.yaml", archive.manifest, 0o644)
-            put(folder / f"{stem}.json", index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", 0o644)
+            put(folder / f"{stem}.json", names.index_bytes(archive.index_bytes), 0o644)
             destination.keep()
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) and error.filename.startswith("/") else to
+        named = error.filename2 or error.filename  # of a rename: where to
+        where = named if isinstance(named, str) and named.startswith("/") else to
         raise RestoreError(f"{where}: cannot be written: {error.strerror}") from error
     return written, len(archive.index.entries) - written, index
 
@@ -241,17 +242,21 @@ class _Names:
         name = entry.name
         if self._new is not None:
             old = self._index.fingerprint
-            kernel, text = entry_files.kernel_name("legacy", name) or "", source.decode("utf-8", "surrogateescape")
-            as_built = entry_files.legacy_entry(kernel, self._release, old.legacy_flags or "", text)
+            kernel = entry_files.kernel_name("legacy", name) or ""
+            as_built = entry_files.legacy_entry(kernel, self._release, old.legacy_flags or "", source)
             if as_built != name:
                 raise CompatibilityError(
                     "cannot be relocated to this install path, the names do not follow from the sources\n"
                     f"wanted: {as_built}\nfound:  {name}",
                     hint=f"restore where DeepGEMM's headers are in {old.install_include}, or build for this machine",
                 )
-            name = entry_files.legacy_entry(kernel, self._release, self._new.legacy_flags or "", text)
+            name = entry_files.legacy_entry(kernel, self._release, self._new.legacy_flags or "", source)
         self.of[entry.name] = name
         return name
+
+    def index_bytes(self, packed: bytes) -> bytes:
+        """The index for DIR; as packed where nothing moved, since writing 1,000 kernels' JSON takes a while."""
+        return packed if self._new is None else self.index().model_dump_json(exclude_none=True).encode() + b"\n"
 
     def index(self) -> Index:
         """The index as restored."""

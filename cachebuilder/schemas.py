@@ -1,4 +1,4 @@
-"""JSON schemas of the files that cachebuilder reads and writes, made from the models themselves.
+"""JSON schemas of the files that are read and written and of what ``--json`` prints, made from the models themselves.
 
 ``schemas/`` in the repository holds them for editors; a test says so when they are not these.
 """
@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from cachebuilder import documents
 from cachebuilder.artifact.index import Index
 from cachebuilder.build_record import BuildRecord
+from cachebuilder.gpus import Gpu
 from cachebuilder.manifest import Manifest
 from cachebuilder.plan import Plan
 from cachebuilder.verified import Verified
@@ -26,6 +28,12 @@ SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "artifact": ("artifact.json in an artifact, which inspect --json prints", TypeAdapter(Index).json_schema),
     "report": ("the report of verify --device cuda", Verified.model_json_schema),
     "build": ("the record of a build beside the artifact", BuildRecord.model_json_schema),
+    "verify": ("verify --json", TypeAdapter(documents.Verify).json_schema),
+    "diff": ("diff --json", TypeAdapter(documents.Diff).json_schema),
+    "doctor": ("doctor --json", TypeAdapter(documents.Doctor).json_schema),
+    "misses": ("misses --json", TypeAdapter(documents.Misses).json_schema),
+    "explain": ("explain --json", TypeAdapter(documents.Explain).json_schema),
+    "gpus": ("gpus --json", TypeAdapter(list[Gpu]).json_schema),
 }
 
 

@@ -52,6 +52,11 @@ class Unit:
         return UNIT_SECONDS + KERNEL_SECONDS * len(self.kernels)
 
     @property
+    def ptxas_guess(self) -> float:
+        """What its kernels will cost in ptxas, before their PTX is there: about as much as in the front end."""
+        return KERNEL_SECONDS * len(self.kernels)
+
+    @property
     def source(self) -> str:
         """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
         return self.head + self.body

@@ -65,7 +65,7 @@ def edit_index(
     index = json.loads(members[0].data)
     change(index)
     if redigest:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(KeyError, ValueError):  # an index that holds no fingerprint
             index["fingerprint_digest"] = Fingerprint.model_validate(index["fingerprint"]).digest()
     return [member("artifact.json", json.dumps(index).encode()), *members[1:]]
 

@@ -178,7 +178,9 @@ CORPUS = [
     ("file-named-dot-dot", first_entry(lambda e: e["files"][0].update(name="../x")), "wanted the files"),
     ("file-left-out", first_entry(lambda e: e["files"].pop()), "wanted the files"),
     ("negative-file-size", first_entry(lambda e: e["files"][0].update(size=-1)), "whole number"),
-    ("file-too-large", first_entry(lambda e: e["files"][0].update(size=65 << 20)), "whole number"),
+    ("file-too-large", first_entry(lambda e: e["files"][1].update(size=65 << 20)), "wanted at most 67108864 bytes"),
+    ("source-too-large", first_entry(lambda e: e["files"][0].update(size=1 << 20)), "wanted at most 262144 bytes"),
+    ("size-beyond-all", first_entry(lambda e: e["files"][0].update(size=1 << 41)), "whole number"),
     ("size-as-a-float", first_entry(lambda e: e["files"][0].update(size=1.0)), "whole number"),
     ("sha256-in-capitals", first_entry(lambda e: e["files"][0].update(sha256="A" * 64)), "hexadecimal"),
     ("too-many-entries", indexed(lambda i: i.update(entries=[i["entries"][0]] * 20_001)), "at most 20000"),
@@ -308,7 +310,7 @@ def test_an_honest_change_of_a_file_is_accepted(size: int, built: building.Built
 def test_mutated_archives_are_refused_or_restored_right(built: building.Built) -> None:
     """A small run of the fuzzer, with a fixed seed; docs/serving.md has the large run's figures."""
     fuzzer = Path(__file__).with_name("fuzz_archives.py")
-    command = [sys.executable, fuzzer, built.packed.path, "300", "1", built.inputs.installation.path]
+    command = [sys.executable, fuzzer, built.packed.path, "300", "1", built.inputs.installation.imported_as]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ArtifactError"] > 200

@@ -55,7 +55,7 @@ def test_the_artifact_holds_each_planned_kernel_as_deepgemm_reads_it(built: buil
 def test_two_builds_in_different_folders_are_equal_byte_for_byte(
     built: building.Built, small: Path, run: Run, tmp_path: Path
 ) -> None:
-    deep_gemm = built.inputs.installation.path
+    deep_gemm = built.inputs.installation.imported_as
     elsewhere = {"CACHEBUILDER_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", deep_gemm, "-j", "1", **elsewhere)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def test_two_builds_in_different_folders_are_equal_byte_for_byte(
 
 def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path: Path) -> None:
     spy, log = spy_nvcc(tmp_path)
-    inputs = building.find_inputs(_manifest(built, tmp_path), nvcc=spy, deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(_manifest(built, tmp_path), nvcc=spy, deep_gemm=built.inputs.installation.imported_as)
     again = building.build(inputs, tmp_path / "again.tar.zst")
     assert log.read_text().splitlines() == ["--version"]
     assert (again.compiled.compiled, again.compiled.reused) == ([], len(built.plan.kernels))
@@ -76,7 +76,7 @@ def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path:
 def test_only_what_changed_is_compiled(built: building.Built, tmp_path: Path) -> None:
     text = built.inputs.manifest_bytes.decode().replace("max_tokens: 40", "max_tokens: 200")
     (tmp_path / "more.yaml").write_text(text)
-    inputs = building.find_inputs(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.imported_as)
     more = building.build(inputs, tmp_path / "more.tar.zst")
     new = {k.entry for k in more.plan.kernels} - {k.entry for k in built.plan.kernels}
     assert 0 < len(more.compiled.compiled) == len(new) < len(more.plan.kernels)

@@ -69,7 +69,7 @@ def test_each_kind_of_failure_has_its_exit_code(run: Run, small: Path, tmp_path:
 
 
 def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Built, small: Path) -> None:
-    done = run("build", small, "-o", "/proc/none/a.tar.zst", "--deep-gemm", built.inputs.installation.path)
+    done = run("build", small, "-o", "/proc/none/a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 8
     assert "/proc/none/a.tar.zst: cannot be written" in done.stderr
 
@@ -77,7 +77,7 @@ def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Buil
 def test_the_summary_says_what_was_used_and_what_to_do_next(
     run: Run, built: building.Built, small: Path, tmp_path: Path
 ) -> None:
-    done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.path)
+    done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
     for words in (
         f"DeepGEMM {built.inputs.installation.version}",
         f"nvcc {built.inputs.toolchain.release}",

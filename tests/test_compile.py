@@ -59,7 +59,19 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
 @pytest.mark.slow
 def test_a_difference_in_code_is_found(built: building.Built) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
-    cubins, _ = compiling.compile_all([one, two], built.inputs.toolchain, built.inputs.installation, CubinStore())
+    told: list[tuple[int, int, float]] = []
+    cubins, _ = compiling.compile_all(
+        [one, two],
+        built.inputs.toolchain,
+        built.inputs.installation,
+        NoStore(),
+        progress=lambda *report: told.append(report),
+    )
+    assert [share for *_, share in told] == sorted(share for *_, share in told), "work that is done stays done"
+    assert told[0] == (0, 2, 0.0) and told[-1] == (2, 2, 1.0)
+    assert 0.3 < told[1][2] < 0.7 and told[1][0] == 0, (
+        "the front end is about half of the work, with no kernel done yet"
+    )
     swapped = {one.entry: cubins[two.entry]}
     with pytest.raises(CompileError, match=f"{one.entry}: the code is not what nvcc makes of it alone, in .*text"):
         check_code([one], swapped, built.inputs)

@@ -45,7 +45,7 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_of_a_page_is_one_that_cachebuilder_takes(path: Path) -> None:
     for verb, *arguments in commands(path.read_text()):
-        if "manifest|plan|artifact|report|build" in " ".join(arguments) or any(c in " ".join(arguments) for c in "…[]"):
+        if any(c in " ".join(arguments) for c in "…[]"):
             continue  # a synopsis
         command = cli.get_command(click.Context(cli), verb)
         assert command is not None, f"no verb {verb}"

@@ -52,7 +52,7 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     shutil.rmtree(second)
     generation = built.plan.generation
     roots = str(folder) if generation == "legacy" else f"{tmp_path / 'empty'}:{folder}"
-    done = doctor("--deep-gemm", built.inputs.installation.path, "--json", DG_JIT_CACHE_DIR=roots)
+    done = doctor("--deep-gemm", built.inputs.installation.imported_as, "--json", DG_JIT_CACHE_DIR=roots)
     found = json.loads(done.stdout)
     assert found["roots_from"] == "DG_JIT_CACHE_DIR"
     root = found["roots"][-1]
@@ -64,22 +64,36 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     ]
 
 
+def test_another_root_of_sglangs_is_said(built: building.Built, tmp_path: Path) -> None:
+    for named, said in ((tmp_path / "x", True), (tmp_path, False)):
+        done = doctor(DG_JIT_CACHE_DIR=str(tmp_path), SGLANG_DG_CACHE_DIR=str(named))
+        assert ("SGLang would take SGLANG_DG_CACHE_DIR=" in done.stdout) == said, done.stdout
+
+
+def test_a_folder_whose_index_is_damaged_still_gets_its_screen(built: building.Built, tmp_path: Path) -> None:
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    next((folder / "cachebuilder" / "artifacts").glob("*.json")).write_text("{")
+    done = doctor(folder)
+    assert done.returncode == 0 and "torch " in done.stdout
+    assert "wanted JSON" in done.stdout and "restore its artifact into" in " ".join(done.stdout.split())
+
+
 def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Built, tmp_path: Path) -> None:
     folder = unpack(built.packed.path, tmp_path / "restored")
     entry = min(path for path in (folder / "cache").iterdir())
     cubin = (entry / "kernel.cubin").read_bytes()
     (entry / "kernel.cubin").write_bytes(cubin[:-1])
-    done = doctor(folder, "--deep-gemm", built.inputs.installation.path)
+    done = doctor(folder, "--deep-gemm", built.inputs.installation.imported_as)
     told = f"damaged: {entry.name}/kernel.cubin: wanted {len(cubin)} bytes, found {len(cubin) - 1}"
     assert f"folder       {folder}" in done.stdout and told in " ".join(done.stdout.split()), done.stdout
 
 
 def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Built, tmp_path: Path) -> None:
-    path = built.inputs.installation.path
+    path = built.inputs.installation.imported_as
     for target in (built.packed.path, unpack(built.packed.path, tmp_path / "restored")):
         done = doctor(target, "--deep-gemm", path)
         assert "artifact     small: fits" in done.stdout, done.stdout
-    other = None if path == LEGACY.resolve() else LEGACY
+    other = None if path.resolve() == LEGACY.resolve() else LEGACY
     done = doctor(built.packed.path, *(["--deep-gemm", other] if other else []), "--json")
     [verdict] = json.loads(done.stdout)["artifacts"]
     assert not verdict["fits"] and done.returncode == 0
@@ -88,7 +102,7 @@ def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Bu
 
 
 def test_a_variable_that_changes_keys_is_a_difference(built: building.Built) -> None:
-    done = doctor(built.packed.path, "--deep-gemm", built.inputs.installation.path, DG_JIT_WITH_LINEINFO="1")
+    done = doctor(built.packed.path, "--deep-gemm", built.inputs.installation.imported_as, DG_JIT_WITH_LINEINFO="1")
     assert "variables    DG_JIT_WITH_LINEINFO=1" in done.stdout
     assert "  DG_JIT_WITH_LINEINFO\n    wanted: not set\n    found:  1\n" in done.stdout, done.stdout
 
@@ -122,7 +136,7 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
 
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
     kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
     assert kept == (not kernel_variables(plan.generation, {variable: value}))
@@ -136,10 +150,11 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
         ("deepjit", {"DJ_JIT_CACHE_DIR": "/a", "DG_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/c"])),
         ("legacy", {"DG_JIT_CACHE_DIR": ""}, ("default", ["/home/x/.deep_gemm"])),
         ("legacy", {"DG_JIT_CACHE_DIR": "/a:/b", "DJ_JIT_CACHE_DIR": "/c"}, ("DG_JIT_CACHE_DIR", ["/a:/b"])),
+        ("deepjit", {"HOME": ""}, ("default", [])),
     ],
 )
 def test_cache_roots_are_those_that_deepgemm_takes(
     generation: Generation, environment: dict[str, str], expected: tuple[str, list[str]]
 ) -> None:
-    variable, roots = cache_roots(generation, environment, Path("/home/x"))
+    variable, roots = cache_roots(generation, {"HOME": "/home/x"} | environment)
     assert (variable, list(map(str, roots))) == expected

@@ -248,10 +248,10 @@ def test_each_engines_own_variables_are_set(built: building.Built, restored: Pat
         return {v.name: v.value for v in found}
 
     assert of("vllm").items() - of("none").items() == {("VLLM_DEEP_GEMM_WARMUP", "skip")}
-    assert of("sglang").items() - of("none").items() == {
-        ("SGLANG_DG_CACHE_DIR", of("none")["DG_JIT_CACHE_DIR"]),
-        ("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0"),
-    }
+    wanted = {("SGLANG_DG_CACHE_DIR", of("none")["DG_JIT_CACHE_DIR"]), ("SGLANG_JIT_DEEPGEMM_PRECOMPILE", "0")}
+    if built.plan.generation == "legacy":  # DeepJIT has no NVRTC
+        wanted |= {("SGL_DG_USE_NVRTC", "0"), ("SGLANG_DG_USE_NVRTC", "0")}
+    assert of("sglang").items() - of("none").items() == wanted
 
 
 def test_every_format_says_the_same(run: Run, restored: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_folder_that_nothing_was_restored_into_is_refused(run: Run, tmp_path: 
 def test_run_restores_sets_the_environment_and_becomes_the_command(
     run: Run, built: building.Built, tmp_path: Path
 ) -> None:
-    here = ("--deep-gemm", built.inputs.installation.path)
+    here = ("--deep-gemm", built.inputs.installation.imported_as)
     show = ("--", "sh", "-c", 'echo "$DG_JIT_NVCC_COMPILER $VLLM_DEEP_GEMM_WARMUP $1"; exit 5', "sh", "--to")
     done = run("run", built.packed.path, "--to", tmp_path / "dir", "--engine", "vllm", *here, *show)
     assert (done.returncode, done.stdout) == (5, f"{tmp_path}/dir/cachebuilder/bin/nvcc skip --to\n"), done.stderr
@@ -288,37 +288,63 @@ def test_run_restores_sets_the_environment_and_becomes_the_command(
     assert (again.returncode, again.stdout) == (5, done.stdout)
     default = run("run", built.packed.path, *here, "--", "sh", "-c", "$DG_JIT_NVCC_COMPILER --version")
     assert default.stdout == built.inputs.toolchain.version_text
-    assert run("run", tmp_path / "dir", "--", "no-such-command").returncode == 10
+    assert run("run", tmp_path / "dir", "--", "no-such-command").returncode == 127
+
+
+def call_deepgemm(
+    built: building.Built, dir: Path, folder: Path, m: int, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """One dense product of DeepGEMM itself on the virtual GPU, from ``dir``, with no CUDA toolkit in reach."""
+    from cachebuilder.sweep import virtual_gpu
+
+    (folder / "empty").mkdir()
+    found = environment.variables(dir, open_folder(dir).indexes, "none", folder / "scratch", {})
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import deep_gemm\n"
+        "empty = lambda *shape, dtype: torch.empty(shape, device='cuda', dtype=dtype)\n"
+        "fp8, scales, m = torch.float8_e4m3fn, torch.float32, int(sys.argv[2])\n"
+        "a, b = (empty(m, 512, dtype=fp8), empty(m, 4, dtype=scales)), (empty(576, 512, dtype=fp8), empty(5, 4, dtype=scales))\n"
+        "deep_gemm.fp8_gemm_nt(a, b, empty(m, 576, dtype=torch.bfloat16))"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_", "CUDA_"))}
+    clean |= {v.name: v.value for v in found} | virtual_gpu.environment(built.plan.gpu)
+    return subprocess.run(
+        [sys.executable, "-c", code, built.inputs.installation.imported_as.parent, str(m)],
+        capture_output=True,
+        text=True,
+        env=clean | {"CUDA_HOME": str(folder / "empty")} | more,
+        check=False,
+    )
 
 
 @pytest.mark.slow
 def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: building.Built, tmp_path: Path) -> None:
-    """DeepGEMM on the virtual GPU, from an empty cache: asks the version, asks to compile, and is told."""
-    from cachebuilder.sweep import virtual_gpu
-
+    """From an empty cache: asks the version, asks to compile, and is told."""
     dir = tmp_path / "dir"
     restore([built.packed.path], dir, built.inputs.installation)
     shutil.rmtree(dir / "cache")
     (dir / "cache").mkdir()
-    found = environment.variables(dir, open_folder(dir).indexes, "none", tmp_path / "scratch", {})
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import deep_gemm\n"
-        "empty = lambda *shape, dtype: torch.empty(shape, device='cuda', dtype=dtype)\n"
-        "fp8, scales = torch.float8_e4m3fn, torch.float32\n"
-        "a, b = (empty(64, 512, dtype=fp8), empty(64, 4, dtype=scales)), (empty(576, 512, dtype=fp8), empty(5, 4, dtype=scales))\n"
-        "deep_gemm.fp8_gemm_nt(a, b, empty(64, 576, dtype=torch.bfloat16))"
-    )
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_", "CUDA_"))}
-    clean |= {v.name: v.value for v in found} | virtual_gpu.environment(built.plan.gpu)
-    done = subprocess.run(
-        [sys.executable, "-c", code, built.inputs.installation.path.parent],
-        capture_output=True,
-        text=True,
-        env=clean | {"CUDA_HOME": str(tmp_path)},
-        check=False,
-    )
+    done = call_deepgemm(built, dir, tmp_path, 64)
     assert done.returncode != 0
-    assert (
-        "transpose_fp32" in (done.stdout + done.stderr) and "is not in the restored cache" in done.stdout + done.stderr
-    )
+    told = done.stdout + done.stderr
+    assert "transpose_fp32" in told and "is not in the restored cache" in told
     assert "transpose_fp32" in str(misses(dir)[0]["kernel"])
+
+
+@pytest.mark.slow
+def test_with_a_compiling_policy_deepgemm_gets_the_missing_kernel_under_the_name_it_was_planned_with(
+    built: building.Built, tmp_path: Path
+) -> None:
+    """The real nvcc compiles it, the process goes on, and the miss is still an event."""
+    dir, dense = tmp_path / "dir", [k for k in built.plan.kernels if k.name == "sm90_fp8_gemm_1d2d"]
+    restore([built.packed.path], dir, built.inputs.installation)
+    for kernel in dense:
+        shutil.rmtree(dir / "cache" / kernel.entry)
+    real = {"CACHEBUILDER_REAL_NVCC": str(built.inputs.toolchain.nvcc), "CACHEBUILDER_ON_MISS": "compile-and-warn"}
+    done = call_deepgemm(built, dir, tmp_path, 24, **real)
+    assert done.returncode == 0, done.stderr
+    written = tmp_path / "scratch" if built.plan.generation == "deepjit" else dir
+    [entry] = {kernel.entry for kernel in dense} & {path.name for path in (written / "cache").iterdir()}
+    assert (written / "cache" / entry / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
+    [miss] = misses(dir)
+    assert (miss["kernel"], miss["policy"]) == ("sm90_fp8_gemm_1d2d", "compile-and-warn")

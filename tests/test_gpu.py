@@ -20,7 +20,7 @@ from tests.conftest import Run
 def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(
     verb: str, built: building.Built, small: Path, run: Run, tmp_path: Path
 ) -> None:
-    here = ["--deep-gemm", str(built.inputs.installation.path)]
+    here = ["--deep-gemm", str(built.inputs.installation.imported_as)]
     output = tmp_path / "out.tar.zst"
     what = [small, "-o", output] if verb == "build" else [built.packed.path]
     done = run(verb, *what, *here, "--device", "cuda")

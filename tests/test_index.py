@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cachebuilder import build as building
 from cachebuilder.artifact.index import Entry, File, Fingerprint, Index
 from cachebuilder.artifact.read import open_archive, parse_index
+from cachebuilder.deepgemm.entries import MAX_BYTES
 from cachebuilder.errors import ArtifactError
 from cachebuilder.selection import Range, Selection
 
@@ -45,7 +46,7 @@ def whole_indexes(draw: st.DrawFn) -> Index:
     entries = tuple(
         Entry(
             name=f"{'kernel.' if legacy else ''}{draw(names)}.{key}",
-            files=tuple(File(kind, draw(st.integers(0, 64 << 20)), draw(digests)) for kind in kinds),
+            files=tuple(File(kind, draw(st.integers(0, MAX_BYTES[kind])), draw(digests)) for kind in kinds),
             selected_by=tuple(draw(st.lists(selections, max_size=2))),
         )
         for key in keys

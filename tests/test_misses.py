@@ -97,7 +97,7 @@ def test_a_kernel_that_no_op_asks_for_is_not_given_one(built: building.Built, ol
     assert old in source
     shape = read_shape(source.replace(old, new))
     assert shape is not None and shape.op is None and (shape.n, shape.k) == (256, 512)
-    assert "no op of a manifest" in misses.advice(shape)
+    assert "its op cannot be told" in misses.advice(shape) and "--add-to" in misses.advice(shape)
 
 
 def test_a_kernel_whose_source_was_not_kept_is_still_counted(tmp_path: Path) -> None:
@@ -127,6 +127,23 @@ def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: P
     assert "lines of the log are none of the frozen nvcc's" in done.stdout
 
 
+def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
+    """A log comes from serving machines; what it names could end in a manifest that is shown around."""
+    log = log_of(tmp_path, ("x", 1, None))
+    secret, beside = tmp_path / "secret.d" / "key", tmp_path / "other" / "k.cu"
+    for file in (secret, beside):
+        file.parent.mkdir()
+        file.write_text("secret &x_impl<")
+    (tmp_path / "misses.jsonl.d" / "link.cu").symlink_to(secret)
+    for named in (secret, beside, tmp_path / "misses.jsonl.d" / "link.cu", tmp_path / "misses.jsonl.d" / ".." / "k.cu"):
+        line = {"time": True, "kernel": "\x1b[2J\x07", "artifact": "\x1b]0;x", "source": str(named)}
+        log.write_text(json.dumps(line) + "\n")
+        [miss] = misses.read(log).misses
+        assert (miss.kernel, miss.artifacts, miss.source, miss.first) == ("unknown", (), None, None), named
+        done = run("misses", log)
+        assert done.returncode == 0 and "\x1b" not in done.stdout and "\x07" not in done.stdout
+
+
 def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     done = run("misses", tmp_path / "none")
     assert done.returncode == 8 and "cannot be read" in done.stderr
@@ -138,7 +155,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 ) -> None:
     here = built.inputs.installation
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
-    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.path)
+    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
     asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
@@ -157,7 +174,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"
-    more = building.build(building.find_inputs(manifest, deep_gemm=here.path), output)
+    more = building.build(building.find_inputs(manifest, deep_gemm=here.imported_as), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
     assert check(output, here, tmp_path / "wide.yaml").complete
     assert check(output, here).complete
@@ -186,7 +203,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
         return
@@ -202,6 +219,6 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     (tmp_path / "m.yaml").write_text(SMALL)
     text = f"// of other headers\n{source.partition(chr(10))[2]}"
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.path)
+    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)

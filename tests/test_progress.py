@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(small: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "build"])
 def test_quiet_says_nothing_of_a_run(verb: str, small: Path, built: Built, run: Run, tmp_path: Path) -> None:
-    here = ["--deep-gemm", built.inputs.installation.path]
+    here = ["--deep-gemm", built.inputs.installation.imported_as]
     output = ["-o", tmp_path / "small.tar.zst"] if verb == "build" else []
     done = run(verb, small, *output, *here, "--quiet")
     assert done.returncode == 0 and done.stderr == ""
@@ -71,7 +71,7 @@ def test_quiet_says_nothing_of_a_run(verb: str, small: Path, built: Built, run: 
 
 
 def test_quiet_keeps_warnings_and_errors(built: Built, run: Run, tmp_path: Path) -> None:
-    here = ["--deep-gemm", built.inputs.installation.path]
+    here = ["--deep-gemm", built.inputs.installation.imported_as]
     done = run("restore", built.packed.path, "--to", tmp_path / "to", *here, "--quiet")
     assert done.returncode == 0 and done.stdout == ""
     assert done.stderr.startswith("unchecked origin") and "restored" not in done.stderr
@@ -138,6 +138,19 @@ def test_a_long_step_does_not_fill_a_log() -> None:
     assert lines[0] == "compile: 5 of 3600, 1/s"
     assert lines[1] == "compile: 15 of 3600, 1/s" and len(lines) < 70
     assert lines[-1] == "compile: 3600 of 3600, 60 min"
+
+
+def test_work_whose_units_come_late_is_told_by_its_share() -> None:
+    """A compilation's kernels all come after the front end: their rate would say an hour where minutes are left."""
+    clock = Clock()
+    meter = Meter(clock)
+    meter.update(0, 100, 0.0)
+    clock.now = 100.0
+    meter.update(1, 100, 0.5)
+    assert str(meter) == "1 of 100, 50%, about 2 min left"
+    clock.now = 200.0
+    meter.update(100, 100, 1.0)
+    assert meter.left == 0 and "left" not in str(meter)
 
 
 def test_nothing_is_said_before_it_is_known_how_much_there_is() -> None:

@@ -23,6 +23,7 @@ from cachebuilder.errors import CompatibilityError, RestoreError
 from cachebuilder.nvml import VisibleGpu
 from cachebuilder.restore import restore
 from tests.archives import compress, edit_index, join, member, snapshot, unpack
+from tests.archives import replace as replace_member
 from tests.conftest import Run
 
 H200 = VisibleGpu("NVIDIA H200", (9, 0), 132)
@@ -174,6 +175,92 @@ def test_a_path_that_deepgemm_could_not_use_is_refused(
     assert not (tmp_path / name).exists()
 
 
+def cache_is_a_link(dir: Path) -> None:
+    (dir / "cache").rename(dir / "elsewhere")
+    (dir / "cache").symlink_to(dir / "elsewhere")
+
+
+def file_for(name: str) -> Callable[[Path], None]:
+    def spoil(dir: Path) -> None:
+        shutil.rmtree(dir / name)
+        (dir / name).write_text("")
+
+    return spoil
+
+
+def folder_for_the_text(dir: Path) -> None:
+    (dir / "cachebuilder" / "bin" / "version.txt").unlink()
+    (dir / "cachebuilder" / "bin" / "version.txt").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(cache_is_a_link, "wanted a folder or nothing, found a link", id="cache-is-a-link"),
+        pytest.param(file_for("cache"), "cache: cannot be written: Not a directory", id="cache-is-a-file"),
+        pytest.param(file_for("cachebuilder"), "cannot be written: ", id="our-folder-is-a-file"),
+        pytest.param(file_for("cachebuilder/bin"), "bin: cannot be written: ", id="bin-is-a-file"),
+        pytest.param(folder_for_the_text, "version.txt: cannot be written: Is a dir", id="the-text-is-a-folder"),
+        pytest.param(
+            lambda dir: (dir / "cachebuilder" / "bin" / "version.txt").write_bytes(b"\xff"),
+            "speaks for another compiler",
+            id="the-text-is-no-text",
+        ),
+    ],
+)
+def test_a_folder_in_disorder_is_one_sentence_and_left_as_it_is(
+    spoil: Callable[[Path], object], words: str, built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    restore([built.packed.path], tmp_path / "dir", installation)
+    spoil(tmp_path / "dir")
+    before = snapshot(tmp_path)
+    with pytest.raises(RestoreError, match=words):
+        restore([built.packed.path], tmp_path / "dir", installation)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_user_without_a_home_gets_a_sentence_and_needs_none_to_restore(
+    run: Run, built: building.Built, tmp_path: Path
+) -> None:
+    """As a container runs under a number that nobody has: Python has no answer to where home is."""
+    code = (
+        "import os, sys\nfor name in ('HOME', 'XDG_CACHE_HOME', 'CACHEBUILDER_CACHE_DIR'): os.environ.pop(name, None)\n"
+        "import pwd\ndef nobody(number): raise KeyError(number)\npwd.getpwuid = nobody\n"
+        "from cachebuilder.cli import main\nmain()"
+    )
+
+    def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments), "--deep-gemm", str(here)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    here = built.inputs.installation.imported_as
+    assert ask("restore", built.packed.path, "--to", tmp_path / "dir").returncode == 0
+    looked = ask("doctor", tmp_path / "dir")
+    assert looked.returncode == 0 and "neither HOME nor DG_JIT_CACHE_DIR is set" in looked.stdout
+    for verb in (("verify", tmp_path / "dir"), ("plan", tmp_path / "none.yaml")):
+        done = ask(*verb)
+        assert "Traceback" not in done.stderr and done.returncode in (3, 4), done.stderr
+    assert "CACHEBUILDER_CACHE_DIR" in ask("verify", tmp_path / "dir").stderr
+
+
+def test_an_empty_text_is_no_folder(run: Run, built: building.Built) -> None:
+    """An unset variable must not restore into the working folder."""
+    done = run("restore", built.packed.path, "--to", "")
+    assert done.returncode == 2 and "found an empty text" in done.stderr
+
+
+@pytest.mark.parametrize("deep_gemm", ["legacy"], indirect=True, scope="session")
+def test_a_source_that_is_no_utf_8_moves_as_it_is(
+    built: building.Built, installation: Installation, tmp_path: Path
+) -> None:
+    members = unpack(built.packed.path)
+    changed = tmp_path / "odd.tar.zst"
+    changed.write_bytes(compress(join(replace_member(members, 2, members[2].data + b"// \xb5\n", honest=True))))
+    moved = copy_of(installation, tmp_path / "moved" / "deep_gemm")
+    with pytest.raises(CompatibilityError, match="the names do not follow"):  # it is another source
+        restore([changed], tmp_path / "dir", moved)
+
+
 def test_a_destination_that_cannot_be_written_is_said(
     built: building.Built, installation: Installation, tmp_path: Path
 ) -> None:
@@ -292,7 +379,7 @@ def test_the_fitting_artifact_of_several_is_taken_and_each_others_reasons_are_sh
     other = tmp_path / "other.tar.zst"
     members = edit_index(unpack(built.packed.path), lambda index: index["fingerprint"].update(deep_gemm="9.9.9"))
     other.write_bytes(compress(join(members)))
-    here = ("--deep-gemm", installation.path)
+    here = ("--deep-gemm", installation.imported_as)
     done = run("restore", other, built.packed.path, "--to", tmp_path / "dir", *here)
     assert done.returncode == 0, done.stderr
     assert f"{other} does not fit" in done.stderr and "wanted: 9.9.9" in done.stderr
@@ -316,7 +403,7 @@ def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(
 ) -> None:
     slow = ("torch", "deep_gemm", "pydantic", "rich", "ruamel", "tarfile", "importlib.metadata")
     code = f"import sys\nfor name in {slow}: sys.modules[name] = None\nfrom cachebuilder.cli import main\nmain()"
-    command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.path]
+    command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.imported_as]
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -375,7 +462,7 @@ def test_nothing_is_relocated_if_one_name_does_not_follow_from_its_source(
 
 
 def restore_command(built: building.Built, to: Path) -> list[str]:
-    here = built.inputs.installation.path
+    here = built.inputs.installation.imported_as
     command = [sys.executable, "-m", "cachebuilder", "restore", built.packed.path, "--to", to, "--deep-gemm", here]
     return list(map(str, command))
 

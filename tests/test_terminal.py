@@ -14,6 +14,8 @@ from cachebuilder.build import Built
 from cachebuilder.cli import table
 from tests.conftest import ROOT, Run
 from tests.restored import unpack
+from tests.test_misses import log_of
+from tests.test_schemas import validator
 
 
 def too_wide(text: str) -> list[str]:
@@ -38,7 +40,7 @@ def folder(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["plan", "inspect", "diff", "doctor", "verify", "build", "misses"])
 def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path, folder: Path, run: Run) -> None:
-    here = ["--deep-gemm", str(built.inputs.installation.path)]
+    here = ["--deep-gemm", str(built.inputs.installation.imported_as)]
     arguments = {
         "plan": [small, *here],
         "inspect": [built.packed.path],
@@ -87,18 +89,21 @@ def test_a_word_that_does_not_fit_stands_below_its_name(name: str, capsys: pytes
 @pytest.mark.parametrize(
     "verb", [pytest.param("verify", marks=pytest.mark.slow), "diff", "doctor", "misses", "explain", "gpus"]
 )
-def test_json_has_the_documented_fields(verb: str, built: Built, tmp_path: Path, run: Run) -> None:
-    (log := tmp_path / "misses.jsonl").write_text("")
-    artifact, here = built.packed.path, ["--deep-gemm", built.inputs.installation.path]
+def test_json_follows_its_schema_and_has_the_documented_fields(
+    verb: str, built: Built, folder: Path, tmp_path: Path, run: Run
+) -> None:
+    log = log_of(tmp_path, ("x", 1, built.plan.kernels[0].source), ("y", None, None))
+    here = ["--deep-gemm", built.inputs.installation.imported_as]
     arguments: dict[str, list[str | Path]] = {
-        "verify": [artifact, *here],
-        "diff": [artifact, artifact],
-        "doctor": [artifact, *here],
+        "verify": [folder, *here],
+        "diff": [built.packed.path, folder],
+        "doctor": [folder, *here],
         "misses": [log],
-        "explain": [built.plan.kernels[0].entry, "--in", artifact],
+        "explain": [built.plan.kernels[0].entry, "--in", built.packed.path],
         "gpus": [],
     }
     document = json.loads(run(verb, *arguments[verb], "--json").stdout)
+    validator(verb).validate(document)
     [row] = re.findall(rf"^\| `{verb} --json` \|(.*)\|$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
     told = re.findall(r"`(\w+)`", row.partition(";")[0])
     assert told == list(document[0] if verb == "gpus" else document)

@@ -72,7 +72,13 @@ def test_every_call_hits_in_a_read_only_cache_with_no_compiler_in_reach(
         path.chmod(path.stat().st_mode & 0o555)
     before = listing(folder)
     done = run(
-        "verify", folder, "--deep-gemm", built.inputs.installation.path, "--json", PATH=str(tools), CUDA_HOME=str(empty)
+        "verify",
+        folder,
+        "--deep-gemm",
+        built.inputs.installation.imported_as,
+        "--json",
+        PATH=str(tools),
+        CUDA_HOME=str(empty),
     )
     assert done.returncode == 0, done.stderr
     [replay] = json.loads(done.stdout)["replays"]
@@ -89,7 +95,7 @@ def test_a_removed_kernel_is_named_with_the_points_that_need_it(built: building.
     removed = a_gemm(folder)
     shutil.rmtree(removed)
     before = listing(folder)
-    done = run("verify", folder, "--deep-gemm", built.inputs.installation.path)
+    done = run("verify", folder, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 11
     kernel = next(kernel for kernel in built.plan.kernels if kernel.entry == removed.name)
     [selection] = kernel.selected_by
@@ -154,7 +160,7 @@ def test_a_changed_header_is_named(built: building.Built, folder: Path, tmp_path
 def test_another_compiler_text_is_named(built: building.Built, folder: Path, run: Run) -> None:
     text = (frozen_nvcc(folder).parent / "version.txt").read_text()
     frozen.write(folder / frozen.FOLDER, text.replace("release 13.", "release 14."), "small", "0" * 64)
-    done = run("verify", folder, "--deep-gemm", built.inputs.installation.path)
+    done = run("verify", folder, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 11
     assert "0 kernels found" in done.stdout and "differs   compiler" in done.stdout
     assert "  wanted: Cuda compilation tools, release 13." in done.stdout
@@ -166,7 +172,7 @@ def test_another_compiler_text_is_named(built: building.Built, folder: Path, run
 def test_another_sm_count_is_named(built: building.Built, folder: Path, run: Run, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(SMALL.replace("{gpu: H200}", "{gpu: H200, sm_counts: [132, 100]}"))
-    done = run("verify", folder, "--manifest", other, "--deep-gemm", built.inputs.installation.path)
+    done = run("verify", folder, "--manifest", other, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 11
     assert "100 SMs: m " in done.stdout and "132 SMs: m " not in done.stdout.replace("100 SMs", "")
     assert "differs   sm_counts" in done.stdout
@@ -194,7 +200,7 @@ def test_another_install_path_matters_to_the_legacy_generation_only(
 def test_a_cache_for_a_copy_behind_a_link_is_the_one_that_the_copy_asks_for(
     built: building.Built, tmp_path: Path
 ) -> None:
-    (tmp_path / "deep_gemm").symlink_to(built.inputs.installation.path)
+    (tmp_path / "deep_gemm").symlink_to(built.inputs.installation.imported_as)
     linked = installations.find(tmp_path / "deep_gemm")
     restored = restore([built.packed.path], tmp_path / "to", linked)
     assert restored.relocated and check(tmp_path / "to", linked).complete
@@ -228,8 +234,19 @@ def test_an_entry_that_no_index_lists_is_a_hit_of_unknown_bytes(built: building.
     assert report.complete and report.replays[0].unlisted == (index.entries[0].name,)
 
 
+def test_a_manifest_that_was_changed_in_the_folder_proves_nothing(built: building.Built, tmp_path: Path) -> None:
+    """Fewer tokens there would need fewer kernels, and a cache that misses would pass."""
+    folder = unpack(built.packed.path, tmp_path / "restored")
+    [manifest] = (folder / "cachebuilder" / "artifacts").glob("*.yaml")
+    manifest.write_bytes(manifest.read_bytes().replace(b"max_tokens: 40", b"max_tokens: 4"))
+    with pytest.raises(ArtifactError, match=f"{manifest.name}: wanted sha256"):
+        check(folder, built.inputs.installation)
+    unpack(built.packed.path, folder)  # restored again, it is the packed one again
+    assert open_folder(folder).artifacts[0].manifest == built.inputs.manifest_bytes
+
+
 def test_a_folder_that_was_not_restored_is_one_sentence(built: building.Built, run: Run, tmp_path: Path) -> None:
-    done = run("verify", tmp_path, "--deep-gemm", built.inputs.installation.path)
+    done = run("verify", tmp_path, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 8
     assert "found no cachebuilder/artifacts" in done.stderr and "cachebuilder restore" in done.stderr
 
@@ -243,6 +260,6 @@ def test_a_frozen_compiler_that_is_gone_is_one_sentence(built: building.Built, f
 
 @pytest.mark.slow
 def test_an_artifact_is_restored_aside_and_checked(built: building.Built, run: Run) -> None:
-    done = run("verify", built.packed.path, "--deep-gemm", built.inputs.installation.path)
+    done = run("verify", built.packed.path, "--deep-gemm", built.inputs.installation.imported_as)
     assert done.returncode == 0, done.stderr
     assert f"43 calls, {len(built.plan.kernels)} kernels found, 0 missing" in done.stdout

@@ -20,6 +20,7 @@ from cachebuilder import environment as serving
 from cachebuilder.artifact import index
 from cachebuilder.cli import VERBS, cli
 from cachebuilder.deepgemm import environment as deepgemm
+from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 from cachebuilder.gpus import GPUS, Gpu
 from cachebuilder.manifest import Manifest, Source, Target, Toolchain
@@ -172,8 +173,8 @@ def artifact() -> str:
         f"| `{index.MANIFEST}` | the manifest, byte for byte as it was given |\n"
         f"| `{index.CACHE}/ENTRY/FILE` | each kernel as DeepGEMM reads it: all entries' `kernel.cu`, then all `kernel.cubin`, "
         "and in the DeepJIT generation `meta.json` and `.committed` |\n",
-        f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, and "
-        f"{index.MAX_FILE_BYTES >> 20} MiB a file. Beside the artifact, under its name and `{index.REPORT_SUFFIX}`, may lie "
+        f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, "
+        f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. Beside the artifact, under its name and `{index.REPORT_SUFFIX}`, may lie "
         "what `verify --device cuda` saw. What a change of the schema means: [versions](../versions.md).\n",
         "`cachebuilder inspect ARTIFACT --json` prints the index.\n",
     ]

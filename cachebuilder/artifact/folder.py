@@ -61,6 +61,8 @@ class RestoredFolder:
             return frozenset(entry.name for entry in self.cache.iterdir() if entry.is_dir())
         except FileNotFoundError:
             return frozenset()
+        except OSError as error:
+            raise ArtifactError(f"{self.cache}: cannot be read: {error.strerror}") from error
 
     @cached_property
     def listed(self) -> frozenset[str]:
@@ -136,11 +138,17 @@ def open_folder(path: Path) -> RestoredFolder:
             hint=f"cachebuilder restore ARTIFACT --to {path}",
         )
     artifacts = []
+    hint = f"restore its artifact into {path} again"
     for file in indexes:
         try:
             index = parse_index(file.read_bytes(), file)
             manifest = file.with_suffix(".yaml").read_bytes()
+        except ArtifactError as error:
+            raise ArtifactError(str(error), hint=error.hint or hint) from None
         except OSError as error:
-            raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}") from error
+            raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}", hint=hint) from error
+        if (digest := hashlib.sha256(manifest).hexdigest()) != index.manifest:
+            yaml = file.with_suffix(".yaml")
+            raise ArtifactError(f"{yaml}: wanted sha256 {index.manifest}, found {digest}", hint=hint)
         artifacts.append(RestoredArtifact(file.stem, index, manifest))
     return RestoredFolder(path.absolute(), tuple(artifacts))

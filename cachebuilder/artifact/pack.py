@@ -19,13 +19,13 @@ from cachebuilder.errors import ArtifactError
 from cachebuilder.paths import write_atomically
 from cachebuilder.plan import Kernel, Plan
 
-#: Measured on the DeepSeek-V3 cache (`benchmarks/packing.py`).
+#: Of the tar of DeepSeek-V3's cache, 9.2 MB: level 17 leaves 591 kB, 19 571 kB, and 22 568 kB with a window of 16 MiB.
 _LEVEL = 19
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written: the file, its sha256, its size, and the size of the tar inside, bytes."""
+    """What was written: the file, its sha256, its size, and that of the files of all entries in it, bytes."""
 
     path: Path
     sha256: str
@@ -76,7 +76,8 @@ def pack(
         write_atomically(output, data)
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
-    return Packed(output, hashlib.sha256(data).hexdigest(), len(data), len(tar))
+    files = sum(file.size for entry in index.entries for file in entry.files)
+    return Packed(output, hashlib.sha256(data).hexdigest(), len(data), files)
 
 
 def publish(packed: Packed, output: Path) -> Packed:

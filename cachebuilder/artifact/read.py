@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 from zlib import adler32
@@ -44,6 +45,7 @@ _ZEROS = bytes(_TAR_BLOCK)
 _MAGIC = b"ustar\x0000"
 #: Of a header, from the type to the magic: a regular file that links to nothing.
 _PLAIN_MIDDLE = b"0" + bytes(100) + _MAGIC
+_PLAIN_END = bytes(12)
 #: Zeros behind the last member: two blocks, and up to the end of a tar record.
 _END_BYTES = range(2 * _TAR_BLOCK, 2 * _TAR_BLOCK + 10240)
 
@@ -156,7 +158,7 @@ class Archive:
         found = (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
         if block[148:156] != b"%06o\0 " % (found - sum(block[148:156]) + 8 * 0x20):
             raise self._bad("wanted a tar inside, found a block whose checksum is wrong")
-        if block[156:265] != _PLAIN_MIDDLE or any(block[500:]):
+        if block[156:265] != _PLAIN_MIDDLE or block[500:] != _PLAIN_END:
             raise self._bad(self._why_not_plain(block))
         name = self._text(block[0:100])
         if block[345]:
@@ -185,25 +187,26 @@ class Archive:
     def _body(self, size: int) -> bytes:
         """The bytes of a member whose size has been checked against its limit; its padding is zeros."""
         data = self._take(size)
-        if (padding := -size % _TAR_BLOCK) and any(self._take(padding)):
+        if (padding := -size % _TAR_BLOCK) and self._take(padding) != _ZEROS[:padding]:
             raise self._bad("wanted zeros behind a member, found something")
         return data
 
     def _take(self, size: int) -> bytes:
         end = self._position + size
-        if end > len(self._held):
-            parts = [self._held[self._position :]]
-            missing = size - len(parts[0])
-            while missing > 0:
-                part = next(self._parts, None)
-                if part is None:
-                    raise self._bad("truncated: the tar inside ends too early")
-                parts.append(part)
-                missing -= len(part)
-            self._held, self._position, end = b"".join(parts), 0, size
-        data = self._held[self._position : end]
-        self._position = end
-        return data
+        if end <= len(self._held):
+            data = self._held[self._position : end]
+            self._position = end
+            return data
+        parts = [self._held[self._position :]]
+        missing = size - len(parts[0])
+        while missing > 0:
+            part = next(self._parts, None)
+            if part is None:
+                raise self._bad("truncated: the tar inside ends too early")
+            self._held, self._position = part, min(missing, len(part))
+            parts.append(part[: self._position])
+            missing -= len(part)
+        return b"".join(parts)
 
     def _end(self) -> None:
         rest = 0
@@ -234,7 +237,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file, whoever gave it. Raises `ArtifactError` where it is none or cannot be read."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for a writer.
@@ -325,6 +328,9 @@ def _problem(index: Index) -> str | None:
             return f"entries: wanted names of {fingerprint.generation} entries, found {entry.name[:200]!r}"
         if tuple(file.name for file in entry.files) != files:
             return f"{entry.name}: wanted the files {', '.join(files)}, found {[f.name[:100] for f in entry.files]}"
+        if large := next((file for file in entry.files if file.size > entry_files.MAX_BYTES[file.name]), None):
+            most = entry_files.MAX_BYTES[large.name]
+            return f"{entry.name}/{large.name}: wanted at most {most} bytes, found {large.size}"
         if other := seen.get(key := entry.name.casefold()):
             kind = "twice" if other == entry.name else f"beside {other}, which differs in case only"
             return f"entries: found {entry.name} {kind}"

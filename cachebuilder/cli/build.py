@@ -58,9 +58,8 @@ def build(
     click.echo(
         f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {plan.gpu.name}, {plan.arch}, {sms} SMs"
     )
-    click.echo(
-        f"compiled  {len(compiled.compiled)} kernels, {compiled.reused} from the store, {compiled.checked} checked"
-    )
+    made = shared.several(len(compiled.compiled), "kernel")
+    click.echo(f"compiled  {made}, {compiled.reused} from the store, {compiled.checked} checked")
     click.echo(
         f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
         f"({compiled.cpu_seconds:.1f} s of CPU), pack {built.pack_seconds:.1f} s"

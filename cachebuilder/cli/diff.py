@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from cachebuilder import diff as comparing
+from cachebuilder import documents
 from cachebuilder.cli import shared, table
 
 _EITHER = click.Path(path_type=Path, exists=True)
@@ -21,15 +21,15 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     """Compare A and B, each an artifact or a restored folder. Exits with 0 if they are equal, with 1 if not."""
     found = comparing.compare(comparing.read(a), comparing.read(b))
     if as_json:
-        document = {
-            "same": found.same,
-            "fingerprint": [{"field": d.field, "a": d.wanted, "b": d.found} for d in found.fields],
-            "only_a": list(found.only_a),
-            "only_b": list(found.only_b),
-            "equal": list(found.equal),
-            "changed": [{"entry": entry, "files": list(files)} for entry, files in found.changed],
-        }
-        click.echo(json.dumps(document, indent=1))
+        document = documents.Diff(
+            same=found.same,
+            fingerprint=tuple(documents.FieldDifference(d.field, d.wanted, d.found) for d in found.fields),
+            only_a=found.only_a,
+            only_b=found.only_b,
+            equal=found.equal,
+            changed=tuple(documents.ChangedEntry(entry, files) for entry, files in found.changed),
+        )
+        click.echo(document.text())
     else:
         _print(found)
     if not found.same:

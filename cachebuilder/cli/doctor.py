@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
 from cachebuilder import doctor as examining
+from cachebuilder import documents
 from cachebuilder.cli import shared, table
 
 #: Damaged entries of a root that are named; all of them are in the JSON.
@@ -26,7 +25,7 @@ def doctor(target: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
     """
     found = examining.examine(target, deep_gemm)
     if as_json:
-        click.echo(json.dumps(_document(found), indent=1))
+        click.echo(_document(found).text())
     else:
         _print(found)
 
@@ -90,44 +89,36 @@ def _contents(root: examining.Root) -> str:
     return f"{counts or 'no entries'}, {len(root.damaged)} damaged, {access}{artifacts}"
 
 
-def _document(found: examining.Findings) -> dict[str, Any]:
+def _document(found: examining.Findings) -> documents.Doctor:
     here, nvcc, gpu = found.installation, found.nvcc, found.gpu
-    return {
-        "deep_gemm": here
-        and {
-            "path": str(here.path),
-            "version": here.version,
-            "distribution": here.distribution,
-            "generation": found.generation,
-            "headers": here.headers_digest,
-            "cutlass": here.cutlass_version,
-        },
-        "torch": found.torch,
-        "nvcc": nvcc and {"path": str(nvcc.nvcc), "release": nvcc.release, "origin": nvcc.origin},
-        "c_compiler": found.c_compiler,
-        "gpu": gpu and {"name": gpu.name, "capability": list(gpu.capability), "driver": gpu.driver},
-        "roots_from": found.roots_from,
-        "roots": [_root_document(root) for root in found.roots],
-        "folder": found.folder and _root_document(found.folder),
-        "kernel_variables": dict(found.kernel_variables),
-        "artifacts": [
-            {
-                "name": verdict.artifact,
-                "fits": not verdict.differences,
-                "differences": [shared.difference_document(difference) for difference in verdict.differences],
-            }
+    return documents.Doctor(
+        deep_gemm=documents.Installed(
+            path=str(here.path),
+            version=here.version,
+            distribution=here.distribution,
+            generation=found.generation,
+            headers=here.headers_digest,
+            cutlass=here.cutlass_version,
+        )
+        if here
+        else None,
+        torch=found.torch,
+        nvcc=documents.Compiler(str(nvcc.nvcc), nvcc.release, nvcc.origin) if nvcc else None,
+        c_compiler=found.c_compiler,
+        gpu=documents.Card(gpu.name, gpu.capability, gpu.driver) if gpu else None,
+        roots_from=found.roots_from,
+        roots=tuple(map(_root_document, found.roots)),
+        folder=_root_document(found.folder) if found.folder else None,
+        kernel_variables=dict(found.kernel_variables),
+        artifacts=tuple(
+            documents.ArtifactHere(verdict.artifact, not verdict.differences, verdict.differences)
             for verdict in found.verdicts
-        ],
-        "problems": list(found.problems),
-    }
+        ),
+        problems=found.problems,
+    )
 
 
-def _root_document(root: examining.Root) -> dict[str, Any]:
-    return {
-        "path": str(root.path),
-        "exists": root.exists,
-        "writable": root.writable,
-        "entries": dict(root.entries),
-        "damaged": list(root.damaged),
-        "artifacts": list(root.artifacts),
-    }
+def _root_document(root: examining.Root) -> documents.CacheRoot:
+    return documents.CacheRoot(
+        str(root.path), root.exists, root.writable, dict(root.entries), root.damaged, root.artifacts
+    )

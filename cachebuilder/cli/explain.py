@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import click
 
+from cachebuilder import documents
 from cachebuilder import explain as explaining
 from cachebuilder.cli import shared
 
@@ -31,7 +29,7 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
     """
     found = explaining.explain(kernel, inside)
     if as_json:
-        click.echo(json.dumps(_document(found), indent=1))
+        click.echo(_document(found).text())
         return
     click.echo(f"kernel     {found.name} ({found.generation})")
     click.echo(f"key        {found.entry[-32:]}")
@@ -64,28 +62,27 @@ def _line(name: str, value: str, words: str) -> None:
     )
 
 
-def _document(found: explaining.Explanation) -> dict[str, Any]:
-    return {
-        "entry": found.entry,
-        "name": found.name,
-        "generation": found.generation,
-        "where": str(found.where),
-        "template": found.template,
-        "parameters": [
-            {"name": parameter.name, "value": parameter.value, "words": parameter.words}
-            for parameter in found.parameters
-        ],
-        "made_for": dataclasses.asdict(found.shape) if found.shape else None,
-        "cubin_bytes": found.cubin_bytes,
-        "resources": dataclasses.asdict(found.resources) if found.resources else None,
-        "asked_by": [
-            {
-                "artifact": asker.artifact,
-                "op": asker.op.op,
-                "shape": asker.op.shape,
-                "variable": asker.op.variable,
-                **asker.selection.model_dump(),
-            }
+def _document(found: explaining.Explanation) -> documents.Explain:
+    return documents.Explain(
+        entry=found.entry,
+        name=found.name,
+        generation=found.generation,
+        where=str(found.where),
+        template=found.template,
+        parameters=tuple(documents.TemplateArgument(p.name, p.value, p.words) for p in found.parameters),
+        made_for=found.shape,
+        cubin_bytes=found.cubin_bytes,
+        resources=found.resources,
+        asked_by=tuple(
+            documents.AskingOp(
+                artifact=asker.artifact,
+                op=asker.op.op,
+                position=asker.selection.op,
+                shape=asker.op.shape,
+                variable=asker.op.variable,
+                sm_count=asker.selection.sm_count,
+                ranges=asker.selection.ranges,
+            )
             for asker in found.askers
-        ],
-    }
+        ),
+    )

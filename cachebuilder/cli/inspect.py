@@ -31,7 +31,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     unpacked = sum(file.size for entry in index.entries for file in entry.files)
     sizes = f"{shared.size(artifact.stat().st_size)} ({shared.size(unpacked)} unpacked)"
-    table.title(f"{index.name}: {len(index.entries)} kernels, {sizes}")
+    table.title(f"{index.name}: {shared.several(len(index.entries), 'kernel')}, {sizes}")
     table.line("sha256", digest, column=13)
     if text := _verified(artifact, digest):
         table.line("verified", text, table.GOOD if text.startswith("right") else table.BAD, column=13)

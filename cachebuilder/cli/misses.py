@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
+from cachebuilder import documents
 from cachebuilder import misses as reading
 from cachebuilder.cli import shared, table
 
@@ -30,8 +29,7 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
     if manifest is not None:
         _add(found, manifest)
     if as_json:
-        document = {"unreadable_lines": found.unreadable, "misses": [_document(miss) for miss in found.misses]}
-        click.echo(json.dumps(document, indent=1))
+        click.echo(_document(found).text())
         return
     for miss in found.misses:
         _print(miss)
@@ -93,14 +91,20 @@ def _time(seconds: int | None) -> str:
         return f"at {seconds} s"
 
 
-def _document(miss: reading.Miss) -> dict[str, Any]:
-    return {
-        "kernel": miss.kernel,
-        "count": miss.count,
-        "first": miss.first,
-        "last": miss.last,
-        "artifacts": list(miss.artifacts),
-        "shape": vars(miss.shape) if miss.shape else None,
-        "advice": reading.advice(miss.shape),
-        "source": miss.source,
-    }
+def _document(found: reading.Log) -> documents.Misses:
+    return documents.Misses(
+        unreadable_lines=found.unreadable,
+        misses=tuple(
+            documents.MissedKernel(
+                kernel=miss.kernel,
+                count=miss.count,
+                first=miss.first,
+                last=miss.last,
+                artifacts=miss.artifacts,
+                shape=miss.shape,
+                advice=reading.advice(miss.shape),
+                source=miss.source,
+            )
+            for miss in found.misses
+        ),
+    )

@@ -48,10 +48,11 @@ class Meter:
         self._started: tuple[float, int, float] | None = None
         self.done = self.total = 0
         self._share = 0.0
+        self._told = False
 
     def update(self, done: int, total: int, share: float | None = None) -> None:
         """Take a report."""
-        self.done, self.total = done, total
+        self.done, self.total, self._told = done, total, share is not None
         self._share = share if share is not None else (done / total if total else 0.0)
         if self._started is None:
             self._started = self._clock(), done, self._share
@@ -86,7 +87,9 @@ class Meter:
     def pace(self) -> str:
         """Rate and time left, as far as they can be told."""
         parts = []
-        if self.rate is not None:
+        if self._told:  # units are not alike: how many a second would say nothing of the rest
+            parts.append(f"{self._share:.0%}")
+        elif self.rate is not None:
             rate = self._amount(round(self.rate)) if self._in_bytes or self.rate >= 100 else f"{self.rate:.2g}"
             parts.append(f"{rate}/s")
         if self.left is not None and self.done < self.total:

@@ -12,7 +12,7 @@ from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import shared, signing
 from cachebuilder.cli.restore import run_restore
 from cachebuilder.environment import Engine, variables
-from cachebuilder.errors import RestoreError
+from cachebuilder.errors import CommandError
 
 
 @click.command()
@@ -52,7 +52,7 @@ def run(
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:
-        raise RestoreError(f"{command[0]}: cannot be run: {error.strerror}") from error
+        raise CommandError(f"{command[0]}: cannot be run: {error.strerror}") from error
 
 
 def _say_unchecked(dir: Path) -> None:
@@ -68,7 +68,8 @@ def _own_folder(artifact: Path) -> Path:
     """One folder for each artifact's bytes, so that no two meet in one."""
     import hashlib
 
+    from cachebuilder.artifact.read import open_file
     from cachebuilder.paths import cache_folder
 
-    with artifact.open("rb") as file:
+    with open_file(artifact) as file:
         return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]

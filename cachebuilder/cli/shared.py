@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,7 +14,6 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
 if TYPE_CHECKING:
-    from cachebuilder.compatibility import Difference
     from cachebuilder.gpus import Gpu
     from cachebuilder.selection import Range
 
@@ -32,7 +31,18 @@ nvcc_option = click.option(
     help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-folder_type = click.Path(path_type=Path, file_okay=False)
+
+
+class _Folder(click.Path):
+    """A folder; the empty text, which an unset variable leaves, is none, although Python takes it for this one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("wanted a folder, found an empty text", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+folder_type = _Folder(path_type=Path, file_okay=False)
 artifact_type = click.Path(path_type=Path, dir_okay=False)
 serving_deep_gemm_option = click.option(
     "--deep-gemm",
@@ -87,6 +97,11 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
     return "cuda" if same else "virtual"
 
 
+def several(count: int, what: str) -> str:
+    """As ``1 kernel``, ``2 kernels``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size(count: int) -> str:
     """Bytes as a person reads them, in powers of 1000."""
     value, unit = float(count), "B"
@@ -102,14 +117,3 @@ def ranges(points: Sequence[Range]) -> str:
     text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
     steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
     return f"{text} (step {', '.join(map(str, steps))})" if steps else text
-
-
-def difference_document(difference: Difference) -> dict[str, object]:
-    """A field that differs, for JSON."""
-    return {
-        "field": difference.field,
-        "wanted": difference.wanted,
-        "found": difference.found,
-        "causes_miss": difference.causes_miss,
-        "remedy": difference.remedy,
-    }

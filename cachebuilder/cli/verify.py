@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from cachebuilder import on_gpu, verified
+from cachebuilder import documents, on_gpu, verified
 from cachebuilder import verify as verifying
 from cachebuilder.cli import shared, table
 from cachebuilder.compatibility import Difference
@@ -63,13 +61,11 @@ def verify(
                 report, replays = on_gpu.check(folder, installation, manifest, progress)
             else:
                 report = verifying.check(folder, installation, manifest, progress)
-    document = _document(target, report)
-    if replays:
-        document["on_gpu"] = on_gpu.document(target, report, replays)
-        if report_file or not target.is_dir():
-            on_gpu.write(report_file or verified.path_for(target), document["on_gpu"])
+    document = _document(target, report, replays)
+    if document.on_gpu is not None and (report_file or not target.is_dir()):
+        on_gpu.write(report_file or verified.path_for(target), document.on_gpu)
     if as_json:
-        click.echo(json.dumps(document, indent=1))
+        click.echo(document.text())
     else:
         _print(report)
         for replay in replays:
@@ -88,7 +84,9 @@ def _print(report: verifying.Report) -> None:
     if not report.damage:
         click.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
-        told = f"{replay.calls} calls, {len(replay.hits)} kernels found, {len(replay.missing)} missing"
+        told = (
+            f"{replay.calls} calls, {shared.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
+        )
         table.line("replay", f"{replay.manifest}: {told}", table.BAD if replay.missing else table.GOOD)
         if replay.unlisted:
             click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
@@ -138,9 +136,9 @@ def _problem(target: Path, report: verifying.Report) -> str:
     missing = sum(len(replay.missing) for replay in report.replays)
     refused = sum(len(replay.refusals) for replay in report.replays)
     parts = [
-        f"{missing} kernels would be compiled while serving" if missing else "",
-        f"{refused} calls are refused" if refused else "",
-        f"{len(report.damage)} files are damaged" if report.damage else "",
+        f"{shared.several(missing, 'kernel')} would be compiled while serving" if missing else "",
+        f"refused: {shared.several(refused, 'call')}" if refused else "",
+        f"damaged: {shared.several(len(report.damage), 'file')}" if report.damage else "",
     ]
     return f"{target}: " + ", ".join(filter(None, parts))
 
@@ -159,32 +157,29 @@ def _hint(report: verifying.Report) -> str:
     return "see the refused calls above; a manifest that builds with this DeepGEMM has none"
 
 
-def _document(target: Path, report: verifying.Report) -> dict[str, Any]:
-    return {
-        "complete": report.complete,
-        "target": str(target),
-        "deep_gemm": {"path": str(report.installation.path), "version": report.installation.version},
-        "entries": report.entries,
-        "damage": [vars(item) for item in report.damage],
-        "replays": [
-            {
-                "manifest": replay.manifest,
-                "ops": [op.model_dump(mode="json", exclude_none=True) for op in replay.ops],
-                "calls": replay.calls,
-                "hits": list(replay.hits),
-                "unlisted": list(replay.unlisted),
-                "missing": [
-                    {
-                        "entry": kernel.entry,
-                        "name": kernel.name,
-                        "damaged": kernel.damaged,
-                        "selected_by": [selection.model_dump(mode="json") for selection in kernel.selected_by],
-                    }
-                    for kernel in replay.missing
-                ],
-                "refusals": [vars(refusal) for refusal in replay.refusals],
-                "differences": [shared.difference_document(difference) for difference in replay.differences],
-            }
-            for replay in report.replays
-        ],
-    }
+def _document(target: Path, report: verifying.Report, replays: Sequence[on_gpu.Replay]) -> documents.Verify:
+    return documents.Verify(
+        complete=report.complete,
+        target=str(target),
+        deep_gemm=documents.Copy(str(report.installation.path), report.installation.version),
+        entries=report.entries,
+        damage=report.damage,
+        replays=tuple(map(_replayed, report.replays)),
+        on_gpu=on_gpu.document(target, report, replays) if replays else None,
+    )
+
+
+def _replayed(replay: verifying.Replay) -> documents.Replayed:
+    return documents.Replayed(
+        manifest=replay.manifest,
+        ops=tuple(op.model_dump(mode="json", exclude_none=True) for op in replay.ops),
+        calls=replay.calls,
+        hits=tuple(replay.hits),
+        unlisted=tuple(replay.unlisted),
+        missing=tuple(
+            documents.MissingKernel(kernel.entry, kernel.name, kernel.damaged, kernel.selected_by)
+            for kernel in replay.missing
+        ),
+        refusals=tuple(documents.RefusedCall(**vars(refusal)) for refusal in replay.refusals),
+        differences=replay.differences,
+    )

@@ -63,13 +63,17 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
     return found
 
 
-def cache_roots(generation: Generation, environment: Mapping[str, str], home: Path) -> tuple[str, list[Path]]:
-    """Which variable (or default) names the cache roots, and the roots, the writable one first."""
+def cache_roots(generation: Generation, environment: Mapping[str, str]) -> tuple[str, list[Path]]:
+    """Which variable (or default) names the cache roots, and the roots, the writable one first.
+
+    There are none by default without ``HOME``: DeepGEMM takes no other word for it, and does not start then.
+    """
+    home = environment.get("HOME")
     variable = get(generation, environment, "JIT_CACHE_DIR")
     if generation == "legacy":
         if variable and variable[1]:
             return variable[0], [Path(variable[1])]
-        return "default", [home / ".deep_gemm"]
+        return "default", [Path(home) / ".deep_gemm"] if home else []
     if variable:
         return variable[0], [Path(part) for part in variable[1].split(":") if part]
-    return "default", [home / ".dj"]
+    return "default", [Path(home) / ".dj"] if home else []
