@@ -88,6 +88,12 @@ class SignatureError(CacheBuilderError):
     exit_code = 14
 
 
+class TransferError(CacheBuilderError):
+    """A registry or a store cannot be reached, refuses, or gives something else than what was asked for."""
+
+    exit_code = 15
+
+
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
     0: "done",
@@ -105,5 +111,6 @@ EXIT_CODES: dict[int, str] = {
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
     ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     SignatureError.exit_code: "no valid signature by a trusted key, or a key that cannot be used",
+    TransferError.exit_code: "a registry or store cannot be reached, refuses, or gives something else than asked for",
     130: "interrupted",
 }

@@ -102,21 +102,23 @@ def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
 def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mapping[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        _add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
-        _add(tar, MANIFEST, manifest)
+        time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+        add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", time=time)
+        add(tar, MANIFEST, manifest, time=time)
         # By file name first, then by source: like stands next to like, which is what the compressor needs.
         by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
         for file in entry_files.FILES[plan.generation]:
             for kernel in by_source:
-                _add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file])
+                add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file], time=time)
     return buffer.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add(tar: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644, time: int = 0) -> None:
+    """Add a file of owner 0, with nothing of this machine in its header."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
-    member.mode = 0o644
-    member.mtime = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+    member.mode = mode
+    member.mtime = time
     tar.addfile(member, io.BytesIO(data))
 
 

@@ -18,12 +18,12 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact import signature
-from cachebuilder.artifact.index import INDEX, MANIFEST, REPORT_SUFFIX, Index
+from cachebuilder.artifact.index import INDEX, MANIFEST, PROVENANCE_SUFFIX, REPORT_SUFFIX, Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.errors import ArtifactError, SignatureError
 
 #: The envelope lies beside the artifact, under its name and this.
-SUFFIX = ".intoto.json"
+SUFFIX = PROVENANCE_SUFFIX
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"

@@ -19,12 +19,13 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cachebuilder.artifact.index import SIGNATURE_SUFFIX
 from cachebuilder.artifact.read import open_file
 from cachebuilder.atomic import write_new
 from cachebuilder.errors import ArtifactError, SignatureError
 
 #: The signature lies beside the artifact, under its name and this.
-SUFFIX = ".sig"
+SUFFIX = SIGNATURE_SUFFIX
 
 #: The artifact is held in memory while its signature is checked. 20,000 kernels pack to under 100 MB.
 _MAX_ARTIFACT_BYTES = 1 << 30

@@ -1,0 +1,81 @@
+"""Any location as a file here: fetched into the user's cache folder, with what is signed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachebuilder.errors import TransferError
+from cachebuilder.paths import cache_folder
+from cachebuilder.ship import locations
+from cachebuilder.ship.pull import Candidate, Compare, Listing, Puller, choose, explain
+from cachebuilder.ship.retry import Retries
+
+#: Raises `SignatureError` where what lies beside a file does not say who made it.
+Check = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Which of several artifacts under one reference is wanted.
+
+    Attributes:
+        compare: how each differs from this machine.
+        alone: an artifact that is the only one is taken without comparing it.
+        force: the first one, where none fits.
+    """
+
+    compare: Compare
+    alone: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a location stands for now, not fetched yet.
+
+    Attributes:
+        version: changes when the artifact does.
+        name: the artifact as a person names it.
+    """
+
+    version: str
+    name: str
+    get: Callable[[Callable[[str], Path], Check | None], Path]
+
+
+def look_up(location: str, wish: Wish, retries: Retries) -> Found:
+    """What ``location`` stands for now, the one of several that ``wish`` takes.
+
+    Raises:
+        TransferError: it cannot be had.
+        CompatibilityError: there are several, and none fits.
+    """
+    if locations.is_oci(location):
+        reference = locations.parse(location)
+        puller = Puller(reference, retries)
+        candidate = _chosen(puller.look_up(), wish, retries)
+        return Found(candidate.described.digest, str(candidate), lambda to, check: puller.fetch(candidate, to, check))
+    raise TransferError(f"{location}: wanted a path or oci://…")
+
+
+def fetch(location: str, wish: Wish, retries: Retries, check: Check | None = None) -> Path:
+    """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
+    found = look_up(location, wish, retries)
+    folder = fetched_folder() / found.version.rpartition(":")[2][:32]
+    return found.get(lambda name: folder / name, check)
+
+
+def fetched_folder() -> Path:
+    """Where fetched artifacts lie, each in a folder of its own; whoever wants the room may empty it."""
+    return cache_folder() / "fetched"
+
+
+def _chosen(listing: Listing, wish: Wish, retries: Retries) -> Candidate:
+    if wish.alone and len(listing.candidates) == 1:
+        return listing.candidates[0]
+    choice = choose(listing, wish.compare, wish.force)
+    for candidate, differences in choice.refused:
+        retries.watcher.notice(f"refused   {explain(candidate, differences)}")
+    return choice.candidate

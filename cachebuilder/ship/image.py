@@ -1,0 +1,108 @@
+"""An artifact as an OCI image: its manifest, its config, its second layer.
+
+The artifact itself is the first layer, to the byte: it is a tar in one zstd frame, which is what ``tar+zstd`` means
+(image-spec 1.1, layer.md). The second layer holds what a restore puts beside ``cache/``: the frozen nvcc and the index.
+So a mounted image, or a ``COPY --from=`` of all of it, is a folder like one that was restored into. Of equal artifacts
+the images are equal: no time and nothing of the machine is in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachebuilder.artifact.folder import own_files
+from cachebuilder.artifact.index import Index
+from cachebuilder.artifact.pack import add, compress
+from cachebuilder.artifact.read import Archive, unpacked
+from cachebuilder.ship.description import TITLE, describe
+from cachebuilder.ship.documents import MANIFEST, Descriptor, json_bytes
+
+CONFIG = "application/vnd.oci.image.config.v1+json"
+LAYER = "application/vnd.oci.image.layer.v1.tar+zstd"
+#: An artifact manifest's config says nothing (image-spec 1.1, manifest.md, "Guidance for an Empty Descriptor").
+_EMPTY, NOTHING = "application/vnd.oci.empty.v1+json", b"{}"
+
+#: Cubins run on the GPU: the host's architecture is what a container runtime compares, and nothing else.
+PLATFORMS = ("linux/amd64", "linux/arm64")
+
+
+@dataclass(frozen=True)
+class Image:
+    """All blobs of an image, and its manifest for each platform: they differ in the config only."""
+
+    layers: tuple[tuple[Descriptor, bytes], ...]
+    configs: tuple[tuple[Descriptor, bytes], ...]
+    manifests: tuple[tuple[Descriptor, bytes], ...]
+    index: Index
+
+
+def make(path: Path, data: bytes, platforms: Sequence[str]) -> Image:
+    """The image of an artifact, which is checked whole.
+
+    Args:
+        path: where ``data`` was read from: the layer's title is its name.
+        platforms: ``os/architecture``, as in `PLATFORMS`.
+
+    Raises:
+        ArtifactError: it is damaged.
+    """
+    archive = Archive(io.BytesIO(data), path)
+    for _ in archive.files():
+        pass
+    index = archive.index
+    beside = io.BytesIO()
+    with tarfile.open(fileobj=beside, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
+            add(tar, name, content, mode)
+    small = compress(beside.getvalue())
+    layers = (
+        (Descriptor.of(LAYER, data, annotations={TITLE: path.name}), data),
+        (Descriptor.of(LAYER, small), small),
+    )
+    inside = hashlib.sha256()
+    for part in unpacked(io.BytesIO(data), path):
+        inside.update(part)
+    diff_ids = [f"sha256:{inside.hexdigest()}", f"sha256:{hashlib.sha256(beside.getvalue()).hexdigest()}"]
+    annotations = describe(index, layers[0][0].digest)
+    configs, manifests = [], []
+    for platform in platforms:
+        config = json_bytes(
+            dict(zip(("os", "architecture"), platform.split("/"), strict=True))
+            | {
+                "config": {},
+                "rootfs": {"type": "layers", "diff_ids": diff_ids},
+                "history": [{"created_by": "cachebuilder build"}, {"created_by": "cachebuilder push"}],
+            }
+        )
+        configs.append((Descriptor.of(CONFIG, config), config))
+        manifest = json_bytes(
+            {
+                "schemaVersion": 2,
+                "mediaType": MANIFEST,
+                "config": configs[-1][0].document(),
+                "layers": [layer.document() for layer, _ in layers],
+                "annotations": annotations,
+            }
+        )
+        manifests.append((Descriptor.of(MANIFEST, manifest, annotations=annotations, platform=platform), manifest))
+    return Image(layers, tuple(configs), tuple(manifests), index)
+
+
+def attachment(kind: str, subject: Descriptor, blobs: Sequence[tuple[Descriptor, bytes]]) -> tuple[Descriptor, bytes]:
+    """A manifest that refers to another (image-spec 1.1, manifest.md: ``artifactType``, ``subject``)."""
+    data = json_bytes(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "artifactType": kind,
+            "config": Descriptor.of(_EMPTY, NOTHING).document(),
+            "layers": [blob.document() for blob, _ in blobs],
+            "subject": subject.document(),
+        }
+    )
+    return Descriptor.of(MANIFEST, data, artifact_type=kind), data
