@@ -40,7 +40,7 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
                 )
             return path
 
-        path = found.get(to, remote.checker(trusted))
+        path = found.get(to, remote.checker(trusted, source))
     click.echo(f"pulled    {path}, from {found.name}")
     with path.open("rb") as file:
         click.echo(f"sha256    {hashlib.file_digest(file, 'sha256').hexdigest()}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import click
 from cachebuilder import frozen
 from cachebuilder.cli import shared
 from cachebuilder.compatibility import with_environment
-from cachebuilder.errors import InstallationError
+from cachebuilder.errors import InstallationError, SignatureError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cachebuilder.deepgemm.installation import Installation
     from cachebuilder.nvml import VisibleGpu
     from cachebuilder.ship.fetch import Wish
+    from cachebuilder.ship.pull import Check
     from cachebuilder.ship.retry import Retries
 
 
@@ -73,19 +75,26 @@ def fetched(location: str, wish: Wish, tries: Retries, trusted: Sequence[Trusted
     """The artifact at a location, as a file; with keys, only with a signature of one of them."""
     from cachebuilder.ship import fetch
 
-    path = fetch.fetch(location, wish, tries, checker(trusted))
+    path = fetch.fetch(location, wish, tries, checker(trusted, location))
     shared.remark(f"fetched   {location} to {path}")
     return path
 
 
-def checker(trusted: Sequence[TrustedKey] | None) -> Callable[[Path], object] | None:
-    """What tells whether an artifact's signature is of one of these keys."""
+def checker(trusted: Sequence[TrustedKey] | None, what: str) -> Check | None:
+    """What tells whether an artifact's signature is of one of these keys. ``what``: what it is called in errors."""
     if trusted is None:
         return None
     from cachebuilder.artifact import provenance, signature
 
-    def check(path: Path) -> None:
-        provenance.read_statement(signature.read_signed(path, trusted), trusted)
+    def check(path: Path, files: dict[str, bytes]) -> None:
+        if signature.SUFFIX not in files:
+            raise SignatureError(
+                f"{what}: not signed: no signature is with it", hint="cachebuilder sign, then push again"
+            )
+        data = signature.read_bytes(path)
+        signature.check(data, files[signature.SUFFIX], trusted, what)
+        if envelope := files.get(provenance.SUFFIX):
+            provenance.open_envelope(envelope, trusted, hashlib.sha256(data).hexdigest(), f"{what}: provenance")
 
     return check
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cachebuilder.errors import RestoreError, TransferError
+from cachebuilder.errors import CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship.retry import Again, Retries
 
 #: No artifact comes near: 20,000 kernels pack to under 100 MB. The signature's check holds one in memory.
@@ -25,9 +25,16 @@ Source = Callable[[int], tuple[int, Iterator[bytes]]]
 
 
 def download(
-    target: Path, source: Source, size: int, key: str, retries: Retries, what: str, sha256: str | None = None
-) -> str:
-    """Fetch ``size`` bytes into ``target``, whole or not at all; returns their sha256.
+    target: Path,
+    source: Source,
+    size: int,
+    key: str,
+    retries: Retries,
+    what: str,
+    sha256: str | None = None,
+    accept: Callable[[Path], object] = lambda path: None,
+) -> None:
+    """Fetch ``size`` bytes into ``target``, whole or not at all.
 
     What a killed or failed fetch got lies beside ``target`` under a name made of ``key``, and the next one goes on
     from there; two at once do not meet.
@@ -35,7 +42,8 @@ def download(
     Args:
         key: names these very bytes: a digest, or a version.
         what: what is fetched, for errors.
-        sha256: what it must be; None where nobody has said.
+        sha256: what it must be; None where nobody has said. A ``target`` with these bytes is not fetched again.
+        accept: called with the whole file before it is put in place; what it raises leaves ``target`` as it was.
 
     Raises:
         TransferError: it cannot be had, or is not what was asked for; nothing of it is left then.
@@ -44,31 +52,44 @@ def download(
     if size > MAX_ARTIFACT_BYTES:
         raise TransferError(f"{what}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {size}")
     aside = target.with_name(f".{target.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.part")
+    if sha256 is not None and _holds(target, size, sha256):
+        accept(target)
+        return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _opened(aside) as (file, path):
             try:
-                found = _fill(file, source, size, retries, what, sha256)
+                _fill(file, source, size, retries, what, sha256)
+                accept(path)
                 os.fchmod(file.fileno(), 0o644)
                 os.replace(path, target)
             except OSError as error:
                 path.unlink(missing_ok=True)
                 raise _unwritable(target, error) from error
-            except TransferError as error:
-                if not isinstance(error, _BrokenOff) or path != aside:
-                    path.unlink(missing_ok=True)
+            except _BrokenOff:
+                raise
+            except CacheBuilderError:
+                path.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise _unwritable(target, error) from error
-    return found
+
+
+def _holds(path: Path, size: int, sha256: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            same = os.fstat(file.fileno()).st_size == size
+            return same and hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except OSError:
+        return False
 
 
 class _BrokenOff(TransferError):
     """What was got so far is good."""
 
 
-def _fill(file: BinaryIO, source: Source, size: int, retries: Retries, what: str, sha256: str | None) -> str:
-    """Read until ``file`` has ``size`` bytes; returns their digest, which is ``sha256`` where that is given."""
+def _fill(file: BinaryIO, source: Source, size: int, retries: Retries, what: str, sha256: str | None) -> None:
+    """Read until ``file`` has ``size`` bytes, of this digest where one is given."""
     digest = hashlib.sha256()
     done = 0
     while part := file.read(1 << 20):  # of an earlier fetch
@@ -116,7 +137,6 @@ def _fill(file: BinaryIO, source: Source, size: int, retries: Retries, what: str
             hint="fetch again; if it stays so, the registry or something before it is broken, or not yours",
         )
     file.flush()
-    return found
 
 
 @contextlib.contextmanager

@@ -9,11 +9,8 @@ from pathlib import Path
 from cachebuilder.errors import TransferError
 from cachebuilder.paths import cache_folder
 from cachebuilder.ship import locations
-from cachebuilder.ship.pull import Candidate, Compare, Listing, Puller, choose, explain
+from cachebuilder.ship.pull import Candidate, Check, Compare, Listing, Puller, choose, explain
 from cachebuilder.ship.retry import Retries
-
-#: Raises `SignatureError` where what lies beside a file does not say who made it.
-Check = Callable[[Path], object]
 
 
 @dataclass(frozen=True)

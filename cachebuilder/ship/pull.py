@@ -27,6 +27,10 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.tar\.zst")
 #: How an artifact differs from this machine, by its index; nothing that causes a miss: it fits.
 Compare = Callable[[Index], list[Difference]]
 
+#: Given an artifact's file and what belongs beside it, by suffix: raises `SignatureError` where they do not say that
+#: somebody who is trusted made it.
+Check = Callable[[Path, dict[str, bytes]], object]
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -98,15 +102,12 @@ class Puller:
             raise TransferError(f"{what}: wanted an index that says what is in it, or one of {_MAX_LOOKED_AT} entries")
         return [(digest, annotations_of(self._repository.manifest(digest, what).document)) for digest, _ in told]
 
-    def fetch(
-        self, candidate: Candidate, to: Callable[[str], Path], check: Callable[[Path], object] | None = None
-    ) -> Path:
+    def fetch(self, candidate: Candidate, to: Callable[[str], Path], check: Check | None = None) -> Path:
         """Fetch an artifact, with its signature and what else is signed beside it; returns its file.
 
         Args:
             to: the file for an artifact of this name.
-            check: raises `SignatureError` where what lies beside a file does not say who made it. Of several
-                signatures the first that passes is kept; with no check, the newest.
+            check: of several signatures the first that passes is kept; with no check, the newest.
 
         Raises:
             SignatureError: ``check`` takes none of them.
@@ -128,6 +129,10 @@ class Puller:
         title = layer.annotations.get(TITLE, "")
         path = to(title if _FILE.fullmatch(title) else f"{layer.digest[7:19]}.tar.zst")
         attached = self._signatures(candidate.reference)
+
+        def accept(whole: Path) -> None:
+            put_beside(path, self._first_that_passes(whole, attached, check))
+
         download(
             path,
             lambda offset: self._repository.blob(layer, offset, what),
@@ -136,8 +141,8 @@ class Puller:
             self._retries,
             what,
             layer.digest.removeprefix("sha256:"),
+            accept,
         )
-        self._keep_beside(path, attached, check)
         return path
 
     def _signatures(self, reference: Reference) -> list[Descriptor]:
@@ -145,23 +150,22 @@ class Puller:
         attached = self._repository.referrers(str(reference.digest))
         return [one for one in reversed(attached) if one.artifact_type in (SIGNATURE, None)][:_MAX_SIGNATURES]
 
-    def _keep_beside(self, path: Path, attached: Sequence[Descriptor], check: Callable[[Path], object] | None) -> None:
+    def _first_that_passes(self, whole: Path, attached: Sequence[Descriptor], check: Check | None) -> dict[str, bytes]:
         failed: SignatureError | None = None
         for one in attached:
-            files = self._files(one)
-            if not files:
+            if not (files := self._files(one)):
                 continue
-            put_beside(path, files)
-            if check is None:
-                return
             try:
-                check(path)
-                return
+                if check is not None:
+                    check(whole, files)
+                return files
             except SignatureError as error:
                 failed = error
         if failed is not None:
             raise failed
-        put_beside(path, {})
+        if check is not None:
+            check(whole, {})
+        return {}
 
     def _files(self, attached: Descriptor) -> dict[str, bytes]:
         """Suffix and bytes of what belongs beside an artifact."""
