@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # not imported where no key is given
 #: DeepGEMM hands paths below DIR to a shell with no quotes around them.
 _PLAIN_PATH = re.compile(r"[\w./+@,=-]+")
 
+#: Said where no key is given to check with.
+UNCHECKED = "unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs"
+
 
 @dataclass(frozen=True)
 class Restored:

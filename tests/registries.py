@@ -31,7 +31,8 @@ def program(name: str) -> str:
     """The path of one of Debian's programs: this machine's, else installed where that can be done."""
     if shutil.which(name) is None and os.geteuid() == 0 and shutil.which("apt-get"):
         for command in (["update", "-q"], ["install", "-yq", "--no-install-recommends", name]):
-            subprocess.run(["apt-get", *command], capture_output=True, check=False, timeout=240)
+            apt = ["apt-get", "-o", "DPkg::Lock::Timeout=200", *command]  # other processes' tests want it, too
+            subprocess.run(apt, capture_output=True, check=False, timeout=240)
     return shutil.which(name) or pytest.skip(f"no {name} on PATH, and apt-get did not install one")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import click
@@ -25,6 +24,7 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
     reasons. One that broke off goes on where it ended.
     """
     remote.ready()
+    from cachebuilder.ship.download import sha256_of
     from cachebuilder.ship.fetch import look_up
 
     trusted = signing.trusted(trust)
@@ -33,7 +33,7 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
 
         def to(name: str) -> Path:
             path = output or Path(name)
-            if not force and path.exists() and not _is(path, found.version):
+            if not force and path.exists() and found.version != f"sha256:{sha256_of(path)}":
                 raise RestoreError(
                     f"{path}: wanted no file or this artifact, found another one\nwanted: {found.version}",
                     hint="--force replaces it; -o FILE puts this one elsewhere",
@@ -42,11 +42,5 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
 
         path = found.get(to, remote.checker(trusted, source))
     click.echo(f"pulled    {path}, from {found.name}")
-    with path.open("rb") as file:
-        click.echo(f"sha256    {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    click.echo(f"sha256    {sha256_of(path)}")
     shared.remark(f"next      cachebuilder restore {path} --to DIR")
-
-
-def _is(path: Path, version: str) -> bool:
-    with path.open("rb") as file:
-        return version == f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

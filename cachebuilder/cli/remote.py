@@ -32,11 +32,19 @@ def is_remote(text: str | Path) -> bool:
     return "://" in str(text)
 
 
+def local(text: Any) -> Any:
+    """The path of a ``file://`` location; anything else as it is."""
+    if not str(text).startswith("file://"):
+        return text
+    return Path("/" + str(text).removeprefix("file://").removeprefix("localhost").lstrip("/"))
+
+
 class LocationType(click.Path):
     """A path, or a location whose artifact is fetched and takes its place."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path."""
+        value = local(value)
         if is_remote(value):
             with retries() as tries:
                 return fetched(str(value), here(), tries)
@@ -48,6 +56,7 @@ class NamedType(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path or the location's text."""
+        value = local(value)
         return str(value) if is_remote(value) else super().convert(value, param, ctx)
 
 

@@ -19,7 +19,7 @@ def run_restore(
     started = time.monotonic()
     trusted = signing.trusted(trust)
     if trusted is None:
-        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
+        click.echo(restoring.UNCHECKED, err=True)
     installation, gpu = remote.installation(deep_gemm), nvml.first_gpu()
     files = []
     for artifact in artifacts:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from cachebuilder.errors import CacheBuilderError, RestoreError, TransferError
+from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship.retry import Again, Retries
 
 #: No artifact comes near: 20,000 kernels pack to under 100 MB. The signature's check holds one in memory.
@@ -52,7 +52,7 @@ def download(
     if size > MAX_ARTIFACT_BYTES:
         raise TransferError(f"{what}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {size}")
     aside = target.with_name(f".{target.name}.{hashlib.sha256(key.encode()).hexdigest()[:16]}.part")
-    if sha256 is not None and _holds(target, size, sha256):
+    if sha256 is not None and target.is_file() and sha256_of(target) == sha256:
         accept(target)
         return
     try:
@@ -75,13 +75,13 @@ def download(
         raise _unwritable(target, error) from error
 
 
-def _holds(path: Path, size: int, sha256: str) -> bool:
+def sha256_of(path: Path) -> str:
+    """A file's digest. Raises `ArtifactError` where it cannot be read."""
     try:
         with path.open("rb") as file:
-            same = os.fstat(file.fileno()).st_size == size
-            return same and hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except OSError:
-        return False
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 class _BrokenOff(TransferError):

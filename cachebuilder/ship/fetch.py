@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.errors import TransferError
 from cachebuilder.paths import cache_folder
 from cachebuilder.ship import locations
+from cachebuilder.ship.download import sha256_of
 from cachebuilder.ship.pull import Candidate, Check, Compare, Listing, Puller, choose, explain
 from cachebuilder.ship.retry import Retries
 
@@ -54,13 +55,26 @@ def look_up(location: str, wish: Wish, retries: Retries) -> Found:
         puller = Puller(reference, retries)
         candidate = _chosen(puller.look_up(), wish, retries)
         return Found(candidate.described.digest, str(candidate), lambda to, check: puller.fetch(candidate, to, check))
-    raise TransferError(f"{location}: wanted a path or oci://…")
+    if "://" not in location:
+        return _local(Path(location))
+    from cachebuilder.ship.stores import Store  # imports fsspec, which a registry has no use for
+
+    store = Store(location, retries)
+    stored = store.describe()
+    version = f"sha256:{store.sha256}" if store.sha256 else stored.version
+    return Found(version, store.location, lambda to, check: store.fetch(stored, to, check))
+
+
+def _local(path: Path) -> Found:
+    """A file here: for whom an artifact has to come from somewhere."""
+    version = f"sha256:{sha256_of(path)}"
+    return Found(version, str(path), lambda to, check: path)
 
 
 def fetch(location: str, wish: Wish, retries: Retries, check: Check | None = None) -> Path:
     """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
     found = look_up(location, wish, retries)
-    folder = fetched_folder() / found.version.rpartition(":")[2][:32]
+    folder = fetched_folder() / hashlib.sha256(f"{found.name} {found.version}".encode()).hexdigest()[:32]
     return found.get(lambda name: folder / name, check)
 
 
