@@ -25,14 +25,14 @@ from cachebuilder.cli.remote import checker
 from cachebuilder.compatibility import Difference
 from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.restore import restore
-from cachebuilder.ship import credentials, locations
+from cachebuilder.ship import credentials, image, locations
 from cachebuilder.ship.documents import INDEX, MANIFEST
 from cachebuilder.ship.pull import Puller, choose
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries, Watcher
 from tests.archives import compress, edit_index, join, snapshot, unpack
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 from tests.registries import Answer, Asked, Middleman, Registry, program, registry
 from tests.test_signature import beside, flip, keys, sign, trusted
 
@@ -154,6 +154,16 @@ def test_the_layers_one_over_the_other_are_the_restored_folder_and_diff_ids_are_
     assert {name: mounted[name][1] for name in restored} == {name: found[1] for name, found in restored.items()}
     nvcc = "cachebuilder/bin/nvcc"
     assert mounted[nvcc][0] == restored[nvcc][0]
+
+
+def test_a_legacy_image_has_the_folder_that_legacy_deep_gemm_would_make(tmp_path: Path) -> None:
+    path = ROOT / "tests" / "data" / "v1-legacy.tar.zst"
+    made = image.make(path, path.read_bytes(), ONE)
+    apply([data for _, data in made.layers], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "artifact.json", "cache", "cachebuilder", "manifest.yaml", "tmp",
+    ]  # fmt: skip
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_equal_artifacts_make_equal_images_and_a_second_push_sends_no_blob(there: Registry, artifact: Path) -> None:

@@ -59,6 +59,12 @@ def make(path: Path, data: bytes, platforms: Sequence[str]) -> Image:
     with tarfile.open(fileobj=beside, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
             add(tar, name, content, mode)
+        if index.fingerprint.generation == "legacy":
+            # Legacy DeepGEMM makes this folder at its first call, and dies where it cannot (sgl-deep-gemm 0.1.7,
+            # csrc/utils/system.hpp); where it is there, a root that is only read will do.
+            folder = tarfile.TarInfo("tmp")
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(folder)
     small = compress(beside.getvalue())
     layers = (
         (Descriptor.of(LAYER, data, annotations={TITLE: path.name}), data),

@@ -91,17 +91,20 @@ def sync(
         _check_folder(to)
         found = look_up()
         before = _target(to)
-        for _ in range(_ROUNDS):
+        for last in (False,) * (_ROUNDS - 1) + (True,):
             make_folders(to / GENERATIONS)
             generation = _have(to, found, usable) or _make(to, found, restore, usable, check)
-            _point(to, generation)
             try:
                 newer = look_up()
             except TransferError:  # no news
                 newer = found
-            if newer.version == found.version and generation.is_dir():  # else another sync has just removed it
-                break
+            if newer.version == found.version or last:
+                _point(to, generation)
+                if generation.is_dir():  # else another sync has just removed it
+                    break
             found = newer
+        else:
+            raise RestoreError(f"{to}: generations go away as fast as they are made", hint="raise --keep, everywhere")
         return Synced(generation, generation != before, _remove_old(to, keep))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
