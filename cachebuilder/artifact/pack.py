@@ -10,17 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import zstandard
-
 from cachebuilder import __version__
+from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
 from cachebuilder.paths import write_atomically
 from cachebuilder.plan import Kernel, Plan
-
-#: Measured on the DeepSeek-V3 cache (`benchmarks/packing.py`).
-_LEVEL = 19
 
 
 @dataclass(frozen=True)
@@ -111,20 +107,3 @@ def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mappi
             for kernel in by_source:
                 add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file], time=time)
     return buffer.getvalue()
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes, mode: int = 0o644, time: int = 0) -> None:
-    """Add a file of owner 0, with nothing of this machine in its header."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    member.mode = mode
-    member.mtime = time
-    tar.addfile(member, io.BytesIO(data))
-
-
-def compress(data: bytes) -> bytes:
-    """One zstd frame with content size and checksum."""
-    parameters = zstandard.ZstdCompressionParameters.from_level(
-        _LEVEL, source_size=len(data), write_content_size=True, write_checksum=True
-    )
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)

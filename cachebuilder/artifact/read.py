@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -39,6 +39,8 @@ _SMALL_BYTES = 16 << 20
 _MAX_WINDOW_BYTES = 8 << 20
 #: Fed at once. A block of 4 bytes may unpack to 128 KiB (RFC 8878, 3.1.1.2), so this many make 16 MiB at most.
 _INPUT_BYTES = 512
+#: Given to a tee at once, at least; an artifact that packs badly comes in parts of `_INPUT_BYTES`.
+_TOLD_BYTES = 1 << 20
 _TAR_BLOCK = 512
 _ZEROS = bytes(_TAR_BLOCK)
 _MAGIC = b"ustar\x0000"
@@ -76,9 +78,12 @@ class Archive:
         manifest: the manifest's bytes as given to the build.
     """
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: Path, tee: Callable[[bytes], object] | None = None) -> None:
+        """Read the index. ``tee`` is called with each part of the tar as it is unpacked."""
         self._path = path
         self._parts = unpacked(file, path)
+        if tee is not None:
+            self._parts = _told(self._parts, tee)
         self._held, self._position = b"", 0
         name, size = self._header()
         if name != INDEX:
@@ -290,6 +295,21 @@ def unpacked(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise ArtifactError(f"{path}: truncated: the file ends before its zstd frame does")
     if behind:
         raise ArtifactError(f"{path}: wanted one zstd frame, found something behind it")
+
+
+def _told(parts: Iterator[bytes], tee: Callable[[bytes], object]) -> Iterator[bytes]:
+    """The same bytes in larger parts, each told before it is given on."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= _TOLD_BYTES:
+            tee(joined := b"".join(held))
+            yield joined
+            held, size = [], 0
+    tee(joined := b"".join(held))
+    yield joined
 
 
 def parse_index(data: bytes, path: Path) -> Index:

@@ -227,7 +227,7 @@ def _read(path: Path, handle: int, most: int) -> bytes:
         raise ArtifactError(f"{path}: wanted at most {most} bytes, found {size}")
     parts, left = [], size + 1
     try:
-        while left and (part := os.read(handle, min(left, 8 << 20))):
+        while left and (part := os.read(handle, min(left, _MAX_ARTIFACT_BYTES))):
             parts.append(part)
             left -= len(part)
     except OSError as error:

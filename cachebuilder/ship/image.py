@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.folder import own_files
 from cachebuilder.artifact.index import Index
-from cachebuilder.artifact.pack import add, compress
-from cachebuilder.artifact.read import Archive, unpacked
+from cachebuilder.artifact.read import Archive
 from cachebuilder.ship.description import TITLE, describe
 from cachebuilder.ship.documents import MANIFEST, Descriptor, json_bytes
 
@@ -41,17 +41,19 @@ class Image:
     index: Index
 
 
-def make(path: Path, data: bytes, platforms: Sequence[str]) -> Image:
+def make(path: Path, data: bytes, digest: str, platforms: Sequence[str]) -> Image:
     """The image of an artifact, which is checked whole.
 
     Args:
         path: where ``data`` was read from: the layer's title is its name.
+        digest: of ``data``.
         platforms: ``os/architecture``, as in `PLATFORMS`.
 
     Raises:
         ArtifactError: it is damaged.
     """
-    archive = Archive(io.BytesIO(data), path)
+    inside = hashlib.sha256()
+    archive = Archive(io.BytesIO(data), path, inside.update)
     for _ in archive.files():
         pass
     index = archive.index
@@ -67,12 +69,9 @@ def make(path: Path, data: bytes, platforms: Sequence[str]) -> Image:
             tar.addfile(folder)
     small = compress(beside.getvalue())
     layers = (
-        (Descriptor.of(LAYER, data, annotations={TITLE: path.name}), data),
+        (Descriptor(LAYER, digest, len(data), {TITLE: path.name}), data),
         (Descriptor.of(LAYER, small), small),
     )
-    inside = hashlib.sha256()
-    for part in unpacked(io.BytesIO(data), path):
-        inside.update(part)
     diff_ids = [f"sha256:{inside.hexdigest()}", f"sha256:{hashlib.sha256(beside.getvalue()).hexdigest()}"]
     annotations = describe(index, layers[0][0].digest)
     configs, manifests = [], []
@@ -99,6 +98,11 @@ def make(path: Path, data: bytes, platforms: Sequence[str]) -> Image:
     return Image(layers, tuple(configs), tuple(manifests), index)
 
 
+def nothing() -> Descriptor:
+    """The descriptor of `NOTHING`."""
+    return Descriptor.of(_EMPTY, NOTHING)
+
+
 def attachment(kind: str, subject: Descriptor, blobs: Sequence[tuple[Descriptor, bytes]]) -> tuple[Descriptor, bytes]:
     """A manifest that refers to another (image-spec 1.1, manifest.md: ``artifactType``, ``subject``)."""
     data = json_bytes(
@@ -106,7 +110,7 @@ def attachment(kind: str, subject: Descriptor, blobs: Sequence[tuple[Descriptor,
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "artifactType": kind,
-            "config": Descriptor.of(_EMPTY, NOTHING).document(),
+            "config": nothing().document(),
             "layers": [blob.document() for blob, _ in blobs],
             "subject": subject.document(),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,15 +52,21 @@ def push(reference: Reference, artifacts: Sequence[Path], platforms: Sequence[st
     targets: list[PushedTarget] = []
     last = b""
     for path in artifacts:
-        made = image.make(path, read_bytes(path), platforms)
+        data = read_bytes(path)
+        # The checks take as long as the transfer: of a damaged artifact a blob is sent that nothing will refer to.
+        with ThreadPoolExecutor(1) as aside:
+            digest = digest_of(data)
+            making = aside.submit(image.make, path, data, digest, platforms)
+            repository.push_blob(digest, data, f"push {path.name}")
+            made = making.result()
         for other in targets:
             if other.index.fingerprint_digest == made.index.fingerprint_digest:
                 raise TransferError(
                     f"{reference}: wanted one artifact a GPU and DeepGEMM, {other.path} and {path} are for the same",
                     hint="push each to a tag of its own",
                 )
-        for blob, data in (*made.layers, *made.configs):
-            repository.push_blob(data, f"push {path.name}" if blob is made.layers[0][0] else "push rest")
+        for blob, data in (*made.layers[1:], *made.configs):
+            repository.push_blob(blob.digest, data, "push rest")
         signed = False
         for manifest, last in made.manifests:
             repository.push_manifest(last, manifest.media_type, manifest.digest)
@@ -82,9 +89,8 @@ def _attach(repository: Repository, subject: Descriptor, path: Path) -> bool:
             return False
         if data is not None:
             blobs.append((Descriptor.of(media_type, data, annotations={TITLE: beside.name}), data))
-    for _, data in blobs:
-        repository.push_blob(data, "push rest")
-    repository.push_blob(image.NOTHING, "push rest")
+    for blob, data in (*blobs, (image.nothing(), image.NOTHING)):
+        repository.push_blob(blob.digest, data, "push rest")
     entry, data = image.attachment(SIGNATURE, subject, blobs)
     repository.push_referrer(data, replace(subject, annotations={}, platform=None), entry)
     return True

@@ -147,15 +147,13 @@ class Repository:
         response.close()
         return response.status_code == 200
 
-    def push_blob(self, data: bytes, step: str) -> Descriptor:
+    def push_blob(self, digest: str, data: bytes, step: str) -> None:
         """Send a blob that is not there yet; what broke off goes on where the registry says, or starts again."""
-        digest = digest_of(data)
         watcher = self._retries.watcher
         if not self.has_blob(digest):
             upload = Upload(self._session, f"{self._path}/blobs/uploads/", data, digest, f"push to {self.reference}")
             self._retries.run(lambda: upload.send(lambda done: watcher.progress(step, done, len(data))))
         watcher.progress(step, len(data), len(data))
-        return Descriptor("application/octet-stream", digest, len(data))
 
     def push_manifest(self, data: bytes, media_type: str, wanted: str) -> requests.Response:
         """Put a manifest or an index under a tag or under its digest."""
