@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -613,6 +614,14 @@ def test_pulls_into_one_file_at_once_are_all_whole(there: Registry, artifact: Pa
         thread.join()
     assert not failed and left(tmp_path / "got") == ["small.tar.zst"]
     assert (tmp_path / "got" / "small.tar.zst").read_bytes() == artifact.read_bytes()
+
+
+def test_a_hundred_pulls_at_once_are_all_whole(there: Registry, artifact: Path, tmp_path: Path) -> None:
+    push_to(there.host, "bad", artifact)
+    with ThreadPoolExecutor(100) as pool:
+        pulls = [pool.submit(pull_from, f"oci://{there.host}/bad:v1", tmp_path / f"{n}") for n in range(100)]
+    assert {pull.result().read_bytes() for pull in pulls} == {artifact.read_bytes()}
+    assert len({pull.result() for pull in pulls}) == 100
 
 
 def test_a_killed_pull_leaves_a_part_and_no_artifact(between: Middleman, artifact: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,12 +26,13 @@ from cachebuilder.cli.remote import checker
 from cachebuilder.compatibility import Difference
 from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.restore import restore
-from cachebuilder.ship import credentials, image, locations
+from cachebuilder.ship import credentials, fetch, image, locations
 from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
 from cachebuilder.ship.pull import Puller, choose
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries, Watcher
+from cachebuilder.ship.session import origin
 from tests.archives import compress, edit_index, join, snapshot, unpack
 from tests.conftest import ROOT, Run
 from tests.registries import Answer, Asked, Middleman, Registry, program, registry
@@ -512,6 +514,23 @@ def test_a_password_in_a_reference_is_refused_and_not_repeated() -> None:
 def test_only_loopback_is_spoken_to_without_tls_unasked(text: str, plain: bool) -> None:
     reference = locations.parse(text)
     assert reference.plain is plain and str(reference) == text
+
+
+def test_of_what_was_fetched_the_last_few_stay(
+    there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
+    for number in range(10):
+        push_to(there.host, f"few{number}", artifact)
+        path = fetch.fetch(f"oci://{there.host}/few{number}:v1", fetch.Wish(lambda index: []), FEW)
+        os.utime(path.parent, (number, number))
+    assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
+
+
+def test_credentials_are_for_the_registrys_origin_however_it_is_spelt() -> None:
+    assert origin("https://H.example:443/x") == origin("https://h.example/y?z=1")
+    assert origin("https://h.example:5000") != origin("https://h.example")
+    assert origin("https://u:p@h.example/") == "https://h.example"
 
 
 def test_a_restore_of_a_file_imports_nothing_of_the_network(artifact: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def sync(
                 remote.checker(trusted, str(source)),
             )
         except TransferError as error:
-            generation = syncing.current(to)
+            generation = syncing.current(to, usable)
             if not allow_stale or generation is None:
                 if generation is not None:
                     click.echo(f"kept      {to / syncing.CURRENT}, {generation.name}", err=True)

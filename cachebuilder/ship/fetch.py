@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,9 @@ from cachebuilder.ship import locations
 from cachebuilder.ship.download import sha256_of
 from cachebuilder.ship.pull import Candidate, Check, Compare, Listing, Puller, choose, explain
 from cachebuilder.ship.retry import Retries
+
+#: How many fetched artifacts are kept, so that the next verb on the same one need not fetch it.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,22 @@ def fetch(location: str, wish: Wish, retries: Retries, check: Check | None = Non
     """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
     found = look_up(location, wish, retries)
     folder = fetched_folder() / hashlib.sha256(f"{found.name} {found.version}".encode()).hexdigest()[:32]
-    return found.get(lambda name: folder / name, check)
+    path = found.get(lambda name: folder / name, check)
+    _keep_newest(folder)
+    return path
+
+
+def _keep_newest(used: Path) -> None:
+    """Remove what was fetched longest ago."""
+    with contextlib.suppress(OSError):
+        os.utime(used)
+        there = sorted(used.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for folder in there[:-_KEPT]:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetched_folder() -> Path:
-    """Where fetched artifacts lie, each in a folder of its own; whoever wants the room may empty it."""
+    """Where the last `_KEPT` fetched artifacts lie, each in a folder of its own; who wants the room may empty it."""
     return cache_folder() / "fetched"
 
 

@@ -35,6 +35,10 @@ _DOCKER = (
 )
 
 
+#: What registries answer that do not know the path, or do not want to.
+_NO_REFERRERS = (400, 403, 404, 405, 406, 501)
+
+
 class Repository:
     """One repository. Every call is tried again where that may help.
 
@@ -122,7 +126,7 @@ class Repository:
             response = self._session.send(
                 "GET",
                 f"{self._path}/referrers/{digest}",
-                accept=(200, 404, 405),
+                accept=(200, *_NO_REFERRERS),
                 what=what,
                 headers={"Accept": INDEX},
             )

@@ -33,6 +33,7 @@ _MAX_ERROR_BYTES = 64 << 10
 _PART_BYTES = 1 << 20
 #: What may be otherwise in a moment (RFC 9110, 15.5 and 15.6; RFC 6585, 4).
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_PORTS = {"http": 80, "https": 443}
 _CHALLENGE = re.compile(r'([a-zA-Z]+)="([^"]*)"')
 
 Body = Callable[[], Any]
@@ -73,7 +74,7 @@ class Session:
     """
 
     def __init__(self, base: str, credentials: Callable[[], Credentials | None]) -> None:
-        self.base = base
+        self.base = origin(base)
         self._credentials = credentials
         self._authorization: str | None = None
         self._http = _Http()
@@ -276,6 +277,8 @@ def origin(url: str) -> str:
     """Scheme, host and port: what of a URL may be shown, and what credentials are for."""
     try:
         split = urlsplit(url)
-        return f"{split.scheme}://{split.netloc.rpartition('@')[2]}"
+        port = split.port
     except ValueError:
         return "a bad URL"
+    host = split.netloc.rpartition("@")[2].lower()
+    return f"{split.scheme}://{host.removesuffix(f':{port}') if port == _PORTS.get(split.scheme) else host}"

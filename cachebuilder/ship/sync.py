@@ -113,10 +113,10 @@ def sync(
         ) from error
 
 
-def current(to: Path) -> Path | None:
-    """The generation that serves; None where there is none, or it is not whole any more."""
+def current(to: Path, usable: Usable = lambda generation, signed_by: True) -> Path | None:
+    """The generation that serves; None where there is none, or it is not whole, or not usable."""
     generation = _target(to)
-    return generation if generation is not None and _is_whole(generation) else None
+    return generation if generation is not None and _is_good(generation, usable) else None
 
 
 def _check_folder(to: Path) -> None:
@@ -150,11 +150,9 @@ def _have(to: Path, found: Found, usable: Usable) -> Path | None:
     """A whole generation of this version, the newest first: the current one, or one that the source went back to."""
     for _, name in reversed(_generations(to)):
         generation = to / GENERATIONS / name
-        if name.endswith(_key(found.version)):
-            record = _read_record(generation)
-            signed_by = record.get("signed_by")
-            if record.get("version") == found.version and _is_whole(generation) and usable(generation, signed_by):
-                return generation
+        is_it = name.endswith(_key(found.version)) and _read_record(generation).get("version") == found.version
+        if is_it and _is_good(generation, usable):
+            return generation
     return None
 
 
@@ -166,12 +164,13 @@ def _read_record(generation: Path) -> dict[str, str]:
     return {n: v for n, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
 
 
-def _is_whole(generation: Path) -> bool:
-    """Every byte is what it was: a disk that lost some after a power cut is told, and the generation made anew."""
+def _is_good(generation: Path, usable: Usable) -> bool:
+    """Every byte is what it was (a disk that lost some after a power cut is told), and it is of use here."""
     try:
-        return is_restored(generation) and not open_folder(generation).damage()
+        whole = is_restored(generation) and not open_folder(generation).damage()
     except ArtifactError:
         return False
+    return whole and usable(generation, _read_record(generation).get("signed_by"))
 
 
 def _make(to: Path, found: Found, restore: Restore, usable: Usable, check: Check | None) -> Path:
