@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +95,14 @@ def checker(trusted: Sequence[TrustedKey] | None, what: str) -> Check | None:
     if trusted is None:
         return None
     from cachebuilder.artifact import provenance, signature
+    from cachebuilder.artifact.whole import read_bytes
 
     def check(path: Path, files: dict[str, bytes]) -> None:
         if signature.SUFFIX not in files:
             raise SignatureError(
                 f"{what}: not signed: no signature is with it", hint="cachebuilder sign, then push again"
             )
-        data = signature.read_bytes(path)
+        data = read_bytes(path)
         signature.check(data, files[signature.SUFFIX], trusted, what)
         if envelope := files.get(provenance.SUFFIX):
             provenance.open_envelope(envelope, trusted, hashlib.sha256(data).hexdigest(), f"{what}: provenance")
@@ -109,10 +111,16 @@ def checker(trusted: Sequence[TrustedKey] | None, what: str) -> Check | None:
 
 
 def here(deep_gemm: Path | None = None) -> Wish:
-    """Of several artifacts, the one for this machine; a single one is taken as it is."""
-    from cachebuilder import nvml
+    """Of several artifacts, the one for this machine; a single one is taken as it is, and the machine not looked at."""
+    from cachebuilder.ship.fetch import Wish
 
-    return wish(installation(deep_gemm), nvml.first_gpu())
+    @cache
+    def machine() -> tuple[Installation | None, VisibleGpu | None]:
+        from cachebuilder import nvml
+
+        return installation(deep_gemm), nvml.first_gpu()
+
+    return Wish(lambda index: with_environment(index, *machine(), os.environ, relocates=True))
 
 
 def wish(found: Installation | None, gpu: VisibleGpu | None, *, to: Path | None = None, force: bool = False) -> Wish:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES
 from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship.retry import Again, Retries
 
-#: No artifact comes near: 20,000 kernels pack to under 100 MB. The signature's check holds one in memory.
-MAX_ARTIFACT_BYTES = 1 << 30
 #: A try that got this far begins the count of failures anew; less, and a sick server could keep us for ever.
 _WORTH_BYTES = 8 << 20
 

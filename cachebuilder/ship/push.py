@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachebuilder.artifact.index import Index
-from cachebuilder.artifact.signature import read_beside, read_bytes
+from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.errors import TransferError
 from cachebuilder.ship import image
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cachebuilder.artifact.signature import read_beside, read_bytes
+from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.errors import InstallationError, TransferError
 from cachebuilder.ship.description import BESIDE
 from cachebuilder.ship.download import download
