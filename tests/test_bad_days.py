@@ -538,6 +538,11 @@ HOSTILE = [
     ("no-annotations", image(annotations={}), "nothing in it says that it is one"),
     ("annotations-a-list", image(annotations=[1]), "nothing in it says that it is one"),
     (
+        "fingerprint-with-escapes",
+        image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": json.dumps(FINGERPRINT | {"arch": "\x1b[2J"})}),
+        "found control characters",
+    ),
+    (
         "fingerprint-no-json",
         image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": "{"}),
         "annotation cachebuilder.fingerprint: : wanted JSON",
@@ -564,6 +569,13 @@ def test_a_hostile_index_or_manifest_is_one_sentence(
         puller.fetch(choose(puller.look_up(), lambda index: [], True).candidate, lambda name: tmp_path / "got" / name)
     assert isinstance(caught.value, TransferError) and str(caught.value).replace("\n", "").isprintable()
     assert not (tmp_path / "got").exists() and len(str(caught.value)) < 1000
+
+
+def test_what_a_hostile_index_says_of_itself_leaves_the_terminal_alone(between: Middleman) -> None:
+    data = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": [ENTRY, ENTRY]}).encode()
+    between.change = lambda asked, answer: Answer(200, {"Content-Type": INDEX}, data)
+    [candidate] = Puller(locations.parse(f"oci://{between.host}/bad:v1"), ONCE).look_up().candidates
+    assert str(candidate).isprintable() and "evil" in str(candidate)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
     Where SOURCE stands for several, the one that fits this machine's DeepGEMM and GPU; the others are told with the
     reasons. One that broke off goes on where it ended.
     """
+    if not remote.is_remote(source):
+        raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {source}")
     remote.ready()
     from cachebuilder.ship.download import sha256_of
     from cachebuilder.ship.fetch import look_up

@@ -12,7 +12,7 @@ from cachebuilder import restore as restoring
 from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import remote, shared, signing
 from cachebuilder.compatibility import with_environment
-from cachebuilder.errors import TransferError
+from cachebuilder.errors import CacheBuilderError, TransferError
 
 
 @click.command()
@@ -77,9 +77,9 @@ def sync(
                 keep,
                 remote.checker(trusted, str(source)),
             )
-        except TransferError as error:
+        except CacheBuilderError as error:
             generation = syncing.current(to, usable)
-            if not allow_stale or generation is None:
+            if not allow_stale or generation is None or not isinstance(error, TransferError):
                 if generation is not None:
                     click.echo(f"kept      {to / syncing.CURRENT}, {generation.name}", err=True)
                 raise

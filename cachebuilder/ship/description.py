@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cachebuilder.artifact.index import PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNATURE_SUFFIX, Fingerprint, Index
 from cachebuilder.errors import TransferError
 from cachebuilder.records import RecordError
+from cachebuilder.ship.locations import printable
 
 #: A file's name: where the OCI tools put it when they pull.
 TITLE = "org.opencontainers.image.title"
@@ -46,12 +47,11 @@ class Described:
 
     Attributes:
         digest: the artifact's, which is the first layer's.
-        index: the artifact's as far as they tell: without ops and entries.
+        index: the artifact's as far as they tell: without ops and entries. All of it may be shown on a terminal.
     """
 
     digest: str
     index: Index
-    kernels: str
 
 
 def read_description(annotations: Mapping[str, str], what: str) -> Described | None:
@@ -66,13 +66,24 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
         fingerprint = Fingerprint.model_validate_json(annotations[_FINGERPRINT])
     except RecordError as error:
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: {error}") from None
+    if not _is_text(fingerprint.model_dump()):
+        raise TransferError(f"{what}: annotation {_FINGERPRINT}: wanted text, found control characters")
     index = Index(
-        name=annotations.get(_NAME, ""),
+        name=printable(annotations.get(_NAME, "")),
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),
         manifest=annotations.get(_MANIFEST, ""),
         ops=(),
         entries=(),
-        recorded={"gpu": annotations.get(_GPU, "")},
+        recorded={"gpu": printable(annotations.get(_GPU, ""))},
     )
-    return Described(annotations.get(_ARTIFACT, ""), index, annotations.get(_KERNELS, "?"))
+    return Described(annotations.get(_ARTIFACT, ""), index)
+
+
+def _is_text(value: object) -> bool:
+    """Whether all strings in it leave a terminal alone."""
+    if isinstance(value, dict):
+        return all(map(_is_text, value.keys())) and all(map(_is_text, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_text, value))
+    return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()
