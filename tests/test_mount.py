@@ -16,15 +16,15 @@ from cachebuilder import sweep, verify
 from cachebuilder.artifact.folder import RestoredFolder
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.ship import image
-from cachebuilder.ship.documents import digest_of
 from tests.test_registry import apply
 
 
 @pytest.fixture
 def volume(built: building.Built, tmp_path: Path) -> Iterator[Path]:
     path = built.packed.path
-    made = image.make(path, path.read_bytes(), digest_of(path.read_bytes()), ("linux/amd64",))
-    apply([data for _, data in made.layers], tmp_path / "image")
+    data = path.read_bytes()
+    made = image.make(image.read(path, data), image.artifact_layer(path.name, data), ("linux/amd64",))
+    apply([data, made.blobs[0][1]], tmp_path / "image")
     where = tmp_path / "volume"
     where.mkdir()
     for command in (["--bind", tmp_path / "image", where], ["-o", "remount,bind,ro,noexec", where]):

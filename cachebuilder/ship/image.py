@@ -20,7 +20,7 @@ from cachebuilder.artifact.folder import own_files
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.ship.description import TITLE, describe
-from cachebuilder.ship.documents import MANIFEST, Descriptor, json_bytes
+from cachebuilder.ship.documents import MANIFEST, Descriptor, digest_of, json_bytes
 
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+zstd"
@@ -33,21 +33,31 @@ PLATFORMS = ("linux/amd64", "linux/arm64")
 
 @dataclass(frozen=True)
 class Image:
-    """All blobs of an image, and its manifest for each platform: they differ in the config only."""
+    """The blobs of an image beside the artifact, and its manifest for each platform: they differ in the config only."""
 
-    layers: tuple[tuple[Descriptor, bytes], ...]
-    configs: tuple[tuple[Descriptor, bytes], ...]
+    blobs: tuple[tuple[Descriptor, bytes], ...]
     manifests: tuple[tuple[Descriptor, bytes], ...]
+
+
+def artifact_layer(name: str, data: bytes) -> Descriptor:
+    """The first layer: the artifact itself, which tools that pull files put under this name."""
+    return Descriptor.of(LAYER, data, annotations={TITLE: name})
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in an artifact, as far as its image needs it: the index, the tar's digest, and the second layer's tar."""
+
     index: Index
+    diff_id: str
+    beside: bytes
 
 
-def make(path: Path, data: bytes, digest: str, platforms: Sequence[str]) -> Image:
-    """The image of an artifact, whose index and checksum are checked; a restore checks every file.
+def read(path: Path, data: bytes) -> Contents:
+    """The contents of an artifact, whose index and checksum are checked; a restore checks every file.
 
     Args:
-        path: where ``data`` was read from: the layer's title is its name.
-        digest: of ``data``.
-        platforms: ``os/architecture``, as in `PLATFORMS`.
+        path: where ``data`` was read from, for errors.
 
     Raises:
         ArtifactError: it is damaged.
@@ -67,13 +77,21 @@ def make(path: Path, data: bytes, digest: str, platforms: Sequence[str]) -> Imag
             folder = tarfile.TarInfo("tmp")
             folder.type, folder.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(folder)
-    small = compress(beside.getvalue())
-    layers = (
-        (Descriptor(LAYER, digest, len(data), {TITLE: path.name}), data),
-        (Descriptor.of(LAYER, small), small),
-    )
-    diff_ids = [f"sha256:{inside.hexdigest()}", f"sha256:{hashlib.sha256(beside.getvalue()).hexdigest()}"]
-    annotations = describe(index, layers[0][0].digest)
+    return Contents(index, f"sha256:{inside.hexdigest()}", beside.getvalue())
+
+
+def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> Image:
+    """The image of an artifact.
+
+    Args:
+        artifact: the first layer, from `artifact_layer`.
+        platforms: ``os/architecture``, as in `PLATFORMS`.
+    """
+    index = contents.index
+    small = compress(contents.beside)
+    layers = artifact, Descriptor.of(LAYER, small)
+    diff_ids = [contents.diff_id, digest_of(contents.beside)]
+    annotations = describe(index, artifact.digest)
     configs, manifests = [], []
     for platform in platforms:
         config = json_bytes(
@@ -90,12 +108,12 @@ def make(path: Path, data: bytes, digest: str, platforms: Sequence[str]) -> Imag
                 "schemaVersion": 2,
                 "mediaType": MANIFEST,
                 "config": configs[-1][0].document(),
-                "layers": [layer.document() for layer, _ in layers],
+                "layers": [layer.document() for layer in layers],
                 "annotations": annotations,
             }
         )
         manifests.append((Descriptor.of(MANIFEST, manifest, annotations=annotations, platform=platform), manifest))
-    return Image(layers, tuple(configs), tuple(manifests), index)
+    return Image(((layers[1], small), *configs), tuple(manifests))
 
 
 def nothing() -> Descriptor:

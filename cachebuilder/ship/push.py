@@ -55,23 +55,24 @@ def push(reference: Reference, artifacts: Sequence[Path], platforms: Sequence[st
         data = read_bytes(path)
         # The checks take as long as the transfer: of a damaged artifact a blob is sent that nothing will refer to.
         with ThreadPoolExecutor(1) as aside:
-            digest = digest_of(data)
-            making = aside.submit(image.make, path, data, digest, platforms)
-            repository.push_blob(digest, data, f"push {path.name}")
-            made = making.result()
+            reading = aside.submit(image.read, path, data)
+            layer = image.artifact_layer(path.name, data)
+            repository.push_blob(layer.digest, data, f"push {path.name}")
+            contents = reading.result()
+        made = image.make(contents, layer, platforms)
         for other in targets:
-            if other.index.fingerprint_digest == made.index.fingerprint_digest:
+            if other.index.fingerprint_digest == contents.index.fingerprint_digest:
                 raise TransferError(
                     f"{reference}: wanted one artifact a GPU and DeepGEMM, {other.path} and {path} are for the same",
                     hint="push each to a tag of its own",
                 )
-        for blob, data in (*made.layers[1:], *made.configs):
+        for blob, data in made.blobs:
             repository.push_blob(blob.digest, data, "push rest")
         signed = False
         for manifest, last in made.manifests:
             repository.push_manifest(last, manifest.media_type, manifest.digest)
             signed = _attach(repository, manifest, path)
-        targets.append(PushedTarget(path, made.index, tuple(manifest for manifest, _ in made.manifests), signed))
+        targets.append(PushedTarget(path, contents.index, tuple(manifest for manifest, _ in made.manifests), signed))
     listed = [manifest for target in targets for manifest in target.manifests]
     if len(listed) > 1:
         last = index_document(listed)
