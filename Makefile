@@ -37,7 +37,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo "wanted Python 3.11 or newer, found $$($(PYTHON) --version); name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, DeepGEMM and the tools into $(VENV): some minutes, about 6 GB"
-	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,report,test,check,docs]'
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,report,ship,test,check,docs]'
 	@if "$${CUDA_HOME:-/none}/bin/nvcc" --version >/dev/null 2>&1 || nvcc --version >/dev/null 2>&1; then :; else \
 	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
 	@touch $@

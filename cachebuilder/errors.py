@@ -88,10 +88,16 @@ class SignatureError(CacheBuilderError):
     exit_code = 14
 
 
+class TransferError(CacheBuilderError):
+    """A registry or a store cannot be reached, refuses, or gives something else than what was asked for."""
+
+    exit_code = 15
+
+
 class RecordingError(CacheBuilderError):
     """The recorded program asked DeepGEMM's compiler for nothing, or cannot be recorded as it is set up."""
 
-    exit_code = 15
+    exit_code = 16
 
 
 class CommandError(CacheBuilderError):
@@ -117,6 +123,7 @@ EXIT_CODES: dict[int, str] = {
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
     ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
     SignatureError.exit_code: "no valid signature by a trusted key, or a key that cannot be used",
+    TransferError.exit_code: "a registry or store cannot be reached, refuses, or gives something else than asked for",
     RecordingError.exit_code: "nothing was recorded",
     CommandError.exit_code: "run: CMD was not found or cannot be run; else CMD's own code",
     130: "interrupted",

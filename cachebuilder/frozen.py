@@ -26,27 +26,37 @@ _TEMPLATE = Path(__file__).with_name("frozen_nvcc.sh")
 _LOG = "misses.jsonl"
 
 
-def write(folder: Path, version_text: str, artifact_name: str, fingerprint_digest: str) -> Path:
-    """Write ``folder/bin/nvcc`` and ``folder/bin/version.txt``, each whole or not at all; returns the script.
+def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dict[str, tuple[bytes, int]]:
+    """The script and the text that it says: each file's path below DIR, its bytes and its mode.
 
     Args:
-        folder: ``DIR/cachebuilder`` of a restored DIR.
         version_text: all that ``nvcc --version`` printed, to the byte.
         artifact_name: said in messages and in the log, as is the digest.
-
-    Raises:
-        OSError: the folder cannot be written.
     """
     texts = {"@VERSION_TEXT@": version_text, "@ARTIFACT@": artifact_name, "@FINGERPRINT@": fingerprint_digest}
     lines = []
     for line in _TEMPLATE.read_text().splitlines(keepends=True):
         name, _, mark = line.rstrip("\n").partition("=")
         lines.append(f"{name}={shlex.quote(texts[mark])}\n" if mark in texts else line)
-    bin_folder = folder / "bin"
-    make_folders(bin_folder)
-    put(bin_folder / "version.txt", version_text.encode(), 0o644)
-    put(bin_folder / "nvcc", "".join(lines).encode(), 0o755)
-    return bin_folder / "nvcc"
+    return {
+        f"{FOLDER}/bin/version.txt": (version_text.encode(), 0o644),
+        f"{FOLDER}/bin/nvcc": ("".join(lines).encode(), 0o755),
+    }
+
+
+def write(folder: Path, version_text: str, artifact_name: str, fingerprint_digest: str) -> Path:
+    """Write the `files` below ``folder``, each whole or not at all; returns the script.
+
+    Args:
+        folder: ``DIR/cachebuilder`` of a restored DIR.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    make_folders(folder / "bin")
+    for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
+        put(folder.parent / name, data, mode)
+    return folder / "bin" / "nvcc"
 
 
 def frozen_nvcc(dir: Path) -> Path:

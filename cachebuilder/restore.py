@@ -13,7 +13,6 @@ has no use for more; after a power cut, restore into a fresh DIR. (DeepGEMM read
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachebuilder import frozen
+from cachebuilder.artifact.folder import own_files
 from cachebuilder.artifact.index import Entry, Fingerprint, Index
 from cachebuilder.artifact.read import Archive, open_archive
 from cachebuilder.atomic import make_folders, put
@@ -38,6 +38,9 @@ if TYPE_CHECKING:  # not imported where no key is given
 
 #: DeepGEMM hands paths below DIR to a shell with no quotes around them.
 _PLAIN_PATH = re.compile(r"[\w./+@,=-]+")
+
+#: Said where no key is given to check with.
+UNCHECKED = "unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs"
 
 
 @dataclass(frozen=True)
@@ -168,14 +171,10 @@ def _restore(archive: Archive, to: Path, installation: Installation | None) -> t
             if lost := [name for name, equal in taken_meanwhile.items() if not equal]:
                 raise _different(to, lost)
             written = len(destination.made) - len(taken_meanwhile)
-            own = to / frozen.FOLDER
-            digest = index.fingerprint_digest
-            frozen.write(own, index.fingerprint.compiler, index.name, digest)
-            stem = f"{digest}.{hashlib.sha256(archive.index_bytes).hexdigest()[:16]}"
-            folder = own / "artifacts"
-            make_folders(folder)
-            put(folder / f"{stem}.yaml", archive.manifest, 0o644)
-            put(folder / f"{stem}.json", names.index_bytes(archive.index_bytes), 0o644)
+            here = names.index_bytes(archive.index_bytes)
+            for name, (data, mode) in own_files(index, archive.index_bytes, archive.manifest, here).items():
+                make_folders((to / name).parent)
+                put(to / name, data, mode)
             destination.keep()
     except OSError as error:
         named = error.filename2 or error.filename  # of a rename: where to

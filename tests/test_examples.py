@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
@@ -14,7 +15,8 @@ from tests.conftest import ROOT, Run
 
 EXAMPLES = ROOT / "examples"
 DOCKERFILES = sorted(EXAMPLES.glob("Dockerfile.*"))
-TEXTS = [*DOCKERFILES, EXAMPLES / "kubernetes.yaml", ROOT / "docs" / "verify.md"]
+PODS = sorted((EXAMPLES / "kubernetes").glob("*.yaml"))
+TEXTS = [*DOCKERFILES, *PODS, ROOT / "docs" / "verify.md"]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -23,15 +25,26 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def pod() -> dict[str, Any]:
-    loaded: dict[str, Any] = YAML(typ="safe").load((EXAMPLES / "kubernetes.yaml").read_text())
-    return loaded
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(YAML(typ="safe").load_all((EXAMPLES / "kubernetes" / name).read_text()))
+
+
+def pod(name: str) -> dict[str, Any]:
+    return next(found for found in documents(name) if found["kind"] == "Pod")
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    return {item["name"]: item["value"] for item in container["env"]}
+
+
+def mounts(container: dict[str, Any]) -> dict[str, str]:
+    return {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
 def test_every_command_is_one_that_cachebuilder_takes(path: Path) -> None:
     found = commands(path.read_text())
-    assert {"verify"} <= {verb for verb, *_ in found}
+    assert {verb for verb, *_ in found} & {"verify", "env", "sync"}
     for verb, *arguments in found:
         command = cli.get_command(click.Context(cli), verb)
         assert command is not None, f"no verb {verb}"
@@ -50,30 +63,93 @@ def test_a_dockerfile_restores_verifies_and_then_sets_the_environment(path: Path
     assert f"cachebuilder restore {copied} --to /opt/deep_gemm" in runs[0]
 
 
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.name)
+def test_kubernetes_own_schema_takes_it_and_every_volume_is_there(path: Path) -> None:
+    """The OpenAPI schema of Kubernetes 1.35, in its strict form: no field that it does not know."""
+    for document in documents(path.name):
+        kubernetes_validate.validate(document, "1.35", strict=True)
+        spec = document["spec"].get("template", document)["spec"]
+        containers = spec.get("initContainers", []) + spec["containers"]
+        names = {volume["name"] for volume in spec["volumes"]}
+        assert {mount["name"] for container in containers for mount in container["volumeMounts"]} == names
+
+
+def test_the_schema_refuses_what_is_wrong() -> None:
+    wrong = pod("image-volume.yaml")
+    wrong["spec"]["volumes"][0]["image"]["referense"] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, "1.35", strict=True)
+
+
 def test_the_init_container_restores_into_the_folder_that_the_server_reads() -> None:
-    [init], [server] = pod()["spec"]["initContainers"], pod()["spec"]["containers"]
+    [init], [server] = (
+        pod("init-container.yaml")["spec"]["initContainers"],
+        pod("init-container.yaml")["spec"]["containers"],
+    )
     assert init["image"] == server["image"]
     verbs = [verb for verb, *_ in commands(init["args"][0].replace("cachebuilder", " cachebuilder"))]
     assert verbs == ["restore", "verify"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in server["volumeMounts"]}
-    environment = {item["name"]: item["value"] for item in server["env"]}
-    assert environment["DG_JIT_CACHE_DIR"].endswith(f":{mounts['deep-gemm']}")
-    assert f"--to {mounts['deep-gemm']}" in init["args"][0]
-    names = {volume["name"] for volume in pod()["spec"]["volumes"]}
-    assert {mount["name"] for mount in [*init["volumeMounts"], *server["volumeMounts"]]} == names
+    assert environment(server)["DG_JIT_CACHE_DIR"].endswith(f":{mounts(server)['deep-gemm']}")
+    assert f"--to {mounts(server)['deep-gemm']}" in init["args"][0]
+    assert environment(init)["CACHEBUILDER_TRUST"].startswith(mounts(init)["keys"])
+    assert environment(init)["DOCKER_CONFIG"] == mounts(init)["registry"]
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "k8s"])
-def test_the_environment_is_the_one_that_env_prints(engine: str, small: Path, run: Run, tmp_path: Path) -> None:
-    (tmp_path / "cuda").mkdir()
-    artifact, folder = tmp_path / "small.tar.zst", tmp_path / "restored"
-    assert run("build", small, "-o", artifact).returncode == 0
-    assert run("restore", artifact, "--to", folder).returncode == 0
-    form, name = ("k8s", "vllm") if engine == "k8s" else ("docker", engine)
-    done = run("env", folder, "--engine", name, "--format", form, CUDA_HOME=str(tmp_path / "cuda"))
+def test_the_image_volume_is_read_only_and_the_frozen_nvcc_is_copied_where_it_can_be_executed() -> None:
+    [init], [server] = (
+        pod("image-volume.yaml")["spec"]["initContainers"],
+        pod("image-volume.yaml")["spec"]["containers"],
+    )
+    volume, writable = mounts(server)["deep-gemm"], mounts(server)["writable"]
+    assert init["command"] == [
+        "cp",
+        "-r",
+        f"{mounts(init)['deep-gemm']}/cachebuilder/bin",
+        f"{mounts(init)['writable']}/",
+    ]
+    assert environment(server)["DG_JIT_NVCC_COMPILER"] == f"{writable}/bin/nvcc"
+    scratch, root = environment(server)["DG_JIT_CACHE_DIR"].split(":")
+    assert root == volume and scratch.startswith(f"{writable}/")
+
+
+def test_the_server_reads_the_folder_that_the_daemon_set_keeps() -> None:
+    daemon, server = documents("fleet.yaml")
+    template = daemon["spec"]["template"]["spec"]
+    of_sync, of_server = ({v["name"]: v for v in spec["volumes"]} for spec in (template, server["spec"]))
+    assert of_sync["deep-gemm"]["hostPath"]["path"] == of_server["deep-gemm"]["hostPath"]["path"]
+    assert template["nodeSelector"] == server["spec"]["nodeSelector"]
+    assert template["containers"][0]["image"] == server["spec"]["containers"][0]["image"]
+
+
+@pytest.fixture(scope="module")
+def restored(small: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    assert run("build", small, "-o", folder / "small.tar.zst").returncode == 0
+    assert run("restore", folder / "small.tar.zst", "--to", folder / "restored").returncode == 0
+    (folder / "cuda").mkdir()
+    return folder / "restored"
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang", "init-container", "image-volume"])
+def test_the_environment_is_the_one_that_env_prints(name: str, restored: Path, run: Run) -> None:
+    docker = name in ("vllm", "sglang")
+    more = ["--scratch", "/writable/scratch"] if name == "image-volume" else []
+    command = (
+        "env",
+        restored,
+        "--engine",
+        name if docker else "vllm",
+        "--format",
+        "docker" if docker else "k8s",
+        *more,
+    )
+    done = run(*command, CUDA_HOME=str(restored.parent / "cuda"))
     assert done.returncode == 0, done.stderr
-    place = "/deep-gemm" if engine == "k8s" else "/opt/deep_gemm"
-    printed = [line for line in done.stdout.replace(str(folder), place).splitlines() if not line.startswith("#")]
-    text = (EXAMPLES / ("kubernetes.yaml" if engine == "k8s" else f"Dockerfile.{engine}")).read_text()
+    place = "/opt/deep_gemm" if docker else "/deep-gemm"
+    said = done.stdout.replace(str(restored), place)
+    if name == "image-volume":
+        said = said.replace("/deep-gemm/cachebuilder/bin/nvcc", "/writable/bin/nvcc")
+    printed = [line for line in said.splitlines() if not line.startswith("#")]
+    text = (EXAMPLES / (f"Dockerfile.{name}" if docker else f"kubernetes/{name}.yaml")).read_text()
     assert printed
     assert "\n".join(printed) in re.sub(r"^ {8}", "", text, flags=re.MULTILINE)

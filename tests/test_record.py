@@ -80,7 +80,7 @@ def test_a_recording_against_another_generations_deepgemm_is_refused_and_kept(
     manifest = tmp_path / "m.yaml"
     manifest.write_text(SMALL)
     done = run("record", "--add-to", manifest, "--deep-gemm", LEGACY, "--", *program(deep_gemm, "layout4", "0"))
-    assert done.returncode == 15 and "wanted kernels of the legacy generation" in done.stderr
+    assert done.returncode == 16 and "wanted kernels of the legacy generation" in done.stderr
     assert manifest.read_text() == SMALL
     kept = Path(done.stderr.split("what was recorded is kept in ")[1].split()[0])
     assert run("misses", kept / "asked.jsonl", "--add-to", manifest).returncode == 0, "nothing is lost"
@@ -139,9 +139,9 @@ def test_several_processes_are_recorded_together(deep_gemm: Path | None, run: Ru
         pytest.param(["--add-to", "OLD", "--gpu", "H200"], {}, 2, "has its target", id="gpu-twice"),
         pytest.param(["-o", "OLD", "--gpu", "H200"], {}, 3, "is there already", id="would-overwrite"),
         pytest.param(["-o", "none/NEW", "--gpu", "H200"], {}, 3, "cannot be written", id="no-folder"),
-        pytest.param(["-o", "NEW", "--gpu", "A100"], {}, 15, "wanted one of", id="unknown-gpu"),
-        pytest.param(["-o", "NEW", "--gpu", "H200"], {"DG_JIT_USE_NVRTC": "1"}, 15, "unset DG_JIT_USE_NVRTC", id="nvrtc"),
-        pytest.param(["-o", "NEW", "--gpu", "H200"], {}, 15, "CMD", id="no-such-program"),
+        pytest.param(["-o", "NEW", "--gpu", "A100"], {}, 16, "wanted one of", id="unknown-gpu"),
+        pytest.param(["-o", "NEW", "--gpu", "H200"], {"DG_JIT_USE_NVRTC": "1"}, 16, "unset DG_JIT_USE_NVRTC", id="nvrtc"),
+        pytest.param(["-o", "NEW", "--gpu", "H200"], {}, 16, "CMD", id="no-such-program"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_recorded_is_refused_before_the_program_runs(
@@ -158,7 +158,7 @@ def test_what_cannot_be_recorded_is_refused_before_the_program_runs(
 
 def test_a_program_that_asks_for_nothing_leaves_no_manifest(run: Run, tmp_path: Path) -> None:
     done = run("record", "-o", tmp_path / "m.yaml", "--gpu", "H200", "--", "sh", "-c", "exit 7")
-    assert done.returncode == 15
+    assert done.returncode == 16
     assert "sh (exit code 7) asked DeepGEMM's compiler for nothing" in done.stderr
     assert not (tmp_path / "m.yaml").exists()
 

@@ -17,6 +17,7 @@ import pytest
 from cachebuilder import build as building
 from cachebuilder.artifact import provenance, read, signature
 from cachebuilder.artifact.signature import SUFFIX
+from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.errors import ArtifactError, SignatureError
 from cachebuilder.restore import restore
 from tests.archives import snapshot
@@ -360,7 +361,7 @@ def test_a_writer_in_the_middle_of_the_reading_does_not_win(
     with monkeypatch.context() as patch:
         patch.setattr(os, "read", longer)
         with pytest.raises(ArtifactError, match="being written"):
-            signature.read_bytes(artifact)
+            read_bytes(artifact)
 
 
 # Without a key

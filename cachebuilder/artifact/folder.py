@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from cachebuilder.artifact.index import CACHE, Index
 from cachebuilder.artifact.read import parse_index
 from cachebuilder.errors import ArtifactError
-from cachebuilder.frozen import frozen_nvcc
+from cachebuilder.frozen import FOLDER, files, frozen_nvcc
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,8 @@ class RestoredFolder:
         Raises:
             ArtifactError: it is not there, or does not run.
         """
+        import subprocess  # a restore, which needs `own_files` only, does not wait for it
+
         nvcc = frozen_nvcc(self.path)
         hint = "restore the artifact again"
         try:
@@ -118,6 +119,25 @@ class RestoredFolder:
             elif (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
                 found.append(Damage(entry, name, f"sha256 {file.sha256[:16]}…", f"{digest[:16]}…"))
         return found
+
+
+def own_files(
+    index: Index, packed: bytes, manifest: bytes, restored: bytes | None = None
+) -> dict[str, tuple[bytes, int]]:
+    """What lies beside ``cache/`` in a folder with one artifact: each file's path below it, bytes and mode.
+
+    In the order to write them: an index says that all else is there.
+
+    Args:
+        packed: the index's bytes in the artifact, which name it among others of its fingerprint.
+        restored: those with the entries' names in this folder, where they are others.
+    """
+    digest = index.fingerprint_digest
+    stem = f"{FOLDER}/artifacts/{digest}.{hashlib.sha256(packed).hexdigest()[:16]}"
+    return files(index.fingerprint.compiler, index.name, digest) | {
+        f"{stem}.yaml": (manifest, 0o644),
+        f"{stem}.json": (restored or packed, 0o644),
+    }
 
 
 def is_restored(path: Path) -> bool:

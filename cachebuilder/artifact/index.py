@@ -22,6 +22,8 @@ INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 
 #: What was seen on a GPU lies beside the artifact, under its name and this.
 REPORT_SUFFIX = ".verified.json"
+#: So does its signature, and the signed statement of where it comes from.
+SIGNATURE_SUFFIX, PROVENANCE_SUFFIX = ".sig", ".intoto.json"
 
 #: No cache of a real model comes near.
 MAX_ENTRIES = 20_000

@@ -18,12 +18,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact import signature
-from cachebuilder.artifact.index import INDEX, MANIFEST, REPORT_SUFFIX, Index
+from cachebuilder.artifact.index import INDEX, MANIFEST, PROVENANCE_SUFFIX, REPORT_SUFFIX, Index
 from cachebuilder.artifact.read import Archive
+from cachebuilder.artifact.whole import read_beside
 from cachebuilder.errors import ArtifactError, SignatureError
 
 #: The envelope lies beside the artifact, under its name and this.
-SUFFIX = ".intoto.json"
+SUFFIX = PROVENANCE_SUFFIX
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -58,7 +59,7 @@ def statement(path: Path, data: bytes) -> dict[str, Any]:
         {"name": INDEX, "digest": _digest(archive.index_bytes), "annotations": {"kernels": len(index.entries)}}
     ]
     report_path = _report_path(path)
-    if report := signature.read_beside(report_path, _MAX_REPORT_BYTES):
+    if report := read_beside(report_path, _MAX_REPORT_BYTES):
         _check_report(report_path, report, sha256)
         byproducts.append({"name": report_path.name, "digest": _digest(report)})
     return {
@@ -130,7 +131,7 @@ def read_statement(signed: signature.Signed, trusted: Sequence[signature.Trusted
         SignatureError: it is damaged, not signed by a trusted key, or speaks of another artifact.
     """
     path = signed.path.with_name(signed.path.name + SUFFIX)
-    data = signature.read_beside(path, _MAX_ENVELOPE_BYTES)
+    data = read_beside(path, _MAX_ENVELOPE_BYTES)
     return None if data is None else open_envelope(data, trusted, signed.sha256, path)
 
 
@@ -208,7 +209,7 @@ def check_report_beside(path: Path, content: Mapping[str, Any]) -> str | None:
         return None
     if (wanted := listed.get(report_path.name)) is None:
         return None
-    report = signature.read_beside(report_path, _MAX_REPORT_BYTES)
+    report = read_beside(report_path, _MAX_REPORT_BYTES)
     if report is None:
         return None
     if (found := hashlib.sha256(report).hexdigest()) != wanted:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +18,14 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cachebuilder.artifact.read import open_file
+from cachebuilder.artifact.index import SIGNATURE_SUFFIX
+from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.atomic import write_new
-from cachebuilder.errors import ArtifactError, SignatureError
+from cachebuilder.errors import SignatureError
 
 #: The signature lies beside the artifact, under its name and this.
-SUFFIX = ".sig"
+SUFFIX = SIGNATURE_SUFFIX
 
-#: The artifact is held in memory while its signature is checked. 20,000 kernels pack to under 100 MB.
-_MAX_ARTIFACT_BYTES = 1 << 30
 #: A key in PEM, or a signature: both are under 1 kB.
 _MAX_SMALL_BYTES = 16 << 10
 
@@ -201,39 +199,6 @@ def read_signed(path: Path, trusted: Sequence[TrustedKey], signature: bytes | No
             )
     key = check(data, signature, trusted, path)
     return Signed(path, data, hashlib.sha256(data).hexdigest(), key)
-
-
-def read_bytes(path: Path) -> bytes:
-    """All of an artifact, read once. Raises `ArtifactError` where it cannot be, or is larger than any artifact."""
-    with open_file(path) as file:
-        return _read(path, file.fileno(), _MAX_ARTIFACT_BYTES)
-
-
-def read_beside(path: Path, most: int) -> bytes | None:
-    """A small file beside an artifact; None where there is none. Raises `SignatureError` where it cannot be read."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        with open_file(path) as file:
-            return _read(path, file.fileno(), most)
-    except ArtifactError as error:
-        raise SignatureError(str(error)) from None
-
-
-def _read(path: Path, handle: int, most: int) -> bytes:
-    size = os.fstat(handle).st_size
-    if size > most:
-        raise ArtifactError(f"{path}: wanted at most {most} bytes, found {size}")
-    parts, left = [], size + 1
-    try:
-        while left and (part := os.read(handle, min(left, 8 << 20))):
-            parts.append(part)
-            left -= len(part)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    if left != 1:
-        raise ArtifactError(f"{path}: wanted a file at rest, found one that is being written")
-    return b"".join(parts)
 
 
 def _decode(signature: bytes, what: object) -> bytes:

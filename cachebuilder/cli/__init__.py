@@ -18,6 +18,7 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, mea
 VERBS = (
     *("manifest", "record", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
     *("keygen", "sign", "verify-signature"),
+    *("push", "pull", "sync"),
     *("report", "explain", "gpus", "schema"),
 )
 

@@ -7,12 +7,18 @@ from pathlib import Path
 import click
 
 from cachebuilder import build as building
-from cachebuilder.cli import shared
+from cachebuilder.cli import remote, shared
+from cachebuilder.cli.push import run_push
 
 
 @click.command()
 @shared.manifest_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Default: dist/<name>.tar.zst.")
+@click.option(
+    "-o",
+    "--output",
+    type=remote.NamedType(path_type=Path, dir_okay=False),
+    help="Default: dist/<name>.tar.zst; to oci://… or s3://… it is pushed from there.",
+)
 @click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: all cores.")
 @shared.nvcc_option
 @shared.deep_gemm_option
@@ -30,7 +36,7 @@ from cachebuilder.cli import shared
 )
 def build(
     manifest: Path,
-    output: Path | None,
+    output: Path | str | None,
     jobs: int | None,
     nvcc: Path | None,
     deep_gemm: Path | None,
@@ -47,12 +53,21 @@ def build(
     if not shared.quiet():
         click.echo(f"using     {inputs.installation}")
         click.echo(f"          {inputs.toolchain}")
-    output = output or Path("dist") / f"{inputs.manifest.name}.tar.zst"
+    destination = str(output) if output and remote.is_remote(output) else None
+    if destination is not None:
+        remote.ready()
+    if output is None or destination is not None:
+        output = Path("dist") / f"{inputs.manifest.name}.tar.zst"
     chosen = shared.choose_device(device, inputs.manifest.target.gpu)
     with shared.show_progress() as progress:
-        built = building.build(inputs, output, jobs, use_store, not separate, check_code, chosen, progress)
-    if shared.quiet():
-        return
+        built = building.build(inputs, Path(output), jobs, use_store, not separate, check_code, chosen, progress)
+    if not shared.quiet():
+        _say(built, chosen)
+    if destination is not None:
+        run_push(destination, (built.packed.path,))
+
+
+def _say(built: building.Built, chosen: str) -> None:
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sms = ", ".join(map(str, plan.sm_counts))
     click.echo(

@@ -8,9 +8,9 @@ import click
 
 from cachebuilder import diff as comparing
 from cachebuilder import documents
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import remote, shared, table
 
-_EITHER = click.Path(path_type=Path, exists=True)
+_EITHER = remote.LocationType(path_type=Path, exists=True)
 
 
 @click.command()

@@ -8,14 +8,16 @@ import click
 
 from cachebuilder import doctor as examining
 from cachebuilder import documents
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import remote, shared, table
 
 #: Damaged entries of a root that are named; all of them are in the JSON.
 _SHOWN = 5
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path, exists=True), metavar="[ARTIFACT|DIR]", required=False)
+@click.argument(
+    "target", type=remote.LocationType(path_type=Path, exists=True), metavar="[ARTIFACT|DIR]", required=False
+)
 @shared.deep_gemm_option
 @shared.json_option
 def doctor(target: Path | None, deep_gemm: Path | None, as_json: bool) -> None:

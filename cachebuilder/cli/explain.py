@@ -9,7 +9,7 @@ import click
 
 from cachebuilder import documents
 from cachebuilder import explain as explaining
-from cachebuilder.cli import shared
+from cachebuilder.cli import remote, shared
 
 
 @click.command()
@@ -17,7 +17,7 @@ from cachebuilder.cli import shared
 @click.option(
     "--in",
     "inside",
-    type=click.Path(path_type=Path, exists=True),
+    type=remote.LocationType(path_type=Path, exists=True),
     metavar="ARTIFACT|DIR",
     help="Where the KEY is; default: the cache roots that DeepGEMM takes here.",
 )

@@ -11,7 +11,7 @@ import click
 
 from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import remote, shared, table
 from cachebuilder.deepgemm import entries as entry_files
 
 #: Where the fields' values stand: a digest then just fits.
@@ -19,7 +19,7 @@ _COLUMN = 16
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("artifact", type=remote.LocationType(path_type=Path, dir_okay=False))
 @shared.json_option
 def inspect(artifact: Path, as_json: bool) -> None:
     """Print what is in ARTIFACT and what must agree for it to be of use. Reads the index only."""

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import shared
+from cachebuilder.cli import remote, shared
 from cachebuilder.errors import ArtifactError, InstallationError
 from cachebuilder.paths import write_atomically
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_NAMED = remote.LocationType(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.argument("target", type=_FILE, metavar="ARTIFACT|PLAN")
+@click.argument("target", type=_NAMED, metavar="ARTIFACT|PLAN")
 @click.option("-o", "--output", type=_FILE, default=Path("report.html"), show_default=True, help="The page to write.")
-@click.option("--against", type=_FILE, metavar="OLD", help="Also tell what changed since this artifact or plan.")
+@click.option("--against", type=_NAMED, metavar="OLD", help="Also tell what changed since this artifact or plan.")
 @click.option(
     "--verified", type=_FILE, metavar="FILE", help="What verify --report wrote; default: what lies beside ARTIFACT."
 )

@@ -5,40 +5,32 @@ from __future__ import annotations
 import gc
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from cachebuilder import nvml
 from cachebuilder import restore as restoring
-from cachebuilder.cli import shared, signing
-from cachebuilder.deepgemm import installation as installations
-from cachebuilder.errors import InstallationError
-
-if TYPE_CHECKING:
-    from cachebuilder.artifact.signature import TrustedKey
+from cachebuilder.cli import remote, shared, signing
 
 
 def run_restore(
-    artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
+    artifacts: tuple[Path | str, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
 ) -> restoring.Restored:
     """Restore and say what was done, on stderr."""
     started = time.monotonic()
     gc.disable()  # what a restore makes lives until it ends: looking for garbage is a twentieth of its time
-    trusted: tuple[TrustedKey, ...] | None = None
-    if trust:
-        from cachebuilder.artifact.signature import load_trusted  # imports cryptography
-
-        trusted = load_trusted(trust)
-    else:
-        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
-    try:
-        installation = installations.find(deep_gemm)
-    except InstallationError:
-        if deep_gemm is not None:
-            raise
-        installation = None
-    done = restoring.restore(artifacts, to, installation, nvml.first_gpu(), force, trusted)
+    trusted = signing.trusted(trust)
+    if trusted is None:
+        click.echo(restoring.UNCHECKED, err=True)
+    installation, gpu = remote.installation(deep_gemm), nvml.first_gpu()
+    files = []
+    for artifact in artifacts:
+        if remote.is_remote(artifact):
+            with remote.retries() as tries:
+                wish = remote.wish(installation, gpu, to=to, force=force)
+                artifact = remote.fetched(str(artifact), wish, tries, trusted)
+        files.append(Path(artifact))
+    done = restoring.restore(files, to, installation, gpu, force, trusted)
     for path, differences in done.refused:
         click.echo(f"refused   {restoring.explain(path, differences)}", err=True)
     if done.differences:
@@ -59,19 +51,21 @@ def run_restore(
 
 
 @click.command()
-@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=shared.artifact_type)
+@click.argument(
+    "artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=remote.NamedType(path_type=Path, dir_okay=False)
+)
 @click.option("--to", required=True, metavar="DIR", type=shared.folder_type, help="Where DeepGEMM will read it.")
 @shared.serving_deep_gemm_option
 @shared.force_option
 @signing.trust_option
 @shared.progress_options
 def restore(
-    artifacts: tuple[Path, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
+    artifacts: tuple[Path | str, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
 ) -> None:
     """Put the first ARTIFACT that fits this machine's DeepGEMM and GPU into DIR, beside a frozen nvcc.
 
-    The whole archive is checked before anything becomes visible in DIR. DIR may be in use. With --trust the signature
-    in ARTIFACT.sig is checked before anything else.
+    ARTIFACT is a file, or oci://… or s3://…, which is fetched first. The whole archive is checked before anything
+    becomes visible in DIR. DIR may be in use. With --trust the signature beside it is checked before anything else.
     """
     done = run_restore(artifacts, to, deep_gemm, force, trust)
     shared.remark(f"next      cachebuilder env {done.dir} --engine vllm|sglang")

@@ -8,15 +8,16 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from cachebuilder import nvml
 from cachebuilder.artifact.folder import open_folder
-from cachebuilder.cli import shared, signing
+from cachebuilder.cli import remote, shared, signing
 from cachebuilder.cli.restore import run_restore
 from cachebuilder.environment import Engine, variables
 from cachebuilder.errors import CommandError
 
 
 @click.command()
-@click.argument("source", metavar="ARTIFACT|DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("source", metavar="ARTIFACT|DIR", type=remote.NamedType(path_type=Path, exists=True))
 @click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--to", metavar="DIR", type=shared.folder_type, help="Where to restore; default: in the user's cache.")
 @shared.serving_deep_gemm_option
@@ -25,7 +26,7 @@ from cachebuilder.errors import CommandError
 @shared.force_option
 @signing.trust_option
 def run(
-    source: Path,
+    source: Path | str,
     command: tuple[str, ...],
     to: Path | None,
     deep_gemm: Path | None,
@@ -35,6 +36,11 @@ def run(
     trust: tuple[Path, ...],
 ) -> None:
     """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored."""
+    if remote.is_remote(source):
+        wish = remote.wish(remote.installation(deep_gemm), nvml.first_gpu(), to=to, force=force)
+        with remote.retries() as tries:
+            source = remote.fetched(str(source), wish, tries, signing.trusted(trust))
+    source = Path(source)
     if source.is_dir():
         if to is not None:
             raise click.UsageError(f"--to goes with an artifact; {source} is a folder")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.artifact import provenance, signature
+from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.cli import shared, signing
 from cachebuilder.errors import SignatureError
 from cachebuilder.paths import write_atomically
@@ -24,7 +25,7 @@ def sign(artifact: Path, key_file: Path) -> None:
     key = signature.load_key(key_file, signing.passphrase(key_file) if encrypted else None)
     if (mode := key_file.stat().st_mode & 0o777) & 0o077:
         click.echo(f"warning: {key_file} can be read by others (mode {mode:04o}): chmod 600 {key_file}", err=True)
-    data = signature.read_bytes(artifact)
+    data = read_bytes(artifact)
     statement = provenance.statement(artifact, data)
     for suffix, content in (
         (signature.SUFFIX, signature.sign(data, key)),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from cachebuilder.artifact.signature import TrustedKey
 
 #: Of a private key; asked for where it is not set.
 PASSPHRASE = "CACHEBUILDER_KEY_PASSPHRASE"
@@ -23,6 +27,15 @@ trust_option = click.option(
     metavar="KEY.pub",
     help="Take only what this key signed. Several may be given.",
 )
+
+
+def trusted(trust: tuple[Path, ...]) -> tuple[TrustedKey, ...] | None:
+    """The keys; None where none was given."""
+    if not trust:
+        return None
+    from cachebuilder.artifact.signature import load_trusted  # imports cryptography
+
+    return load_trusted(trust)
 
 
 def passphrase(key: Path, confirm: bool = False) -> bytes:

@@ -10,7 +10,7 @@ import click
 
 from cachebuilder import documents, on_gpu, verified
 from cachebuilder import verify as verifying
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import remote, shared, table
 from cachebuilder.compatibility import Difference
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import VerifyError
@@ -20,7 +20,7 @@ _SHOWN = 20
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path, exists=True), metavar="ARTIFACT|DIR")
+@click.argument("target", type=remote.LocationType(path_type=Path, exists=True), metavar="ARTIFACT|DIR")
 @click.option(
     "--manifest",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -8,11 +8,11 @@ from pathlib import Path
 import click
 
 from cachebuilder.artifact import provenance, signature
-from cachebuilder.cli import shared, signing
+from cachebuilder.cli import remote, shared, signing
 
 
 @click.command("verify-signature")
-@click.argument("artifact", type=shared.artifact_type)
+@click.argument("artifact", type=remote.LocationType(path_type=Path, dir_okay=False))
 @signing.trust_option
 @shared.json_option
 def verify_signature(artifact: Path, trust: tuple[Path, ...], as_json: bool) -> None:

@@ -1,0 +1,67 @@
+"""``cachebuilder push``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cachebuilder.cli import remote, shared
+
+
+@click.command()
+@click.argument("destination", metavar="DESTINATION")
+@click.argument("artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=shared.artifact_type)
+@click.option(
+    "--platform",
+    "platforms",
+    multiple=True,
+    type=click.Choice(["linux/amd64", "linux/arm64"]),
+    help="The hosts that mount an image; the content is the same. Several may be given. Default: linux/amd64.",
+)
+@shared.progress_options
+def push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...]) -> None:
+    """Push ARTIFACT to oci://HOST/NAME:TAG as an image; several, for different GPUs or DeepGEMMs, as an index of them.
+
+    Or store it: s3://BUCKET/NAME.tar.zst, or each under its own name in s3://BUCKET/FOLDER/. ARTIFACT.sig, and what
+    else is signed, goes along where it lies beside ARTIFACT. Credentials are docker's, or those of the store's library.
+    """
+    run_push(destination, artifacts, platforms)
+
+
+def run_push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...] = ()) -> None:
+    """Push and say what was done."""
+    if not remote.is_remote(destination):
+        raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {destination}")
+    remote.ready()
+    from cachebuilder.ship.locations import is_oci
+
+    if not is_oci(destination):
+        from cachebuilder.ship.download import sha256_of
+        from cachebuilder.ship.stores import put_all
+
+        with remote.retries() as tries:
+            stored = put_all(destination, artifacts, tries)
+        for artifact, location in zip(artifacts, stored, strict=True):
+            click.echo(f"stored    {location}")
+            click.echo(f"sha256    {sha256_of(artifact)}")
+        return
+    _push_images(destination, artifacts, platforms or ("linux/amd64",))
+
+
+def _push_images(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...]) -> None:
+    from cachebuilder.ship.locations import parse
+    from cachebuilder.ship.push import push as push_all
+
+    reference = parse(destination)
+    with remote.retries() as tries:
+        done = push_all(reference, artifacts, platforms, tries)
+    for target in done.targets:
+        signed = "signed" if target.signed else "not signed"
+        kernels, fingerprint = len(target.index.entries), target.index.fingerprint
+        click.echo(f"image     {target.path}: {kernels} kernels, {fingerprint.arch}, {fingerprint.deep_gemm}, {signed}")
+        for manifest in target.manifests:
+            click.echo(f"          {reference.at(manifest.digest)}, {manifest.platform}")
+    click.echo(f"pushed    {reference}")
+    click.echo(f"digest    {done.digest}")
+    shared.remark(f"next      cachebuilder restore {reference.at(done.digest)} --to DIR")

@@ -1,0 +1,118 @@
+"""A registry's credentials, out of docker's config: as ``docker login`` or a Kubernetes secret leaves them.
+
+Format: https://docs.docker.com/reference/cli/docker/login/ and https://github.com/docker/docker-credential-helpers.
+Nothing of them is ever part of a message.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.errors import TransferError
+
+#: docker.io's entry is under its first address (docker/cli, config/configfile).
+_DOCKER_HUB = "https://index.docker.io/v1/"
+_HELPER = re.compile(r"[A-Za-z0-9._-]+")
+_HELPER_SECONDS = 60
+_MAX_CONFIG_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A user and a secret; with no user, the secret is an identity token, to be changed for an access token."""
+
+    user: str
+    secret: str = field(repr=False)
+
+
+def config_path(environment: Mapping[str, str]) -> Path:
+    """``$REGISTRY_AUTH_FILE`` (skopeo's and podman's), else ``$DOCKER_CONFIG/config.json``, else docker's default."""
+    if named := environment.get("REGISTRY_AUTH_FILE"):
+        return Path(named)
+    folder = environment.get("DOCKER_CONFIG")
+    return (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+
+
+def find(host: str, environment: Mapping[str, str] = os.environ) -> Credentials | None:
+    """The credentials for a registry's host; None where there are none.
+
+    Raises:
+        TransferError: the config cannot be read, or its helper fails.
+    """
+    path = config_path(environment)
+    config = _read(path)
+    names = [_DOCKER_HUB, "docker.io"] if host == "docker.io" else [host, f"https://{host}", f"https://{host}/v2/"]
+    helpers = config.get("credHelpers")
+    for name in names:
+        if isinstance(helpers, dict) and isinstance(helper := helpers.get(name), str):
+            return _ask(helper, name, path)
+    entries = config.get("auths")
+    for name in names:
+        if isinstance(entries, dict) and isinstance(entry := entries.get(name), dict) and entry:
+            return _entry(entry, name, path)
+    if isinstance(store := config.get("credsStore"), str) and store:
+        return _ask(store, names[0], path)
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            config = json.loads(file.read(_MAX_CONFIG_BYTES))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise TransferError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise TransferError(f"{path}: wanted docker's config, found no JSON object", hint="docker login HOST writes it")
+    return config
+
+
+def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
+    if isinstance(token := entry.get("identitytoken"), str) and token:
+        return Credentials("", token)
+    user, secret = entry.get("username"), entry.get("password")
+    if isinstance(auth := entry.get("auth"), str) and auth:
+        try:
+            user, _, secret = base64.b64decode(auth, validate=True).decode().partition(":")
+        except (binascii.Error, ValueError):
+            user = None
+    if not isinstance(user, str) or not isinstance(secret, str) or not user:
+        raise TransferError(f"{path}: {name}: wanted auth, or username and password, found neither", hint=_LOGIN)
+    return Credentials(user, secret.rstrip("\0"))
+
+
+def _ask(helper: str, name: str, path: Path) -> Credentials | None:
+    if not _HELPER.fullmatch(helper):
+        raise TransferError(f"{path}: wanted a credential helper's name, found something else")
+    command = f"docker-credential-{helper}"
+    try:
+        done = subprocess.run([command, "get"], input=name.encode(), capture_output=True, timeout=_HELPER_SECONDS)
+    except FileNotFoundError:
+        raise TransferError(f"{path}: wanted {command} on PATH, found none") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TransferError(f"{command}: cannot be run, or does not answer: {type(error).__name__}") from None
+    if b"credentials not found" in done.stdout:  # docker-credential-helpers, credentials/error.go
+        return None
+    try:
+        found = json.loads(done.stdout if done.returncode == 0 else b"{}")
+        user, secret = found["Username"], found["Secret"]
+    except (ValueError, TypeError, KeyError):
+        raise TransferError(
+            f"{command}: wanted the credentials for {name}, it failed (exit code {done.returncode})", hint=_LOGIN
+        ) from None
+    return Credentials("" if user == "<token>" else str(user), str(secret))
+
+
+_LOGIN = "docker login HOST writes them anew"

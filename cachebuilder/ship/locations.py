@@ -1,0 +1,112 @@
+"""What names an artifact: a path, an object in a store (``s3://…``), or a reference in a registry (``oci://…``)."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, replace
+
+from cachebuilder.errors import TransferError
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
+# Host, name, tag and digest: distribution-spec 1.1, "Pulling manifests", and docker's reference grammar.
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{1,5})?|\[[0-9a-fA-F:]+\](?::[0-9]{1,5})?")
+_NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MAX_NAME = 255
+
+#: ``oci+http`` is a registry without TLS; on loopback addresses ``oci`` is that, too.
+_OCI = ("oci", "oci+http")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image in a registry.
+
+    Attributes:
+        host: with the port where one is given.
+        plain: without TLS.
+        tag: None where only a digest is given.
+        digest: ``sha256:…`` of the manifest or index; None where only a tag is given.
+    """
+
+    host: str
+    name: str
+    tag: str | None
+    digest: str | None
+    plain: bool
+
+    def __str__(self) -> str:
+        scheme = "oci+http" if self.plain and not _is_loopback(self.host) else "oci"
+        tag = f":{self.tag}" if self.tag else ""
+        digest = f"@{self.digest}" if self.digest else ""
+        return f"{scheme}://{self.host}/{self.name}{tag}{digest}"
+
+    @property
+    def wanted(self) -> str:
+        """What is asked of the registry: the digest where there is one."""
+        return self.digest or str(self.tag)
+
+    def at(self, digest: str) -> Reference:
+        """Another manifest of the same repository."""
+        return replace(self, tag=None, digest=digest)
+
+
+def scheme(text: str) -> str | None:
+    """The scheme of a location; None of a path."""
+    found = _SCHEME.match(text)
+    return found[1] if found else None
+
+
+def is_oci(text: str) -> bool:
+    """Whether ``text`` names something in a registry."""
+    return scheme(text) in _OCI
+
+
+def is_digest(text: object) -> bool:
+    """Whether this is a digest as we take it: sha256, 64 lower-case digits."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def parse(text: str) -> Reference:
+    """The reference in ``oci://HOST/NAME:TAG``, ``oci://HOST/NAME@sha256:…``, or both.
+
+    Raises:
+        TransferError: it is no such thing.
+    """
+    if "@" in (authority := text.partition("://")[2].partition("/")[0]):
+        raise TransferError(
+            f"wanted a registry's host, found {authority.rpartition('@')[2]} with a user in front",
+            hint="docker login HOST, or a credential helper: credentials are taken from docker's config",
+        )
+    kind, rest = scheme(text), text.partition("://")[2]
+    rest, _, digest = rest.partition("@")
+    host, _, name = rest.partition("/")
+    name, _, tag = name.partition(":")
+    hint = "as in oci://registry.example/team/cache:v1, or …/cache@sha256:… to pin the bytes"
+    if kind not in _OCI or not _HOST.fullmatch(host):
+        raise TransferError(f"{text}: wanted oci://HOST/NAME:TAG", hint=hint)
+    if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
+        raise TransferError(f"{text}: wanted a repository's name in lower case, found {name!r}", hint=hint)
+    if tag and not _TAG.fullmatch(tag):
+        raise TransferError(f"{text}: wanted a tag of letters, digits, '.', '_' and '-', found {tag!r}", hint=hint)
+    if digest and not is_digest(digest):
+        raise TransferError(f"{text}: wanted @sha256: and 64 hexadecimal digits, found {digest!r}", hint=hint)
+    if not tag and not digest:
+        raise TransferError(f"{text}: wanted a tag or a digest, found neither", hint=hint)
+    return Reference(host, name, tag or None, digest or None, kind == "oci+http" or _is_loopback(host))
+
+
+def printable(text: str) -> str:
+    """Somebody else's words, one short line of them that leaves the terminal alone."""
+    return "".join(c if c.isprintable() else "?" for c in text[:200])
+
+
+def _is_loopback(host: str) -> bool:
+    """As docker takes it: a registry on this machine has no certificate."""
+    bare = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return bare == "localhost"

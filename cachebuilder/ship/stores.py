@@ -1,0 +1,193 @@
+"""Object stores and files, through `fsspec`: ``s3://…``, ``gs://…``, whatever it has a file system for.
+
+A store has no digest of its own that every one of them keeps, so a location may say it: ``s3://b/a.tar.zst#sha256=…``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.artifact.whole import read_beside, read_bytes
+from cachebuilder.errors import InstallationError, TransferError
+from cachebuilder.ship.description import BESIDE
+from cachebuilder.ship.download import download
+from cachebuilder.ship.locations import printable
+from cachebuilder.ship.pull import Check, put_beside
+from cachebuilder.ship.retry import Again, Retries
+
+#: Asked for at once: a broken one costs no more than this again.
+_RANGE_BYTES = 16 << 20
+_PIN = re.compile(r"sha256=([0-9a-f]{64})")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object as the store describes it now.
+
+    Attributes:
+        version: changes when the object does: its ETag, or what the store has instead.
+    """
+
+    size: int
+    version: str
+
+
+class Store:
+    """One object, and what lies beside it.
+
+    Raises:
+        InstallationError: the package for this scheme is missing.
+        TransferError: from every call: the store cannot be reached, refuses, or has no such object.
+    """
+
+    def __init__(self, location: str, retries: Retries) -> None:
+        self.location, _, pin = location.partition("#")
+        self._retries = retries
+        self.sha256: str | None = None
+        if pin:
+            if (found := _PIN.fullmatch(pin)) is None:
+                raise TransferError(f"{location}: wanted #sha256= and 64 hexadecimal digits, found #{pin}")
+            self.sha256 = found[1]
+        if "::" in self.location or not _FILE.fullmatch(self.name):
+            raise TransferError(f"{location}: wanted an object's name at the end, as in s3://bucket/caches/a.tar.zst")
+        self._fs, self._path = _open(self.location)
+
+    @property
+    def name(self) -> str:
+        """The last part of the object's name."""
+        return self.location.rpartition("/")[2]
+
+    def describe(self) -> Stored:
+        """The object as it is now."""
+        found = self._ask("info", self._path)
+        size = found.get("size")
+        if found.get("type") != "file" or type(size) is not int:
+            raise TransferError(f"{self.location}: wanted an object, found a folder or something else")
+        tag = found.get("ETag") or found.get("etag") or found.get("md5Hash") or self._fs.ukey(self._path)
+        return Stored(size, str(tag).strip('"'))
+
+    def fetch(self, stored: Stored, to: Callable[[str], Path], check: Check | None = None) -> Path:
+        """Fetch the object into a file, with what is signed beside it; returns the file.
+
+        Raises:
+            SignatureError: ``check`` does not take it.
+            RestoreError: it cannot be written.
+        """
+        path = to(self.name)
+
+        def source(offset: int) -> tuple[int, Iterator[bytes]]:
+            return offset, self._ranges(offset, stored)
+
+        def accept(whole: Path) -> None:
+            if self.describe() != stored:
+                raise TransferError(f"{self.location}: it was replaced while it was fetched", hint="fetch it again")
+            files = self._beside()
+            if check is not None:
+                check(whole, files)
+            put_beside(path, files)
+
+        key = f"{self.location} {stored.version}"
+        download(path, source, stored.size, key, self._retries, self.location, self.sha256, accept)
+        return path
+
+    def put(self, artifact: Path) -> None:
+        """Store an artifact under this name, what is signed beside it first."""
+        data = read_bytes(artifact)
+        for suffix, (_, most) in BESIDE.items():
+            beside = read_beside(artifact.with_name(artifact.name + suffix), most)
+            if beside is not None:
+                self._ask("pipe_file", self._path + suffix, beside)
+            elif self._ask("exists", self._path + suffix):
+                self._ask("rm_file", self._path + suffix)
+        self._ask("pipe_file", self._path, data)
+        self._retries.watcher.progress(f"push {artifact.name}", len(data), len(data))
+
+    def _ranges(self, offset: int, stored: Stored) -> Iterator[bytes]:
+        while offset < stored.size:
+            end = min(offset + _RANGE_BYTES, stored.size)
+            try:
+                part = self._fs.cat_file(self._path, start=offset, end=end)
+            except Exception as error:
+                raise _told(error, self.location) from None
+            if not part:
+                return
+            yield part
+            offset += len(part)
+
+    def _beside(self) -> dict[str, bytes]:
+        found = {}
+        for suffix, (_, most) in BESIDE.items():
+            path = self._path + suffix
+            if not self._ask("exists", path):
+                continue
+            size = self._ask("info", path).get("size")
+            if type(size) is not int or size > most:
+                raise TransferError(f"{self.location}{suffix}: wanted at most {most} bytes, found {size}")
+            found[suffix] = self._ask("cat_file", path, start=0, end=size)
+        return found
+
+    def _ask(self, method: str, *arguments: Any, **more: Any) -> Any:
+        """A call of the file system, tried again where that may help."""
+
+        def once() -> Any:
+            try:
+                return getattr(self._fs, method)(*arguments, **more)
+            except Exception as error:
+                raise _told(error, self.location) from None
+
+        return self._retries.run(once)
+
+
+def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> list[str]:
+    """Store artifacts: one under the name ``destination``, or each under its own in a folder, which ends with ``/``.
+
+    Returns:
+        Each one's location.
+    """
+    if not destination.endswith("/") and len(artifacts) > 1:
+        raise TransferError(f"{destination}: wanted a folder, which ends with /, for {len(artifacts)} artifacts")
+    stored = []
+    for artifact in artifacts:
+        store = Store(destination + artifact.name if destination.endswith("/") else destination, retries)
+        store.put(artifact)
+        stored.append(store.location)
+    return stored
+
+
+def _open(location: str) -> tuple[Any, str]:
+    import fsspec  # slow to import, and no use to a registry
+
+    try:
+        # What the store reads beforehand is not what it gives afterwards: no cache of listings.
+        fs, path = fsspec.url_to_fs(location, use_listings_cache=False)
+    except ImportError as error:
+        raise InstallationError(
+            f"{location}: {printable(str(error))}",
+            hint="pip install 'cachebuilder[ship]' brings s3fs; gcsfs is for gs://",
+        ) from None
+    except ValueError as error:
+        raise TransferError(f"{location}: {printable(str(error))}") from None
+    except Exception as error:
+        raise TransferError(f"{location}: {printable(f'{type(error).__name__}: {error}')}") from None
+    return fs, path
+
+
+def _told(error: Exception, what: str) -> Exception:
+    """What a store's library raised, as one of ours: each has its own, so they are told apart by what they are not."""
+    if isinstance(error, FileNotFoundError):
+        return TransferError(f"{what}: not found", hint="check the bucket and the name")
+    text = printable(f"{type(error).__name__}: {error}")
+    if "Skewed" in text or "RequestExpired" in text or "request signature we calculated" in text:
+        return TransferError(f"{what}: {text}", hint="check this machine's clock (date), then the credentials")
+    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        return TransferError(
+            f"{what}: {text}", hint="check the store's credentials, which are its library's own matter"
+        )
+    if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.startswith(("aiohttp", "botocore")):
+        return Again(TransferError(f"{what}: {text}", hint="run the same again once it can be reached"))
+    return TransferError(f"{what}: {text}")

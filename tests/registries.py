@@ -1,0 +1,180 @@
+"""A real registry on loopback, and somebody between it and us who does what a network does on a bad day."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+CONFIG = """\
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage: {{filesystem: {{rootdirectory: {storage}}}, delete: {{enabled: true}}}}
+http: {{addr: "127.0.0.1:{port}"}}
+{more}
+"""
+
+
+def program(name: str) -> str:
+    """The path of one of Debian's programs: this machine's, else installed where that can be done."""
+    if shutil.which(name) is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        for command in (["update", "-q"], ["install", "-yq", "--no-install-recommends", name]):
+            apt = ["apt-get", "-o", "DPkg::Lock::Timeout=200", *command]  # other processes' tests want it, too
+            subprocess.run(apt, capture_output=True, check=False, timeout=240)
+    return shutil.which(name) or pytest.skip(f"no {name} on PATH, and apt-get did not install one")
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+class Registry:
+    """docker-registry; it can be stopped, and started again with what it had."""
+
+    def __init__(self, folder: Path, more: str = "") -> None:
+        self.storage, self.port = folder / "storage", free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self._config = folder / "registry.yml"
+        self._config.write_text(CONFIG.format(storage=self.storage, port=self.port, more=more))
+        self._program = program("docker-registry")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [self._program, "serve", str(self._config)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            time.sleep(0.05)
+        raise AssertionError("docker-registry does not answer")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def blob(self, digest: str) -> Path:
+        """Where it keeps a blob."""
+        kind, _, digits = digest.partition(":")
+        return self.storage / "docker/registry/v2/blobs" / kind / digits[:2] / digits / "data"
+
+
+@contextlib.contextmanager
+def registry(folder: Path, more: str = "") -> Iterator[Registry]:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = Registry(folder, more)
+    found.start()
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+@dataclass
+class Asked:
+    """A request as it came in."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class Answer:
+    """What goes back. ``cut``: the connection is closed after so many bytes of the body."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    cut: int | None = None
+
+
+#: Told each request and the registry's own answer; what it returns goes back to who asked.
+Change = Callable[[Asked, Answer], Answer]
+
+
+class Middleman:
+    """Hands all on to a registry, and what comes back through ``change``."""
+
+    def __init__(self, upstream: str, change: Change = lambda asked, answer: answer) -> None:
+        self.change = change
+        self.asked: list[Asked] = []
+        middleman = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = self.rfile.read(length)
+                asked = Asked(self.command, self.path, dict(self.headers))
+                middleman.asked.append(asked)
+                there = HTTPConnection(upstream, timeout=30)
+                kept = {n: v for n, v in asked.headers.items() if n.lower() not in ("connection", "authorization")}
+                try:
+                    there.request(self.command, self.path, body, kept)
+                    got = there.getresponse()
+                    headers = {n: v for n, v in got.getheaders() if n.lower() not in ("connection", "content-length")}
+                    answer = Answer(got.status, headers, got.read())
+                    if self.command == "HEAD":
+                        headers["Content-Length"] = got.headers.get("Content-Length", "0")
+                finally:
+                    there.close()
+                answer = middleman.change(asked, answer)
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                if "Content-Length" not in answer.headers:
+                    self.send_header("Content-Length", str(len(answer.body)))
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    self.wfile.write(answer.body[: answer.cut])
+                    if answer.cut is not None:
+                        self.close_connection = True
+                        self.connection.shutdown(socket.SHUT_RDWR)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who asked has gone
+        self._server.daemon_threads = True
+        self.host = f"127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Middleman:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def tagged(host: str, name: str, tag: str, data: bytes, media_type: str) -> None:
+    """Put a manifest under a tag, whatever it says."""
+    url = f"http://{host}/v2/{name}/manifests/{tag}"
+    request = urllib.request.Request(url, data, {"Content-Type": media_type}, method="PUT")
+    with urllib.request.urlopen(request, timeout=30):
+        pass

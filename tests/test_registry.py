@@ -1,0 +1,563 @@
+"""An artifact through a registry and back, to the byte; and by the tools of others."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from cachebuilder import build as building
+from cachebuilder import verify
+from cachebuilder.artifact import signature
+from cachebuilder.artifact.index import Index
+from cachebuilder.cli.remote import checker
+from cachebuilder.compatibility import Difference
+from cachebuilder.errors import ArtifactError, TransferError
+from cachebuilder.restore import restore
+from cachebuilder.ship import credentials, fetch, image, locations
+from cachebuilder.ship.documents import INDEX, MANIFEST
+from cachebuilder.ship.pull import Puller, choose
+from cachebuilder.ship.push import Pushed, push
+from cachebuilder.ship.registry import Repository
+from cachebuilder.ship.retry import Retries, Watcher
+from cachebuilder.ship.session import origin
+from tests.archives import compress, edit_index, join, snapshot, unpack
+from tests.conftest import ROOT, Run
+from tests.registries import Answer, Asked, Middleman, Registry, program, registry
+from tests.test_signature import beside, flip, keys, sign, trusted
+
+__all__ = ["keys"]
+
+FEW = Retries(2, first_wait=0.01)
+ONE = ("linux/amd64",)
+
+
+@pytest.fixture(scope="session")
+def deep_gemm() -> None:
+    """One of the two: what travels is bytes, whichever DeepGEMM made them."""
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    with registry(tmp_path_factory.mktemp("registry")) as found:
+        yield found
+
+
+@pytest.fixture
+def artifact(built: building.Built, tmp_path: Path) -> Path:
+    path = tmp_path / "small.tar.zst"
+    path.write_bytes(built.packed.path.read_bytes())
+    return path
+
+
+def for_another(artifact: Path, name: str, gpu: str, **fingerprint: Any) -> Path:
+    """An honest artifact for another machine."""
+
+    def change(index: dict[str, Any]) -> None:
+        index["name"] = name
+        index["recorded"]["gpu"] = gpu
+        index["fingerprint"] |= fingerprint
+
+    path = artifact.with_name(f"{name}.tar.zst")
+    path.write_bytes(compress(join(edit_index(unpack(artifact), change))))
+    return path
+
+
+def push_to(host: str, name: str, *artifacts: Path, tag: str = "v1") -> Pushed:
+    return push(locations.parse(f"oci://{host}/{name}:{tag}"), artifacts, ONE, FEW)
+
+
+def pull_from(location: str, folder: Path, check: Any = None) -> Path:
+    puller = Puller(locations.parse(location), FEW)
+    choice = choose(puller.look_up(), lambda index: [])
+    return puller.fetch(choice.candidate, lambda name: folder / name, check)
+
+
+def skopeo(*arguments: str | Path) -> bytes:
+    done = subprocess.run([program("skopeo"), *map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+# There and back
+
+
+@pytest.mark.slow
+def test_pushed_copied_by_skopeo_pulled_and_restored_it_is_the_same_and_nothing_is_missing(
+    there: Registry, built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    image = f"127.0.0.1:{there.port}/team/small"
+    done = run("push", f"oci://{image}:v1", built.packed.path)
+    assert done.returncode == 0, done.stderr
+    digest = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("digest"))
+    seen = json.loads(skopeo("inspect", "--tls-verify=false", f"docker://{image}:v1"))
+    assert (seen["Digest"], seen["Layers"][0]) == (digest, f"sha256:{built.packed.sha256}")
+    skopeo(
+        "copy", "--src-tls-verify=false", "--dest-tls-verify=false", f"docker://{image}:v1", f"docker://{image}-copy:v2"
+    )
+    clean = tmp_path / "clean"
+    clean.mkdir()
+    done = run("pull", f"oci://{image}-copy@{digest}", "-o", clean / "pulled.tar.zst")
+    assert done.returncode == 0, done.stderr
+    assert (clean / "pulled.tar.zst").read_bytes() == built.packed.path.read_bytes()
+    assert [path.name for path in clean.iterdir()] == ["pulled.tar.zst"]
+    done = run("restore", f"oci://{image}-copy@{digest}", "--to", tmp_path / "dir")
+    assert done.returncode == 0, done.stderr
+    with verify.opened(tmp_path / "dir", built.inputs.installation) as folder:
+        report = verify.check(folder, built.inputs.installation)
+    assert report.complete and not report.damage
+
+
+def test_an_oci_layout_of_skopeo_holds_the_artifact_as_a_file_of_its_digest(
+    there: Registry, artifact: Path, tmp_path: Path
+) -> None:
+    push_to(there.host, "layout", artifact)
+    skopeo("copy", "--src-tls-verify=false", f"docker://{there.host}/layout:v1", f"oci:{tmp_path}/layout:v1")
+    digest = hashlib.sha256(artifact.read_bytes()).hexdigest()
+    assert (tmp_path / "layout/blobs/sha256" / digest).read_bytes() == artifact.read_bytes()
+
+
+def apply(layers: list[bytes], to: Path) -> None:
+    """What a container runtime does with layers that only add files."""
+    for layer in layers:
+        data = zstandard.ZstdDecompressor().decompressobj().decompress(layer)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(to, filter="tar")
+
+
+def test_the_layers_one_over_the_other_are_the_restored_folder_and_diff_ids_are_theirs(
+    there: Registry, artifact: Path, tmp_path: Path
+) -> None:
+    done = push_to(there.host, "mounted", artifact)
+    manifest = json.loads(there.blob(done.digest).read_bytes())
+    config = json.loads(there.blob(manifest["config"]["digest"]).read_bytes())
+    layers = [there.blob(layer["digest"]).read_bytes() for layer in manifest["layers"]]
+    assert layers[0] == artifact.read_bytes()
+    assert {layer["mediaType"] for layer in manifest["layers"]} == {"application/vnd.oci.image.layer.v1.tar+zstd"}
+    unpacked = [zstandard.ZstdDecompressor().decompressobj().decompress(layer) for layer in layers]
+    assert config["rootfs"]["diff_ids"] == [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in unpacked]
+    assert (config["os"], config["architecture"]) == ("linux", "amd64")
+    apply(layers, tmp_path / "mount")
+    restore([artifact], tmp_path / "dir", None, force=True)
+    mounted, restored = snapshot(tmp_path / "mount"), snapshot(tmp_path / "dir")
+    assert mounted.keys() - restored.keys() == {"artifact.json", "manifest.yaml"}
+    assert {name: mounted[name][1] for name in restored} == {name: found[1] for name, found in restored.items()}
+    nvcc = "cachebuilder/bin/nvcc"
+    assert mounted[nvcc][0] == restored[nvcc][0]
+
+
+def test_a_legacy_image_has_the_folder_that_legacy_deep_gemm_would_make(tmp_path: Path) -> None:
+    path = ROOT / "tests" / "data" / "v1-legacy.tar.zst"
+    data = path.read_bytes()
+    made = image.make(image.read(path, data), image.artifact_layer(path.name, data), ONE)
+    apply([data, made.blobs[0][1]], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "artifact.json", "cache", "cachebuilder", "manifest.yaml", "tmp",
+    ]  # fmt: skip
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_equal_artifacts_make_equal_images_and_a_second_push_sends_no_blob(there: Registry, artifact: Path) -> None:
+    with Middleman(there.host) as between:
+        first = push_to(between.host, "again", artifact)
+        sent = [asked.method for asked in between.asked]
+        between.asked.clear()
+        second = push_to(between.host, "again", artifact)
+        assert first.digest == second.digest
+        assert "PATCH" in sent and "PATCH" not in [asked.method for asked in between.asked]
+
+
+def test_of_a_damaged_artifact_nothing_is_pushed_that_has_a_name(there: Registry, artifact: Path) -> None:
+    artifact.write_bytes(flip(artifact.read_bytes(), 4000))
+    with Middleman(there.host) as between, pytest.raises(ArtifactError):
+        push_to(between.host, "damaged", artifact)
+    assert not [asked for asked in between.asked if "/manifests/" in asked.path]
+
+
+def test_the_tag_is_put_last(there: Registry, artifact: Path, keys: Path) -> None:
+    sign(artifact, keys)
+    with Middleman(there.host) as between:
+        push_to(between.host, "last", artifact)
+        puts = [asked.path for asked in between.asked if asked.method == "PUT" and "/manifests/" in asked.path]
+        assert puts[-1].endswith("/manifests/v1") and "/manifests/v1" not in "".join(puts[:-1])
+
+
+# Several under one tag
+
+
+def test_of_an_index_the_one_that_fits_is_taken_and_the_others_are_told_with_reasons(
+    there: Registry, artifact: Path, run: Run, tmp_path: Path
+) -> None:
+    other = for_another(artifact, "other", "B200", arch="sm_100a", sm_counts=[148], deep_gemm="9.9.9")
+    location = f"oci://{there.host}/several:v1"
+    done = run("push", location, other, artifact)
+    assert done.returncode == 0, done.stderr
+    index = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", location.replace("oci:", "docker:")))
+    assert index["mediaType"] == INDEX and len(index["manifests"]) == 2
+    assert [entry["annotations"]["cachebuilder.gpu"] for entry in index["manifests"]] == ["B200", "H200"]
+    done = run("pull", location, "-o", tmp_path / "got.tar.zst")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "got.tar.zst").read_bytes() == artifact.read_bytes()
+    assert "refused   other, B200" in done.stderr and "wanted: 9.9.9" in done.stderr and "deep_gemm" in done.stderr
+    done = run("restore", location, "--to", tmp_path / "dir")
+    assert done.returncode == 0 and "refused   other, B200" in done.stderr, done.stderr
+
+
+def test_where_none_of_several_fits_all_reasons_are_given_and_force_takes_the_first(
+    there: Registry, artifact: Path, run: Run, tmp_path: Path
+) -> None:
+    one = for_another(artifact, "one", "B200", deep_gemm="9.9.8")
+    two = for_another(artifact, "two", "H20", deep_gemm="9.9.9")
+    location = f"oci://{there.host}/none:v1"
+    push_to(there.host, "none", one, two)
+    done = run("restore", location, "--to", tmp_path / "dir")
+    assert done.returncode == 9 and "9.9.8" in done.stderr and "9.9.9" in done.stderr, done.stderr
+    assert not (tmp_path / "dir").exists()
+    done = run("restore", location, "--to", tmp_path / "dir", "--force")
+    assert done.returncode == 0 and "restored  one" in done.stderr, done.stderr
+
+
+def test_two_for_the_same_machines_are_not_pushed_under_one_tag(there: Registry, artifact: Path) -> None:
+    twin = for_another(artifact, "twin", "H200")
+    with pytest.raises(TransferError, match="are for the same"):
+        push_to(there.host, "twins", artifact, twin)
+
+
+def test_an_image_for_each_platform_holds_one_artifact(there: Registry, artifact: Path, tmp_path: Path) -> None:
+    reference = locations.parse(f"oci://{there.host}/platforms:v1")
+    done = push(reference, [artifact], ("linux/amd64", "linux/arm64"), FEW)
+    assert [manifest.platform for manifest in done.targets[0].manifests] == ["linux/amd64", "linux/arm64"]
+    assert len(Puller(reference, FEW).look_up().candidates) == 1
+    for architecture in ("amd64", "arm64"):
+        seen = skopeo(
+            "--override-arch", architecture, "inspect", "--tls-verify=false", f"docker://{there.host}/platforms:v1"
+        )
+        assert json.loads(seen)["Architecture"] == architecture
+
+
+def test_an_index_that_another_tool_made_of_our_images_will_do(there: Registry, artifact: Path) -> None:
+    other = for_another(artifact, "other", "B200", deep_gemm="9.9.9")
+    ours, theirs = push_to(there.host, "joined", artifact, tag="a"), push_to(there.host, "joined", other, tag="b")
+    entries = [
+        {"mediaType": MANIFEST, "digest": done.digest, "size": there.blob(done.digest).stat().st_size}
+        for done in (theirs, ours)
+    ]
+    repository = Repository(locations.parse(f"oci://{there.host}/joined:v1"), FEW)
+    data = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}).encode()
+    repository.push_manifest(data, INDEX, "v1")
+
+    def compare(index: Index) -> list[Difference]:
+        return [Difference("deep_gemm", "9.9.9", "", True, "")] if index.fingerprint.deep_gemm == "9.9.9" else []
+
+    choice = choose(Puller(repository.reference, FEW).look_up(), compare)
+    assert choice.candidate.reference.digest == ours.digest and len(choice.refused) == 1
+
+
+# Signatures
+
+
+def test_the_signature_is_attached_and_comes_back_with_the_artifact(
+    there: Registry, artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    sign(artifact, keys)
+    location = f"oci://{there.host}/signed:v1"
+    done = run("push", location, artifact)
+    assert done.returncode == 0 and ", signed" in done.stdout, done.stderr
+    digest = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("digest"))
+    tag = digest.replace(":", "-")  # the referrers tag schema: docker-registry has no API
+    attached = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{there.host}/signed:{tag}"))
+    [entry] = attached["manifests"]
+    assert entry["artifactType"] == "application/vnd.cachebuilder.signature.v1"
+    assert json.loads(there.blob(entry["digest"]).read_bytes())["subject"]["digest"] == digest
+    done = run("pull", location, "-o", tmp_path / "got" / "g.tar.zst", "--trust", keys / "ours.pub")
+    assert done.returncode == 0, done.stderr
+    got = tmp_path / "got" / "g.tar.zst"
+    for suffix in ("", ".sig", ".intoto.json"):
+        assert beside(got, suffix).read_bytes() == beside(artifact, suffix).read_bytes()
+    done = run("restore", location, "--to", tmp_path / "dir", "--trust", keys / "ours.pub")
+    assert done.returncode == 0 and "signed    " in done.stderr and "unchecked" not in done.stderr, done.stderr
+
+
+def test_with_trust_an_unsigned_or_wrongly_signed_image_is_refused_before_it_is_decompressed(
+    there: Registry, artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    push_to(there.host, "unsigned", artifact)
+    sign(artifact, keys)
+    push_to(there.host, "ours", artifact)
+    for name, key in (("unsigned", "ours.pub"), ("ours", "other.pub")):
+        code = (
+            "import sys\nfrom cachebuilder.artifact import read\n"
+            "read.unpacked = lambda *_: sys.exit('decompressed')\nfrom cachebuilder.cli import main\nmain()"
+        )
+        command = ["restore", f"oci://{there.host}/{name}:v1", "--to", tmp_path / name, "--trust", keys / key]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 14 and not (tmp_path / name).exists(), done.stderr
+
+
+def test_of_several_signatures_the_trusted_one_is_found_whoever_came_last(
+    there: Registry, artifact: Path, keys: Path, tmp_path: Path
+) -> None:
+    sign(artifact, keys)
+    push_to(there.host, "rotated", artifact)
+    data = artifact.read_bytes()
+    beside(artifact, ".sig").write_bytes(signature.sign(data, signature.load_key(keys / "other.pem")))
+    beside(artifact, ".intoto.json").unlink()
+    push_to(there.host, "rotated", artifact)
+    for name in ("ours.pub", "other.pub"):
+        trust = trusted(keys, name)
+        got = pull_from(f"oci://{there.host}/rotated:v1", tmp_path / name, checker(trust, "rotated"))
+        assert signature.read_signed(got, trust).key is trust[0]
+    assert not beside(got, ".intoto.json").exists()
+
+
+@pytest.mark.parametrize("part", ["index", "manifest", "blob", "list", "attached", "signature"])
+def test_a_bit_flipped_on_the_way_is_refused_before_extraction_and_nothing_is_left(
+    part: str, there: Registry, artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    sign(artifact, keys)
+    other = for_another(artifact, "other", "B200", deep_gemm="9.9.9")
+    done = push_to(there.host, f"flipped-{part}", artifact, other)
+    image = done.targets[0].manifests[0].digest
+    layers = json.loads(there.blob(image).read_bytes())["layers"]
+    attached = Repository(locations.parse(f"oci://{there.host}/flipped-{part}:v1"), FEW).referrers(image)[0].digest
+    signatures = json.loads(there.blob(attached).read_bytes())["layers"]
+    end = {
+        "index": done.digest,
+        "manifest": image,
+        "blob": layers[0]["digest"],
+        "list": image.replace(":", "-"),
+        "attached": attached,
+        "signature": signatures[0]["digest"],
+    }[part]
+    flipped: list[str] = []
+
+    def change(asked: Asked, answer: Answer) -> Answer:
+        if asked.path.endswith(end):
+            flipped.append(asked.path)
+            return Answer(answer.status, answer.headers, flip(answer.body, 4 * len(answer.body)))
+        return answer
+
+    with Middleman(there.host, change) as between:
+        location = f"oci://{between.host}/flipped-{part}@{done.digest}"
+        restored = run(
+            "restore", location, "--to", tmp_path / "dir", "--trust", keys / "ours.pub",
+            CACHEBUILDER_RETRIES="0", CACHEBUILDER_CACHE_DIR=str(tmp_path / "c"),
+        )  # fmt: skip
+    assert flipped and restored.returncode == 15, restored.stderr
+    assert re.search(r"wanted: .*[0-9a-f]{64}\nfound:  .*[0-9a-f]{64}", restored.stderr), restored.stderr
+    assert not (tmp_path / "dir").exists() and [*filter(Path.is_file, (tmp_path / "c").rglob("*"))] == []
+
+
+# Credentials
+
+
+def challenge(path: str, host: str) -> str:
+    return f'Bearer realm="http://{host}/token",service="test",scope="repository:{path.split("/")[2]}:pull"'
+
+
+def token_service(between: Middleman, secret: str) -> list[str]:
+    """Makes a middleman want a token, that it gives for ``fleet`` and this secret; returns the tokens it gave."""
+    given: list[str] = []
+    basic = "Basic " + base64.b64encode(f"fleet:{secret}".encode()).decode()
+
+    def change(asked: Asked, answer: Answer) -> Answer:
+        authorization = asked.headers.get("Authorization", "")
+        if asked.path.startswith("/token"):
+            if authorization != basic:
+                return Answer(401, {}, b'{"errors":[{"code":"UNAUTHORIZED","message":"who are you"}]}')
+            given.append(f"t{len(given)}")
+            return Answer(
+                200, {}, json.dumps({"token": given[-1], "expires_in": 0, "issued_at": "1970-01-01"}).encode()
+            )
+        if not given or authorization != f"Bearer {given[-1]}":
+            return Answer(401, {"WWW-Authenticate": challenge(asked.path, between.host)}, b"{}")
+        return answer
+
+    between.change = change
+    return given
+
+
+def config(folder: Path, host: str, secret: str) -> dict[str, str]:
+    folder.mkdir()
+    auth = base64.b64encode(f"fleet:{secret}".encode()).decode()
+    (folder / "config.json").write_text(json.dumps({"auths": {host: {"auth": auth}}}))
+    return {"DOCKER_CONFIG": str(folder)}
+
+
+def test_credentials_come_from_dockers_config_and_are_never_printed(
+    there: Registry, artifact: Path, run: Run, tmp_path: Path
+) -> None:
+    push_to(there.host, "private", artifact)
+    with Middleman(there.host) as between:
+        given = token_service(between, "swordfish-7")
+        location = f"oci://{between.host}/private:v1"
+        environment = config(tmp_path / "docker", between.host, "swordfish-7")
+        done = run("pull", location, "-v", "-o", tmp_path / "got.tar.zst", **environment)
+        assert done.returncode == 0, done.stderr
+        assert len(given) == 1, "one token serves until it is refused, whatever the clock says of it"
+        wrong = config(tmp_path / "wrong", between.host, "sardine-8")
+        refused = run("pull", location, "-v", "-o", tmp_path / "not.tar.zst", **wrong)
+        assert refused.returncode == 15 and "401" in refused.stderr and "docker login" in refused.stderr
+        said = done.stdout + done.stderr + refused.stdout + refused.stderr
+        for secret in ("swordfish-7", "sardine-8", *given, base64.b64encode(b"fleet:swordfish-7").decode()):
+            assert secret not in said
+
+
+def test_a_token_that_ran_out_in_between_is_asked_for_again(
+    there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_to(there.host, "private", artifact)
+    with Middleman(there.host) as between:
+        given = token_service(between, "s")
+        monkeypatch.setenv("DOCKER_CONFIG", config(tmp_path / "docker", between.host, "s")["DOCKER_CONFIG"])
+        puller = Puller(locations.parse(f"oci://{between.host}/private:v1"), FEW)
+        candidate = choose(puller.look_up(), lambda index: []).candidate
+        given.append("a newer one, which we do not have")
+        assert puller.fetch(candidate, lambda name: tmp_path / name).read_bytes() == artifact.read_bytes()
+
+
+HTPASSWD = "fleet:$2b$05$KHH7JwYWZ8GfPHOP6FUzVO5i7HT4079hkj2jVXxKJ1d0/pz5rcUTK"
+
+
+def test_a_registry_with_passwords_is_pushed_to_and_pulled_from(artifact: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "htpasswd").write_text(HTPASSWD + "\n")
+    more = f"auth: {{htpasswd: {{realm: test, path: {tmp_path}/htpasswd}}}}"
+    with registry(tmp_path / "registry", more) as found:
+        location = f"oci://{found.host}/private:v1"
+        done = run("push", location, artifact, DOCKER_CONFIG=str(tmp_path / "none"))
+        assert done.returncode == 15 and "docker login 127.0.0.1" in done.stderr, done.stderr
+        environment = config(tmp_path / "docker", found.host, "swordfish")
+        assert run("push", location, artifact, **environment).returncode == 0
+        assert run("pull", location, "-o", tmp_path / "got.tar.zst", **environment).returncode == 0
+
+
+def test_a_credential_helper_is_asked_and_its_failure_is_told_without_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text('#!/bin/sh\nread host\necho "{\\"Username\\": \\"u-$host\\", \\"Secret\\": \\"s\\"}"\n')
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "config.json").write_text('{"credHelpers": {"r.example": "test"}, "credsStore": "nowhere"}')
+    environment = {"DOCKER_CONFIG": str(tmp_path)}
+    found = credentials.find("r.example", environment)
+    assert found == credentials.Credentials("u-r.example", "s") and "s'" not in repr(found)
+    helper.write_text("#!/bin/sh\necho the-secret; exit 1\n")
+    with pytest.raises(TransferError, match=r"it failed \(exit code 1\)") as caught:
+        credentials.find("r.example", environment)
+    assert "the-secret" not in str(caught.value)
+    with pytest.raises(TransferError, match="docker-credential-nowhere on PATH, found none"):
+        credentials.find("other.example", environment)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"auths": {"h": {"auth": "hunter2"}}}', '{"auths": {"h": {"username": "hunter2"}}}']
+)
+def test_a_bad_config_is_told_without_what_is_in_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(TransferError, match=r"config\.json") as caught:
+        credentials.find("h", {"DOCKER_CONFIG": str(tmp_path)})
+    assert "hunter2" not in str(caught.value)
+
+
+# References
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("oci://h", "a repository's name"),
+        ("oci://h/Upper:v1", "in lower case"),
+        ("oci://h/a", "a tag or a digest"),
+        ("oci://h/a:b c", "a tag of letters"),
+        ("oci://h/a@sha256:12", "64 hexadecimal digits"),
+        ("oci:///a:b", "wanted oci://HOST/NAME:TAG"),
+        ("oci://h/../a:b", "a repository's name"),
+        ("oci://h/a/../b:c", "a repository's name"),
+        ("oci://h?x=1/a:b", "wanted oci://HOST/NAME:TAG"),
+    ],
+)
+def test_a_reference_that_is_none_is_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(TransferError, match=words):
+        locations.parse(text)
+
+
+def test_a_password_in_a_reference_is_refused_and_not_repeated() -> None:
+    with pytest.raises(TransferError, match="with a user in front") as caught:
+        locations.parse("oci://me:hunter2@h/a:b")
+    assert "hunter2" not in str(caught.value) + str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("oci://localhost:5000/a:b", True),
+        ("oci://127.0.0.1/a:b", True),
+        ("oci://[::1]:5000/a:b", True),
+        ("oci://registry.example/a:b", False),
+        ("oci://10.0.0.1/a:b", False),
+        ("oci+http://10.0.0.1/a:b", True),
+        ("oci://localhost.example/a:b", False),
+    ],
+)
+def test_only_loopback_is_spoken_to_without_tls_unasked(text: str, plain: bool) -> None:
+    reference = locations.parse(text)
+    assert reference.plain is plain and str(reference) == text
+
+
+def test_of_what_was_fetched_the_last_few_stay(
+    there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
+    for number in range(10):
+        push_to(there.host, f"few{number}", artifact)
+        path = fetch.fetch(f"oci://{there.host}/few{number}:v1", fetch.Wish(lambda index: []), FEW)
+        os.utime(path.parent, (number, number))
+    assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
+
+
+def test_credentials_are_for_the_registrys_origin_however_it_is_spelt() -> None:
+    assert origin("https://H.example:443/x") == origin("https://h.example/y?z=1")
+    assert origin("https://h.example:5000") != origin("https://h.example")
+    assert origin("https://u:p@h.example/") == "https://h.example"
+
+
+def test_a_restore_of_a_file_imports_nothing_of_the_network(artifact: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfor name in ('requests', 'urllib3', 'fsspec', 'cachebuilder.ship'): sys.modules[name] = None\n"
+        "from cachebuilder.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "restore", str(artifact), "--to", str(tmp_path / "dir")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    tries = Retries(0, watcher=Watcher(lambda *report: told.append(report)))
+    reference = locations.parse(f"oci://{there.host}/progress:v1")
+    push(reference, [artifact], ONE, tries)
+    size = artifact.stat().st_size
+    assert ("push small.tar.zst", size, size) in told
+    puller = Puller(reference, tries)
+    puller.fetch(choose(puller.look_up(), lambda index: []).candidate, lambda name: tmp_path / "got" / name)
+    assert told[-1] == ("fetch", size, size)
+
+
+def test_without_a_network_library_the_error_says_what_to_install(artifact: Path) -> None:
+    code = "import sys\nsys.modules['requests'] = None\nfrom cachebuilder.cli import main\nmain()"
+    command = [sys.executable, "-c", code, "push", "oci://127.0.0.1:1/a:b", str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and "pip install 'cachebuilder[ship]'" in done.stderr
