@@ -120,6 +120,21 @@ def test_pushed_copied_by_skopeo_pulled_and_restored_it_is_the_same_and_nothing_
     assert report.complete and not report.damage
 
 
+@pytest.mark.slow
+def test_build_pushes_what_it_built_and_run_serves_from_there(
+    there: Registry, built: building.Built, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    Path("small.yaml").write_bytes(built.inputs.manifest_bytes)
+    location = f"oci://{there.host}/built:v1"
+    done = run("build", "small.yaml", "-o", location)
+    assert done.returncode == 0 and f"pushed    {location}" in done.stdout, done.stderr
+    assert hashlib.sha256(Path("dist/small.tar.zst").read_bytes()).hexdigest() == built.packed.sha256
+    done = run("run", location, "--to", tmp_path / "dir", "--", "printenv", "DG_JIT_NVCC_COMPILER")
+    assert done.returncode == 0 and done.stdout.strip() == f"{tmp_path}/dir/cachebuilder/bin/nvcc", done.stderr
+
+
 def test_an_oci_layout_of_skopeo_holds_the_artifact_as_a_file_of_its_digest(
     there: Registry, artifact: Path, tmp_path: Path
 ) -> None:

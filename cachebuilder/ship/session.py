@@ -12,6 +12,7 @@ import json
 import re
 import ssl
 from collections.abc import Callable, Iterator
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -79,6 +80,8 @@ class Session:
         self._authorization: str | None = None
         self._http = _Http()
         self._http.max_redirects = _MAX_REDIRECTS
+        # Harbor gives a session cookie, and takes who returns it for a browser, from which it wants a CSRF token.
+        self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.headers.update({"User-Agent": f"cachebuilder/{__version__}", "Accept-Encoding": "identity"})
 
     def send(
@@ -91,7 +94,6 @@ class Session:
         headers: dict[str, str] | None = None,
         params: dict[str, str] | None = None,
         body: Body | None = None,
-        login: bool = True,
     ) -> requests.Response:
         """The response, its body not read yet.
 
@@ -108,7 +110,7 @@ class Session:
         url = urljoin(self.base + "/", url)
         for fresh in (False, True):
             response = self._send(method, url, headers, params, body, what)
-            if response.status_code == 401 and not fresh and login and origin(url) == self.base:
+            if response.status_code == 401 and not fresh and origin(url) == self.base:
                 self._authorization = self._answer(response, what)
                 response.close()
                 continue
