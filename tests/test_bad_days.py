@@ -545,7 +545,7 @@ HOSTILE = [
     (
         "fingerprint-no-json",
         image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": "{"}),
-        "annotation cachebuilder.fingerprint: : wanted JSON",
+        "annotation cachebuilder.fingerprint: wanted JSON",
     ),
     ("no-layer", image(layers=[]), "found no layer"),
     ("layers-an-object", image(layers={}), "found no layer"),

@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Run
 EXAMPLES = ROOT / "examples"
 DOCKERFILES = sorted(EXAMPLES.glob("Dockerfile.*"))
 PODS = sorted((EXAMPLES / "kubernetes").glob("*.yaml"))
-TEXTS = [*DOCKERFILES, *PODS, ROOT / "docs" / "verify.md"]
+TEXTS = [*DOCKERFILES, *PODS]
 
 
 def commands(text: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder import native
 from tests.conftest import Run
 
 #: The functions that are asked, with the types of nvml.h of CUDA 13.0.
@@ -40,7 +40,7 @@ int nvmlDeviceGetNumGpuCores(void *device, unsigned *cores) {
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nvml")
     (folder / "nvml.c").write_text(LIBRARY)
-    command = [*virtual_gpu.find_c_compiler(), "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
+    command = [*native.find_c_compiler(), "-shared", "-fPIC", "-o", "libnvidia-ml.so.1", "nvml.c"]
     subprocess.run(command, cwd=folder, check=True)
     return folder
 

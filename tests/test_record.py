@@ -164,6 +164,6 @@ def test_a_program_that_asks_for_nothing_leaves_no_manifest(run: Run, tmp_path: 
 
 
 def test_a_frozen_nvcc_is_no_compiler_to_record_with(run: Run, tmp_path: Path) -> None:
-    nvcc = frozen.write(tmp_path / "frozen", "Cuda compilation tools, release 13.0, V13.0.88\n", "x", "0")
+    nvcc = frozen.write(tmp_path / frozen.FOLDER, "Cuda compilation tools, release 13.0, V13.0.88\n", "x", "0")
     done = run("record", "-o", tmp_path / "m.yaml", "--gpu", "H200", "--nvcc", nvcc, "--", "true")
     assert done.returncode == 5 and "found the frozen one of a restored cache" in done.stderr
