@@ -90,7 +90,15 @@ def run() -> Run:
     return run
 
 
-@pytest.fixture(scope="session", params=["deepjit", "legacy"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What takes a DeepGEMM takes each generation's, or those of its module's GENERATIONS, or those of its own mark."""
+    marked = any("deep_gemm" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "deep_gemm" in metafunc.fixturenames and not marked:
+        generations = getattr(metafunc.module, "GENERATIONS", ("deepjit", "legacy"))
+        metafunc.parametrize("deep_gemm", generations, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
     """A copy of each generation: the installed one (None) unless another is named, and the legacy one."""
     if request.param == "deepjit":

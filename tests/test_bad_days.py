@@ -38,9 +38,8 @@ from tests.test_registry import for_another, pull_from, push_to
 ONCE = Retries(0)
 
 
-@pytest.fixture(scope="session")
-def deep_gemm() -> None:
-    """One of the two: what travels is bytes, whichever DeepGEMM made them."""
+#: One of the two: what travels is bytes, whichever DeepGEMM made them.
+GENERATIONS = ("deepjit",)
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,8 @@ FEW = Retries(2, first_wait=0.01)
 ONE = ("linux/amd64",)
 
 
-@pytest.fixture(scope="session")
-def deep_gemm() -> None:
-    """One of the two: what travels is bytes, whichever DeepGEMM made them."""
+#: One of the two: what travels is bytes, whichever DeepGEMM made them.
+GENERATIONS = ("deepjit",)
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,8 @@ from cachebuilder.restore import restore
 from tests.archives import snapshot
 from tests.conftest import Run
 
-
-@pytest.fixture(scope="session")
-def deep_gemm() -> None:
-    """One of the two: what is signed is bytes, whichever DeepGEMM made them."""
+#: One of the two: what is signed is bytes, whichever DeepGEMM made them.
+GENERATIONS = ("deepjit",)
 
 
 def openssl(*arguments: str | Path, data: bytes | None = None) -> bytes:

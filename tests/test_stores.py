@@ -25,9 +25,8 @@ from tests.test_signature import beside, flip, keys, sign, trusted
 __all__ = ["keys"]
 
 
-@pytest.fixture(scope="session")
-def deep_gemm() -> None:
-    """One of the two: what travels is bytes, whichever DeepGEMM made them."""
+#: One of the two: what travels is bytes, whichever DeepGEMM made them.
+GENERATIONS = ("deepjit",)
 
 
 @pytest.fixture(scope="module")
