@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from cachebuilder import sweep, verify
 from cachebuilder.artifact.folder import RestoredFolder
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.ship import image
+from cachebuilder.ship.documents import digest_of
 from tests.test_registry import apply
 
 
@@ -23,7 +25,11 @@ from tests.test_registry import apply
 def volume(built: building.Built, tmp_path: Path) -> Iterator[Path]:
     path = built.packed.path
     data = path.read_bytes()
-    made = image.make(image.read(path, data), image.artifact_layer(path.name, data), ("linux/amd64",))
+    made = image.make(
+        image.read(path, io.BytesIO(data)),
+        image.artifact_layer(path.name, digest_of(data), len(data)),
+        ("linux/amd64",),
+    )
     apply([data, made.blobs[0][1]], tmp_path / "image")
     where = tmp_path / "volume"
     where.mkdir()

@@ -27,7 +27,7 @@ from cachebuilder.compatibility import Difference
 from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.restore import restore
 from cachebuilder.ship import credentials, fetch, image, locations
-from cachebuilder.ship.documents import INDEX, MANIFEST
+from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
 from cachebuilder.ship.pull import Puller, choose
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.registry import Repository
@@ -175,7 +175,9 @@ def test_the_layers_one_over_the_other_are_the_restored_folder_and_diff_ids_are_
 def test_a_legacy_image_has_the_folder_that_legacy_deep_gemm_would_make(tmp_path: Path) -> None:
     path = ROOT / "tests" / "data" / "v1-legacy.tar.zst"
     data = path.read_bytes()
-    made = image.make(image.read(path, data), image.artifact_layer(path.name, data), ONE)
+    made = image.make(
+        image.read(path, io.BytesIO(data)), image.artifact_layer(path.name, digest_of(data), len(data)), ONE
+    )
     apply([data, made.blobs[0][1]], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "artifact.json", "cache", "cachebuilder", "manifest.yaml", "tmp",

@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.folder import own_files
@@ -39,9 +40,9 @@ class Image:
     manifests: tuple[tuple[Descriptor, bytes], ...]
 
 
-def artifact_layer(name: str, data: bytes) -> Descriptor:
+def artifact_layer(name: str, digest: str, size: int) -> Descriptor:
     """The first layer: the artifact itself, which tools that pull files put under this name."""
-    return Descriptor.of(LAYER, data, annotations={TITLE: name})
+    return Descriptor(LAYER, digest, size, {TITLE: name})
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,17 @@ class Contents:
     beside: bytes
 
 
-def read(path: Path, data: bytes) -> Contents:
+def read(path: Path, file: BinaryIO) -> Contents:
     """The contents of an artifact, whose index and checksum are checked; a restore checks every file.
 
     Args:
-        path: where ``data`` was read from, for errors.
+        path: what ``file`` is called in errors.
 
     Raises:
         ArtifactError: it is damaged.
     """
     inside = hashlib.sha256()
-    archive = Archive(io.BytesIO(data), path, inside.update)
+    archive = Archive(file, path, inside.update)
     next(archive.files(), None)  # the index's own check, and the manifest
     archive.drain()  # the frame's checksum
     index = archive.index

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachebuilder.artifact.index import Index
-from cachebuilder.artifact.whole import read_beside, read_bytes
-from cachebuilder.errors import TransferError
+from cachebuilder.artifact.read import open_file
+from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, read_beside
+from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.ship import image
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE
 from cachebuilder.ship.documents import INDEX, Descriptor, digest_of, index_document
 from cachebuilder.ship.locations import Reference
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries
+from cachebuilder.ship.upload import in_file, in_memory
+
+_PART_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,11 @@ def push(reference: Reference, artifacts: Sequence[Path], platforms: Sequence[st
     targets: list[PushedTarget] = []
     last = b""
     for path in artifacts:
-        data = read_bytes(path)
         # The checks take as long as the transfer: of a damaged artifact a blob is sent that nothing will refer to.
-        with ThreadPoolExecutor(1) as aside:
-            reading = aside.submit(image.read, path, data)
-            layer = image.artifact_layer(path.name, data)
-            repository.push_blob(layer.digest, data, f"push {path.name}")
+        with open_file(path) as file, ThreadPoolExecutor(1) as aside:
+            reading = aside.submit(image.read, path, file)
+            layer = image.artifact_layer(path.name, *_measure(path, file.fileno()))
+            repository.push_blob(in_file(layer.digest, layer.size, file.fileno(), path), f"push {path.name}")
             contents = reading.result()
         made = image.make(contents, layer, platforms)
         for other in targets:
@@ -67,7 +72,7 @@ def push(reference: Reference, artifacts: Sequence[Path], platforms: Sequence[st
                     hint="push each to a tag of its own",
                 )
         for blob, data in made.blobs:
-            repository.push_blob(blob.digest, data, "push rest")
+            repository.push_blob(in_memory(blob.digest, data), "push rest")
         signed = False
         for manifest, last in made.manifests:
             repository.push_manifest(last, manifest.media_type, manifest.digest)
@@ -78,6 +83,18 @@ def push(reference: Reference, artifacts: Sequence[Path], platforms: Sequence[st
         last = index_document(listed)
     repository.push_manifest(last, INDEX if len(listed) > 1 else listed[0].media_type, reference.tag)
     return Pushed(reference, digest_of(last), tuple(targets))
+
+
+def _measure(path: Path, handle: int) -> tuple[str, int]:
+    """Digest and size of an open file, whose position is left alone."""
+    size = os.fstat(handle).st_size
+    if size > MAX_ARTIFACT_BYTES:
+        raise ArtifactError(f"{path}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {size}")
+    digest, done = hashlib.sha256(), 0
+    while part := os.pread(handle, _PART_BYTES, done):
+        digest.update(part)
+        done += len(part)
+    return f"sha256:{digest.hexdigest()}", done
 
 
 def _attach(repository: Repository, subject: Descriptor, path: Path) -> bool:
@@ -91,7 +108,7 @@ def _attach(repository: Repository, subject: Descriptor, path: Path) -> bool:
         if data is not None:
             blobs.append((Descriptor.of(media_type, data, annotations={TITLE: beside.name}), data))
     for blob, data in (*blobs, (image.nothing(), image.NOTHING)):
-        repository.push_blob(blob.digest, data, "push rest")
+        repository.push_blob(in_memory(blob.digest, data), "push rest")
     entry, data = image.attachment(SIGNATURE, subject, blobs)
     repository.push_referrer(data, replace(subject, annotations={}, platform=None), entry)
     return True

@@ -26,7 +26,7 @@ from cachebuilder.ship.documents import (
 from cachebuilder.ship.locations import Reference, is_digest
 from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.session import Session, parts, read
-from cachebuilder.ship.upload import Upload
+from cachebuilder.ship.upload import Blob, Upload
 
 #: Other tools' names for the same two, taken where a registry has changed ours.
 _DOCKER = (
@@ -151,13 +151,13 @@ class Repository:
         response.close()
         return response.status_code == 200
 
-    def push_blob(self, digest: str, data: bytes, step: str) -> None:
+    def push_blob(self, blob: Blob, step: str) -> None:
         """Send a blob that is not there yet; what broke off goes on where the registry says, or starts again."""
         watcher = self._retries.watcher
-        if not self.has_blob(digest):
-            upload = Upload(self._session, f"{self._path}/blobs/uploads/", data, digest, f"push to {self.reference}")
-            self._retries.run(lambda: upload.send(lambda done: watcher.progress(step, done, len(data))))
-        watcher.progress(step, len(data), len(data))
+        if not self.has_blob(blob.digest):
+            upload = Upload(self._session, f"{self._path}/blobs/uploads/", blob, f"push to {self.reference}")
+            self._retries.run(lambda: upload.send(lambda done: watcher.progress(step, done, blob.size)))
+        watcher.progress(step, blob.size, blob.size)
 
     def push_manifest(self, data: bytes, media_type: str, wanted: str) -> requests.Response:
         """Put a manifest or an index under a tag or under its digest."""

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urljoin
 
 import requests
 
-from cachebuilder.errors import TransferError
+from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.ship.documents import wrong_digest
 from cachebuilder.ship.locations import is_digest
 from cachebuilder.ship.session import Session, origin
 
 #: Sent at once.
 _PART_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Blob:
+    """What is to be sent; never held in memory as a whole, where it is a file.
+
+    Attributes:
+        read: some bytes from an offset on, at most so many.
+    """
+
+    digest: str
+    size: int
+    read: Callable[[int, int], bytes]
+
+
+def in_memory(digest: str, data: bytes) -> Blob:
+    """These bytes."""
+    return Blob(digest, len(data), lambda offset, count: data[offset : offset + count])
+
+
+def in_file(digest: str, size: int, handle: int, path: Path) -> Blob:
+    """A file that stays open; the handle's own position is left alone."""
+
+    def read(offset: int, count: int) -> bytes:
+        data = os.pread(handle, count, offset)
+        if not data and offset < size:
+            raise ArtifactError(f"{path}: wanted a file at rest, found one that became shorter")
+        return data
+
+    return Blob(digest, size, read)
 
 
 class Upload:
@@ -23,8 +56,8 @@ class Upload:
     asked how much it has; distribution 2.8 forgets a torn upload, others go on.
     """
 
-    def __init__(self, session: Session, start: str, data: bytes, digest: str, what: str) -> None:
-        self._session, self._start, self._data, self._digest, self._what = session, start, data, digest, what
+    def __init__(self, session: Session, start: str, blob: Blob, what: str) -> None:
+        self._session, self._start, self._blob, self._what = session, start, blob, what
         self._location: str | None = None
 
     def send(self, told: Callable[[int], object]) -> None:
@@ -35,19 +68,18 @@ class Upload:
             TransferError: the registry does not take it.
         """
         location, offset = self._where()
-        size = len(self._data)
+        size = self._blob.size
         if offset < size:
             headers = {"Content-Type": "application/octet-stream"}
             if offset:
                 headers["Content-Range"] = f"{offset}-{size - 1}"
-            body = memoryview(self._data)[offset:]
             response = self._session.send(
                 "PATCH",
                 location,
                 accept=(202,),
                 what=self._what,
                 headers=headers,
-                body=lambda: _Body(body, lambda sent: told(offset + sent)),
+                body=lambda: _Body(self._blob, offset, told),
             )
             response.close()
             location = self._location = self._next(response)
@@ -56,14 +88,14 @@ class Upload:
             location,
             accept=(201,),
             what=self._what,
-            params={"digest": self._digest},
+            params={"digest": self._blob.digest},
             headers={"Content-Length": "0"},
         )
         response.close()
         self._location = None
         named = response.headers.get("Docker-Content-Digest")
-        if is_digest(named) and named != self._digest:
-            raise wrong_digest(self._what, self._digest, str(named))
+        if is_digest(named) and named != self._blob.digest:
+            raise wrong_digest(self._what, self._blob.digest, str(named))
 
     def _where(self) -> tuple[str, int]:
         """Where to send on to, and from which byte on."""
@@ -73,7 +105,7 @@ class Upload:
             response.close()
             first, _, last = response.headers.get("Range", "").rpartition("=")[2].partition("-")
             # 0-0 is said of an upload with nothing in it, and of one with a byte: begin again then.
-            some = first == "0" and last.isdigit() and 0 < int(last) < len(self._data)
+            some = first == "0" and last.isdigit() and 0 < int(last) < self._blob.size
             if response.status_code in (200, 204) and some:
                 self._location = self._next(response)
                 return self._location, int(last) + 1
@@ -94,15 +126,18 @@ class Upload:
 
 
 class _Body:
-    """A request's body that tells how much of it is on its way."""
+    """A request's body from an offset on, that tells how much is on its way."""
 
-    def __init__(self, data: memoryview, told: Callable[[int], object]) -> None:
-        self._data, self._told = data, told
+    def __init__(self, blob: Blob, offset: int, told: Callable[[int], object]) -> None:
+        self._blob, self._offset, self._told = blob, offset, told
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._blob.size - self._offset
 
-    def __iter__(self) -> Iterator[memoryview]:
-        for start in range(0, len(self._data), _PART_BYTES):
-            yield self._data[start : start + _PART_BYTES]
-            self._told(min(start + _PART_BYTES, len(self._data)))
+    def __iter__(self) -> Iterator[bytes]:
+        done = self._offset
+        while done < self._blob.size:
+            part = self._blob.read(done, min(_PART_BYTES, self._blob.size - done))
+            yield part
+            done += len(part)
+            self._told(done)
