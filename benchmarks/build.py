@@ -1,6 +1,6 @@
 """The build's figures, whole processes, on this machine: planning, compiling, packing, rebuilding, being killed.
 
-    python benchmarks/build.py plan                  # each DeepSeek-V3 manifest: kernels, calls, wall, memory
+    python benchmarks/build.py plan                  # each DeepSeek-V3 manifest: kernels, calls, wall, CPU, memory
     python benchmarks/build.py build [MANIFEST]      # two builds in two folders, a rebuild, packing against zstd -19
     python benchmarks/build.py kill [MANIFEST]       # ten SIGKILLs at random moments, then a build
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 import zstandard
 
 from cachebuilder import build as building
+from cachebuilder.deepgemm import installation
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
@@ -34,22 +36,32 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
 
 
+def cpu_of_children() -> float:
+    """Seconds of CPU that processes took which were waited for: what a busy machine's wall clock hides."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def plan() -> None:
     for manifest in sorted(MANIFESTS.glob("deepseek-v3*.yaml")):
-        walls = []
+        walls, cpus = [], []
         for _ in range(3):
-            started = time.monotonic()
+            started, before = time.monotonic(), cpu_of_children()
             done = subprocess.run(
                 command("plan", manifest, "--no-store", "--json"), capture_output=True, text=True, check=True
             )
             walls.append(time.monotonic() - started)
+            cpus.append(cpu_of_children() - before)
         made = json.loads(done.stdout)
         say(
             "plan",
             manifest=manifest.stem,
             kernels=len(made["kernels"]),
             calls=made["calls"],
+            deep_gemm=installation.find().version,
+            cores=len(os.sched_getaffinity(0)),
             wall_seconds=sorted(round(wall, 2) for wall in walls),
+            cpu_seconds=sorted(round(cpu, 2) for cpu in cpus),
             peak_bytes=made["peak_bytes"],
         )
 

@@ -71,7 +71,7 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = [
     ({"op": "fp8_fp4_sparse_mqa_logits", "blocks": 64, "block": 8, "format": "fp4"}, ("sm100",), ("deepjit",)),
     ({"op": "get_paged_sparse_mqa_logits_metadata", "blocks": 64, "block": 16, "max_batch": 8}, ("sm100",), ("deepjit",)),
     ({"op": "fp8_fp4_paged_sparse_mqa_logits", "blocks": 64, "block": 16, "max_batch": 8}, ("sm100",), ("deepjit",)),
-    ({"op": "tf32_hc_prenorm_gemm", "n": 24, "k": 4096}, DATACENTER, GENERATIONS),
+    ({"op": "tf32_hc_prenorm_gemm", "n": 24, "k": 4096}, BOTH, GENERATIONS),
     ({"op": "get_mn_major_tma_aligned_tensor", "columns": 12}, BOTH, GENERATIONS),
     ({"op": "get_mn_major_tma_aligned_packed_ue8m0_tensor", "columns": 12}, BOTH, GENERATIONS),
     ({"op": "transform_sf_into_required_layout", "k": 1024, "recipe": [1, 128]}, BOTH, GENERATIONS),

@@ -86,7 +86,7 @@ def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None
         pytest.param("H200", "op: fp8_fp4_gemm_nt, n: 512, k: 512", "FP4 operands are Blackwell", id="no-fp4"),
         pytest.param("H200", "op: fp8_gemm_nt, n: 512, k: 512, scales: packed", "packed UE8M0 scales", id="packed"),
         pytest.param("H200", "op: bf16_mega_gate, hidden: 1024, experts: 64, topk: 4", "SM100 only", id="mega-gate"),
-        pytest.param("B200", "op: k_grouped_fp8_gemm_nt_contiguous, experts: 2, m: 64, n: 64, max_k: 128", "SM90 only", id="k-grouped"),
+        pytest.param("B200", "op: k_grouped_fp8_gemm_nt_contiguous, experts: 2, m: 64, n: 64, max_k: 128", "SM90, SM120 only", id="k-grouped"),
         pytest.param("H200", "op: fp8_fp4_mqa_logits, heads: 64, format: fp4", "Blackwell", id="fp4-logits"),
     ],
 )  # fmt: skip

@@ -141,6 +141,7 @@ def test_several_processes_are_recorded_together(deep_gemm: Path | None, run: Ru
         pytest.param(["-o", "none/NEW", "--gpu", "H200"], {}, 3, "cannot be written", id="no-folder"),
         pytest.param(["-o", "NEW", "--gpu", "A100"], {}, 16, "wanted one of", id="unknown-gpu"),
         pytest.param(["-o", "NEW", "--gpu", "H200"], {"DG_JIT_USE_NVRTC": "1"}, 16, "unset DG_JIT_USE_NVRTC", id="nvrtc"),
+        pytest.param(["-o", "NEW", "--gpu", "H200", "--name", "a/b"], {}, 3, "name: wanted", id="bad-name"),
         pytest.param(["-o", "NEW", "--gpu", "H200"], {}, 16, "CMD", id="no-such-program"),
     ],
 )  # fmt: skip

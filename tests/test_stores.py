@@ -47,7 +47,7 @@ def s3() -> Iterator[str]:
         for name, value in settings.items():
             patch.setenv(name, value)
         try:
-            for _ in range(200):
+            for _ in range(900):  # moto imports all of AWS first
                 try:
                     socket.create_connection(("127.0.0.1", port), 1).close()
                     break

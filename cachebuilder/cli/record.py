@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -65,6 +66,9 @@ def record(
         target = manifest.target.gpu
     elif output is not None and known is None:
         target = _target(gpu)
+        manifests.parse(
+            json.dumps({"name": name, "target": {"gpu": target.name}, "sources": [{"source": "x"}]}).encode()
+        )
     else:
         raise click.UsageError("wanted -o FILE for a new manifest, or --add-to MANIFEST, and not both")
     path = known or output
@@ -77,9 +81,9 @@ def record(
     root = cache_folder() / "recordings"
     root.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=root))
-    code, told = recording.run(command, os.environ | recording.variables(folder, compiler, os.environ))
     program = re.sub(r"[^ -~]", "?", os.path.basename(command[0]))  # for a comment in YAML
     try:
+        code, told = recording.run(command, os.environ | recording.variables(folder, compiler, os.environ))
         found = recording.read(folder)
         recording.require_kernels(found, f"{program} (exit code {code})")
         recording.require_target(found, target.name, target.major)
@@ -92,6 +96,13 @@ def record(
             error.hint = f"{f'{error.hint}; ' if error.hint else ''}what was recorded is kept in {folder}"
         else:
             recording.remove(folder)
+        raise
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: cannot be written: {error.strerror}", hint=f"what was recorded is kept in {folder}"
+        ) from error
+    except KeyboardInterrupt:
+        click.echo(f"what was recorded is kept in {folder}", err=True)
         raise
     recording.remove(folder)
     table.line("recorded", f"{len(found.kernels)} kernels of {program}, {found.requests} compilations")

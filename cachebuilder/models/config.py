@@ -77,15 +77,15 @@ class Config:
         """Whether the field is there and is not null."""
         return self.fields.get(name) is not None
 
-    def number(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 30) -> int:
         """An integer field. Raises ModelError where it is missing (and has no default) or is no such number."""
         value = self.fields.get(name)
         if value is None:
             value = default
         if value is None:
             raise ModelError(f"{self.path}: {name}: missing; {self.architecture} needs it")
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 1 << 30:
-            raise ModelError(f"{self.path}: {name}: wanted an integer of at least {least}, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ModelError(f"{self.path}: {name}: wanted an integer from {least} to {most}, found {_short(value)}")
         return value
 
     def numbers(self, name: str) -> tuple[int, ...]:
@@ -104,6 +104,11 @@ class Config:
                     raise ModelError(f"{self.path}: quantization_config.{name}: wanted a list of names")
                 return tuple(value)
         return ()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def check_block_fp8(config: Config) -> str:

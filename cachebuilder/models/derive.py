@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from cachebuilder.errors import ModelError
 from cachebuilder.models import families
 from cachebuilder.models.config import BLOCK, Config, check_block_fp8
@@ -47,6 +49,18 @@ def derive(config: Config, serving: Serving) -> Derived:
     Raises:
         ModelError: the engine would not send this model to DeepGEMM, or not load it when cut like this; says why.
     """
+    try:
+        return _derive(config, serving)
+    except ValidationError as error:  # a size that no op of a manifest can have
+        first = error.errors()[0]
+        field, wanted = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        raise ModelError(
+            f"{config.path}: {error.title}: {field}: wanted {wanted}, found {first['input']!r}",
+            hint="a number in the config, or a size on the command line, is out of all proportion",
+        ) from None
+
+
+def _derive(config: Config, serving: Serving) -> Derived:
     quantization = check_block_fp8(config)
     serving.check(config)
     model = families.describe(config, serving)
@@ -69,11 +83,15 @@ def derive(config: Config, serving: Serving) -> Derived:
             hint="there is no DeepGEMM cache to build for it",
         )
     for call in model.calls:
+        why: str | None = families.NOT_AN_OP
         if knows(call.op, *call.fields):
-            found.append((OPS[call.op].model_validate({"op": call.op, **call.fields}), call.what))
-        else:
-            shown = ", ".join(f"{name} {value}" for name, value in call.fields.items())
-            left_out.append(LeftOut(f"{call.op} ({shown}; {call.what})", families.NOT_AN_OP))
+            op = OPS[call.op].model_validate({"op": call.op, **call.fields})
+            why = op.unsupported(serving.gpu.major)
+            if why is None:
+                found.append((op, call.what))
+                continue
+        shown = ", ".join(f"{name} {value}" for name, value in call.fields.items())
+        left_out.append(LeftOut(f"{call.op} ({shown}; {call.what})", str(why)))
     left_out += model.left_out + serving.left_out(config, has_experts)
     return Derived(tuple(_joined(found)), tuple(_distinct(left_out)), tuple(model.unknown), quantization)
 

@@ -19,6 +19,9 @@ from cachebuilder.models.serving import Serving
 
 _Layers = tuple[int, ...]
 
+#: No model has a tenth; a config that says more is somebody's attempt at this machine's memory.
+_MOST_LAYERS = 4096
+
 NOT_AN_OP = "no op of this version of cachebuilder covers it"
 
 
@@ -45,8 +48,8 @@ def _linear(
 
 def _all_layers(config: Config, mtp: bool = True) -> _Layers:
     """All decoder layers; the multi-token-prediction ones follow the others, and have the same shapes."""
-    extra = config.number("num_nextn_predict_layers", 0, least=0) if mtp else 0
-    return tuple(range(config.number("num_hidden_layers") + extra))
+    extra = config.number("num_nextn_predict_layers", 0, least=0, most=_MOST_LAYERS) if mtp else 0
+    return tuple(range(config.number("num_hidden_layers", most=_MOST_LAYERS) + extra))
 
 
 def _mla(config: Config, serving: Serving) -> Model:
@@ -129,9 +132,18 @@ def _v4(config: Config, serving: Serving) -> Model:
     o = (groups * o_rank, f"o_groups {groups} · o_lora_rank {o_rank}")
     add(_linear("attn.wo_b", [("self_attn.wo_b", hidden, by_hidden[1])], o, "k", ranks, layers))
     per_group = heads * dim // groups
-    model.left_out.append(
-        LeftOut(f"fp8_einsum (attn.wo_a: {groups} groups of N {o_rank}, K {per_group}, before sharding)", NOT_AN_OP)
+    if groups % ranks:
+        raise ModelError(f"attn.wo_a: wanted o_groups a multiple of the {ranks} ranks that share them, found {groups}")
+    # Both engines: float32 scales on SM90, packed ones for each row from SM100 on (vLLM 0.33.0
+    # models/deepseek_v4/nvidia/ops/o_proj.py, compute_fp8_einsum_recipe; SGLang 0.5.23 models/deepseek_v4.py,
+    # _fp8_wo_a_einsum, on unless SGLANG_OPT_FP8_WO_A_GEMM=0).
+    scales = {} if serving.gpu.major == 9 else {"scales": "packed", "recipe": [1, 1, 128]}
+    over = f" / {ranks} ranks = {groups // ranks}" if ranks > 1 else ""
+    what = (
+        f"attn.wo_a, layers {numbers_text(layers)}: h = o_groups {groups}{over}; d = o_lora_rank {o_rank}; "
+        f"r = num_attention_heads {heads} · head_dim {dim} / o_groups {groups} = {per_group}"
     )
+    model.calls.append(Call("fp8_einsum", {"h": groups // ranks, "d": o_rank, "r": per_group, **scales}, what))
     # Layers that compress by 4 have an indexer (vLLM 0.33.0, models/deepseek_v4/attention.py).
     ratios = config.numbers("compress_ratios")
     indexed = tuple(number for number in layers if number < len(ratios) and ratios[number] == 4)
@@ -156,8 +168,11 @@ def _v4(config: Config, serving: Serving) -> Model:
         model.experts.append(_experts(count, topk, hidden, intermediate, layers, "n_routed_experts"))
     else:
         # vLLM 0.33.0 models/deepseek_v4/quant_config.py: expert_dtype fp4 (the default) is Mxfp4MoEMethod.
-        what = f"routed experts ({count} of MXFP4 weights: DeepGEMM's FP8 × FP4 grouped GEMM or mega-MoE on SM100)"
-        model.left_out.append(LeftOut(what, NOT_AN_OP))
+        why = (
+            "which function runs them is the engine's choice at start: add fp8_fp4_mega_moe or "
+            "m_grouped_fp8_fp4_gemm_nt_contiguous by hand, or record the engine"
+        )
+        model.left_out.append(LeftOut(f"routed experts ({count} of MXFP4 weights, on SM100)", why))
     if mtp := layers[len(decoder) :]:
         # h_proj takes the hyper-connection's streams of a token as so many rows (SGLang deepseek_v4_nextn.py).
         rows = config.number("hc_mult", 1) * serving.largest_m

@@ -11,6 +11,5 @@ class KGroupedBf16GemmTnContiguous(KGroupedGemm):
     """A [all K, m] and B [all K, n]."""
 
     fp8 = False
-    majors = (9, 10)
 
     op: Literal["k_grouped_bf16_gemm_tn_contiguous"]

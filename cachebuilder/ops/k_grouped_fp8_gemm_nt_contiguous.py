@@ -11,6 +11,6 @@ class KGroupedFp8GemmNtContiguous(KGroupedGemm):
     """Each expert's A [m, K] and B [n, K], one expert after another; SM90's form."""
 
     k_major = True
-    majors = (9,)
+    majors = (9, 12)
 
     op: Literal["k_grouped_fp8_gemm_nt_contiguous"]

@@ -10,6 +10,6 @@ from cachebuilder.ops.k_grouped import KGroupedGemm
 class KGroupedFp8GemmTnContiguous(KGroupedGemm):
     """A [all K, m] and B [all K, n]; SM100's form."""
 
-    majors = (10,)
+    majors = (10, 12)
 
     op: Literal["k_grouped_fp8_gemm_tn_contiguous"]

@@ -19,8 +19,6 @@ class Tf32HcPrenormGemm(TokenOp):
     ``kernels/ops/layernorm/mhc.py``, ``_compute_num_split_for_mhc_pre``).
     """
 
-    majors = (9, 10)
-
     op: Literal["tf32_hc_prenorm_gemm"]
     n: Annotated[int, Field(ge=8, le=64, multiple_of=8, description="mixing weights: 24 with 4 connections")]
     k: Annotated[int, Field(ge=64, le=1 << 20, multiple_of=64, description="connections · hidden size")]
