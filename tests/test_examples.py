@@ -14,7 +14,7 @@ from tests.conftest import ROOT, Run
 
 EXAMPLES = ROOT / "examples"
 DOCKERFILES = sorted(EXAMPLES.glob("Dockerfile.*"))
-TEXTS = [*DOCKERFILES, EXAMPLES / "kubernetes.yaml", ROOT / "docs" / "verify.md"]
+TEXTS = [*DOCKERFILES, EXAMPLES / "kubernetes.yaml"]
 
 
 def commands(text: str) -> list[list[str]]:
