@@ -331,6 +331,8 @@ def _problem(index: Index) -> str | None:
         return f"name: wanted letters, digits, '.', '_' and '-', found {index.name[:100]!r}"
     if "\0" in fingerprint.compiler or len(fingerprint.compiler) > 4096:
         return "fingerprint.compiler: wanted the text of nvcc --version"
+    if len(fingerprint.legacy_flags or "") > 4096:  # every key of a legacy cache that moves is made of them
+        return "fingerprint.legacy_flags: wanted nvcc's flags, found more than 4096 characters"
     if index.fingerprint_digest != fingerprint.digest():
         return f"fingerprint_digest: wanted {fingerprint.digest()}, found {index.fingerprint_digest}"
     files = entry_files.FILES[fingerprint.generation]

@@ -66,6 +66,7 @@ def _legacy_streams(prefix: bytes, source: bytes) -> tuple[int, int]:
 _LANE = 128
 _MASK = (1 << 64) - 1
 _BOTH = 1 << _LANE | 1
+_BOTH_MASKS = _MASK * _BOTH
 _LEGACY_SEEDS = 0xC6A4A7935BD1E995 << _LANE | 0x9E3779B97F4A7C15
 _LEGACY_BYTES = tuple(byte * _BOTH for byte in range(256))
 _REMEMBERED_BYTES = 4096
@@ -75,7 +76,7 @@ _REMEMBERED_BYTES = 4096
 def _advance(state: int, data: bytes) -> int:
     """Both streams over ``data``. Kernels of one family begin with the same lines: those are gone through once."""
     for byte in data:
-        state = (state ^ _LEGACY_BYTES[byte]) * _PRIME & _MASK * _BOTH
+        state = (state ^ _LEGACY_BYTES[byte]) * _PRIME & _BOTH_MASKS
     return state
 
 
