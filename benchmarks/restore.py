@@ -143,7 +143,11 @@ def main() -> None:
             "unpacked_bytes": packed.unpacked_size,
             "relocated": bool(here) and include is not None and include != f"{here[1]}/include",
             "file_system": file_system(folder),
-            "machine": {"cpus": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}", "load": round(os.getloadavg()[0], 1)},
+            "machine": {
+                "cpus": os.cpu_count(),
+                "system": f"{platform.system()} {platform.machine()}",
+                "load": round(os.getloadavg()[0], 1),
+            },
             "restore": restored,
             "tar": tar,
             "restore_to_tar": {name: round(restored[name] / tar[name], 2) for name in tar},
