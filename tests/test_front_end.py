@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,16 +108,53 @@ def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
         before(self, source, flags)
 
     monkeypatch.setattr(FrontEnds, "expect", expect)
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
     done = building.build(building.find_inputs(small), tmp_path / "a.tar.zst", use_store=False)
     assert {kernel.source for kernel in done.plan.kernels} <= set(expected)
     steps = [task.step for task in done.compiled.tasks]
     assert steps.count("headers") >= 1 and steps.count("check") == 1
-    left = [path for path in Path("/proc").glob("[0-9]*/comm") if _is_cicc(path)]
-    assert not left, f"cicc still runs: {left}"
+    assert _running_in(tmp_path) == []
 
 
-def _is_cicc(path: Path) -> bool:
-    try:
-        return path.read_text() == "cicc\n" and Path(path.with_name("status")).read_text().find("PPid:\t1\n") >= 0
-    except OSError:
-        return False
+@pytest.mark.parametrize("moment", ["reading the headers", "held"])
+def test_it_ends_with_a_build_that_is_killed(
+    built: Built, family: tuple[Kernel, ...], tmp_path: Path, moment: str
+) -> None:
+    inputs, kernel = built.inputs, family[0]
+    code = f"""
+import json, sys, time
+from pathlib import Path
+from cachebuilder import toolchain
+from cachebuilder.deepgemm import installation
+from cachebuilder.front_end import FrontEnds
+with FrontEnds(toolchain.find(), installation.find(Path({str(inputs.installation.imported_as)!r})), 1) as front_ends:
+    front_ends.expect({kernel.source!r}, {kernel.flags!r})
+    if {moment!r} == "held":
+        front_ends.of({kernel.source!r}, {kernel.flags!r}).open()
+    print("there", flush=True)
+    time.sleep(60)
+"""
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        _wait_for(lambda: bool(_running_in(tmp_path)))
+        process.kill()
+    _wait_for(lambda: not _running_in(tmp_path))
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited a minute")
+
+
+def _running_in(folder: Path) -> list[str]:
+    """Commands of the processes whose working folder is inside ``folder``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cwd").resolve().is_relative_to(folder):
+                found.append((process / "comm").read_text())
+    return found

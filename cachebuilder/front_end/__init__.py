@@ -10,7 +10,7 @@ Held so far: cicc of CUDA 13.0, 13.1 and 13.5. A compiler that cannot be held co
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import itertools
 import os
 import re
@@ -65,7 +65,8 @@ class FrontEnd:
         self._folder = folder
         self._opening = threading.Lock()
         self._tried = False
-        self._requests: int | None = None
+        self._fifo: int | None = None
+        self._held = False
         self._macros: frozenset[str] = frozenset()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -74,37 +75,39 @@ class FrontEnd:
         with self._opening:
             if not self._tried:
                 self._tried = True
-                try:
+                # Whoever compiles from the beginning sees what was wrong.
+                with contextlib.suppress(CompileError, InstallationError):
                     self._open()
-                except (CompileError, InstallationError):
-                    self._requests = None  # whoever compiles from the beginning sees what was wrong
-            return self._requests is not None
+            return self._held
 
     def _open(self) -> None:
         library = native.shared_library("front_end.so", "front end", [_LIBRARY_SOURCE])
         (self._folder / SOURCE).write_text(self._head + "\n")
         (self._folder / "include").symlink_to(self._installation.include)
-        requests = self._folder / "requests"
+        requests, held = self._folder / "requests", self._folder / "held"
         os.mkfifo(requests)
-        environment = {"FRONT_END_REQUESTS": str(requests), "LD_PRELOAD": _preloaded(library)}
+        # For reading, too: opening does not wait then, and the FIFO's end is the end of this process.
+        self._fifo = os.open(requests, os.O_RDWR | os.O_CLOEXEC)
+        environment = {
+            "FRONT_END_REQUESTS": str(requests),
+            "FRONT_END_HELD": str(held),
+            "LD_PRELOAD": _preloaded(library),
+        }
         with (self._folder / "log.txt").open("wb") as log:
             command = ptx_command(self._toolchain, SOURCE, "kernel.ptx", self._flags, "include")
             self._process = self._processes.start(command, self._folder, log, environment)
         self._processes.run(macros_command(self._toolchain, SOURCE, "macros.txt", self._flags, "include"), self._folder)
         listed = _DEFINED.findall((self._folder / "macros.txt").read_text())
         self._macros = _UNLISTED.union(listed)
-        while self._process.poll() is None:
-            try:
-                self._requests = os.open(requests, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        while not held.exists():
+            if self._process.poll() is not None:
                 return
-            except OSError as error:
-                if error.errno != errno.ENXIO:  # nobody reads yet
-                    raise
             time.sleep(_PATIENCE)
+        self._held = True
 
     def takes(self, body: str) -> bool:
         """Whether sources that go on with ``body`` can be compiled here: the preprocessor would leave it as it is."""
-        return self._requests is not None and "#" not in body and self._macros.isdisjoint(_WORD.findall(body))
+        return self._held and "#" not in body and self._macros.isdisjoint(_WORD.findall(body))
 
     def compile(self, body: str, folder: Path) -> None:
         """Compile the head and ``body`` to ``folder / "kernel.ptx"``.
@@ -112,16 +115,14 @@ class FrontEnd:
         Raises:
             CompileError: with the compiler's output.
         """
-        assert self._requests is not None and self._process is not None
+        assert self._fifo is not None and self._process is not None
         line = self._head.count("\n") + 1
         (folder / "rest.ii").write_text(f'# {line} "{SOURCE}"\n{body}')
         os.mkfifo(folder / "status")
         answer = os.open(folder / "status", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            os.write(self._requests, f"{folder}\n".encode())
+            os.write(self._fifo, f"{folder}\n".encode())
             status = self._wait(answer)
-        except BrokenPipeError:
-            status = None
         finally:
             os.close(answer)
         if status != 0:
@@ -145,9 +146,10 @@ class FrontEnd:
         """End the held compiler; what it is forked for is finished first."""
         with self._opening:
             self._tried = True
-            if self._requests is not None:
-                os.close(self._requests)
-                self._requests = None
+            self._held = False
+            if self._fifo is not None:
+                os.close(self._fifo)
+                self._fifo = None
             if self._process is not None:
                 self._process.wait()
                 self._processes.ended(self._process)

@@ -7,7 +7,8 @@
 //
 // Loaded with LD_PRELOAD. FRONT_END_REQUESTS is a FIFO: each line names a folder that holds the rest of a source
 // (rest.ii) and a FIFO (status), which gets the child's wait status. What cicc prints goes to the folder's log.txt.
-// At the FIFO's end the held cicc ends, with no output of its own.
+// FRONT_END_HELD is a file that is made when the headers have been read. Whoever asks holds the first FIFO open from the
+// beginning: at its end, which his death is, too, the held cicc ends, with no output of its own.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -52,6 +53,14 @@ static void go_on_in(const char *folder) {
     clearerr(source);
 }
 
+// Opens a FIFO that the other side has open, if it lives; never waits for it.
+static int open_now(const char *path, int mode) {
+    int file = open(path, mode | O_NONBLOCK | O_CLOEXEC);
+    if (file >= 0)
+        fcntl(file, F_SETFL, mode);
+    return file;
+}
+
 static void say(int status_file, int status) {
     char text[16];
     int length = snprintf(text, sizeof text, "%d\n", status);
@@ -72,13 +81,17 @@ static void report(pid_t child, int status_file) {
 // Serves requests; returns only in a child, which is to read on.
 static void serve(void) {
     char folder[4096], status_path[4200];
-    FILE *requests = fopen(getenv("FRONT_END_REQUESTS"), "re");
+    int requests_file = open_now(getenv("FRONT_END_REQUESTS"), O_RDONLY);
+    FILE *requests = requests_file < 0 ? NULL : fdopen(requests_file, "r");
+    close(open(getenv("FRONT_END_HELD"), O_WRONLY | O_CREAT | O_CLOEXEC, 0644));
     while (requests && fgets(folder, sizeof folder, requests)) {
         folder[strcspn(folder, "\n")] = 0;
         while (waitpid(-1, NULL, WNOHANG) > 0)
             ;
         snprintf(status_path, sizeof status_path, "%s/status", folder);
-        int status_file = open(status_path, O_WRONLY | O_CLOEXEC);
+        int status_file = open_now(status_path, O_WRONLY);
+        if (status_file < 0) // nobody waits for it any more
+            continue;
         pid_t reporter = fork();
         if (reporter != 0) {
             if (reporter < 0)
