@@ -90,6 +90,7 @@ def test_a_damaged_store_is_compiled_anew_not_packed(tmp_path: Path) -> None:
     assert store.get("ab12") is None
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp_path: Path) -> None:
     output = tmp_path / "a.tar.zst"
     output.write_text("the old one")

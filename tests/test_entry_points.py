@@ -64,6 +64,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None, tmp_path: Path) -> None:
     copy = installation.find(deep_gemm)
     compiler = sweep.recording_compiler(tmp_path, toolchain.find().version_text)

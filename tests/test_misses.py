@@ -55,6 +55,7 @@ def test_every_gemm_kernel_of_a_plan_says_its_op_and_shape(gpu: str, deep_gemm: 
     check_sources(gpu, deep_gemm, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_gemm_kernel_for_blackwell_workstations_says_its_op_and_shape(tmp_path: Path) -> None:
     check_sources("RTX-PRO-6000", None, tmp_path)
 
@@ -213,6 +214,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
         assert word in f"{error.value} {error.value.hint}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deep_gemm", ["legacy"], indirect=True, scope="session")
 def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_path: Path) -> None:
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)

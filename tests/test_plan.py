@@ -45,6 +45,7 @@ def points(kernel: planning.Kernel, op: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
 def test_every_point_of_every_op_selects_exactly_one_gemm_kernel(
     gpu: str, deep_gemm: Path | None, tmp_path: Path
@@ -62,6 +63,7 @@ def test_every_point_of_every_op_selects_exactly_one_gemm_kernel(
     assert plan.calls == sum(map(len, wanted.values()))
 
 
+@pytest.mark.slow
 def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
     plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu="RTX-PRO-6000"))
     assert plan.arch == "sm_120f"
@@ -116,6 +118,7 @@ def test_variables_of_this_process_do_not_change_a_plan(tmp_path: Path, monkeypa
     assert make(tmp_path / "m.yaml", text).kernels == plain.kernels
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_a_plans_kernels(tmp_path: Path) -> None:
     plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu="H200"))
     text = "".join(f"{kernel.source}{kernel.flags}{kernel.metadata}" for kernel in plan.kernels)

@@ -133,6 +133,7 @@ def test_equal_artifacts_have_equal_pages(pages: Path) -> None:
     assert page.render(found, facts.compare(found, found)) == (pages / "small.tar.zst.html").read_text()
 
 
+@pytest.mark.slow
 def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     plan = built.plan.model_copy(
@@ -146,6 +147,7 @@ def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_p
     assert "alert(1)" in text and evil not in text and "<img" not in text and "<b>plan" not in text
 
 
+@pytest.mark.slow
 def test_a_kernel_that_writes_nan_is_told_in_words(built: Built, tmp_path: Path) -> None:
     artifact = Path(shutil.copy(built.packed.path, tmp_path / "small.tar.zst"))
     report = report_on(built.packed.sha256, built.plan.kernels[0].entry)

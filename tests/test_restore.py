@@ -411,6 +411,7 @@ def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(
 # Relocation
 
 
+@pytest.mark.slow
 def test_legacy_entries_move_to_the_names_that_deepgemm_gives_them_at_the_new_path(
     built: building.Built, installation: Installation, small: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,8 @@ __all__ = ["keys"]
 #: One of the two: what travels is bytes, whichever DeepGEMM made them.
 GENERATIONS = ("deepjit",)
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
