@@ -21,6 +21,7 @@ from cachebuilder import build_record, code
 from cachebuilder.paths import scratch_folder
 from cachebuilder.plan import Kernel
 from cachebuilder.processes import Processes
+from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
@@ -124,3 +125,18 @@ def built(
         else:
             shutil.copy(build_record.path_for(output), record)
         return done
+
+
+@pytest.fixture
+def artifact(built: building.Built, tmp_path: Path) -> Path:
+    """A copy of the small artifact, for a test that puts something beside it or sends it somewhere."""
+    path = tmp_path / "small.tar.zst"
+    path.write_bytes(built.packed.path.read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry on loopback, for one module's tests."""
+    with registry(tmp_path_factory.mktemp("registry")) as found:
+        yield found

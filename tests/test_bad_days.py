@@ -24,7 +24,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cachebuilder import build as building
 from cachebuilder.errors import CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship import locations
 from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
@@ -40,19 +39,6 @@ ONCE = Retries(0)
 
 #: One of the two: what travels is bytes, whichever DeepGEMM made them.
 GENERATIONS = ("deepjit",)
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with registry(tmp_path_factory.mktemp("registry")) as found:
-        yield found
-
-
-@pytest.fixture
-def artifact(built: building.Built, tmp_path: Path) -> Path:
-    path = tmp_path / "small.tar.zst"
-    path.write_bytes(built.packed.path.read_bytes())
-    return path
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +45,6 @@ ONE = ("linux/amd64",)
 
 #: One of the two: what travels is bytes, whichever DeepGEMM made them.
 GENERATIONS = ("deepjit",)
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with registry(tmp_path_factory.mktemp("registry")) as found:
-        yield found
-
-
-@pytest.fixture
-def artifact(built: building.Built, tmp_path: Path) -> Path:
-    path = tmp_path / "small.tar.zst"
-    path.write_bytes(built.packed.path.read_bytes())
-    return path
 
 
 def for_another(artifact: Path, name: str, gpu: str, **fingerprint: Any) -> Path:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
 from cachebuilder.cli.remote import checker
 from cachebuilder.errors import CacheBuilderError, SignatureError, TransferError
 from cachebuilder.ship.retry import Retries
@@ -57,18 +56,12 @@ def s3() -> Iterator[str]:
                     time.sleep(0.1)
             import fsspec
 
+            fsspec.get_filesystem_class("s3").clear_instance_cache()  # one of an earlier server is kept otherwise
             fsspec.filesystem("s3").mkdir("caches")
             yield "s3://caches/"
         finally:
             server.kill()
             server.wait()
-
-
-@pytest.fixture
-def artifact(built: building.Built, tmp_path: Path) -> Path:
-    path = tmp_path / "small.tar.zst"
-    path.write_bytes(built.packed.path.read_bytes())
-    return path
 
 
 def fetch(location: str, folder: Path, check: object = None) -> Path:

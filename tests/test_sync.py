@@ -7,12 +7,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
 from cachebuilder.artifact.folder import open_folder
 from cachebuilder.errors import RestoreError, TransferError
 from cachebuilder.restore import restore
@@ -22,7 +21,7 @@ from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.sync import current, sync
 from tests.archives import snapshot
 from tests.conftest import Run
-from tests.registries import Answer, Asked, Middleman, Registry, free_port, registry
+from tests.registries import Answer, Asked, Middleman, Registry, free_port
 from tests.test_registry import FEW, for_another, push_to
 from tests.test_signature import keys, sign
 
@@ -33,19 +32,6 @@ __all__ = ["keys"]
 GENERATIONS = ("deepjit",)
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with registry(tmp_path_factory.mktemp("registry")) as found:
-        yield found
-
-
-@pytest.fixture
-def artifact(built: building.Built, tmp_path: Path) -> Path:
-    path = tmp_path / "small.tar.zst"
-    path.write_bytes(built.packed.path.read_bytes())
-    return path
 
 
 @pytest.fixture

@@ -199,9 +199,11 @@ def _make(to: Path, found: Found, restore: Restore, usable: Usable, check: Check
 def _place(to: Path, aside: Path, found: Found, usable: Usable) -> Path:
     """Rename the folder to the next number; where another sync was faster with the same version, its one is as good."""
     while True:
+        # The number first: a sync that places the same version after this look takes the same name, and one of the two
+        # fails; what was placed before it is found below.
+        number = max((number for number, _ in _generations(to)), default=0) + 1
         if (other := _have(to, found, usable)) is not None:
             return other
-        number = max((number for number, _ in _generations(to)), default=0) + 1
         generation = to / GENERATIONS / f"{number:06}-{_key(found.version)}"
         try:
             os.rename(aside, generation)
