@@ -2,7 +2,7 @@
 
 Of the CPU that nvcc takes for one kernel, most goes into preprocessing and parsing CUTLASS. A held front end
 (`front_end.c`) has done that, and is forked for each source: each fork is nvcc's own cicc, that has read that source
-from its first line to its last. It costs 0.55 s of CPU instead of 2 s (`benchmarks/compile.py`), so that units may be
+from its first line to its last. It costs about 0.55 s of CPU instead of 2 s, so that units may be
 small where there are many cores, and its start need not wait for the plan's end.
 
 Held so far: cicc of CUDA 13.0, 13.1 and 13.5. A compiler that cannot be held compiles each source from its beginning.
