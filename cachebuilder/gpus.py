@@ -8,6 +8,7 @@ a block may opt into, and the clock rate.
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -90,6 +91,9 @@ GPUS: dict[str, Gpu] = {
     )
 }
 
+#: Words that tell one form of a card from another, in the driver's names; the SXM module's has none of them.
+_FORMS = frozenset(("PCIE", "NVL"))
+
 #: Other spellings that people write.
 _ALIASES = {"H100": "H100-SXM", "H100-SXM5": "H100-SXM", "RTXPRO6000": "RTX-PRO-6000", "H200-SXM": "H200"}
 
@@ -107,3 +111,10 @@ def find(name: str) -> Gpu:
     near = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(f"wanted one of {', '.join(GPUS)} or explicit fields, found {name!r}{guess}")
+
+
+def is_called(gpu: Gpu, card: str) -> bool:
+    """Whether a driver that calls its card ``card`` (NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe) speaks of this GPU."""
+    words = frozenset(re.split(r"[\s-]+", card.upper()))
+    own = frozenset(gpu.name.upper().split("-")) - {"SXM"}
+    return own <= words and own & _FORMS == words & _FORMS

@@ -27,13 +27,15 @@ ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 LEGACY = Path(os.environ.get("CACHEBUILDER_TEST_LEGACY", f"{sys.prefix}/legacy")) / "deep_gemm"
 
-SMALL = """\
+#: What the manifests of the tests are for; `tests/gpu/run.sh` names the card that is there.
+TARGET = os.environ.get("CACHEBUILDER_TEST_GPU", "H200")
+SMALL = f"""\
 name: small
-target: {gpu: H200}
+target: {{gpu: {TARGET}}}
 max_tokens: 40
 ops:
-  - {op: fp8_gemm_nt, n: 576, k: 512}
-  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: 1, n: 256, k: 512}
+  - {{op: fp8_gemm_nt, n: 576, k: 512}}
+  - {{op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: 1, n: 256, k: 512}}
 """
 
 

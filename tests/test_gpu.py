@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import nvml, on_gpu, verified
+from cachebuilder import gpus, nvml, on_gpu, verified
 from cachebuilder.plan import Range, Selection
 from cachebuilder.sweep import Point
 from tests.conftest import Run
@@ -40,3 +40,21 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
         Point(0, 132, 19): ("b",),
         Point(0, 132, 40): ("a",),
     }
+
+
+@pytest.mark.parametrize(
+    ("card", "gpu"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+        ("NVIDIA GeForce RTX 5090", "RTX-5090"),
+    ],
+)
+def test_a_card_is_known_by_the_name_that_its_driver_says(card: str, gpu: str) -> None:
+    assert [known.name for known in gpus.GPUS.values() if gpus.is_called(known, card)] == [gpu]

@@ -25,7 +25,6 @@ from typing import Any
 
 import click
 
-from cachebuilder import gpus
 from cachebuilder import manifest as manifests
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.sweep import virtual_gpu
@@ -40,7 +39,7 @@ def serve(deep_gemm: str, device_name: str, forever: bool) -> None:
     from cachebuilder.sweep.child import load
 
     manifest = manifests.load(MANIFEST)[0]
-    job = {"device": device_name, "deep_gemm": deep_gemm, "gpu": gpus.find("H200").model_dump()}
+    job = {"device": device_name, "deep_gemm": deep_gemm, "gpu": manifest.target.gpu.model_dump()}
     device = load(job, memoryview(bytearray(64)).cast("q"))
     print("serving", flush=True)
     while True:
@@ -95,7 +94,9 @@ class Faults:
     def _start(self, command: list[str], extra: dict[str, str]) -> subprocess.Popen[str]:
         virtual = {}
         if self.device == "virtual":
-            virtual = virtual_gpu.environment(gpus.find("H200")) | {"VIRTUAL_GPU_CHECK_CUBINS": "1"}
+            virtual = virtual_gpu.environment(manifests.load(MANIFEST)[0].target.gpu) | {
+                "VIRTUAL_GPU_CHECK_CUBINS": "1"
+            }
         paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"} | virtual | extra
         pipe = subprocess.PIPE

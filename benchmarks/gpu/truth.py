@@ -4,7 +4,8 @@
 
 For each copy of DeepGEMM and each manifest, as a person would on a command line: ``build --device cuda`` with no store
 (the GPU must ask for exactly the planned kernels, and every call is served from the finished artifact), ``restore``,
-``verify --device cuda``. Writes one JSON object a step to OUT/truth.jsonl, and the reports of `verify` beside it.
+``verify --device cuda``. Writes one JSON object a step to OUT/truth.jsonl, and the reports of `verify` beside it. Exit
+code 1 where any step failed.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ def run(out: Path, *command: str | Path) -> tuple[subprocess.CompletedProcess[st
 @click.option("--deep-gemm", multiple=True, required=True, type=click.Path(path_type=Path))
 def main(out: Path, manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...]) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    failed: list[object] = []
     with (out / "truth.jsonl").open("a") as log:
 
         def say(**figures: object) -> None:
+            if figures.get("exit"):
+                failed.append(figures["what"])
             line = json.dumps(figures)
             print(line, flush=True)
             log.write(line + "\n")
@@ -61,6 +65,8 @@ def main(out: Path, manifests: tuple[Path, ...], deep_gemm: tuple[Path, ...]) ->
                 done, seconds = run(out, "verify", artifact, *copied, "--device", "cuda")
                 text = done.stdout + done.stderr[-1500:] if done.returncode else done.stdout
                 say(step="verify", what=name, seconds=seconds, exit=done.returncode, said=text.splitlines()[-8:])
+    if failed:
+        sys.exit(f"failed: {', '.join(map(str, failed))}")
 
 
 if __name__ == "__main__":

@@ -85,14 +85,14 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
     """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
     if wanted != "auto":
         return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder import nvml
+    from cachebuilder import gpus, nvml
 
     gpu = nvml.first_gpu()
     same = (
         gpu is not None
         and gpu.capability == (target.major, target.minor)
         and gpu.sm_count in (None, target.sm_count)
-        and target.name.lower() in gpu.name.lower()
+        and gpus.is_called(target, gpu.name)
     )
     return "cuda" if same else "virtual"
 

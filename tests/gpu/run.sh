@@ -1,5 +1,5 @@
 #!/bin/sh
-# All that is checked on the GPU itself, for anyone who has an H200:
+# All that is checked on the GPU itself, for anyone who has an H200, or the card that CACHEBUILDER_TEST_GPU names:
 #
 #     tests/gpu/run.sh OUT DEEPJIT LEGACY [MANIFEST...]
 #

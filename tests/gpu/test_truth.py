@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import nvml, sweep, verified
+from cachebuilder import gpus, nvml, sweep, verified
 from cachebuilder.sweep.process import Compiler
-from tests.conftest import SMALL, Run
+from tests.conftest import SMALL, TARGET, Run
 
 GPU = nvml.first_gpu()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(GPU is None or "H200" not in GPU.name, reason="wants an H200; none is visible"),
+    pytest.mark.skipif(
+        GPU is None or not gpus.is_called(gpus.find(TARGET), GPU.name),
+        reason=f"wants the GPU {TARGET} (CACHEBUILDER_TEST_GPU names another), found {GPU.name if GPU else 'none'}",
+    ),
 ]
 
 
@@ -58,7 +61,7 @@ def test_deepgemm_left_alone_with_nvcc_makes_exactly_the_planned_entries(built: 
 
 def test_another_target_is_refused(deep_gemm: Path | None, run: Run, tmp_path: Path) -> None:
     here = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
-    (tmp_path / "m.yaml").write_text(SMALL.replace("gpu: H200", "gpu: H20"))
+    (tmp_path / "m.yaml").write_text(SMALL.replace(f"gpu: {TARGET}", "gpu: H20"))
     done = run("build", tmp_path / "m.yaml", "-o", tmp_path / "out.tar.zst", "--device", "cuda", *here)
     assert done.returncode == 12 and "SMs: wanted 78, found 132" in done.stderr
 
@@ -68,7 +71,7 @@ def test_a_shape_that_does_not_fit_is_named_and_nothing_is_written(
 ) -> None:
     here = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
     op = "{op: m_grouped_fp8_gemm_nt_masked, experts: 256, max_m: 64, n: 65536, k: 65536}"
-    (tmp_path / "m.yaml").write_text(f"name: large\ntarget: {{gpu: H200}}\nmax_tokens: 64\nops: [{op}]")
+    (tmp_path / "m.yaml").write_text(f"name: large\ntarget: {{gpu: {TARGET}}}\nmax_tokens: 64\nops: [{op}]")
     done = run("build", tmp_path / "m.yaml", "-o", tmp_path / "out.tar.zst", "--device", "cuda", *here)
     assert done.returncode == 12 and "n=65536 k=65536" in done.stderr and "does not fit" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out.tar.zst").exists()
