@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from pathlib import Path
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -47,7 +46,7 @@ def put(path: Path, data: bytes, mode: int) -> None:
     with contextlib.suppress(OSError):
         if path.read_bytes() == data and path.stat().st_mode & 0o777 == mode:
             return
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    aside = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     try:
         write_new(str(aside), data, mode)
         os.replace(aside, path)

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ class Destination:
         for lock in self._locked(root):
             for left in os.listdir(lock):
                 _sweep(lock, left)
-            name = f"{os.getpid()}-{secrets.token_hex(8)}"
+            name = f"{os.getpid()}-{os.urandom(8).hex()}"
             os.mkdir(name, 0o700, dir_fd=lock)
             self._work_path = root / name
             self._work = os.open(name, _FOLDER_FLAGS, dir_fd=lock)
