@@ -2,9 +2,9 @@
 
     python benchmarks/plot.py
 
-Reads benchmarks/results/compile.jsonl (one machine after the other: each ``run`` line says which), gpu/warmup.jsonl and
-sensitivity.jsonl. Writes docs/pictures/compile.svg, and the tables between the markers of docs/explanation/speed.md,
-docs/explanation/virtual-gpu.md and README.md.
+Reads benchmarks/results/compile.jsonl (one machine after the other: each ``run`` line says which), gpu/warmup.jsonl,
+sensitivity.jsonl, relaxed-vllm.jsonl and warmup-*.json. Writes docs/pictures/compile.svg, and the tables between the
+markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md and README.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED = ROOT / "docs" / "explanation" / "speed.md"
 VIRTUAL = ROOT / "docs" / "explanation" / "virtual-gpu.md"
+MODELS = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "compile.svg"
 
@@ -186,6 +187,34 @@ def _curve(rows: Sequence[Row], field: str, title: str) -> alt.LayerChart:
     return base.mark_line() + base.mark_point(filled=True, size=45)
 
 
+def engine_rows() -> list[str]:
+    """Engines' own warm-ups on caches of ours, each from its own file."""
+    lines = []
+    for file in sorted(RESULTS.glob("warmup-*.json")):
+        row = json.loads(file.read_text())
+        given = dict(zip(row["command"][2::2], row["command"][3::2], strict=False))
+        model = f"{row['command'][1]} --tp {given['--tp']}" + (f" --ep {given['--ep']}" if "--ep" in given else "")
+        model += f", {given['--max-num-batched-tokens']} tokens"
+        for mode, found in row["modes"].items():
+            if "calls" in found:
+                what = f"{found['calls']['dense']} dense, {found['calls']['grouped']} grouped calls"
+            else:
+                what = f"{found['shapes']} shapes × {found['list'][0]} M up to {found['list'][1]}"
+            engine, gpu = f"{found['engine']}, torch {found['torch']}", found["gpu"].removeprefix("virtual ")
+            lines.append((engine, model, gpu, mode, what, row["kernels"], len(found["misses"])))
+    header = ("engine", "model", "GPU", "mode", "the engine's calls", "kernels in the cache", "misses")
+    return table(header, lines)
+
+
+def missed_rows(rows: Sequence[Row]) -> list[str]:
+    """What vLLM's relaxed list leaves out."""
+    lines = [
+        (row["model"], f"{row['tp']}, {row['ep']}", row["gpu"], row["kernels"], row["missed"], row["reached"])
+        for row in rows
+    ]
+    return table(("model", "tp, ep", "GPU", "kernels", "missed", "reached"), lines)
+
+
 def main() -> None:
     compiled, warmed = read("compile.jsonl"), read("gpu/warmup.jsonl")
     picture(compiled).save(PICTURE)
@@ -193,6 +222,8 @@ def main() -> None:
     put(SPEED, "floor", floor_rows(compiled))
     put(SPEED, "warm-up", warmup_rows(warmed))
     put(VIRTUAL, "sensitivity", sensitivity_rows(read("sensitivity.jsonl")))
+    put(MODELS, "engines", engine_rows())
+    put(MODELS, "missed", missed_rows(read("relaxed-vllm.jsonl")))
     put(README, "warm-up", readme_rows(compiled, warmed))
 
 

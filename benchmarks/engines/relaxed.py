@@ -1,20 +1,24 @@
 """The kernels that vLLM's warm-up misses and a full sweep has, for each model and GPU. Plans only: no compilation.
 
-    PYTHONPATH=. python benchmarks/engines/relaxed.py CONFIG_FOLDER… --gpu H200 --gpu B200 --tp 8 --ep 8 \
-        --max-num-batched-tokens 8192 --deep-gemm VLLM/third_party/deep_gemm
+    PYTHONPATH=. python benchmarks/engines/relaxed.py MODEL/config.json TP EP [MODEL/config.json TP EP…] \
+        --gpu H200 --gpu B200 --max-num-batched-tokens 8192 --deep-gemm VLLM/third_party/deep_gemm [--commit HASH] \
+        > benchmarks/results/relaxed-vllm.jsonl
 
 A kernel is missed where no M of vLLM's list selects it in any layer. The list is ``_generate_optimal_warmup_m_values`` of
 vllm/model_executor/warmup/deep_gemm_warmup.py, 0.32.0 (0.33.0's is the same), written down again here; for experts it is
-brought to padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows.
-`check.py` holds vLLM's own functions against the cache; this only counts.
+brought to padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows. The layout
+that 0.33.0 serves experts with on Hopper and Blackwell, ``use_psum_layout``, is not what its warm-up calls.
+`check.py` holds vLLM's own functions against the cache; this only counts. `benchmarks/plot.py` makes the docs' table.
 """
 
 from __future__ import annotations
 
-import argparse
+import collections
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
+
+import click
 
 from cachebuilder import gpus
 from cachebuilder import manifest as manifests
@@ -27,6 +31,7 @@ from cachebuilder.ops import OpBase
 from cachebuilder.ops.base import ceil_div
 
 ALIGNMENT = 128
+VLLM = "0.33.0"
 
 
 def relaxed(max_tokens: int, n: int, sms: int) -> set[int]:
@@ -48,70 +53,63 @@ def padded_rows(op: OpBase, tokens: Iterable[int]) -> set[int]:
 
 def warmed_and_served(
     op: OpBase, ops: list[OpBase], max_tokens: int, dp: int, sms: int
-) -> tuple[set[int], set[int]] | None:
-    """The points of ``op`` that vLLM's warm-up in ``relax`` calls, and those that serving can; None: not warmed at all.
+) -> tuple[Container[int], Container[int]]:
+    """The points of ``op`` that vLLM's warm-up in ``relax`` calls, and those that serving can.
 
     Serving without DeepEP's counts pads for the worst case, so few experts' rows are never a small multiple of 128.
     """
     if op.op == "fp8_gemm_nt":
-        return relaxed(max_tokens, op.n, sms), set(range(1, op.largest_m + 1))
-    if op.op != "m_grouped_fp8_gemm_nt_contiguous":
-        return None
+        return relaxed(max_tokens, op.n, sms), range(1, op.largest_m + 1)
+    if op.op != "m_grouped_fp8_gemm_nt_contiguous":  # the indexer's, which no warm-up calls
+        return (), range(1 << 40)
     largest_n = max(other.n for other in ops if other.op == op.op and other.experts == op.experts)
     tokens = dp * max_tokens
-    return padded_rows(op, relaxed(tokens, largest_n, sms) | {tokens}), padded_rows(op, range(1, tokens + 1))
+    warmed = set() if op.psum else padded_rows(op, relaxed(tokens, largest_n, sms) | {tokens})
+    return warmed, padded_rows(op, range(1, tokens + 1))
 
 
-def selected(kernel: planning.Kernel, lists: list[tuple[set[int], set[int]] | None], which: int) -> bool:
-    """Whether a point of the warm-up's (0) or of serving's (1) selects ``kernel``."""
+def selected(kernel: planning.Kernel, lists: Sequence[Container[int]]) -> bool:
+    """Whether a point in its op's list selects ``kernel``."""
     return any(
-        (pair := lists[where.op]) is not None and any(m in pair[which] for m in range(r.first, r.last + 1, r.step))
+        m in lists[where.op]
         for where in kernel.selected_by
         for r in where.ranges
+        for m in range(r.first, r.last + 1, r.step)
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("configs", type=Path, nargs="+")
-    parser.add_argument("--gpu", action="append", required=True)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--ep", type=int, default=1)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--deep-gemm", type=Path)
-    given = parser.parse_args()
-    installation, toolchain = installations.find(given.deep_gemm), toolchains.find(None, None)
-    for path in given.configs:
-        config = Config.read(path)
-        for gpu in given.gpu:
+@click.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--gpu", "cards", multiple=True, required=True)
+@click.option("--max-num-batched-tokens", default=8192, show_default=True)
+@click.option("--deep-gemm", type=click.Path(path_type=Path))
+@click.option("--commit", default="")
+def main(
+    models: tuple[str, ...], cards: tuple[str, ...], max_num_batched_tokens: int, deep_gemm: Path | None, commit: str
+) -> None:
+    installation, toolchain = installations.find(deep_gemm), toolchains.find(None, None)
+    run = {"what": "run", "command": "python benchmarks/engines/relaxed.py", "commit": commit, "vllm": VLLM}
+    print(json.dumps(run | {"deep_gemm": installation.version, "max_tokens": max_num_batched_tokens}), flush=True)
+    for path, tp, ep in zip(models[::3], models[1::3], models[2::3], strict=True):
+        config = Config.read(Path(path))
+        for card in cards:
             serving = ENGINES["vllm"](
-                gpu=gpus.find(gpu), version="0.33.0", tp=given.tp, ep=given.ep, max_tokens=given.max_num_batched_tokens
+                gpu=gpus.find(card), version=VLLM, tp=int(tp), ep=int(ep), max_tokens=max_num_batched_tokens
             )
-            text = manifest_text(config, serving, derive(config, serving))
-            manifest = manifests.parse(text.encode())
+            manifest = manifests.parse(manifest_text(config, serving, derive(config, serving)).encode())
             plan = planning.make(manifest, installation, toolchain)
-            lists = [
-                warmed_and_served(op, manifest.ops, serving.max_tokens, serving.dp, serving.gpu.sm_count)
-                for op in manifest.ops
-            ]
-            missed = [kernel for kernel in plan.kernels if not selected(kernel, lists, 0)]
-            names = [kernel.name for kernel in missed]
-            print(
-                json.dumps(
-                    {
-                        "model": model_name(config),
-                        "gpu": gpu,
-                        "tp": given.tp,
-                        "ep": given.ep,
-                        "deep_gemm": installation.version,
-                        "kernels": len(plan.kernels),
-                        "missed": len(missed),
-                        "reached": sum(selected(kernel, lists, 1) for kernel in missed),
-                        "names": {name: names.count(name) for name in sorted(set(names))},
-                    }
-                ),
-                flush=True,
-            )
+            limits = serving.max_tokens, serving.dp, serving.gpu.sm_count
+            lists = (warmed_and_served(op, manifest.ops, *limits) for op in manifest.ops)
+            warmed, served = zip(*lists, strict=True)
+            missed = [kernel for kernel in plan.kernels if not selected(kernel, warmed)]
+            names = collections.Counter(kernel.name for kernel in missed)
+            row = {"model": model_name(config), "gpu": card, "tp": int(tp), "ep": int(ep)}
+            row |= {"kernels": len(plan.kernels), "missed": len(missed)}
+            row |= {
+                "reached": sum(selected(kernel, served) for kernel in missed),
+                "names": dict(sorted(names.items())),
+            }
+            print(json.dumps({"what": "missed"} | row), flush=True)
 
 
 if __name__ == "__main__":
