@@ -310,6 +310,21 @@ def test_quantised_values_are_near_and_their_scales_are_what_the_architecture_ke
     assert (mantissas == 0).all().item() == power_of_two
 
 
+def test_between_two_fp8_values_either_is_right_and_no_other() -> None:
+    torch.manual_seed(1)
+    groups = torch.randn(64, 8, 128).bfloat16().float()
+    scales = groups.abs().amax(-1, keepdim=True) / scaled.FP8_MAX
+    values = groups / scales
+    fast = (groups * torch.nextafter(1 / scales, torch.tensor(math.inf))).to(torch.float8_e4m3fn).float()
+    nearest = values.to(torch.float8_e4m3fn).float()
+    assert (fast != nearest).any(), "one unit of a reciprocal takes some to the other side"
+    assert torch.equal(scaled.as_near(torch, values, fast), fast)
+    beside = (fast.to(torch.float8_e4m3fn).view(torch.uint8) ^ 1).view(torch.float8_e4m3fn)
+    assert torch.equal(scaled.as_near(torch, nearest, beside), nearest), "one step off is wrong"
+    nothing = torch.full_like(values, math.nan).to(torch.float8_e4m3fn)
+    assert torch.equal(scaled.as_near(torch, values, nothing), nearest)
+
+
 @pytest.mark.parametrize("fp4", [False, True])
 @pytest.mark.parametrize("columns", [32, 128])
 def test_packed_scales_stand_for_the_same_values(columns: int, fp4: bool) -> None:

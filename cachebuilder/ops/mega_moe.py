@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import Device, TokenOp
 from cachebuilder.ops.layout import unpacked
-from cachebuilder.ops.scaled import quantise
+from cachebuilder.ops.scaled import as_near, quantise
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Output, Trial, product_nt
 
 
@@ -182,11 +182,8 @@ def pre_dispatch_trial(
     op.function(device.deep_gemm)(
         x, chosen.int(), weights, there.x.view(fp8), there.x_sf, there.topk_idx, there.topk_weights, tokens
     )
-    data, scales = quantise(torch, x.float(), (1, columns), packed, False)
-    if not packed:
-        # SM90's kernel multiplies by the scale's reciprocal, which tells where a BF16 value lies half way between two
-        # FP8 values, as many do; by a power of two it is the same.
-        data = (x.float().unflatten(1, (-1, columns)) * (1 / scales)[..., None]).flatten(1).to(fp8)
+    _, scales = quantise(torch, x.float(), (1, columns), packed, False)
+    nearest = as_near(torch, x.float() / scales.repeat_interleave(columns, 1), there.x.view(fp8)[:tokens])
     rows = torch.arange(len(there.x), device=device.name)[:, None]
     used = rows < tokens
 
@@ -200,7 +197,7 @@ def pre_dispatch_trial(
     nothing, everything = torch.zeros_like(used), torch.ones_like(used)
     return Trial(
         (
-            output("buf_x", there.x.view(fp8).float(), data.float(), 0.0, nothing, TOLERANCE),
+            output("buf_x", there.x.view(fp8).float(), nearest, 0.0, nothing, TOLERANCE),
             # Packed exponents have no NaN to poison them with: a row that is not written keeps zeroes.
             output("buf_x_sf", written, scales, 0.0, everything if packed else nothing, 1e-6),
             output("buf_topk_idx", there.topk_idx.clone(), chosen.float(), -1.0, everything, 0.0),

@@ -121,6 +121,17 @@ def quantise(torch: Any, values: Any, block: tuple[int, int], power_of_two: bool
     return data, scales.view(blocks.shape[0], blocks.shape[2])
 
 
+def as_near(torch: Any, values: Any, written: Any) -> Any:
+    """What a kernel must have ``written`` in FP8 for ``values``, as float32: the nearest, or the other that is as near.
+
+    Of BF16 values over a scale many lie half way between two FP8 values. With nvcc's fast math (``--use_fast_math`` in
+    DeepGEMM's own flags) a scale's reciprocal may be a unit of float32 off, which takes those to either side.
+    """
+    written, nearest = written.float(), values.to(torch.float8_e4m3fn).float()
+    near = (written - values).abs() <= (nearest - values).abs() + 1e-6 * values.abs()
+    return torch.where(near, written, nearest)
+
+
 def _to_fp4(torch: Any, values: Any) -> Any:
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=values.device)
     codes = torch.bucketize(values.abs().contiguous(), middles).to(torch.uint8) | ((values < 0).to(torch.uint8) << 3)
