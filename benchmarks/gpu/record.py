@@ -25,6 +25,7 @@ def summary(report: dict[str, Any], name: str, commit: str) -> dict[str, Any]:
     """What one report says, in short."""
     trials = [trial for replay in report["replays"] for trial in replay["trials"]]
     compared = [trial for trial in trials if trial["relative_error"] is not None]
+    wrong = [trial for trial in trials if trial["problems"]]
     worst = max(compared, key=lambda trial: trial["relative_error"])
     return {
         "name": name,
@@ -40,9 +41,10 @@ def summary(report: dict[str, Any], name: str, commit: str) -> dict[str, Any]:
         "kernels": len({kernel for trial in trials for kernel in trial["kernels"]}),
         "points": len(trials),
         "compared": len(compared),
-        "wrong": sum(bool(trial["problems"]) for trial in trials),
+        "wrong": len(wrong),
+        "problems": [f"{trial['op']} {trial['shape']} at {trial['value']}: {trial['problems']}" for trial in wrong],
         "worst": {key: worst[key] for key in ("op", "shape", "variable", "value", "relative_error", "worst_row_error")},
-        "ops_compared": sorted({trial["op"] for trial in compared if not trial["problems"]}),
+        "ops_compared": sorted({trial["op"] for trial in compared} - {trial["op"] for trial in wrong}),
     }
 
 
