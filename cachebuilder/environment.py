@@ -24,10 +24,12 @@ ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "none")
 #: What cachebuilder itself reads, for the reference page; a test holds it to the code.
 OWN_VARIABLES: dict[str, str] = {
     "CACHEBUILDER_CACHE_DIR": "plans, compiled kernels, scratch folders; else XDG_CACHE_HOME/cachebuilder",
+    "CACHEBUILDER_KEY_PASSPHRASE": "the passphrase of a signing key, where nobody can be asked",
     "CACHEBUILDER_MISS_LOG": "where the frozen nvcc writes a miss; else DIR/cachebuilder/misses.jsonl",
     "CACHEBUILDER_ON_MISS": "the frozen nvcc's answer to a missing kernel: refuse (default), compile, compile-and-warn",
     "CACHEBUILDER_REAL_NVCC": "the nvcc that the compiling policies call; else the first on PATH that is not frozen",
     "CACHEBUILDER_RETRIES": "how often a transfer is tried again; else 5",
+    "CACHEBUILDER_TRUST": "public keys, separated by ':', for every verb that has --trust, where that is not given",
     "CC": "the C compiler that builds the virtual GPU; else the first of cc, gcc, clang",
     "CUDA_DEVICE_ORDER": "with CUDA_VISIBLE_DEVICES: which GPU --device cuda uses",
     "CUDA_HOME": "its bin/nvcc compiles, unless --nvcc names another",

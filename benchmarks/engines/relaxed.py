@@ -4,10 +4,9 @@
         --gpu H200 --gpu B200 --max-num-batched-tokens 8192 --deep-gemm VLLM/third_party/deep_gemm [--commit HASH] \
         > benchmarks/results/relaxed-vllm.jsonl
 
-A kernel is missed where no M of vLLM's list selects it in any layer. The list is ``_generate_optimal_warmup_m_values`` of
-vllm/model_executor/warmup/deep_gemm_warmup.py, 0.32.0 (0.33.0's is the same), written down again here; for experts it is
-brought to padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows. The layout
-that 0.33.0 serves experts with on Hopper and Blackwell, ``use_psum_layout``, is not what its warm-up calls.
+A kernel is missed where no M of vLLM's list (`benchmarks/relaxed_list.py`) selects it in any layer. For experts the list
+is brought to padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows. The
+layout that 0.33.0 serves experts with on Hopper and Blackwell, ``use_psum_layout``, is not what its warm-up calls.
 `check.py` holds vLLM's own functions against the cache; this only counts. `benchmarks/plot.py` makes the docs' table.
 """
 
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.relaxed_list import relaxed
 from cachebuilder import gpus
 from cachebuilder import manifest as manifests
 from cachebuilder import plan as planning
@@ -32,17 +32,6 @@ from cachebuilder.ops.base import ceil_div
 
 ALIGNMENT = 128
 VLLM = "0.33.0"
-
-
-def relaxed(max_tokens: int, n: int, sms: int) -> set[int]:
-    """vLLM's relaxed list of M for a weight of ``n`` rows."""
-    found = {1, 2, 4, *range(8, 65, 8)}
-    for block_m in (64, 128, 256):
-        found |= set(range(block_m, max_tokens + 1, block_m))
-        for block_n in range(16, min(257, n + 1), 16):
-            edges = (wave * sms * block_m // ceil_div(n, block_n) for wave in range(1, 11))
-            found |= {m for m in edges if 1 <= m <= max_tokens}
-    return found
 
 
 def padded_rows(op: OpBase, tokens: Iterable[int]) -> set[int]:
@@ -59,12 +48,12 @@ def warmed_and_served(
     Serving without DeepEP's counts pads for the worst case, so few experts' rows are never a small multiple of 128.
     """
     if op.op == "fp8_gemm_nt":
-        return relaxed(max_tokens, op.n, sms), range(1, op.largest_m + 1)
+        return frozenset(relaxed(max_tokens, op.n, sms)), range(1, op.largest_m + 1)
     if op.op != "m_grouped_fp8_gemm_nt_contiguous":  # the indexer's, which no warm-up calls
         return (), range(1 << 40)
     largest_n = max(other.n for other in ops if other.op == op.op and other.experts == op.experts)
     tokens = dp * max_tokens
-    warmed = set() if op.psum else padded_rows(op, relaxed(tokens, largest_n, sms) | {tokens})
+    warmed = set() if op.psum else padded_rows(op, [*relaxed(tokens, largest_n, sms), tokens])
     return warmed, padded_rows(op, range(1, tokens + 1))
 
 

@@ -1,6 +1,6 @@
 """On the target GPU, side by side: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
 
-    python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--separate] [--commit HASH]
+    PYTHONPATH=. python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--separate] [--commit HASH]
                                     >> benchmarks/results/gpu/warmup.jsonl
 
 For each copy of DeepGEMM and each manifest:
@@ -29,27 +29,18 @@ from typing import Any
 
 import click
 
+from benchmarks.relaxed_list import relaxed
 from cachebuilder import build as building
 from cachebuilder import nvml, sweep
 from cachebuilder.frozen import LOG_VARIABLE
 from cachebuilder.ops import OPS
-from cachebuilder.ops.base import Device, ceil_div
+from cachebuilder.ops.base import Device
 from cachebuilder.sweep.child import _import_deep_gemm
 from cachebuilder.sweep.recorder import recording_compiler
 
 
 def say(what: str, **figures: object) -> None:
     print(json.dumps({"what": what} | figures), flush=True)
-
-
-def relaxed(max_tokens: int, n: int, sm_count: int) -> list[int]:
-    """vLLM's default warm-up list for a dense layer of N columns."""
-    values = {1, 2, 4, *range(8, 65, 8)}
-    for block_m in (64, 128, 256):
-        values.update(range(block_m, max_tokens + 1, block_m))
-        for block_n in range(16, min(257, n + 1), 16):
-            values.update(wave * sm_count * block_m // ceil_div(n, block_n) for wave in range(1, 11))
-    return sorted(value for value in values if 1 <= value <= max_tokens)
 
 
 def child(job: dict[str, Any]) -> None:
