@@ -172,4 +172,7 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
             f"{where}: does not fit into the GPU's memory: {text}",
             hint="end what else runs on the GPU, lower the op's maximum, or take --device virtual",
         )
-    return PlanError(f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}")
+    return PlanError(
+        f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}",
+        hint="copies of DeepGEMM differ in what they take: see docs/entry-points.md, and plan with the copy that serves",
+    )
