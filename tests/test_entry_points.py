@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,12 +100,24 @@ def test_an_op_that_the_arch_lacks_is_refused_with_the_reason(gpu: str, op: str,
         )
 
 
-def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(tmp_path: Path) -> None:
-    text = "name: x\ntarget: {gpu: B200}\nmax_tokens: 8\nops: [{op: mega_mhc, hidden: 1024}]"
-    with pytest.raises(
-        PlanError, match=r"has no mega_mhc \(sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy have it\)"
-    ):
-        make(tmp_path / "m.yaml", text, LEGACY)
+@pytest.mark.parametrize(
+    ("op", "copy", "words"),
+    [
+        ("op: mega_mhc, hidden: 1024", LEGACY, "mega_mhc (found in sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy)"),
+        (
+            "op: fp4_fp4_mega_moe, ranks: 2, experts: 16, topk: 4, hidden: 1024, intermediate: 512",
+            None,
+            "fp4_fp4_mega_moe (found in vLLM 0.33.0's copy)",
+        ),
+    ],
+    ids=["mega_mhc", "fp4_fp4_mega_moe"],
+)
+def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(
+    op: str, copy: Path | None, words: str, tmp_path: Path
+) -> None:
+    text = f"name: x\ntarget: {{gpu: B200}}\nmax_tokens: 8\nops: [{{{op}}}]"
+    with pytest.raises(PlanError, match=f"has no {re.escape(words)}"):
+        make(tmp_path / "m.yaml", text, copy)
 
 
 @pytest.mark.slow

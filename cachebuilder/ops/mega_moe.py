@@ -60,17 +60,19 @@ def sm90_buffer(device: Device, op: MegaMoeOp) -> Any:
     return _without_group(device, op, lambda group: make(group, *_shape(op)))
 
 
-def sm100_buffer(device: Device, op: MegaMoeOp, mma_type: str = "fp8xfp4") -> Any:
-    """The buffer of SM100's kernels, no shared experts.
+def sm100_buffer(device: Device, op: MegaMoeOp, mma_type: str = "fp8xfp4", shared_experts: int = 0) -> Any:
+    """The buffer of SM100's kernels.
 
     Args:
         mma_type: DeepGEMM's word for the types of activations and weights. vLLM 0.33.0's copy has a buffer of its own
             for NVFP4 (``deep_gemm/mega/nvfp4.py``).
+        shared_experts: that every token goes to.
     """
     if mma_type == "nvfp4xnvfp4" and (own := getattr(device.deep_gemm, "NVFP4SymmBuffer", None)):
         return _without_group(device, op, lambda group: own(group, *_shape(op)))
     make = device.deep_gemm.get_symm_buffer_for_mega_moe
-    return _without_group(device, op, lambda group: make(group, *_shape(op), mma_type=mma_type))
+    options = {"num_shared_experts": shared_experts} if shared_experts else {}
+    return _without_group(device, op, lambda group: make(group, *_shape(op), mma_type=mma_type, **options))
 
 
 def packed_weight(device: Device, op: MegaMoeOp, n: int, k: int, columns: int, fp8: bool = False) -> tuple[Any, Any]:
