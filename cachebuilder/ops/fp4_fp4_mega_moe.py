@@ -90,6 +90,7 @@ class Fp4Fp4MegaMoe(Sm100MegaMoeOp):
             options["fast_math"] = self.fast_math
         if self.post_expert_norm:
             options["post_expert_norm_gamma"] = device.empty(self.hidden, dtype="float32")
+            options["post_expert_norm_eps"] = _EPSILON
         x = None
         if self.shared_experts:
             inner = self.shared_experts * self.intermediate
