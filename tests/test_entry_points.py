@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from cachebuilder.ops import OPS
 from cachebuilder.store import CubinStore
 from cachebuilder.sweep import process, virtual_gpu
 from tests import entry_points
-from tests.conftest import LEGACY, MANIFESTS, check_code
+from tests.conftest import LEGACY, MANIFESTS, ROOT, check_code
 from tests.test_plan import make
 
 
@@ -54,6 +56,22 @@ def test_what_was_run_is_an_op() -> None:
     assert {name for names in runs.values() for name in names} <= OPS.keys()
 
 
+def on_virtual_gpu(gpu: str, folder: Path, *arguments: str | Path) -> Any:
+    """What Python, called with ``arguments``, prints last, as JSON; its GPU is virtual, and so is its compiler."""
+    compiler = sweep.recording_compiler(folder, toolchain.find().version_text)
+    environment = os.environ | virtual_gpu.environment(gpus.find(gpu)) | compiler.environment
+    environment |= {
+        "DG_JIT_CACHE_DIR": str(folder / "root"),
+        "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
+        "CUDA_HOME": str(compiler.home),
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 FUNCTIONS = """
 import json, os, sys
 from cachebuilder.ops import OPS, without_op
@@ -66,19 +84,25 @@ os._exit(0)
 
 @pytest.mark.slow
 def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None, tmp_path: Path) -> None:
-    copy = installation.find(deep_gemm)
-    compiler = sweep.recording_compiler(tmp_path, toolchain.find().version_text)
-    environment = os.environ | virtual_gpu.environment(gpus.find("H200")) | compiler.environment
-    environment |= {
-        "DG_JIT_CACHE_DIR": str(tmp_path / "root"),
-        "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
-        "CUDA_HOME": str(compiler.home),
-    }
-    command = [sys.executable, "-c", FUNCTIONS, str(copy.path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    functions, unexplained = json.loads(done.stdout.splitlines()[-1])
+    functions, unexplained = on_virtual_gpu("H200", tmp_path, "-c", FUNCTIONS, installation.find(deep_gemm).path)
     assert len(functions) > 40
     assert unexplained == [], "give each an op, or a reason in ops/without_op.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
+def test_every_ops_trial_runs_through_deepgemms_own_host_code(arch: str, generation: str, tmp_path: Path) -> None:
+    """No kernel runs, so every result is found wrong; what is expected is computed all the same."""
+    copy = installation.find(LEGACY if generation == "legacy" else None)
+    cases = [fields | ({"ranks": 1} if "ranks" in fields else {}) for fields in entry_points.ops(arch, generation)]
+    found = on_virtual_gpu(
+        entry_points.GPUS[arch], tmp_path, "-m", "tests.trials_on_virtual_gpu", copy.path, json.dumps(cases)
+    )
+    for fields, outputs in zip(cases, found, strict=True):
+        assert outputs, f"no reference: {fields}"
+        for output in outputs:
+            assert output["actual"] == output["expected"], fields
+            assert output["finite"] and output["size"] > 0 and output["problem"], fields
 
 
 @pytest.mark.parametrize(
@@ -99,12 +123,24 @@ def test_an_op_that_the_arch_lacks_is_refused_with_the_reason(gpu: str, op: str,
         )
 
 
-def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(tmp_path: Path) -> None:
-    text = "name: x\ntarget: {gpu: B200}\nmax_tokens: 8\nops: [{op: mega_mhc, hidden: 1024}]"
-    with pytest.raises(
-        PlanError, match=r"has no mega_mhc \(sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy have it\)"
-    ):
-        make(tmp_path / "m.yaml", text, LEGACY)
+@pytest.mark.parametrize(
+    ("op", "copy", "words"),
+    [
+        ("op: mega_mhc, hidden: 1024", LEGACY, "mega_mhc (found in sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy)"),
+        (
+            "op: fp4_fp4_mega_moe, ranks: 2, experts: 16, topk: 4, hidden: 1024, intermediate: 512",
+            None,
+            "fp4_fp4_mega_moe (found in vLLM 0.33.0's copy)",
+        ),
+    ],
+    ids=["mega_mhc", "fp4_fp4_mega_moe"],
+)
+def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(
+    op: str, copy: Path | None, words: str, tmp_path: Path
+) -> None:
+    text = f"name: x\ntarget: {{gpu: B200}}\nmax_tokens: 8\nops: [{{{op}}}]"
+    with pytest.raises(PlanError, match=f"has no {re.escape(words)}"):
+        make(tmp_path / "m.yaml", text, copy)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 
 from cachebuilder.ops import OPS, scaled
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.get_paged_mqa_logits_metadata import sm90_schedule
+from cachebuilder.ops.get_paged_mqa_logits_metadata import in_order, sm90_schedule
+from cachebuilder.ops.mega_moe import layer
 from cachebuilder.ops.scaled import quantise
 from cachebuilder.ops.trial import Inputs, Output
 
@@ -187,7 +188,179 @@ def sm90_pre_dispatch(x: Any, chosen: Any, weights: Any, into: Any, sf: Any, ids
     ids[:tokens], ws[:tokens] = chosen, weights
 
 
+def fp4(data: Any) -> Any:
+    """Values of FP4, two to a byte, the even one in the low half."""
+    table = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = data.contiguous().view(torch.uint8).long()
+    return torch.stack((table[codes % 16], table[codes // 16]), -1).flatten(-2)
+
+
+def blocks(data: Any, scales: Any) -> Any:
+    """Values […, K] with packed scales: E4M3 for 16 columns, exponents for more."""
+    found = fp4(data) if data.dtype in (torch.int8, torch.uint8) else data.float()
+    columns = found.shape[-1] // (4 * scales.shape[-1])
+    bytes_ = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    exponents = (bytes_.int() - 127).float().exp2()
+    return found * (bytes_.view(torch.float8_e4m3fn).float() if columns == 16 else exponents).repeat_interleave(
+        columns, -1
+    )
+
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def nearest(value: float) -> float:
+    """The E2M1 nearest to ``value``; of two as near, the one with the even code."""
+    code = min(range(8), key=lambda code: (abs(E2M1[code] - abs(value)), code % 2))
+    return math.copysign(E2M1[code], value)
+
+
+def between(row: Any, kind: str) -> Any:
+    """One token's activations as SM100's kernels keep them, group by group."""
+    if kind == "bf16":
+        return row.bfloat16().float()
+    found = []
+    for group in row.split(16 if kind == "nvfp4" else 32):
+        most = group.abs().max().item()
+        if kind == "nvfp4":
+            scale = torch.tensor(most / 6).to(torch.float8_e4m3fn).float().item()
+        else:
+            scale = 2.0 ** math.ceil(math.log2(most / (448 if kind == "fp8" else 6)))
+        if kind == "fp8":
+            found.append((group / scale).to(torch.float8_e4m3fn).float() * scale)
+        else:
+            found.append(torch.tensor([nearest(value) * scale for value in (group / scale).tolist()]))
+    return torch.cat(found)
+
+
+def half_swiglu(both: Any, limit: float) -> Any:
+    gate, up = both.bfloat16().float().chunk(2)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate / (1 + (-gate).exp()) * up
+
+
+def sm100_layer(kind: str, weigh: str = "activation") -> Any:
+    """One token and one expert at a time, on SM100."""
+
+    def play(
+        y: Any, first: Any, second: Any, there: Any, activation_clamp: float | None = None,
+        shared_l1_weights: Any = None, shared_l2_weights: Any = None, x_bf16: Any = None,
+        post_expert_norm_gamma: Any = None, post_expert_norm_eps: float = 0.0, fast_math: bool = True,
+    ) -> None:  # fmt: skip
+        limit = activation_clamp or math.inf
+        bf16 = kind == "bf16"
+        xs = there.x.float() if bf16 else blocks(there.x, there.x_sf)
+        first, second = (w.float() if bf16 else blocks(*w) for w in (first, second))
+        for token in range(len(y)):
+            total = torch.zeros(y.shape[1])
+            for expert, weight in zip(there.topk_idx[token].tolist(), there.topk_weights[token].tolist(), strict=True):
+                row = half_swiglu(first[expert] @ xs[token], limit) * (weight if weigh == "activation" else 1)
+                out = (second[expert] @ between(row, kind)).bfloat16().float()
+                if post_expert_norm_gamma is not None:
+                    out = out * post_expert_norm_gamma
+                    total += out * weight / ((out * out).mean() + post_expert_norm_eps).sqrt()
+                elif weigh == "rounded":
+                    total += (out * weight).bfloat16()
+                else:
+                    total += out * (weight if weigh == "sum" else 1)
+            if x_bf16 is not None:
+                row = half_swiglu(shared_l1_weights.float() @ x_bf16[token].float(), limit)
+                total += (shared_l2_weights.float() @ row.bfloat16().float()).bfloat16()
+            y[token] = total
+
+    return play
+
+
+def sm100_buffer(
+    group: Any, experts: int, tokens: int, topk: int, hidden: int, inner: int,
+    num_shared_experts: int = 0, mma_type: str = "fp8xfp4",
+) -> Any:  # fmt: skip
+    kind = mma_type.split("x")[0]
+    tokens = -(-tokens // 128) * 128
+    width, dtype = {"bf16": (hidden, torch.bfloat16), "fp8": (hidden, torch.int8)}.get(kind, (hidden // 2, torch.int8))
+    return SimpleNamespace(
+        x=torch.zeros(tokens, width, dtype=dtype).view(torch.float8_e4m3fn if kind == "fp8" else dtype),
+        x_sf=torch.zeros(tokens, hidden // (64 if mma_type in ("fp4xfp4", "nvfp4xnvfp4") else 128), dtype=torch.int32),
+        x_scales=torch.zeros(tokens),
+        topk_idx=torch.zeros(tokens, topk, dtype=torch.int64),
+        topk_weights=torch.zeros(tokens, topk),
+    )
+
+
+def sm100_pre_dispatch(
+    x: Any, chosen: Any, weights: Any, into: Any, sf: Any, ids: Any, ws: Any, tokens: int,
+    mma_type: str = "fp8xfp4", group_size: int = 32, buf_x_scales: Any = None,
+) -> None:  # fmt: skip
+    ids.fill_(-1), ws.fill_(0)
+    ids[:tokens], ws[:tokens] = chosen, weights
+    largest = 448 if mma_type == "fp8xfp4" else 6
+    for token in range(tokens):
+        row = x[token].float()
+        outer = row.abs().max() / 2688 if buf_x_scales is not None else torch.tensor(1.0)
+        if buf_x_scales is not None:
+            buf_x_scales[token] = outer
+        codes, scales = [], []
+        for group in row.split(group_size):
+            most = group.abs().max()
+            if buf_x_scales is not None:
+                byte = (most / (6 * outer)).to(torch.float8_e4m3fn)
+                scales.append(int(byte.view(torch.uint8)))
+                inverse = 1 / (byte.float() * outer)
+            else:
+                exponent = math.ceil(math.log2(most.item() / largest))
+                scales.append(exponent + 127)
+                inverse = torch.tensor(2.0**-exponent)
+            if largest == 448:
+                codes += (group * inverse).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
+            else:
+                signs = [E2M1.index(abs(nearest(v))) + (8 if v < 0 else 0) for v in (group * inverse).tolist()]
+                codes += [low + 16 * high for low, high in zip(signs[::2], signs[1::2], strict=True)]
+        into.view(torch.uint8)[token] = torch.tensor(codes, dtype=torch.uint8)
+        sf.view(torch.uint8)[token] = torch.tensor(scales, dtype=torch.uint8)
+
+
+def gate(
+    x: Any, weight: Any, topk: int, shared: bool, shared_experts: int, factor: float, rank: int,
+    scoring_func: str, bias: Any, out: Any,
+) -> None:  # fmt: skip
+    score = {"sigmoid": lambda v: 1 / (1 + math.exp(-v)), "sqrtsoftplus": lambda v: math.sqrt(math.log1p(math.exp(v)))}
+    for row, logits in enumerate((x.float() @ weight.float().mT).tolist()):
+        scores = [score.get(scoring_func, float)(logit) for logit in logits]
+        order = sorted(range(len(scores)), key=lambda e: -(scores[e] + (0 if bias is None else bias[e].item())))[:topk]
+        total = sum(scores[expert] for expert in order)
+        out[0][row] = torch.tensor(order)
+        out[1][row] = torch.tensor([scores[expert] / total for expert in order])
+
+
+def hyper_connections(
+    x: Any, residual: Any, previous: Any, post: Any, mix: Any, weight: Any, scales: Any, bases: Any,
+    count: int, norm_eps: float, pre_eps: float, post_scale: float, eps: float, iterations: int,
+    gain: Any, y_eps: float, y_scale: float, new: Any, new_prev: Any, new_post: Any, new_mix: Any, y_bf16: Any,
+) -> None:  # fmt: skip
+    """One token at a time."""
+    for token in range(len(x)):
+        rows = torch.einsum("io,ih->oh", mix[token], residual[token].float()) + post[token] * x[token].float()
+        new[token] = rows.bfloat16()
+        rows = new[token].float()
+        mixed = (previous[token, :, 0] @ rows).bfloat16().float()
+        y_bf16[token] = mixed / (mixed.square().mean() + y_eps).sqrt() * y_scale * gain.float()
+        flat = rows.flatten()
+        logits = weight @ flat / (flat.square().mean() + norm_eps).sqrt()
+        logits = logits * torch.cat((scales[0].expand(4), scales[1].expand(4), scales[2].expand(16))) + bases
+        new_prev[token, :, 0] = logits[:4].sigmoid() + pre_eps
+        new_post[token, :, 0] = logits[4:8].sigmoid() * post_scale
+        square = [[math.exp(v) for v in row] for row in logits[8:].view(4, 4).tolist()]
+        square = [[v / sum(row) + eps for v in row] for row in square]
+        for step in range(2 * iterations - 1):
+            square = [list(column) for column in zip(*square, strict=True)]
+            square = [[v / (sum(row) + eps) for v in row] for row in square]
+            if step % 2:
+                assert all(abs(sum(row) - 1) < 1e-3 for row in square)
+        new_mix[token] = torch.tensor(square).mT
+
+
 MOE = {"ranks": 1, "experts": 8, "topk": 2, "hidden": 256, "intermediate": 128, "max_tokens": 64}
+LARGER = MOE | {"hidden": 512, "intermediate": 256}
 PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_gemm_nt accumulating": (
         accumulating,
@@ -209,6 +382,25 @@ PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_mega_moe": (mega_moe, MOE),
     "fp8_mega_moe clamped": (mega_moe, MOE | {"activation_clamp": 7.0}),
     "mega_moe_pre_dispatch_sm90": (sm90_pre_dispatch, MOE),
+    "bf16_mega_moe": (sm100_layer("bf16"), MOE),
+    "bf16_mega_moe clamped": (sm100_layer("bf16"), MOE | {"activation_clamp": 7.0}),
+    "fp8_fp4_mega_moe": (sm100_layer("fp8"), MOE | {"activation_clamp": 10.0}),
+    "fp8_fp4_mega_moe fp8": (sm100_layer("fp8"), MOE | {"mma_type": "fp8xfp8"}),
+    "fp8_fp4_mega_moe fp4": (sm100_layer("fp4"), MOE | {"mma_type": "mxf4xmxf4"}),
+    "nvfp4_mega_moe": (sm100_layer("nvfp4"), MOE),
+    "fp4_fp4_mega_moe": (sm100_layer("nvfp4", "rounded"), LARGER),
+    "fp4_fp4_mega_moe shared": (sm100_layer("nvfp4", "rounded"), LARGER | {"shared_experts": 2}),
+    "fp4_fp4_mega_moe normed": (sm100_layer("nvfp4", "norm"), LARGER | {"post_expert_norm": True, "fast_math": False}),
+    "mega_moe_pre_dispatch": (sm100_pre_dispatch, MOE),
+    "mega_moe_pre_dispatch fp4": (sm100_pre_dispatch, MOE | {"mma_type": "mxf4xmxf4"}),
+    "mega_moe_pre_dispatch nvfp4": (sm100_pre_dispatch, MOE | {"mma_type": "nvfp4xnvfp4"}),
+    "bf16_mega_gate": (gate, {"hidden": 256, "experts": 24, "topk": 4, "max_tokens": 64}),
+    "bf16_mega_gate all": (gate, {"hidden": 256, "experts": 4, "topk": 4, "max_tokens": 64, "scoring": "sigmoid"}),
+    "bf16_mega_gate identity": (
+        gate,
+        {"hidden": 256, "experts": 64, "topk": 6, "max_tokens": 64, "scoring": "identity", "bias": False},
+    ),
+    "mega_mhc": (hyper_connections, {"hidden": 1024, "max_tokens": 64}),
     "fp8_gemm_nt": (dense, {"n": 256, "k": 384, "max_tokens": 64}),
     "bf16_gemm_nt": (dense, {"n": 256, "k": 384, "max_tokens": 64, "out_dtype": "float32"}),
     "m_grouped_fp8_gemm_nt_contiguous": (contiguous, {"experts": 3, "topk": 2, "n": 128, "k": 256, "max_tokens": 400}),
@@ -230,6 +422,8 @@ def device(function: Any) -> Device:
         "get_paged_sparse_mqa_logits_metadata": lambda lengths, table, rows, page, chosen, *_: (table, chosen),
         "get_symm_buffer_for_sm90_mega_moe": mega_buffer,
         "transform_weights_for_mega_moe_sm90": lambda first, second: (first, second),
+        "get_symm_buffer_for_mega_moe": sm100_buffer,
+        "transform_weights_for_mega_moe": lambda first, second: (first, second),
         "get_paged_mqa_logits_metadata": lambda lengths, page, slots: torch.zeros(slots + 1, 2, dtype=torch.int32),
     }
     return Device(torch, SimpleNamespace(**functions), "cpu")  # type: ignore[arg-type]
@@ -256,10 +450,16 @@ def test_equal_seeds_give_equal_inputs(name: str) -> None:
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-#: Those whose output the caller allocates, and that do not add to what it held.
-FILLED = [name for name in PLAYED if "logits" not in name and "k_grouped" not in name and "accumulating" not in name]
+#: Those whose first output the caller allocates and fills with NaN, and that do not add to what it held.
+FILLED = [
+    name
+    for name in PLAYED
+    if not any(
+        word in name for word in ("logits", "k_grouped", "accumulating", "gate", "dispatch fp4", "dispatch nvfp4")
+    )
+]
 #: Of these, the ones with a single output.
-ONE_OUTPUT = [name for name in FILLED if name != "tf32_hc_prenorm_gemm" and "dispatch" not in name]
+ONE_OUTPUT = [name for name in FILLED if name not in ("tf32_hc_prenorm_gemm", "mega_mhc") and "dispatch" not in name]
 
 
 @pytest.mark.parametrize("name", FILLED)
@@ -318,11 +518,11 @@ def test_between_two_fp8_values_either_is_right_and_no_other() -> None:
     fast = (groups * torch.nextafter(1 / scales, torch.tensor(math.inf))).to(torch.float8_e4m3fn).float()
     nearest = values.to(torch.float8_e4m3fn).float()
     assert (fast != nearest).any(), "one unit of a reciprocal takes some to the other side"
-    assert torch.equal(scaled.as_near(torch, values, fast), fast)
-    beside = (fast.to(torch.float8_e4m3fn).view(torch.uint8) ^ 1).view(torch.float8_e4m3fn)
-    assert torch.equal(scaled.as_near(torch, nearest, beside), nearest), "one step off is wrong"
-    nothing = torch.full_like(values, math.nan).to(torch.float8_e4m3fn)
-    assert torch.equal(scaled.as_near(torch, values, nothing), nearest)
+    assert torch.equal(scaled.as_near(torch, values, fast, nearest), fast)
+    beside = (fast.to(torch.float8_e4m3fn).view(torch.uint8) ^ 1).view(torch.float8_e4m3fn).float()
+    assert torch.equal(scaled.as_near(torch, nearest, beside, nearest), nearest), "one step off is wrong"
+    nothing = torch.full_like(values, math.nan)
+    assert torch.equal(scaled.as_near(torch, values, nothing, nearest), nearest)
 
 
 @pytest.mark.parametrize("fp4", [False, True])
@@ -347,6 +547,208 @@ def test_wrong_logits_are_found(name: str) -> None:
     op = OPS[name].model_validate({"op": name} | fields)
     trial = op.trial(device(lambda *a, **b: function(*a, **b) * 1.01), 5, seed=0)
     assert "relative error 1.00e-02" in trial.problems()[0]
+
+
+@pytest.mark.parametrize("weigh", ["sum", "activation"])
+def test_routing_weights_are_where_the_installed_copy_applies_them(weigh: str) -> None:
+    op = OPS["nvfp4_mega_moe"].model_validate({"op": "nvfp4_mega_moe"} | MOE)
+    there = device(sm100_layer("nvfp4", weigh))
+    assert (op.trial(there, 9, 1).problems() == []) == (weigh == "activation"), "sgl-deep-gemm's"
+    there.deep_gemm.NVFP4SymmBuffer = lambda *shape: sm100_buffer(*shape, mma_type="nvfp4xnvfp4")
+    assert (op.trial(there, 9, 1).problems() == []) == (weigh == "sum"), "vLLM 0.33.0's copy's"
+
+
+def test_weights_are_transformed_for_the_activations_kind() -> None:
+    asked = []
+
+    def transform(first: Any, second: Any, activation: str = "swiglu", mma_type: str = "fp8xfp4") -> Any:
+        asked.append(mma_type)
+        return first, second
+
+    for name in ("fp8_fp4_mega_moe", "fp8_fp4_mega_moe fp4", "nvfp4_mega_moe", "bf16_mega_moe"):
+        function, fields = PLAYED[name]
+        there = device(function)
+        there.deep_gemm.transform_weights_for_mega_moe = transform
+        OPS[op_name(name)].model_validate({"op": op_name(name)} | fields).trial(there, 1, 1)
+    assert asked == ["fp8xfp4", "mxf4xmxf4", "nvfp4xnvfp4", "fp8xfp4"]
+
+
+def test_outputs_sent_in_fp8_have_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DG_USE_FP8_COMBINE", "1")
+    op = OPS["bf16_mega_moe"].model_validate({"op": "bf16_mega_moe"} | MOE)
+    with pytest.raises(NotImplementedError, match="DG_USE_FP8_COMBINE"):
+        op.trial(device(sm100_layer("bf16")), 1, 1)
+
+
+def test_a_value_between_two_of_fp4_goes_to_the_even_code() -> None:
+    middles = torch.tensor([[0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, -0.25, -0.75, -5.0, -9.0]])
+    found = scaled.from_fp4(torch, scaled.to_fp4(torch, middles))
+    assert found.tolist() == [[0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, 0.0, -1.0, -4.0, -6.0]]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("fp8", 0.04), ("fp4", 0.2), ("nvfp4", 0.12)])
+def test_requantised_values_are_near_and_stay_as_they_are(kind: str, most: float) -> None:
+    values = torch.randn(40, 256)
+    options = {"columns": 16 if kind == "nvfp4" else 32, "fp4": kind != "fp8", "nvfp4": kind == "nvfp4"}
+    found = scaled.requantised(torch, values, **options)
+    assert ((found - values).norm() / values.norm()).item() < most
+    if kind != "nvfp4":  # where the largest of 16 is rounded down, its scale is another one the next time
+        assert torch.equal(scaled.requantised(torch, found, **options), found)
+
+
+def test_nvfp4_operands_are_what_their_bytes_say() -> None:
+    there = device(dense)
+    made = scaled.random(there, Inputs(there, 1), (2, 128, 256), (1, 16), True, True, nvfp4=True, deviation=3.0)
+    data, scales = made.pair()
+    assert data.shape == (2, 128, 128) and scales.shape == (2, 128, 4) and scales.stride()[-2:] == (1, 128)
+    assert torch.equal(made.values(torch), blocks(data, scales))
+    assert made.values(torch).std().item() == pytest.approx(3.0, rel=0.02)
+
+
+def test_a_layer_of_one_expert_is_a_dense_network() -> None:
+    op = OPS["bf16_mega_moe"].model_validate({"op": "bf16_mega_moe"} | MOE | {"experts": 1, "topk": 1})
+    x, first, second = torch.randn(5, 256), torch.randn(256, 256) / 16, torch.randn(256, 128) / 11
+    chosen, ones = torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    gate_and_up = x @ first.mT
+    dense_network = (torch.nn.functional.silu(gate_and_up[:, :128]) * gate_and_up[:, 128:]) @ second.mT
+    found = layer(torch, op, x, chosen, ones, lambda _: first, lambda _: second, lambda a: a)
+    assert torch.allclose(found, dense_network, rtol=1e-2, atol=1e-3)
+    halves = layer(torch, op, x, chosen, ones / 2, lambda _: first, lambda _: second, lambda a: a)
+    assert torch.allclose(halves, dense_network / 2, rtol=1e-2, atol=1e-3)
+
+
+def in_bf16(heads: int) -> Any:
+    """Logits as SM100's kernels sum them up with BF16 weights, four sums at a time."""
+
+    def play(
+        q: Any, kv: Any, weights: Any, starts: Any, ends: Any, clean_logits: bool, logits_dtype: Any, max_seqlen_k: int
+    ) -> Any:
+        products = torch.einsum("shd,td->sth", mx(q), mx(kv)).relu().bfloat16().double()
+        sums = torch.zeros(*products.shape[:2], 4, dtype=torch.double)
+        for head in range(0, heads, 4):
+            step = products[..., head : head + 4] * weights[:, None, head : head + 4].double()
+            sums = (sums + step).bfloat16().double()
+        pairs = (sums[..., :2] + sums[..., 2:]).bfloat16().double()
+        return pairs.sum(-1).bfloat16()
+
+    return play
+
+
+@pytest.mark.parametrize("heads", [8, 64])
+def test_sums_in_bf16_are_right(heads: int) -> None:
+    fields = {"heads": heads, "scales": "mx", "weights": "bfloat16", "logits": "bfloat16", "max_tokens": 64}
+    op = OPS["fp8_fp4_mqa_logits"].model_validate({"op": "fp8_fp4_mqa_logits"} | fields)
+    trials = [op.trial(device(in_bf16(heads)), rows, seed) for seed, rows in enumerate([1] * 20 + [64])]
+    assert [trial.problems() for trial in trials] == [[]] * len(trials)
+    assert max(trial.relative_error() for trial in trials) > 3e-3, "near enough to the bound to matter"
+
+
+def sparse_schedule(places: list[list[int]], per: int, sms: int, together: int = 2) -> list[list[int]]:
+    """A schedule as DeepGEMM's kernel makes one, in words: of ``together`` rows at a time the blocks, merged."""
+    splits, ranges = [], []
+    for row in range(0, len(places), together):
+        both = places[row : row + together] + [[]] * (2 - len(places[row : row + together]))
+        merged = sorted(set(both[0]) | set(both[1]))
+        ranges.append((len(splits), row, len(places[row : row + together])))
+        for begin in range(0, len(merged), per):
+            some = merged[begin : begin + per]
+            bases = [sum(place < some[0] for place in mine) for mine in both]
+            infos = []
+            for place in some:
+                slots = [m.index(place) - base if place in m else 0xFFFF for m, base in zip(both, bases, strict=True)]
+                infos += [place, slots[0] | slots[1] << 16]
+            splits.append([row, len(some), *bases, *infos, *[0, 0xFFFFFFFF] * (per - len(some))])
+    ends = [begin for begin, _, _ in ranges[1:]] + [len(splits)]
+    entries = [[begin, end, row, count] for (begin, row, count), end in zip(ranges, ends, strict=True)]
+    waves = -(-len(entries) // sms)
+    entries += [[0, 0, 0, 0]] * (waves * sms - len(entries))
+    return [[len(splits), waves, 0, 0], *splits, *entries]
+
+
+def as_bytes(schedule: list[list[int]]) -> Any:
+    return torch.tensor([word for part in schedule for word in part]).to(torch.uint32).view(torch.uint8)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize(("block", "unaligned"), [(8, False), (16, True)])
+def test_a_sparse_schedule_is_right_if_it_leads_to_every_block_once(rows: int, block: int, unaligned: bool) -> None:
+    name = "get_sparse_mqa_logits_metadata"
+    fields = {"block": block, "blocks": 48, "max_tokens": 16} | ({"unaligned": True} if unaligned else {})
+    op = OPS[name].model_validate({"op": name} | fields)
+    change: Any = lambda schedule: None  # noqa: E731
+
+    def make(starts: Any, ends: Any, keys: int, chosen: Any, kind: Any, size: int, use_unaligned_ks: bool) -> Any:
+        counts = [min(48, -(-int(length) // size)) for length in ends - starts]
+        places = [
+            [number * size + int(start) % size for number in row[:count]]
+            for row, start, count in zip(chosen.tolist(), starts, counts, strict=True)
+        ]
+        schedule = sparse_schedule(places, 512 // size, 132)
+        change(schedule)
+        return as_bytes(schedule)
+
+    there = device(dense)
+    there.deep_gemm.get_sparse_mqa_logits_metadata = make
+    assert op.trial(there, rows, seed=rows).problems() == []
+
+    def another_place(schedule: Any) -> None:
+        schedule[1][4] += 1
+
+    def another_slot(schedule: Any) -> None:
+        schedule[1][5] += 1
+
+    def not_visited(schedule: Any) -> None:
+        schedule[1 + schedule[0][0]][1] -= 1
+
+    def no_schedule(schedule: Any) -> None:
+        schedule[0][0] = 1 << 30
+
+    for change in (another_place, another_slot, not_visited, no_schedule):
+        assert op.trial(there, rows, seed=rows).problems() != [], change.__name__
+
+
+@pytest.mark.parametrize("format", [None, "fp4"])
+def test_a_paged_sparse_schedule_is_held_to_its_pages(format: str | None) -> None:
+    name = "get_paged_sparse_mqa_logits_metadata"
+    fields = {"block": 16, "blocks": 64, "max_batch": 16, "page_size": 32} | ({"format": format} if format else {})
+    op = OPS[name].model_validate({"op": name} | fields)
+    there = device(dense)
+    wrong = 0
+
+    def make(lengths: Any, table: Any, rows: Any, page: int, chosen: Any, kind: Any, size: int) -> Any:
+        places = [
+            [int(table[row, number // 2]) * 2 + number % 2 + wrong for number in chosen[row, : -(-int(length) // 16)]]
+            for row, length in enumerate(lengths)
+        ]
+        return as_bytes(unsorted_schedule(places, (640 if format else 512) // size))
+
+    there.deep_gemm.get_paged_sparse_mqa_logits_metadata = make
+    assert op.trial(there, 7, seed=1).problems() == []
+    wrong = 1
+    assert op.trial(there, 7, seed=1).problems() != []
+
+
+def unsorted_schedule(places: list[list[int]], per: int) -> list[list[int]]:
+    """The same of single rows, whose places in the pages have no order."""
+    splits, entries = [], []
+    for row, mine in enumerate(places):
+        entries.append([len(splits), len(splits) + -(-len(mine) // per), row, 1])
+        for base in range(0, len(mine), per):
+            infos = [word for slot, at in enumerate(mine[base : base + per]) for word in (at, slot | 0xFFFF0000)]
+            splits.append([row, len(infos) // 2, base, 0xFFFFFFFF, *infos, *[0, 0xFFFFFFFF] * (per - len(infos) // 2)])
+    entries += [[0, 0, 0, 0]] * (132 - len(entries))
+    return [[len(splits), 1, 0, 0], *splits, *entries]
+
+
+@pytest.mark.parametrize("next_n", [1, 3])
+def test_sm100s_schedule_is_right_if_sms_follow_one_another(next_n: int) -> None:
+    lengths = torch.tensor([300, 700, 100], dtype=torch.int32)
+    right = torch.tensor([[0, 0], [0, 1], [next_n, 0], [next_n, 2], [2 * next_n, 0], [3 * next_n, 0]])
+    assert in_order(torch, right, lengths, next_n).flatten().tolist() == [1.0] * 6
+    for at, (row, split) in ((0, (0, 1)), (2, (0, 0)), (3, (next_n, 3)), (5, (2 * next_n, 0)), (4, (4 * next_n, 0))):
+        wrong = right.clone()
+        wrong[at] = torch.tensor([row, split])
+        assert in_order(torch, wrong, lengths, next_n).flatten().tolist() != [1.0] * 6
 
 
 @pytest.mark.parametrize("batch", [1, 33, 500])

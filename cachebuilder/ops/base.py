@@ -106,7 +106,7 @@ class OpBase(BaseModel):
         for name in names:
             if function := getattr(deep_gemm, name, None):
                 return cast("Callable[..., Any]", function)
-        raise LookupError(" or ".join(names) + (f" ({self.found_in} have it)" if self.found_in else ""))
+        raise LookupError(" or ".join(names) + (f" (found in {self.found_in})" if self.found_in else ""))
 
     def unsupported(self, major: int) -> str | None:
         """Why no DeepGEMM has this op on a GPU of major compute capability ``major``; None where one has."""

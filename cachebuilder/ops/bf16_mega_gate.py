@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cachebuilder.ops.base import Bf16K, Device, Experts, TokenOp
+from cachebuilder.ops.trial import GUARD_ROWS, Inputs, Output, Trial, dense_output, product_nt
+
+#: Scores that differ by less may change places: a router's product is summed in another order here.
+_NEAR = 1e-4
 
 
 class Bf16MegaGate(TokenOp):
@@ -38,3 +43,50 @@ class Bf16MegaGate(TokenOp):
             function(x[:m], weight, self.topk, False, 0, 1.0, 0, scoring_func=self.scoring, bias=bias, out=out)
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """M = ``value``: the experts of the best scores, the smaller number first of equal ones, and their shares.
+
+        As ``impls/sm100_bf16_mega_gate.cuh`` and ``epilogue/sm100_mega_gate.cuh`` of sgl-deep-gemm 0.2.3.post2 have it:
+        experts are chosen by score and bias, and an expert's weight is its score's share of those of all that are
+        chosen, without the bias. Rows in which two of the scores to choose from are near each other say nothing.
+
+        Raises:
+            NotImplementedError: softmax, which no copy's kernel has.
+        """
+        if self.scoring == "softmax":
+            raise NotImplementedError("no reference for softmax")
+        torch, inputs = device.torch, Inputs(device, seed)
+        x = inputs.normal(value, self.hidden)
+        weight = (inputs.normal(self.experts, self.hidden, dtype="float32") * self.hidden**-0.5).bfloat16()
+        bias = inputs.normal(self.experts, dtype="float32") / 4 if self.bias else None
+        weights, buffer = inputs.output(value, self.topk, dtype="float32")
+        chosen = device.empty(value + GUARD_ROWS, self.topk, dtype="int64").fill_(-1)
+        self.function(device.deep_gemm)(
+            x, weight, self.topk, False, 0, 1.0, 0,
+            scoring_func=self.scoring, bias=bias, out=(chosen[:value], weights),
+        )  # fmt: skip
+        scores = self.scores(torch, product_nt(torch, x, weight))
+        best, experts = (scores if bias is None else scores + bias).topk(min(self.topk + 1, self.experts), -1)
+        apart = (best.diff(dim=-1).abs() > _NEAR).all(-1, keepdim=True)
+        shares = scores.gather(1, experts[:, : self.topk])
+        shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+        found = _with_guard(torch, experts[:, : self.topk].float(), -1.0)
+        known = _with_guard(torch, apart.expand(-1, self.topk), True)
+        rest = dense_output(torch, "topk_weights", buffer, shares)
+        return Trial(
+            (
+                Output("topk_idx", chosen, found, known, torch.zeros_like(known), tolerance=0.0),
+                replace(rest, written=rest.written & known),
+            )
+        )
+
+    def scores(self, torch: Any, logits: Any) -> Any:
+        """An expert's score of its logit."""
+        if self.scoring == "sigmoid":
+            return torch.sigmoid(logits)
+        return logits if self.scoring == "identity" else torch.nn.functional.softplus(logits).sqrt()
+
+
+def _with_guard(torch: Any, rows: Any, behind: Any) -> Any:
+    return torch.cat((rows, rows.new_full((GUARD_ROWS, rows.shape[1]), behind)))

@@ -5,18 +5,16 @@ SM100.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import MegaMoeOp, packed_weight, sm100_buffer
+from cachebuilder.ops.mega_moe import Kind, Sm100MegaMoeOp, packed_weight, sm100_buffer
 
 
-class Fp8Fp4MegaMoe(MegaMoeOp):
+class Fp8Fp4MegaMoe(Sm100MegaMoeOp):
     """Expert weights in FP4 with packed 1 × 32 scales, as SGLang 0.5.23 ``layers/moe/mega_moe.py`` calls it."""
-
-    majors = (10,)
 
     op: Literal["fp8_fp4_mega_moe"]
     mma_type: Annotated[
@@ -27,9 +25,17 @@ class Fp8Fp4MegaMoe(MegaMoeOp):
         ),
     ] = None
 
+    def kinds(self) -> tuple[Kind, Kind]:
+        """As ``mma_type`` says."""
+        return ("fp4" if self.mma_type == "mxf4xmxf4" else "fp8"), ("fp8" if self.mma_type == "fp8xfp8" else "fp4")
+
+    def buffer(self, device: Device) -> Any:
+        """The buffer for these kinds."""
+        return sm100_buffer(device, self, self.mma_type or "fp8xfp4")
+
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The buffer, this rank's weights, and an output for the most tokens."""
-        there = sm100_buffer(device, self, self.mma_type or "fp8xfp4")
+        there = self.buffer(device)
         fp8 = self.mma_type == "fp8xfp8"
         first = packed_weight(device, self, 2 * self.intermediate, self.hidden, 32, fp8)
         second = packed_weight(device, self, self.hidden, self.intermediate, 32, fp8)

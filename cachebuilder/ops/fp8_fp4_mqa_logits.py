@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.attention import KEYS, MqaOp, accepts, expected_logits, logits_output
+from cachebuilder.ops.attention import FEWEST_KEYS, KEYS, MqaOp, accepts, expected_logits, logits_output
 from cachebuilder.ops.base import Device, TokenOp
 from cachebuilder.ops.trial import Inputs, Trial
 
@@ -57,7 +57,7 @@ class Fp8Fp4MqaLogits(MqaOp, TokenOp):
         q = self.operand(device, inputs, True, value, self.heads)
         kv = self.operand(device, inputs, False, KEYS)
         weights = inputs.normal(value, self.heads, dtype=self.weights or "float32")
-        starts = torch.tensor(inputs.integers(0, KEYS // 2, value), dtype=torch.int32, device=device.name)
+        starts = torch.tensor(inputs.integers(0, KEYS // 2 - FEWEST_KEYS, value), dtype=torch.int32, device=device.name)
         ends = torch.tensor(inputs.integers(KEYS // 2 + 1, KEYS, value), dtype=torch.int32, device=device.name)
         function = self.function(device.deep_gemm)
         options = self.call_options(device, function, KEYS)
@@ -70,4 +70,4 @@ class Fp8Fp4MqaLogits(MqaOp, TokenOp):
             expected, valid = expected.gather(1, source), position < (ends - starts)[:, None]
         else:
             valid = (position >= starts[:, None]) & (position < ends[:, None])
-        return Trial((logits_output(device, logits[:, :KEYS], expected, valid),))
+        return Trial((logits_output(device, logits[:, :KEYS], expected, valid, bool(self.weights)),))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.attention import (
+    FEWEST_KEYS,
     KEYS,
     Batch,
     MqaOp,
@@ -81,7 +82,8 @@ class Fp8Fp4PagedMqaLogits(MqaOp):
         keys = self.operand(device, inputs, False, 4 * KEYS)
         weights = inputs.normal(rows, self.heads, dtype=self.weights or "float32")
         table = torch.tensor(inputs.integers(0, 4 * pages - 1, value * pages), dtype=torch.int32).view(value, pages)
-        lengths = torch.tensor(inputs.integers(self.next_n, KEYS, value), dtype=torch.int32)[:, None]
+        fewest = self.next_n + FEWEST_KEYS if self.weights else self.next_n
+        lengths = torch.tensor(inputs.integers(fewest, KEYS, value), dtype=torch.int32)[:, None]
         lengths = (lengths - self.next_n + 1 + torch.arange(self.next_n, dtype=torch.int32)).contiguous()
         table, lengths = table.to(device.name), lengths.to(device.name)
         schedule = paged_schedule(device, lengths, self.page_size, self.varlen)
@@ -101,4 +103,4 @@ class Fp8Fp4PagedMqaLogits(MqaOp):
             ]
         )
         valid = torch.arange(KEYS, device=device.name)[None] < lengths.view(rows, 1)
-        return Trial((logits_output(device, logits, expected, valid),))
+        return Trial((logits_output(device, logits, expected, valid, bool(self.weights)),))

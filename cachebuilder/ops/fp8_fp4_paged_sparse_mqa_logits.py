@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from cachebuilder.ops.attention import KEYS, Batch
+from cachebuilder.ops.attention import FEWEST_KEYS, KEYS, Batch
 from cachebuilder.ops.base import Device
 from cachebuilder.ops.sparse_attention import HEAD_DIM, HeadsOp, PagedOp
 from cachebuilder.ops.trial import Inputs, Trial
@@ -41,14 +41,16 @@ class Fp8Fp4PagedSparseMqaLogits(HeadsOp, PagedOp):
         return call
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """``value`` sequences of up to 1024 keys in shuffled pages, at random blocks."""
+        """``value`` sequences of 64 keys and more in shuffled pages, at random blocks."""
         torch, inputs, pages = device.torch, Inputs(device, seed), KEYS // self.page_size
         q = self.operand(device, inputs, value, 1, self.heads)
         cache, keys = self.cache(device, inputs, 4 * pages)
         weights = inputs.normal(value, self.heads)
         numbers = inputs.integers(0, 4 * pages - 1, value * pages)
         table = torch.tensor(numbers, dtype=torch.int32, device=device.name).view(value, pages)
-        lengths = torch.tensor(inputs.integers(1, KEYS, value), dtype=torch.int32, device=device.name)
+        lengths = torch.tensor(
+            inputs.integers(FEWEST_KEYS, self.most_keys, value), dtype=torch.int32, device=device.name
+        )
         chosen = self.chosen(device, inputs, value)
         schedule = self.schedule(device, lengths, table, chosen)
         logits = self.function(device.deep_gemm)(q.pair, cache, weights, schedule, self.blocks, self.block)

@@ -8,6 +8,7 @@ from typing import Literal
 from cachebuilder.ops.attention import KEYS, Batch
 from cachebuilder.ops.base import Device
 from cachebuilder.ops.sparse_attention import PagedOp
+from cachebuilder.ops.trial import Inputs, Trial
 
 
 class GetPagedSparseMqaLogitsMetadata(PagedOp):
@@ -32,3 +33,15 @@ class GetPagedSparseMqaLogitsMetadata(PagedOp):
             self.schedule(device, lengths[:batch], table[:batch], chosen[:batch])
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``value`` sequences with random pages and blocks; a block's place counts blocks, page after page."""
+        torch, inputs, pages = device.torch, Inputs(device, seed), KEYS // self.page_size
+        numbers = inputs.integers(0, 4 * pages - 1, value * pages)
+        table = torch.tensor(numbers, dtype=torch.int32, device=device.name).view(value, pages)
+        lengths = torch.tensor(inputs.integers(1, self.most_keys, value), dtype=torch.int32, device=device.name)
+        chosen = self.chosen(device, inputs, value)
+        schedule = self.schedule(device, lengths, table, chosen)
+        per_page = self.page_size // self.block
+        places = table.gather(1, chosen.long() // per_page) * per_page + chosen % per_page
+        return self.schedule_trial(device, schedule, places, lengths)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from cachebuilder.ops.base import Device, TokenOp
 from cachebuilder.ops.sparse_attention import RowsOp
+from cachebuilder.ops.trial import Inputs, Trial
 
 
 class GetSparseMqaLogitsMetadata(RowsOp, TokenOp):
@@ -25,3 +26,12 @@ class GetSparseMqaLogitsMetadata(RowsOp, TokenOp):
             self.schedule(device, starts[:m], ends[:m], chosen[:m])
 
         return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``value`` rows with random blocks."""
+        inputs = Inputs(device, seed)
+        starts, ends = self.bounds(device, inputs, value)
+        chosen = self.chosen(device, inputs, value)
+        schedule = self.schedule(device, starts, ends, chosen)
+        first_keys = self.position(device, chosen, starts)[:, :: self.block]
+        return self.schedule_trial(device, schedule, first_keys, ends - starts)

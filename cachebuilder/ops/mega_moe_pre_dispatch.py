@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import MegaMoeOp, pre_dispatch, pre_dispatch_trial, sm100_buffer
+from cachebuilder.ops.mega_moe import (
+    MegaMoeOp,
+    fp4_pre_dispatch_trial,
+    pre_dispatch,
+    pre_dispatch_trial,
+    sm100_buffer,
+)
 from cachebuilder.ops.trial import Trial
 
 
@@ -34,11 +40,8 @@ class MegaMoePreDispatch(MegaMoeOp):
         return pre_dispatch(device, self, there, **options)
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """``value`` tokens; FP8 with a packed UE8M0 scale for each 1 × 32.
-
-        Raises:
-            NotImplementedError: FP4 activations.
-        """
+        """``value`` tokens; FP8 with a packed UE8M0 scale for each 1 × 32, or FP4."""
+        there = sm100_buffer(device, self, self.mma_type or "fp8xfp4")
         if self.mma_type:
-            raise NotImplementedError("no reference for FP4 activations")
-        return pre_dispatch_trial(device, self, sm100_buffer(device, self), value, seed, 32, packed=True)
+            return fp4_pre_dispatch_trial(device, self, there, value, seed, self.mma_type == "nvfp4xnvfp4")
+        return pre_dispatch_trial(device, self, there, value, seed, 32, packed=True)

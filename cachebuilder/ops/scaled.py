@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -37,6 +37,7 @@ class Scaled:
         rows, columns: the block one scale covers.
         packed: four UE8M0 exponents to an int32, as SM100's kernels read them (DeepGEMM 2.6.1,
             ``csrc/jit_kernels/impls/smxx_layout.hpp``).
+        nvfp4: the four are E4M3 values.
 
     """
 
@@ -45,6 +46,7 @@ class Scaled:
     rows: int
     columns: int
     packed: bool
+    nvfp4: bool = False
 
     def pair(self, head: int | None = None) -> tuple[Any, Any]:
         """Data and scales as DeepGEMM takes them; of the first ``head`` rows only, as if allocated for these."""
@@ -67,9 +69,9 @@ class Scaled:
         data, scales = self.pair()
         data, scales = data[index] if index else data, scales[index] if index else scales
         if self.packed:
-            scales = unpack(torch, scales)
+            scales = unpack(torch, scales, self.nvfp4)
         if data.dtype == torch.int8:
-            data = _from_fp4(torch, data)
+            data = from_fp4(torch, data)
         mn, k = data.shape[-2:]
         scales = scales.repeat_interleave(self.rows, -2)[..., :mn, :].repeat_interleave(self.columns, -1)[..., :k]
         return data.float() * scales
@@ -88,26 +90,40 @@ def empty(device: Device, shape: tuple[int, ...], block: tuple[int, int], packed
 
 
 def random(
-    device: Device, inputs: Inputs, shape: tuple[int, ...], block: tuple[int, int], packed: bool, fp4: bool = False
+    device: Device,
+    inputs: Inputs,
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    packed: bool,
+    fp4: bool = False,
+    nvfp4: bool = False,
+    deviation: float = 1.0,
 ) -> Scaled:
-    """An operand of standard normal values, quantised."""
+    """An operand of normal values, quantised.
+
+    Args:
+        nvfp4: scales are E4M3, packed; ``fp4`` and a block of 1 × 16 go with it.
+        deviation: of the values, from 0.
+    """
     torch = device.torch
-    operand = empty(device, shape, block, packed, fp4)
+    operand = replace(empty(device, shape, block, packed, fp4), nvfp4=nvfp4)
     mn, k = shape[-2:]
     data, scales = operand.data.view(-1, *operand.data.shape[-2:]), operand.scales.view(-1, *operand.scales.shape[-2:])
-    power_of_two = packed or device.power_of_two_scales
+    power_of_two = (packed or device.power_of_two_scales) and not nvfp4
     for index in range(len(data)):  # one matrix at a time: float32 copies of all experts would not fit
-        values = inputs.normal(mn, k, dtype="float32")
-        data[index], one = quantise(torch, values, block, power_of_two, fp4)
-        scales[index] = _pack(torch, one, operand.scales.shape[-1]) if packed else one
+        values = inputs.normal(mn, k, dtype="float32") * deviation
+        data[index], one = quantise(torch, values, block, power_of_two, fp4, nvfp4)
+        scales[index] = _pack(torch, one, operand.scales.shape[-1], nvfp4) if packed else one
     return operand
 
 
-def quantise(torch: Any, values: Any, block: tuple[int, int], power_of_two: bool, fp4: bool) -> tuple[Any, Any]:
+def quantise(
+    torch: Any, values: Any, block: tuple[int, int], power_of_two: bool, fp4: bool, nvfp4: bool = False
+) -> tuple[Any, Any]:
     """Data and float32 scales of ``values`` [MN, K]: each block's largest magnitude is the format's largest value.
 
     As DeepGEMM 2.6.1 ``deep_gemm/utils/math.py`` does it; scales rounded up to a power of two where only the exponent
-    is kept.
+    is kept. NVFP4's are rounded to E4M3, as vLLM 0.33.0's copy does it (``deep_gemm/utils/nvfp4.py``).
     """
     (mn, k), (rows, columns) = values.shape, block
     padded = values.new_zeros(round_up(mn, rows), round_up(k, columns))
@@ -116,46 +132,68 @@ def quantise(torch: Any, values: Any, block: tuple[int, int], power_of_two: bool
     scales = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-4) / (E2M1[-1] if fp4 else FP8_MAX)
     if power_of_two:
         scales = scales.log2().ceil().exp2()
+    if nvfp4:
+        scales = scales.clamp(2**-9, FP8_MAX).to(torch.float8_e4m3fn).float()
     scaled = (blocks / scales).view_as(padded)[:mn, :k]
-    data = _to_fp4(torch, scaled) if fp4 else scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
+    data = to_fp4(torch, scaled) if fp4 else scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).contiguous()
     return data, scales.view(blocks.shape[0], blocks.shape[2])
 
 
-def as_near(torch: Any, values: Any, written: Any) -> Any:
-    """What a kernel must have ``written`` in FP8 for ``values``, as float32: the nearest, or the other that is as near.
+def as_near(torch: Any, values: Any, written: Any, nearest: Any) -> Any:
+    """What a kernel must have ``written`` for ``values``: the ``nearest`` of its format, or another that is as near.
 
-    Of BF16 values over a scale many lie half way between two FP8 values. With nvcc's fast math (``--use_fast_math`` in
-    DeepGEMM's own flags) a scale's reciprocal may be a unit of float32 off, which takes those to either side.
+    Of BF16 values over a scale many lie half way between two FP8 or FP4 values. With nvcc's fast math
+    (``--use_fast_math`` in DeepJIT's flags) a scale's reciprocal may be a unit of float32 off, which takes those to
+    either side.
+
+    Args:
+        values: float32, over their scales, as are the two others.
     """
-    written, nearest = written.float(), values.to(torch.float8_e4m3fn).float()
     near = (written - values).abs() <= (nearest - values).abs() + 1e-6 * values.abs()
     return torch.where(near, written, nearest)
 
 
-def _to_fp4(torch: Any, values: Any) -> Any:
+def requantised(torch: Any, values: Any, columns: int, fp4: bool = False, nvfp4: bool = False) -> Any:
+    """float32 ``values`` [rows, K] quantised and back; a scale for each 1 × ``columns``, a power of two or NVFP4's."""
+    data, scales = quantise(torch, values, (1, columns), not nvfp4, fp4, nvfp4)
+    return (from_fp4(torch, data) if fp4 else data.float()) * scales.repeat_interleave(columns, -1)
+
+
+def to_fp4(torch: Any, values: Any) -> Any:
+    """The nearest FP4 of ``values`` [MN, K], two to a byte; what is beyond the largest becomes the largest."""
     middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)], device=values.device)
+    # A middle belongs to the code below it where that is even, else to the one above: PTX ``cvt.rn``.
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros_like(middles[1::2]))
     codes = torch.bucketize(values.abs().contiguous(), middles).to(torch.uint8) | ((values < 0).to(torch.uint8) << 3)
     return (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(torch.int8)
 
 
-def _from_fp4(torch: Any, data: Any) -> Any:
+def from_fp4(torch: Any, data: Any) -> Any:
+    """float32 values of FP4 data, two to a byte."""
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=data.device)
     codes = data.view(torch.uint8).int()
     return table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()]
 
 
-def _pack(torch: Any, scales: Any, aligned: int) -> Any:
-    """float32 powers of two [MN, blocks] as int32 [⌈blocks/4⌉, ``aligned``]: the exponents, lowest byte first."""
+def _pack(torch: Any, scales: Any, aligned: int, nvfp4: bool) -> Any:
+    """float32 scales [MN, blocks] as int32 [⌈blocks/4⌉, ``aligned``], lowest byte first: powers of two as exponents,
+    NVFP4's as E4M3.
+    """
     mn, blocks = scales.shape
-    exponents = torch.zeros(aligned, round_up(blocks, 4), dtype=torch.uint8, device=scales.device)
-    exponents[:mn, :blocks] = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
-    return exponents.view(torch.int32).mT
+    packed = torch.zeros(aligned, round_up(blocks, 4), dtype=torch.uint8, device=scales.device)
+    if nvfp4:
+        packed[:mn, :blocks] = scales.to(torch.float8_e4m3fn).view(torch.uint8)
+    else:
+        packed[:mn, :blocks] = (scales.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+    return packed.view(torch.int32).mT
 
 
-def unpack(torch: Any, scales: Any) -> Any:
-    """float32 values of UE8M0 exponents, four to an int32."""
-    exponents = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).to(torch.int32)
-    return (exponents << 23).view(torch.float32)
+def unpack(torch: Any, scales: Any, nvfp4: bool = False) -> Any:
+    """float32 values of UE8M0 exponents, four to an int32; of E4M3 values for ``nvfp4``."""
+    packed = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if nvfp4:
+        return packed.view(torch.float8_e4m3fn).float()
+    return (packed.to(torch.int32) << 23).view(torch.float32)
 
 
 class ScaledOp(OpBase):

@@ -7,13 +7,14 @@ kernels are taken depends on the formats, the blocks and the page, never on the 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from cachebuilder.ops.attention import KEYS, Operand, expected_logits, logits_output, scaled_operand
 from cachebuilder.ops.base import Device, OpBase
-from cachebuilder.ops.trial import Inputs, Trial
+from cachebuilder.ops.trial import Inputs, Output, Trial
 
 HEAD_DIM = 128
 #: The stride of a cache page, bytes: vLLM 0.33.0's copy asserts a multiple of 256, sgl-deep-gemm 0.2.3.post2 one of 512
@@ -39,16 +40,85 @@ class SparseOp(OpBase):
         """Torch's type for the elements of Q and K."""
         return torch.int8 if self.format == "fp4" else torch.float8_e4m3fn
 
+    @property
+    def most_keys(self) -> int:
+        """Of one row in a trial: an unaligned last block would end behind the keys, and a row with more blocks than
+        there are would have one twice, which DeepGEMM may lose where it merges the blocks of two rows
+        (``scheduler/sm100_sparse_mqa_logits_metadata.cuh`` of sgl-deep-gemm 0.2.3.post2).
+        """
+        return KEYS - self.block
+
     def chosen(self, device: Device, inputs: Inputs | None, rows: int) -> Any:
         """Blocks of each row, int32 [rows, ``blocks``]: ascending, the last repeated where there are too few."""
         if inputs is None:
             return device.empty(rows, self.blocks, dtype="int32")
-        there = KEYS // self.block - 1  # an unaligned last block would end behind the keys
+        there = self.most_keys // self.block
         wanted = min(self.blocks, there)
         scores = inputs.normal(rows, there, dtype="float32")
         found = scores.topk(wanted, dim=-1).indices.sort(-1).values
         last = found[:, -1:].expand(-1, self.blocks - wanted)
         return device.torch.cat((found, last), 1).int()
+
+    def position(self, device: Device, chosen: Any, starts: Any) -> Any:
+        """The key of each column: blocks count from a row's first key, modulo the block."""
+        offsets = device.torch.arange(self.block, device=device.name)
+        first = chosen * self.block + (starts % self.block)[:, None]
+        return (first[..., None] + offsets).flatten(1)
+
+    def schedule_trial(self, device: Device, schedule: Any, wanted: Any, keys: Any) -> Trial:
+        """Whether a schedule, which may have any order, leads to every block of every row once and to no other.
+
+        Args:
+            schedule: what DeepGEMM made.
+            wanted: where each block is, [rows, ``blocks``].
+            keys: of each row, [rows].
+        """
+        torch, wanted = device.torch, wanted.cpu().float()
+        found = self.visited(device, schedule, len(wanted))
+        there = torch.arange(self.blocks) < -(-keys.cpu() // self.block)[:, None]
+        return Trial((Output("schedule", found, wanted, there, ~there, tolerance=0.0),))
+
+    def visited(self, device: Device, schedule: Any, rows: int) -> Any:
+        """Where each block of each row is, as the logits' kernel goes through ``schedule``: float32 [rows, ``blocks``].
+
+        NaN where it does not come by, everywhere if this is no schedule; −1 where it comes twice. From
+        ``layout/sparse_mqa_logits.cuh`` and ``impls/sm100_sparse_mqa_logits.cuh`` of sgl-deep-gemm 0.2.3.post2: a
+        header, splits of 512 keys (640 in FP4), each a header and its blocks with their slots in up to two rows, and
+        for each wave and SM a range of splits.
+        """
+        torch, per = device.torch, (640 if self.format == "fp4" else 512) // self.block
+        nothing = torch.full((rows, self.blocks), math.nan)
+        words = schedule.cpu().view(torch.int32).long() & 0xFFFFFFFF
+        count, waves = words[:2].tolist()
+        behind = 4 + count * (4 + 2 * per)
+        end = behind + 4 * waves * int(device.deep_gemm.get_num_sms())
+        if end > len(words):
+            return nothing
+        splits = words[4:behind].view(count, 4 + 2 * per)
+        first, last, row, together = words[behind:end].view(-1, 4).unbind(1)
+        lengths = last - first
+        if (lengths < 0).any() or lengths.sum() != count or (last > count).any():
+            return nothing
+        if ((row + together)[lengths > 0] > rows).any():
+            return nothing
+        entry = torch.arange(len(lengths)).repeat_interleave(lengths)
+        split = splits[first[entry] + torch.arange(len(entry)) - (lengths.cumsum(0) - lengths)[entry]]
+        header, infos = split[:, :4], split[:, 4:].view(-1, per, 2)
+        # Consecutive blocks are read as one, from where the first is.
+        one = (header[:, 1] >> 31 == 1)[:, None]
+        at = torch.where(one, infos[:, :1, 0] + self.block * torch.arange(per), infos[..., 0])
+        found, visits = nothing.flatten(), torch.zeros(rows * self.blocks)
+        for query in range(2):
+            slot = (infos[..., 1] >> (16 * query)) & 0xFFFF
+            mine = (slot != 0xFFFF) & (query < together[entry])[:, None]
+            column = header[:, 2 + query, None] + slot
+            if (column[mine] >= self.blocks).any():
+                return nothing
+            index = ((row[entry] + query)[:, None] * self.blocks + column)[mine]
+            found[index] = at[mine].float()
+            visits.index_add_(0, index, torch.ones(len(index)))
+        found[visits > 1] = -1
+        return found.view(rows, self.blocks)
 
 
 class RowsOp(SparseOp):
@@ -74,7 +144,7 @@ class RowsOp(SparseOp):
         if inputs is None:
             return device.empty(rows, dtype="int32"), device.empty(rows, dtype="int32")
         first = inputs.integers(0, self.block - 1, rows) if self.unaligned else [0] * rows
-        last = inputs.integers(KEYS // 2, KEYS, rows)
+        last = inputs.integers(KEYS // 2, self.most_keys, rows)
         both = device.torch.tensor([first, last], dtype=device.torch.int32, device=device.name)
         return both[0], both[1]
 
@@ -123,10 +193,4 @@ class HeadsOp(SparseOp):
                 [expected_logits(torch, queries[i : i + 1], keys[i], weights[i : i + 1]) for i in range(rows)]
             )
         expected = whole.gather(1, position.long())
-        return Trial((logits_output(device, logits, expected, position < ends[:, None]),))
-
-    def position(self, device: Device, chosen: Any, starts: Any) -> Any:
-        """The key of each column: blocks count from a row's first key, modulo the block."""
-        offsets = device.torch.arange(self.block, device=device.name)
-        first = chosen * self.block + (starts % self.block)[:, None]
-        return (first[..., None] + offsets).flatten(1)
+        return Trial((logits_output(device, logits, expected, position < ends[:, None], bf16_weights=True),))

@@ -47,8 +47,7 @@ WITHOUT_OP: dict[str, str] = {
         "launched by k_grouped_fp8_gemm_tn_contiguous, whose op plans it; by itself no engine calls it"
     ),
     "get_mqa_logits_metadata": "SM100's optional schedule of a prefill; vLLM 0.33.0 and SGLang 0.5.23 never ask for it",
-    "fp4_fp4_mega_moe": "not done yet: nvfp4_mega_moe with other shared experts, in vLLM 0.33.0's copy only",
-    "localize": "not done yet: copies a weight next to its SMs, in vLLM 0.33.0's copy only",
+    "localize*": "memory beside each half of the SMs and torch's own copy into it; weights there select no other kernel",
 }
 
 #: Modules of DeepGEMM that hold helpers written in torch, which its `__init__` brings into its own namespace.

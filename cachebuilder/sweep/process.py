@@ -174,5 +174,5 @@ def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int
         )
     return PlanError(
         f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}",
-        hint="copies of DeepGEMM differ in what they take: see docs/entry-points.md, and plan with the copy that serves",
+        hint="copies of DeepGEMM differ in what they take (docs/entry-points.md): plan with the copy that serves",
     )

@@ -1,0 +1,113 @@
+"""Every op's trial on the virtual GPU: DeepGEMM's own host code, and torch on the CPU.
+
+``python -m tests.trials_on_virtual_gpu DEEP_GEMM FIELDS`` tries each op of FIELDS (JSON) once and prints what its outputs
+are. The virtual GPU's memory is the host's, and no kernel runs there: `OnCpu` has torch's operations done on the CPU in
+the same memory, so that inputs and expected results are real ones, and what DeepGEMM's kernels would write is not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cachebuilder.ops import OPS
+from cachebuilder.ops.base import Device
+from cachebuilder.sweep.child import _import_deep_gemm
+
+
+def shared(value: Any) -> Any:
+    """The tensor on the CPU that is in the memory of ``value``, where that is one on the virtual GPU."""
+    if not isinstance(value, torch.Tensor) or not value.is_cuda:
+        return value
+    storage = value.untyped_storage()
+    if not storage.nbytes():
+        return torch.empty(value.shape, dtype=value.dtype)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    flat = torch.frombuffer(memory, dtype=torch.uint8).view(value.dtype)
+    return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+class OnCpu(TorchDispatchMode):
+    """Operations on tensors of the virtual GPU are done on the CPU; views and allocations are torch's own there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generators: dict[torch.Generator, torch.Generator] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        returned = function._schema.returns
+        aliased = returned[0].alias_info if returned else None
+        if (
+            function.namespace == "deep_gemm"
+            or function.overloadpacket._qualified_op_name.startswith("aten::empty")
+            or (aliased is not None and not aliased.is_write)
+        ):
+            return function(*arguments, **options)
+        given = [value for value in tree_leaves((arguments, options)) if isinstance(value, torch.Tensor)]
+        device = options.get("device")
+        here = any(value.is_cuda for value in given) if device is None else torch.device(device).type == "cuda"
+        options = tree_map(self.on_cpu, options)
+        if device is not None:
+            options["device"] = "cpu"
+        found = function(*tree_map(self.on_cpu, arguments), **options)
+        if aliased is not None:
+            return next(value for value in given if value.is_cuda) if here else found
+        return tree_map(moved, found) if here else found
+
+    def on_cpu(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator) and value.device.type == "cuda":
+            return self.generators.setdefault(value, torch.Generator().manual_seed(value.initial_seed()))
+        return shared(value)
+
+
+def moved(value: Any) -> Any:
+    """A tensor of the virtual GPU with what ``value`` holds."""
+    if not isinstance(value, torch.Tensor) or value.is_cuda:
+        return value
+    there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    shared(there).copy_(value)
+    return there
+
+
+def tried(device: Device, fields: dict[str, Any]) -> Any:
+    """What each output of one trial is; None for an op that has no reference."""
+    model = OPS[fields["op"]]
+    op = model.model_validate(({"max_tokens": 16} if "max_tokens" in model.model_fields else {}) | fields)
+    points = op.points(device)
+    try:
+        trial = op.trial(device, points[min(2, len(points) - 1)], seed=1)
+    except NotImplementedError:
+        return None
+    return [
+        {
+            "name": output.name,
+            "actual": list(output.actual.shape),
+            "expected": list(output.expected.shape),
+            "finite": bool(output.expected.masked_fill(~output.written, 0.0).isfinite().all()),
+            "size": float(output.expected.masked_fill(~output.written, 0.0).norm()),
+            "problem": output.problem(),
+        }
+        for output in trial.outputs
+    ]
+
+
+def main(deep_gemm: str, wanted: str) -> None:
+    device = Device(torch, _import_deep_gemm(deep_gemm))
+    results = []
+    with torch.no_grad(), OnCpu():
+        for fields in json.loads(wanted):
+            results.append(tried(device, fields))
+    print(json.dumps(results), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
