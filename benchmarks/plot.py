@@ -3,7 +3,7 @@
     python benchmarks/plot.py
 
 Reads benchmarks/results/compile.jsonl (one machine after the other: each ``run`` line says which), gpu/warmup.jsonl,
-sensitivity.jsonl, relaxed-vllm.jsonl and warmup-*.json. Writes docs/pictures/compile.svg, and the tables between the
+sensitivity.jsonl, relaxed-vllm.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and the tables between the
 markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md and README.md.
 """
 
@@ -206,6 +206,28 @@ def engine_rows() -> list[str]:
     return table(header, lines)
 
 
+def restore_rows() -> list[str]:
+    """A restore beside tar, each from its own file."""
+    lines = []
+    for file in sorted(RESULTS.glob("restore-*.json")):
+        row = json.loads(file.read_text())
+        what = file.stem.removeprefix("restore-1000-").replace("-", ", ")
+        times = [
+            f"{row[way]['seconds']:.2f} ({row[way]['cpu_seconds']:.2f})" for way in ("restore", "tar", "restore_again")
+        ]
+        ratio = row["restore_to_tar"]
+        lines.append((what, row["kernels"], *times, f"{ratio['seconds']:.2f} × ({ratio['cpu_seconds']:.2f} ×)"))
+    header = (
+        "cache, file system",
+        "kernels",
+        "restore s (CPU)",
+        "tar s (CPU)",
+        "restore again s (CPU)",
+        "restore ÷ tar (CPU)",
+    )
+    return table(header, lines)
+
+
 def missed_rows(rows: Sequence[Row]) -> list[str]:
     """What vLLM's relaxed list leaves out."""
     lines = [
@@ -221,6 +243,7 @@ def main() -> None:
     put(SPEED, "compile", compile_rows(compiled))
     put(SPEED, "floor", floor_rows(compiled))
     put(SPEED, "warm-up", warmup_rows(warmed))
+    put(SPEED, "restore", restore_rows())
     put(VIRTUAL, "sensitivity", sensitivity_rows(read("sensitivity.jsonl")))
     put(MODELS, "engines", engine_rows())
     put(MODELS, "missed", missed_rows(read("relaxed-vllm.jsonl")))
