@@ -5,7 +5,8 @@
 ARTIFACT is a real one, of either generation, for the DeepGEMM installed here or for the copy in DEEP_GEMM. Its kernels
 are repeated with other names, sources that differ in a comment and cubins that differ in noise. Medians of eleven
 alternating runs, wall and processor seconds of all processes; both depend on the file system of TMPDIR, which is told.
-cachebuilder's own modules are compiled to bytecode before, as pip does. Ratios hold in one run on one machine.
+`smallest.py` is run, too: the floor under a Python program. cachebuilder's own modules are compiled to bytecode before, as
+pip does. Ratios hold in one run on one machine.
 """
 
 from __future__ import annotations
@@ -125,7 +126,12 @@ def main() -> None:
             return [*command, "restore", packed.path, "--to", to, *here]
 
         timed(restore(folder / "first"))
-        found = alternate(folder, tar=lambda to: ["tar", "--zstd", "-xf", packed.path, "-C", to], restore=restore)
+        found = alternate(
+            folder,
+            smallest=lambda to: [sys.executable, Path(__file__).with_name("smallest.py"), packed.path, to],
+            tar=lambda to: ["tar", "--zstd", "-xf", packed.path, "-C", to],
+            restore=restore,
+        )
         target = folder / "target"
         again = [timed(restore(target)) for _ in range(RUNS)]
         nvcc, text = target / "cachebuilder/bin/nvcc", target / "cachebuilder/bin/version.txt"
@@ -150,6 +156,7 @@ def main() -> None:
             },
             "restore": restored,
             "tar": tar,
+            "smallest": medians(found["smallest"]),
             "restore_to_tar": {name: round(restored[name] / tar[name], 2) for name in tar},
             "restore_again": medians(again),
             "frozen_nvcc_version_ms": round(frozen * 1000, 2),
