@@ -74,7 +74,7 @@ _RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1"
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        _gpu("H100-SXM", "9.0", 132, 50, 1980, _HOPPER),
+        _gpu("H100-SXM", "9.0", 132, 50, 1980, f"{_HOPPER}; SM count and L2 as torch 2.11.0 read them from a card"),
         _gpu("H100-PCIE", "9.0", 114, 50, 1755, _HOPPER),
         _gpu("H100-NVL", "9.0", 132, 60, 1785, _SAME_DIE),
         _gpu("H800", "9.0", 132, 50, 1980, _SAME_DIE),
