@@ -47,7 +47,7 @@ WITHOUT_OP: dict[str, str] = {
         "launched by k_grouped_fp8_gemm_tn_contiguous, whose op plans it; by itself no engine calls it"
     ),
     "get_mqa_logits_metadata": "SM100's optional schedule of a prefill; vLLM 0.33.0 and SGLang 0.5.23 never ask for it",
-    "localize*": "memory beside each half of the SMs and torch's own copy into it; weights there select no other kernel",
+    "localize*": "memory beside each half of the SMs and torch's copy into it; weights there select no other kernel",
 }
 
 #: Modules of DeepGEMM that hold helpers written in torch, which its `__init__` brings into its own namespace.
