@@ -23,6 +23,7 @@ GENERATIONS = ("deepjit", "legacy")
 BOTH, BLACKWELL, DATACENTER = ("sm90", "sm100", "sm120"), ("sm100", "sm120"), ("sm90", "sm100")
 EXPERTS = {"experts": 4, "n": 512, "k": 512}
 MOE = {"ranks": 2, "experts": 16, "topk": 4, "hidden": 1024, "intermediate": 512}
+ALPHAS = {"use_x_scales": True, "l1_alphas": True, "l2_alphas": True, "l2_act_scales": True}
 MXFP4 = {"recipe_a": [1, 128], "recipe_b": [1, 32]}
 
 #: (fields, archs, generations): the generations are those that were seen to have the op.
@@ -84,8 +85,19 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = [
     ({"op": "mega_moe_pre_dispatch", "mma_type": "nvfp4xnvfp4"} | MOE, ("sm100",), ("deepjit",)),
     ({"op": "fp8_fp4_mega_moe"} | MOE, ("sm100",), GENERATIONS),
     ({"op": "fp8_fp4_mega_moe", "mma_type": "mxf4xmxf4"} | MOE, ("sm100",), ("deepjit",)),
+    ({"op": "fp8_fp4_mega_moe", "mma_type": "fp8xfp8"} | MOE, ("sm100",), ("deepjit",)),
+    ({"op": "fp8_fp4_mega_moe", "shared_experts": 1, "activation": "swigluoai", "activation_clamp": 7.0} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "fp8_fp4_mega_moe", "activation": "situ", "fast_math": False} | MOE, ("sm100",), GENERATIONS),
     ({"op": "bf16_mega_moe"} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "bf16_mega_moe", "shared_experts": 2, "fast_math": False} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "bf16_mega_moe", "post_expert_norm": True, "post_expert_norm_eps": 1e-5, "post_expert_norm_weight_first": True} | MOE, ("sm100",), ("deepjit",)),
+    ({"op": "bf16_mega_moe", "weight_layout": "trtllm"} | MOE, ("sm100",), ("deepjit",)),
     ({"op": "nvfp4_mega_moe"} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "nvfp4_mega_moe", "use_x_scales": True} | MOE, ("sm100",), GENERATIONS),
+    ({"op": "nvfp4_mega_moe", "activation": "swigluoai"} | MOE | ALPHAS, ("sm100",), GENERATIONS),
+    ({"op": "nvfp4_mega_moe", "post_expert_norm": True, "post_expert_norm_weight": False} | MOE | ALPHAS, ("sm100",), ("deepjit",)),
+    ({"op": "nvfp4_mega_moe", "weight_layout": "trtllm"} | MOE | ALPHAS, ("sm100",), ("deepjit",)),
+    ({"op": "nvfp4_mega_moe", "shared_experts": 1} | MOE, ("sm100",), GENERATIONS),
     ({"op": "fp4_fp4_mega_moe"} | MOE, ("sm100",), ()),  # vLLM 0.33.0's copy has it, which the CI has not
 ]  # fmt: skip
 

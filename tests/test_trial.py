@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from cachebuilder.ops import OPS, scaled
 from cachebuilder.ops.base import Device
 from cachebuilder.ops.get_paged_mqa_logits_metadata import in_order, sm90_schedule
-from cachebuilder.ops.mega_moe import layer
+from cachebuilder.ops.mega_moe import layer, shared_rows
 from cachebuilder.ops.scaled import quantise
 from cachebuilder.ops.trial import Inputs, Output
 
@@ -233,47 +234,113 @@ def between(row: Any, kind: str) -> Any:
     return torch.cat(found)
 
 
-def half_swiglu(both: Any, limit: float) -> Any:
+def gated(both: Any, limit: float, name: str = "swiglu", alpha: float = 1.0, beta: float = 0.0) -> Any:
+    """One token's gate and up as SM100's kernels join them."""
     gate, up = both.bfloat16().float().chunk(2)
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate / (1 + (-gate).exp()) * up
+    if name == "situ":
+        up = up if beta == 0 else beta * (2 / (1 + (-2 / beta * up).exp()) - 1)
+        return alpha * (2 / (1 + (-2 / alpha * gate).exp()) - 1) / (1 + (-gate).exp()) * up
+    up = up.clamp(-limit, limit)
+    gate = gate if name == "swiglustep" else gate.clamp(max=limit)
+    gate = gate / (1 + (-alpha * gate).exp())
+    return (gate.clamp(max=limit) if name == "swiglustep" else gate) * (up + beta)
 
 
 def sm100_layer(kind: str, weigh: str = "activation") -> Any:
-    """One token and one expert at a time, on SM100."""
+    """One token and one expert at a time, on SM100, as vLLM's copy is called; NVFP4's with a buffer of its own."""
 
     def play(
         y: Any, first: Any, second: Any, there: Any, activation_clamp: float | None = None,
+        activation: str = "swiglu", activation_alpha: float = 1.0, activation_beta: float = 0.0,
         shared_l1_weights: Any = None, shared_l2_weights: Any = None, x_bf16: Any = None,
         post_expert_norm_gamma: Any = None, post_expert_norm_eps: float = 0.0, fast_math: bool = True,
+        use_x_scales: bool = False, norm: Any = None, alphas: Any = (None, None, None),
     ) -> None:  # fmt: skip
         limit = activation_clamp or math.inf
         bf16 = kind == "bf16"
         xs = there.x.float() if bf16 else blocks(there.x, there.x_sf)
+        if use_x_scales:
+            xs = there.x_scales[:, None] * xs
         first, second = (w.float() if bf16 else blocks(*w) for w in (first, second))
+        if post_expert_norm_gamma is not None:
+            norm = lambda out: (out * post_expert_norm_gamma, out * post_expert_norm_gamma)  # noqa: E731
         for token in range(len(y)):
             total = torch.zeros(y.shape[1])
             for expert, weight in zip(there.topk_idx[token].tolist(), there.topk_weights[token].tolist(), strict=True):
-                row = half_swiglu(first[expert] @ xs[token], limit) * (weight if weigh == "activation" else 1)
-                out = (second[expert] @ between(row, kind)).bfloat16().float()
-                if post_expert_norm_gamma is not None:
-                    out = out * post_expert_norm_gamma
-                    total += out * weight / ((out * out).mean() + post_expert_norm_eps).sqrt()
+                both = first[expert] @ xs[token]
+                if alphas[0] is not None:
+                    both = torch.cat(
+                        [half * alpha for half, alpha in zip(both.chunk(2), alphas[0][expert], strict=True)]
+                    )
+                row = gated(both, limit, activation, activation_alpha, activation_beta)
+                row = row * (weight if weigh == "activation" and not norm else 1)
+                row = row if alphas[2] is None else row * alphas[2][expert]
+                out = second[expert] @ between(row, kind)
+                out = (out if alphas[1] is None else out * alphas[1][expert]).bfloat16().float()
+                if norm:
+                    inside, out = norm(out)
+                    total += out * weight / ((inside * inside).mean() + post_expert_norm_eps).sqrt()
                 elif weigh == "rounded":
                     total += (out * weight).bfloat16()
                 else:
                     total += out * (weight if weigh == "sum" else 1)
-            if x_bf16 is not None:
-                row = half_swiglu(shared_l1_weights.float() @ x_bf16[token].float(), limit)
-                total += (shared_l2_weights.float() @ row.bfloat16().float()).bfloat16()
+            if shared_l1_weights is not None:
+                total += shared(there, x_bf16, token, shared_l1_weights, shared_l2_weights, lambda both: gated(
+                    both, limit, activation, activation_alpha, activation_beta
+                ))  # fmt: skip
             y[token] = total
 
+    play.own_buffer = kind == "nvfp4" and weigh == "sum"  # type: ignore[attr-defined]
     return play
+
+
+def sglang_layer(kind: str) -> Any:
+    """The same as sgl-deep-gemm is called."""
+    play = sm100_layer(kind)
+
+    def called(
+        y: Any, first: Any, second: Any, there: Any, activation_clamp: float | None = None, activation: str = "swiglu",
+        shared_l1_weights: Any = None, shared_l2_weights: Any = None, fast_math: bool = True,
+        use_x_scales: bool = False, l1_alphas: Any = None, l2_alphas: Any = None, l2_act_scales: Any = None,
+        weight_layout: str = "megamoe", post_expert_norm: bool = False, post_expert_norm_weight: Any = None,
+        post_expert_norm_eps: float = 1e-6, post_expert_norm_weight_first: bool = False,
+    ) -> None:  # fmt: skip
+        alpha, beta = {"swigluoai": (1.702, 1.0), "situ": (4.0, 25.0)}.get(activation, (1.0, 0.0))
+        gain = 1.0 if post_expert_norm_weight is None else post_expert_norm_weight
+
+        def norm(out: Any) -> Any:
+            return (out * gain if post_expert_norm_weight_first else out), out * gain
+
+        play(
+            y, first, second, there, activation_clamp, activation, alpha, beta, shared_l1_weights, shared_l2_weights,
+            use_x_scales=use_x_scales, norm=norm if post_expert_norm else None,
+            post_expert_norm_eps=post_expert_norm_eps, alphas=(l1_alphas, l2_alphas, l2_act_scales),
+        )  # fmt: skip
+
+    return called
+
+
+def shared(there: Any, x_bf16: Any, token: int, first: Any, second: Any, activate: Any) -> Any:
+    """What the experts that every token goes to give for one."""
+    if isinstance(first, tuple):
+        x = there.x if there.shared_l1_acts is None else there.shared_l1_acts
+        page = [lane + 32 * quarter for lane in range(32) for quarter in range(4)]
+        sf = there.shared_l1_acts_sf[token // BLOCK_M * 128 + page.index(token % BLOCK_M)]
+        x, kind = blocks(x[token : token + 1], sf[None])[0], "fp8"
+        first, second = blocks(*first), blocks(*second)
+    else:
+        own = x_bf16 if x_bf16 is not None else there.shared_l1_acts
+        x, kind = (there.x if own is None else own)[token].float(), "bf16"
+    return (second.float() @ between(activate(first.float() @ x), kind)).bfloat16()
+
+
+#: Of SM100's kernels that are played.
+BLOCK_M = 32
 
 
 def sm100_buffer(
     group: Any, experts: int, tokens: int, topk: int, hidden: int, inner: int,
-    num_shared_experts: int = 0, mma_type: str = "fp8xfp4",
+    num_shared_experts: int = 0, mma_type: str = "fp8xfp4", activation: str = "swiglu", own: Any = None,
 ) -> Any:  # fmt: skip
     kind = mma_type.split("x")[0]
     tokens = -(-tokens // 128) * 128
@@ -284,7 +351,15 @@ def sm100_buffer(
         x_scales=torch.zeros(tokens),
         topk_idx=torch.zeros(tokens, topk, dtype=torch.int64),
         topk_weights=torch.zeros(tokens, topk),
+        shared_l1_acts=None if own is None else torch.zeros(tokens, hidden, dtype=own),
+        shared_l1_acts_sf=torch.zeros(tokens * 128 // BLOCK_M, hidden // 128, dtype=torch.int32),
+        num_max_tokens_per_rank=tokens,
+        mma_type=mma_type if own is None else "nvfp4",
     )
+
+
+def nvfp4_buffer(*shape: Any, num_shared_experts: int = 0, shared_dtype: Any = torch.float8_e4m3fn) -> Any:
+    return sm100_buffer(*shape, num_shared_experts, "nvfp4xnvfp4", own=shared_dtype)
 
 
 def sm100_pre_dispatch(
@@ -360,6 +435,7 @@ def hyper_connections(
 
 
 MOE = {"ranks": 1, "experts": 8, "topk": 2, "hidden": 256, "intermediate": 128, "max_tokens": 64}
+ALPHAS = {"use_x_scales": True, "l1_alphas": True, "l2_alphas": True, "l2_act_scales": True}
 LARGER = MOE | {"hidden": 512, "intermediate": 256}
 PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_gemm_nt accumulating": (
@@ -383,11 +459,41 @@ PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "fp8_mega_moe clamped": (mega_moe, MOE | {"activation_clamp": 7.0}),
     "mega_moe_pre_dispatch_sm90": (sm90_pre_dispatch, MOE),
     "bf16_mega_moe": (sm100_layer("bf16"), MOE),
+    "bf16_mega_moe step": (sm100_layer("bf16"), MOE | {"activation": "swiglustep", "activation_clamp": 3.0}),
+    "bf16_mega_moe shared": (sglang_layer("bf16"), MOE | {"shared_experts": 2, "fast_math": False}),
+    "bf16_mega_moe gained": (sm100_layer("bf16"), MOE | {"post_expert_norm": True}),
+    "bf16_mega_moe normed": (sglang_layer("bf16"), MOE | {"post_expert_norm": True, "post_expert_norm_eps": 0.5}),
+    "bf16_mega_moe weight first": (
+        sglang_layer("bf16"),
+        MOE | {"post_expert_norm": True, "post_expert_norm_weight_first": True},
+    ),
+    "bf16_mega_moe no weight": (
+        sglang_layer("bf16"),
+        MOE | {"post_expert_norm": True, "post_expert_norm_weight": False},
+    ),
     "bf16_mega_moe clamped": (sm100_layer("bf16"), MOE | {"activation_clamp": 7.0}),
     "fp8_fp4_mega_moe": (sm100_layer("fp8"), MOE | {"activation_clamp": 10.0}),
     "fp8_fp4_mega_moe fp8": (sm100_layer("fp8"), MOE | {"mma_type": "fp8xfp8"}),
     "fp8_fp4_mega_moe fp4": (sm100_layer("fp4"), MOE | {"mma_type": "mxf4xmxf4"}),
-    "nvfp4_mega_moe": (sm100_layer("nvfp4"), MOE),
+    "fp8_fp4_mega_moe shared": (sm100_layer("fp8"), MOE | {"shared_experts": 2, "activation_clamp": 10.0}),
+    "fp8_fp4_mega_moe scaled": (sm100_layer("fp8"), MOE | {"activation_alpha": 1.7, "activation_beta": 1.0}),
+    "fp8_fp4_mega_moe step": (sm100_layer("fp8"), MOE | {"activation": "swiglustep", "activation_clamp": 3.0}),
+    "fp8_fp4_mega_moe oai": (sglang_layer("fp8"), MOE | {"activation": "swigluoai", "activation_clamp": 7.0}),
+    "fp8_fp4_mega_moe situ": (sglang_layer("fp8"), MOE | {"activation": "situ"}),
+    "fp8_fp4_mega_moe situ up": (sm100_layer("fp8"), MOE | {"activation": "situ", "activation_alpha": 4.0}),
+    "fp8_fp4_mega_moe situ limits": (
+        sm100_layer("fp8"),
+        MOE | {"activation": "situ", "activation_alpha": 4.0, "activation_beta": 2.0},
+    ),
+    "nvfp4_mega_moe": (sglang_layer("nvfp4"), MOE),
+    "nvfp4_mega_moe alphas": (sglang_layer("nvfp4"), MOE | ALPHAS),
+    "nvfp4_mega_moe normed": (sglang_layer("nvfp4"), MOE | ALPHAS | {"post_expert_norm": True}),
+    "nvfp4_mega_moe tokens": (sm100_layer("nvfp4", "sum"), MOE | {"use_x_scales": True}),
+    "nvfp4_mega_moe shared": (sm100_layer("nvfp4", "sum"), MOE | {"use_x_scales": True, "shared_experts": 1}),
+    "nvfp4_mega_moe shared bf16": (
+        sm100_layer("nvfp4", "sum"),
+        MOE | {"use_x_scales": True, "shared_experts": 1, "shared_dtype": "bfloat16"},
+    ),
     "fp4_fp4_mega_moe": (sm100_layer("nvfp4", "rounded"), LARGER),
     "fp4_fp4_mega_moe shared": (sm100_layer("nvfp4", "rounded"), LARGER | {"shared_experts": 2}),
     "fp4_fp4_mega_moe normed": (sm100_layer("nvfp4", "norm"), LARGER | {"post_expert_norm": True, "fast_math": False}),
@@ -424,8 +530,12 @@ def device(function: Any) -> Device:
         "transform_weights_for_mega_moe_sm90": lambda first, second: (first, second),
         "get_symm_buffer_for_mega_moe": sm100_buffer,
         "transform_weights_for_mega_moe": lambda first, second: (first, second),
+        "get_block_m_for_mega_moe": lambda *_: BLOCK_M,
+        "get_block_m_for_nvfp4_mega_moe": lambda *_: BLOCK_M,
         "get_paged_mqa_logits_metadata": lambda lengths, page, slots: torch.zeros(slots + 1, 2, dtype=torch.int32),
     }
+    if getattr(function, "own_buffer", False):
+        functions["NVFP4SymmBuffer"] = nvfp4_buffer
     return Device(torch, SimpleNamespace(**functions), "cpu")  # type: ignore[arg-type]
 
 
@@ -464,9 +574,9 @@ ONE_OUTPUT = [name for name in FILLED if name not in ("tf32_hc_prenorm_gemm", "m
 
 @pytest.mark.parametrize("name", FILLED)
 def test_nothing_written_is_found(name: str) -> None:
-    fields = PLAYED[name][1]
+    function, fields = PLAYED[name]
     op = OPS[op_name(name)].model_validate({"op": op_name(name)} | fields)
-    there = device(lambda *_, **__: None)
+    there = device(functools.wraps(function)(lambda *_, **__: None))
     trial = op.trial(there, 3 * op.points(there).step, seed=0)
     assert math.isnan(trial.relative_error()) and "relative error nan" in trial.problems()[0]
 
@@ -476,6 +586,7 @@ def test_a_row_written_behind_the_output_is_found(name: str) -> None:
     function, fields = PLAYED[name]
     op = OPS[op_name(name)].model_validate({"op": op_name(name)} | fields)
 
+    @functools.wraps(function)
     def overrun(*arguments: Any, **options: Any) -> None:
         function(*arguments, **options)
         d = arguments[3] if isinstance(arguments[0], str) else arguments[0 if "moe" in name else 2]
@@ -553,8 +664,9 @@ def test_wrong_logits_are_found(name: str) -> None:
 def test_routing_weights_are_where_the_installed_copy_applies_them(weigh: str) -> None:
     op = OPS["nvfp4_mega_moe"].model_validate({"op": "nvfp4_mega_moe"} | MOE)
     there = device(sm100_layer("nvfp4", weigh))
+    there.deep_gemm.NVFP4SymmBuffer = None
     assert (op.trial(there, 9, 1).problems() == []) == (weigh == "activation"), "sgl-deep-gemm's"
-    there.deep_gemm.NVFP4SymmBuffer = lambda *shape: sm100_buffer(*shape, mma_type="nvfp4xnvfp4")
+    there.deep_gemm.NVFP4SymmBuffer = nvfp4_buffer
     assert (op.trial(there, 9, 1).problems() == []) == (weigh == "sum"), "vLLM 0.33.0's copy's"
 
 
@@ -578,6 +690,34 @@ def test_outputs_sent_in_fp8_have_no_reference(monkeypatch: pytest.MonkeyPatch) 
     op = OPS["bf16_mega_moe"].model_validate({"op": "bf16_mega_moe"} | MOE)
     with pytest.raises(NotImplementedError, match="DG_USE_FP8_COMBINE"):
         op.trial(device(sm100_layer("bf16")), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("nvfp4_mega_moe", {"weight_layout": "trtllm"}, "trtllm"),
+        ("nvfp4_mega_moe", {"shared_experts": 1}, "shared experts in NVFP4"),
+        ("fp8_fp4_mega_moe", {"shared_experts": 1, "mma_type": "mxf4xmxf4"}, "shared experts in FP4"),
+    ],
+)
+def test_what_no_engine_or_deepgemm_tells_has_no_reference(name: str, fields: dict[str, Any], words: str) -> None:
+    op = OPS[name].model_validate({"op": name} | MOE | fields)
+    with pytest.raises(NotImplementedError, match=words):
+        op.trial(device(sglang_layer("nvfp4")), 1, 1)
+
+
+@pytest.mark.parametrize("block", [16, 96, 192])
+def test_shared_experts_scales_are_in_pages_of_a_block(block: int) -> None:
+    op = OPS["fp8_fp4_mega_moe"].model_validate({"op": "fp8_fp4_mega_moe"} | MOE)
+    there = device(sm100_layer("fp8"))
+    there.deep_gemm.get_block_m_for_mega_moe = lambda *_: block
+    buffer = SimpleNamespace(mma_type="fp8xfp4", num_max_tokens_per_rank=512)
+    order = [32 * quarter + lane for lane in range(32) for quarter in range(4)]  # what is in each row of a page
+    rows = [
+        token // block * -(-block // 128) * 128 + token % block // 128 * 128 + order.index(token % block % 128)
+        for token in range(400)
+    ]
+    assert shared_rows(there, op, buffer, 400).tolist() == rows  # type: ignore[arg-type]
 
 
 def test_a_value_between_two_of_fp4_goes_to_the_even_code() -> None:

@@ -117,6 +117,14 @@ def random(
     return operand
 
 
+def packed(device: Device, values: Any, columns: int) -> Scaled:
+    """float32 ``values`` [MN, K] in FP8 with packed UE8M0 scales for 1 × ``columns``."""
+    operand = empty(device, tuple(values.shape), (1, columns), True)
+    operand.data[:], scales = quantise(device.torch, values, (1, columns), True, False)
+    operand.scales[:] = _pack(device.torch, scales, operand.scales.shape[-1], False)
+    return operand
+
+
 def quantise(
     torch: Any, values: Any, block: tuple[int, int], power_of_two: bool, fp4: bool, nvfp4: bool = False
 ) -> tuple[Any, Any]:
