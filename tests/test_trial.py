@@ -13,7 +13,8 @@ import pytest
 from cachebuilder.ops import OPS, scaled
 from cachebuilder.ops.base import Device
 from cachebuilder.ops.get_paged_mqa_logits_metadata import in_order, sm90_schedule
-from cachebuilder.ops.mega_moe import layer, shared_rows
+from cachebuilder.ops.mega_moe import layer
+from cachebuilder.ops.mega_moe_sm100 import shared_rows
 from cachebuilder.ops.scaled import quantise
 from cachebuilder.ops.trial import Inputs, Output
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.mega_moe import Kind, NormedActivatedMegaMoeOp
+from cachebuilder.ops.mega_moe_sm100 import Kind, NormedActivatedMegaMoeOp
 
 
 class Bf16MegaMoe(NormedActivatedMegaMoeOp):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import Kind, NormedMegaMoeOp, Plain
+from cachebuilder.ops.mega_moe_sm100 import Kind, NormedMegaMoeOp, Plain
 from cachebuilder.ops.scaled import Scaled
 
 

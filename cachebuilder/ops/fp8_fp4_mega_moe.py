@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import ActivatedMegaMoeOp, Kind
+from cachebuilder.ops.mega_moe_sm100 import ActivatedMegaMoeOp, Kind
 from cachebuilder.ops.trial import Trial
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import Device
-from cachebuilder.ops.mega_moe import Kind, NormedActivatedMegaMoeOp, Plain, around_one, nvfp4_buffer, shared_rows
+from cachebuilder.ops.mega_moe import nvfp4_buffer
+from cachebuilder.ops.mega_moe_sm100 import Kind, NormedActivatedMegaMoeOp, Plain, around_one, shared_rows
 from cachebuilder.ops.scaled import Scaled, packed
 from cachebuilder.ops.trial import Inputs, Trial
 
