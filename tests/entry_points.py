@@ -77,6 +77,11 @@ CASES: list[tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = [
     ({"op": "get_mn_major_tma_aligned_packed_ue8m0_tensor", "columns": 12}, BOTH, GENERATIONS),
     ({"op": "transform_sf_into_required_layout", "k": 1024, "recipe": [1, 128]}, BOTH, GENERATIONS),
     ({"op": "bf16_mega_gate", "hidden": 1024, "experts": 64, "topk": 4}, ("sm100",), ("deepjit",)),
+    (
+        {"op": "bf16_mega_gate", "hidden": 1024, "experts": 64, "topk": 4, "bias": False, "hashed": True},
+        ("sm100",),
+        ("deepjit",),
+    ),
     ({"op": "mega_mhc", "hidden": 1024}, ("sm100",), ("deepjit",)),
     ({"op": "mega_moe_pre_dispatch_sm90"} | MOE, ("sm90",), GENERATIONS),
     ({"op": "fp8_mega_moe"} | MOE, ("sm90",), GENERATIONS),

@@ -127,6 +127,22 @@ class TestModelShapes:
         assert [(i.op.n, i.op.k) for i in derived.ops if i.op.op == "tf32_hc_prenorm_gemm"] == [(24, 16384)]
         assert "256 of MXFP4 weights" in left_out
 
+    def test_deepseek_v4_with_vllm_s_mega_moe(self, engine: str, tp: int) -> None:
+        if engine == "sglang":
+            with pytest.raises(ModelError, match="wanted vllm, found sglang"):
+                derived_of(configs.DEEPSEEK_V4_FLASH, engine, "B200", tp=tp, ep=tp, mega_moe=True)
+            return
+        derived = derived_of(configs.DEEPSEEK_V4_FLASH, engine, "B200", tp=tp, ep=tp, mega_moe=True)
+        assert dense(derived) == cut(DEEPSEEK_V4_LINEARS - {(4096, 4096, "n"), (4096, 2048, "k")}, tp), (
+            "no shared expert"
+        )
+        [layer] = (item.op for item in derived.ops if item.op.op == "fp8_fp4_mega_moe")
+        assert (layer.ranks, layer.experts, layer.topk, layer.hidden, layer.intermediate) == (tp, 256, 6, 4096, 2048)
+        assert (layer.shared_experts, layer.activation_clamp, layer.max_tokens) == (1, 10.0, None)
+        gates = [(item.op.bias, item.op.hashed) for item in derived.ops if item.op.op == "bf16_mega_gate"]
+        assert gates == [(True, None), (False, True)]
+        assert not derived.left_out
+
     def test_deepseek_v4_with_fp8_experts(self, engine: str, tp: int) -> None:
         tree = changed(configs.DEEPSEEK_V4_FLASH, expert_dtype="fp8")
         assert experts(derived_of(tree, engine, tp=tp)) == {(256, 4096 // tp, 4096), (256, 4096, 2048 // tp)}
@@ -224,6 +240,44 @@ class TestLargestM:
             item for item in derived_of(configs.DEEPSEEK_V3, tp=8).ops if (item.op.op, item.op.k) == (DENSE, 512)
         )
         assert kv_b.op.max_tokens == 64 * 1024
+
+    @pytest.mark.parametrize(
+        ("tree", "sizes", "told"),
+        [
+            pytest.param({}, {"gpu": "H200"}, "wanted vLLM 0.33.0 on an SM100 GPU, found 0.33.0 on H200", id="sm90"),
+            pytest.param({}, {"version": "0.32.0"}, "found 0.32.0 on B200", id="an-older-engine"),
+            pytest.param({}, {"ep": 1}, r"--ep 8 \(tp · dp\), found 1", id="no-expert-parallelism"),
+            pytest.param(
+                {"n_routed_experts": 254}, {}, "254 a multiple of the 8 ranks", id="experts-that-do-not-divide"
+            ),
+            pytest.param({"expert_dtype": "fp8"}, {}, "wanted DeepSeek V4 with experts in MXFP4", id="fp8-experts"),
+            pytest.param(
+                {"swiglu_limit": "ten"}, {}, "swiglu_limit: wanted a number above 0, found 'ten'", id="no-limit"
+            ),
+        ],
+    )
+    def test_mega_moe_where_vllm_does_not_run_it_is_refused(
+        self, tree: dict[str, Any], sizes: dict[str, Any], told: str
+    ) -> None:
+        with pytest.raises(ModelError, match=told):
+            derived_of(
+                changed(configs.DEEPSEEK_V4_FLASH, **tree),
+                **({"gpu": "B200", "tp": 8, "ep": 8, "mega_moe": True} | sizes),
+            )
+
+    def test_mega_moe_with_pipeline_stages_keeps_the_shared_expert_apart(self) -> None:
+        derived = derived_of(configs.DEEPSEEK_V4_FLASH, gpu="B200", tp=2, ep=2, pp=2, mega_moe=True)
+        [layer] = (item.op for item in derived.ops if item.op.op == "fp8_fp4_mega_moe")
+        assert layer.shared_experts is None and (2048, 4096) in dense(derived)
+
+    def test_hash_layers_are_those_that_the_config_names(self) -> None:
+        def gates(**fields: Any) -> list[bool | None]:
+            derived = derived_of(changed(configs.DEEPSEEK_V4_FLASH, **fields), gpu="B200", mega_moe=True)
+            return [item.op.hashed for item in derived.ops if item.op.op == "bf16_mega_gate"]
+
+        assert gates(num_hash_layers=0) == [None]
+        assert gates(mlp_layer_types=["moe"] * 43) == [None]
+        assert gates(mlp_layer_types=["hash_moe"] + ["moe"] * 42) == [None, True]
 
     def test_v4_s_mtp_projection_takes_a_row_for_each_stream(self) -> None:
         derived = derived_of(configs.DEEPSEEK_V4_FLASH, tp=8, max_tokens=1000)

@@ -397,12 +397,14 @@ def sm100_pre_dispatch(
 
 def gate(
     x: Any, weight: Any, topk: int, shared: bool, shared_experts: int, factor: float, rank: int,
-    scoring_func: str, bias: Any, out: Any,
+    scoring_func: str, bias: Any, out: Any, fix_routing_mask: Any = None, unmapped_topk_idx: Any = None,
 ) -> None:  # fmt: skip
     score = {"sigmoid": lambda v: 1 / (1 + math.exp(-v)), "sqrtsoftplus": lambda v: math.sqrt(math.log1p(math.exp(v)))}
     for row, logits in enumerate((x.float() @ weight.float().mT).tolist()):
         scores = [score.get(scoring_func, float)(logit) for logit in logits]
         order = sorted(range(len(scores)), key=lambda e: -(scores[e] + (0 if bias is None else bias[e].item())))[:topk]
+        if fix_routing_mask is not None and fix_routing_mask[row]:
+            order = unmapped_topk_idx[row].tolist()
         total = sum(scores[expert] for expert in order)
         out[0][row] = torch.tensor(order)
         out[1][row] = torch.tensor([scores[expert] / total for expert in order])
@@ -502,6 +504,10 @@ PLAYED: dict[str, tuple[Any, dict[str, Any]]] = {
     "mega_moe_pre_dispatch fp4": (sm100_pre_dispatch, MOE | {"mma_type": "mxf4xmxf4"}),
     "mega_moe_pre_dispatch nvfp4": (sm100_pre_dispatch, MOE | {"mma_type": "nvfp4xnvfp4"}),
     "bf16_mega_gate": (gate, {"hidden": 256, "experts": 24, "topk": 4, "max_tokens": 64}),
+    "bf16_mega_gate hashed": (
+        gate,
+        {"hidden": 256, "experts": 24, "topk": 4, "max_tokens": 64, "bias": False, "hashed": True},
+    ),
     "bf16_mega_gate all": (gate, {"hidden": 256, "experts": 4, "topk": 4, "max_tokens": 64, "scoring": "sigmoid"}),
     "bf16_mega_gate identity": (
         gate,

@@ -46,10 +46,10 @@ def _names(begun: str) -> list[str]:
 @click.option("--max-model-len", type=_size, help="The longest sequence (vLLM); default: the model's.")
 @click.option(
     "--moe-backend",
-    type=click.Choice(["deep_gemm", "other"]),
+    type=click.Choice(["deep_gemm", "deep_gemm_mega_moe", "other"]),
     default="deep_gemm",
     show_default=True,
-    help="Whose kernels run the routed experts; other: leave them out.",
+    help="Whose kernels run the routed experts, as vLLM has it; other: leave them out.",
 )
 @click.option("--low-latency", is_flag=True, help="Experts through DeepEP's low-latency dispatch.")
 @click.option("--name", help="The manifest's name; default: the model's, the ranks, the GPU and the engine.")
@@ -89,7 +89,8 @@ def manifest(
         max_seqs=max_num_seqs,
         max_model_len=max_model_len,
         low_latency=low_latency,
-        moe_deep_gemm=moe_backend == "deep_gemm",
+        moe_deep_gemm=moe_backend != "other",
+        mega_moe=moe_backend == "deep_gemm_mega_moe",
     )
     derived = derive(config, serving)
     text = manifest_text(config, serving, derived, name)

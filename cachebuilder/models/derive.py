@@ -64,6 +64,12 @@ def _derive(config: Config, serving: Serving) -> Derived:
     quantization = check_block_fp8(config)
     serving.check(config)
     model = families.describe(config, serving)
+    if serving.mega_moe and not any(call.op == "fp8_fp4_mega_moe" for call in model.calls):
+        raise ModelError(
+            f"{config.path}: --moe-backend deep_gemm_mega_moe: wanted DeepSeek V4 with experts in MXFP4, found "
+            f"{config.architecture}",
+            hint="record the engine (cachebuilder record), or write the ops by hand: docs/entry-points.md",
+        )
     found: list[tuple[OpBase, str]] = []
     left_out: list[LeftOut] = []
     for linear in model.linears:

@@ -161,11 +161,14 @@ def _v4(config: Config, serving: Serving) -> Model:
         config.number(name) for name in ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     )
     shared = config.number("n_shared_experts", 0, least=0)
-    if shared:
+    if shared and not serving.fuses_into_mega_moe(shared):
         how = f"n_shared_experts {shared} · moe_intermediate_size {intermediate}"
         _add_gated(model, "mlp.shared_experts", hidden, shared * intermediate, how, serving.shared_ranks, layers)
+    routed = _experts(count, topk, hidden, intermediate, layers, "n_routed_experts")
     if config.fields.get("expert_dtype", "fp4") == "fp8":
-        model.experts.append(_experts(count, topk, hidden, intermediate, layers, "n_routed_experts"))
+        model.experts.append(routed)
+    elif serving.mega_moe:
+        model.calls += serving.mega_moe_calls(routed, shared, _v4_clamp(config), _v4_hashed(config, decoder))
     else:
         # vLLM 0.33.0 models/deepseek_v4/quant_config.py: expert_dtype fp4 (the default) is Mxfp4MoEMethod.
         why = (
@@ -181,6 +184,26 @@ def _v4(config: Config, serving: Serving) -> Model:
             note = f"Up to {tokens} rows: hc_mult rows a token." if tokens else ""
             add(_linear(f"mtp.{name}", parts, by_hidden, "none", 1, mtp, tokens=tokens, note=note))
     return model
+
+
+def _v4_clamp(config: Config) -> float | None:
+    """The limit of the experts' activation; left out it is transformers' (5.24.0, configuration_deepseek_v4.py)."""
+    limit = config.fields.get("swiglu_limit", 10.0)
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+        raise ModelError(f"{config.path}: swiglu_limit: wanted a number above 0, found {str(limit)[:40]!r}")
+    return float(limit)
+
+
+def _v4_hashed(config: Config, decoder: _Layers) -> tuple[int, ...]:
+    """Layers whose experts a token's hash gives: the first so many (vLLM 0.33.0 models/deepseek_v4/nvidia/model.py).
+
+    Left out, three are (transformers 5.24.0, configuration_deepseek_v4.py).
+    """
+    kinds = config.fields.get("mlp_layer_types")
+    count = kinds.count("hash_moe") if isinstance(kinds, list) else config.number("num_hash_layers", 3, least=0)
+    return tuple(decoder[:count])
 
 
 def _attention(config: Config, serving: Serving, layers: _Layers, gate: bool = False) -> list[Linear]:

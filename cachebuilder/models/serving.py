@@ -25,6 +25,7 @@ class Serving:
         max_model_len: the longest sequence; None: the model's own.
         low_latency: experts through DeepEP's low-latency dispatch.
         moe_deep_gemm: the routed experts are DeepGEMM's (an engine has other kernels for them, too).
+        mega_moe: they are its mega-MoE's: dispatch, both GEMMs and combine in one kernel.
     """
 
     gpu: Gpu
@@ -38,6 +39,7 @@ class Serving:
     max_model_len: int | None = None
     low_latency: bool = False
     moe_deep_gemm: bool = True
+    mega_moe: bool = False
 
     name: ClassVar[str]
     #: Releases whose source was read, oldest first; rules of a release between two are those of the older one.
@@ -103,6 +105,26 @@ class Serving:
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
         """Ops of one expert GEMM of weight [count, n, k] on a rank, each with the arithmetic of its M."""
         raise NotImplementedError
+
+    def fuses_into_mega_moe(self, shared: int) -> bool:
+        """Whether mega-MoE's kernel runs the shared experts, too."""
+        return False
+
+    def mega_moe_calls(self, experts: Experts, shared: int, clamp: float | None, hashed: tuple[int, ...]) -> list[Call]:
+        """The calls of a mega-MoE layer of MXFP4 experts: the router's and the layer's.
+
+        Args:
+            shared: shared experts.
+            clamp: the limit of the activation.
+            hashed: layers whose experts a token's hash gives.
+
+        Raises:
+            ModelError: the engine runs no model this way, or not as these rules know.
+        """
+        raise ModelError(
+            f"--moe-backend deep_gemm_mega_moe: wanted vllm, found {self.name}, whose mega-MoE no rule covers yet",
+            hint="record the engine (cachebuilder record), or write the ops by hand: docs/entry-points.md",
+        )
 
     def indexer_calls(self, heads: int, what: str) -> list[Call]:
         """The calls that sparse attention's indexer makes besides its projections."""

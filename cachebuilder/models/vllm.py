@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cachebuilder.errors import ModelError
 from cachebuilder.models.config import Config, path_match, pattern_match
-from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.models.layers import Call, Experts, LeftOut, numbers_text
 from cachebuilder.models.serving import Serving, indexer_calls, knows
 from cachebuilder.ops import OPS, OpBase
 
@@ -17,6 +17,10 @@ _CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_n
 
 #: Tokens in a KV-cache block, which the chunked-context workspace counts in; 64 is the MLA backends' usual one.
 _CACHE_BLOCK = 64
+
+
+def _layers(numbers: tuple[int, ...]) -> str:
+    return f"layers {numbers_text(numbers)}"
 
 
 class Vllm(Serving):
@@ -122,6 +126,47 @@ class Vllm(Serving):
     def _psum(self) -> bool:
         """Whether ``DeepGemmExperts.apply`` passes use_psum_layout (fused_moe/experts/deep_gemm_moe.py)."""
         return self.at_least("0.32.0") and self.gpu.major in (9, 10)
+
+    def fuses_into_mega_moe(self, shared: int) -> bool:
+        """Where each rank has whole shared experts: with one tensor-parallel rank, or tokens spread over the ranks.
+
+        ``_init_mega_moe_experts``, ``_use_sequence_parallel`` of models/deepseek_v4/nvidia/model.py, 0.33.0; not with
+        VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION=1.
+        """
+        return self.mega_moe and shared > 0 and (self.tp == 1 or self.pp == 1)
+
+    def mega_moe_calls(self, experts: Experts, shared: int, clamp: float | None, hashed: tuple[int, ...]) -> list[Call]:
+        """DeepSeek V4's: models/deepseek_v4/nvidia/model.py and fused_moe/deep_gemm_mega_moe.py, 0.33.0.
+
+        The buffer is sized for max_num_batched_tokens, the manifest's max_tokens. Up to 16 tokens (1 for 128 experts)
+        the router is not DeepGEMM's.
+        """
+        what = "--moe-backend deep_gemm_mega_moe"
+        if not self.at_least("0.33.0") or self.gpu.major != 10:
+            raise ModelError(f"{what}: wanted vLLM 0.33.0 on an SM100 GPU, found {self.version} on {self.gpu.name}")
+        if self.ep != self.tp * self.dp:
+            raise ModelError(f"{what}: wanted expert parallelism, --ep {self.tp * self.dp} (tp · dp), found {self.ep}")
+        if experts.count % self.ep:
+            raise ModelError(f"{what}: wanted {experts.how} a multiple of the {self.ep} ranks")
+        sizes: dict[str, object] = {"experts": experts.count, "topk": experts.topk, "hidden": experts.hidden}
+        calls = []
+        given: dict[str, object] = {"bias": False, "hashed": True}
+        for layers, fields, how in (
+            (tuple(number for number in experts.layers if number not in hashed), {}, "chosen by score"),
+            (hashed, given, "given by the token's hash"),
+        ):
+            if layers:
+                calls.append(Call("bf16_mega_gate", sizes | fields, f"mlp.gate, {_layers(layers)}: experts {how}"))
+        layer: dict[str, object] = {"ranks": self.ep, **sizes, "intermediate": experts.intermediate}
+        if clamp is not None:
+            layer["activation_clamp"] = clamp
+        fused = self.fuses_into_mega_moe(shared)
+        if fused:
+            layer["shared_experts"] = shared
+        kept = f", with n_shared_experts {shared}" if fused else ""
+        what = f"mlp.experts, {_layers(experts.layers)}: {experts.how}, over ep {self.ep} ranks{kept}"
+        calls.append(Call("fp8_fp4_mega_moe", layer, what))
+        return calls
 
     def indexer_calls(self, heads: int, what: str) -> list[Call]:
         """vllm/utils/deep_gemm.py: ``fp8_fp4_mqa_logits`` and its paged form; 0.33.0 gives max_seqlen_k, and MX scales

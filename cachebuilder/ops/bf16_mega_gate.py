@@ -27,6 +27,10 @@ class Bf16MegaGate(TokenOp):
     topk: Annotated[int, Field(ge=1, le=64, description="experts a token is routed to")]
     scoring: Literal["identity", "sigmoid", "softmax", "sqrtsoftplus"] = "sqrtsoftplus"
     bias: Annotated[bool, Field(description="scores are corrected by a bias before the choice")] = True
+    hashed: Annotated[
+        Literal[True] | None,
+        Field(description="experts are given, by the token's hash (fix_routing_mask, unmapped_topk_idx)"),
+    ] = None
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest M, row-sliced at each call; arguments as vLLM 0.33.0 gives them."""
@@ -36,11 +40,16 @@ class Bf16MegaGate(TokenOp):
         bias = device.empty(self.experts, dtype="float32") if self.bias else None
         chosen = device.empty(largest, self.topk, dtype="int64")
         weights = device.empty(largest, self.topk, dtype="float32")
+        given = device.empty(largest, self.topk, dtype="int64") if self.hashed else None
+        mask = device.empty(largest, dtype="bool") if self.hashed else None
         function = self.function(device.deep_gemm)
 
         def call(m: int) -> None:
             out = (chosen[:m], weights[:m])
-            function(x[:m], weight, self.topk, False, 0, 1.0, 0, scoring_func=self.scoring, bias=bias, out=out)
+            options: dict[str, Any] = {"scoring_func": self.scoring, "bias": bias, "out": out}
+            if given is not None and mask is not None:
+                options |= {"fix_routing_mask": mask[:m], "unmapped_topk_idx": given[:m]}
+            function(x[:m], weight, self.topk, False, 0, 1.0, 0, **options)
 
         return call
 
@@ -49,7 +58,8 @@ class Bf16MegaGate(TokenOp):
 
         As ``impls/sm100_bf16_mega_gate.cuh`` and ``epilogue/sm100_mega_gate.cuh`` of sgl-deep-gemm 0.2.3.post2 have it:
         experts are chosen by score and bias, and an expert's weight is its score's share of those of all that are
-        chosen, without the bias. Rows in which two of the scores to choose from are near each other say nothing.
+        chosen, without the bias. Experts that are given stay. Rows in which two of the scores to choose from are near
+        each other say nothing.
 
         Raises:
             NotImplementedError: softmax, which no copy's kernel has.
@@ -62,13 +72,18 @@ class Bf16MegaGate(TokenOp):
         bias = inputs.normal(self.experts, dtype="float32") / 4 if self.bias else None
         weights, buffer = inputs.output(value, self.topk, dtype="float32")
         chosen = device.empty(value + GUARD_ROWS, self.topk, dtype="int64").fill_(-1)
-        self.function(device.deep_gemm)(
-            x, weight, self.topk, False, 0, 1.0, 0,
-            scoring_func=self.scoring, bias=bias, out=(chosen[:value], weights),
-        )  # fmt: skip
+        options: dict[str, Any] = {"scoring_func": self.scoring, "bias": bias, "out": (chosen[:value], weights)}
+        given = None
+        if self.hashed:
+            given = inputs.normal(value, self.experts, dtype="float32").topk(self.topk).indices
+            mask = device.empty(value, dtype="bool").fill_(True)
+            options |= {"fix_routing_mask": mask, "unmapped_topk_idx": given.clone()}
+        self.function(device.deep_gemm)(x, weight, self.topk, False, 0, 1.0, 0, **options)
         scores = self.scores(torch, product_nt(torch, x, weight))
         best, experts = (scores if bias is None else scores + bias).topk(min(self.topk + 1, self.experts), -1)
         apart = (best.diff(dim=-1).abs() > _NEAR).all(-1, keepdim=True)
+        if given is not None:
+            experts, apart = given, apart | True
         shares = scores.gather(1, experts[:, : self.topk])
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
         found = _with_guard(torch, experts[:, : self.topk].float(), -1.0)
