@@ -136,7 +136,8 @@ class Pool:
                             ended.fail(str(error))
                         else:
                             ended.finish(result)
-                        self._share = max(self._share, min(self._spent / self._work, 1.0))
+                        # Rounded: sums of the same parts in another order differ in their last bit, and all is 1.
+                        self._share = max(self._share, min(round(self._spent / self._work, 9), 1.0))
                         self._tell(self._share)
             except BaseException:
                 self._processes.stop()
