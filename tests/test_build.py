@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import zstandard
 
 from cachebuilder import build as building
+from cachebuilder import paths
 from cachebuilder import toolchain as toolchains
 from cachebuilder.artifact.read import read_index
 from cachebuilder.deepgemm import entries
@@ -218,3 +220,23 @@ def _manifest(built: building.Built, folder: Path) -> Path:
     path = folder / "m.yaml"
     path.write_bytes(built.inputs.manifest_bytes)
     return path
+
+
+def test_ctrl_c_while_a_scratch_folder_is_taken_away_leaves_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path))
+    remove, asked = shutil.rmtree, []
+
+    def interrupted(folder: Path, **options: bool) -> None:
+        asked.append(folder)
+        if len(asked) == 1:
+            (folder / "first").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), paths.scratch_folder() as folder:
+        (folder / "first").touch()
+        (folder / "second").touch()
+    assert len(asked) == 2 and os.listdir(tmp_path / "scratch") == []
