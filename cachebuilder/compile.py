@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -113,14 +114,26 @@ def compile_all(
     report.tasks, report.checked = pool.tasks, len(pool.own)
     report.wall_seconds, report.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu
     if pool.failures:
-        parts = [f"{kernel.entry}:\n{output}" for kernel, output in pool.failures]
-        raise CompileError(
-            f"{len(parts)} of {len(kernels)} kernels did not compile, the others are in the store\n" + "\n".join(parts)
-        )
+        raise _failed(pool.failures, len(kernels))
     for kernel in missing:
         if own := pool.own.get(kernel.entry):
             code.require_equal(kernel, own, cubins[kernel.entry])
     return cubins, report
+
+
+def _failed(failures: Sequence[tuple[Kernel, str]], count: int) -> CompileError:
+    """What nvcc said, once for all kernels of which it said the same."""
+    entries: dict[str, list[str]] = {}
+    for kernel, output in failures:
+        entries.setdefault(output, []).append(kernel.entry)
+    parts = [f"{', '.join(names)}:\n{output}" for output, names in entries.items()]
+    missing = re.search(r"fatal error: (\S+): No such file", "\n".join(entries))
+    return CompileError(
+        f"{len(failures)} of {count} kernels did not compile, the others are in the store\n" + "\n".join(parts),
+        hint=f"nvcc finds no {missing[1]}: install that part of its CUDA toolkit, or name a whole one with --nvcc"
+        if missing
+        else None,
+    )
 
 
 class StoreKeys:

@@ -125,6 +125,17 @@ def test_one_bad_kernel_does_not_take_its_unit_down(built: building.Built, tmp_p
     assert (report.compiled, report.reused) == ([], len(good))
 
 
+def test_what_nvcc_says_of_several_kernels_is_said_once(built: building.Built, tmp_path: Path) -> None:
+    one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    bad = [kernel.model_copy(update={"source": "#include <no_such.h>\n" + kernel.source}) for kernel in (one, two)]
+    with pytest.raises(CompileError) as error:
+        compiling.compile_all(bad, built.inputs.toolchain, built.inputs.installation, CubinStore(tmp_path / "store"))
+    said = str(error.value)
+    assert "2 of 2 kernels did not compile" in said and one.entry in said and two.entry in said
+    assert said.count("fatal error: no_such.h") == 1
+    assert error.value.hint and "nvcc finds no no_such.h: install that part of its CUDA toolkit" in error.value.hint
+
+
 def test_a_source_that_makes_another_kernel_than_it_names_is_refused(built: building.Built) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
     with pytest.raises(CompileError, match="wanted a kernel with template arguments"):
