@@ -115,14 +115,16 @@ def test_quantised_values_are_near_and_their_scales_are_what_the_architecture_ke
     assert (mantissas == 0).all().item() == power_of_two
 
 
-def test_between_two_fp8_values_either_is_right_and_no_other() -> None:
+@pytest.mark.parametrize("units", [-3, -1, 1, 3])
+def test_between_two_fp8_values_either_is_right_and_no_other(units: int) -> None:
     torch.manual_seed(1)
     groups = torch.randn(64, 8, 128).bfloat16().float()
     scales = groups.abs().amax(-1, keepdim=True) / scaled.FP8_MAX
     values = groups / scales
-    fast = (groups * torch.nextafter(1 / scales, torch.tensor(math.inf))).to(torch.float8_e4m3fn).float()
+    reciprocals = ((1 / scales).view(torch.int32) + units).view(torch.float32)
+    fast = (groups * reciprocals).to(torch.float8_e4m3fn).float()
     nearest = values.to(torch.float8_e4m3fn).float()
-    assert (fast != nearest).any(), "one unit of a reciprocal takes some to the other side"
+    assert (fast != nearest).any(), "units of a reciprocal take some to the other side"
     assert torch.equal(scaled.as_near(torch, values, fast, nearest), fast)
     beside = (fast.to(torch.float8_e4m3fn).view(torch.uint8) ^ 1).view(torch.float8_e4m3fn).float()
     assert torch.equal(scaled.as_near(torch, nearest, beside, nearest), nearest), "one step off is wrong"

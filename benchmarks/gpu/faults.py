@@ -1,6 +1,6 @@
 """What DeepGEMM does with a broken cache, and what `doctor` and `verify` say of it.
 
-    python benchmarks/gpu/faults.py OUT [--deep-gemm FOLDER]... [--device virtual|cuda]
+    python benchmarks/gpu/faults.py OUT [--deep-gemm FOLDER]... [--device virtual|cuda] [--commit HASH]
 
 For each copy of DeepGEMM: one artifact (faults.yaml) is built and restored, then each fault is done to a copy of that
 folder, a process serves from it as `cachebuilder run` sets it up, and `doctor` and `verify` look at it. Serving calls
@@ -256,7 +256,8 @@ FAULTS: dict[str, Callable[[Faults, Path], dict[str, Any]]] = {
 @click.option("--deep-gemm", multiple=True, type=click.Path(path_type=Path))
 @click.option("--device", type=click.Choice(["virtual", "cuda"]), default="virtual")
 @click.option("--only", multiple=True, type=click.Choice(list(FAULTS)))
-def main(out: Path, deep_gemm: tuple[Path, ...], device: str, only: tuple[str, ...]) -> None:
+@click.option("--commit", default="")
+def main(out: Path, deep_gemm: tuple[Path, ...], device: str, only: tuple[str, ...], commit: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     copies = deep_gemm or (installations.find().path,)
     with (out / "faults.jsonl").open("a") as log:
@@ -270,7 +271,7 @@ def main(out: Path, deep_gemm: tuple[Path, ...], device: str, only: tuple[str, .
                         found = fault(faults, Path(work, str(number)))
                     except subprocess.CalledProcessError as error:
                         found = {"not_run": error.stderr.decode().strip()}
-                    line = {"fault": name, "generation": faults.generation, "device": device} | found
+                    line = {"commit": commit, "fault": name, "generation": faults.generation, "device": device} | found
                     print(json.dumps(line), flush=True)
                     log.write(json.dumps(line) + "\n")
                     log.flush()

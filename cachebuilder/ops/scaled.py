@@ -151,13 +151,15 @@ def as_near(torch: Any, values: Any, written: Any, nearest: Any) -> Any:
     """What a kernel must have ``written`` for ``values``: the ``nearest`` of its format, or another that is as near.
 
     Of BF16 values over a scale many lie half way between two FP8 or FP4 values. With nvcc's fast math
-    (``--use_fast_math`` in DeepJIT's flags) a scale's reciprocal may be a unit of float32 off, which takes those to
+    (``--use_fast_math`` in DeepJIT's flags) a scale's reciprocal may be some units of float32 off, which takes those to
     either side.
 
     Args:
         values: float32, over their scales, as are the two others.
     """
-    near = (written - values).abs() <= (nearest - values).abs() + 1e-6 * values.abs()
+    # The kernel's division (2 units off), reciprocal (1) and product (½), the two roundings behind ``values`` (½ each):
+    # 4½ units of 2⁻²³, seen from both sides (PTX ISA 9.0, ``div.approx``, ``rcp.approx``).
+    near = (written - values).abs() <= (nearest - values).abs() + 9 * 2**-23 * values.abs()
     return torch.where(near, written, nearest)
 
 
