@@ -16,7 +16,7 @@ import pytest
 from cachebuilder import build as building
 from cachebuilder import environment, frozen
 from cachebuilder.artifact.folder import open_folder
-from cachebuilder.errors import ArtifactError
+from cachebuilder.errors import ArtifactError, VerifyError
 from cachebuilder.restore import restore
 from tests.conftest import Run
 
@@ -289,6 +289,20 @@ def test_run_restores_sets_the_environment_and_becomes_the_command(
     default = run("run", built.packed.path, *here, "--", "sh", "-c", "$DG_JIT_NVCC_COMPILER --version")
     assert default.stdout == built.inputs.toolchain.version_text
     assert run("run", tmp_path / "dir", "--", "no-such-command").returncode == 127
+
+
+def test_run_does_not_start_a_process_from_damaged_entries(run: Run, built: building.Built, tmp_path: Path) -> None:
+    here = ("--deep-gemm", built.inputs.installation.imported_as)
+    assert run("restore", built.packed.path, "--to", tmp_path, *here).returncode == 0
+    cubin = next((tmp_path / "cache").glob("*/kernel.cubin"))
+    whole = cubin.read_bytes()
+    cubin.chmod(0o644)
+    cubin.write_bytes(whole[: len(whole) // 2])
+    done = run("run", tmp_path, "--", "echo", "started")
+    assert (done.returncode, done.stdout) == (VerifyError.exit_code, ""), done.stderr
+    assert f"{cubin.parent.name}/kernel.cubin: wanted {len(whole)} bytes, found {len(whole) // 2}" in done.stderr
+    cubin.write_bytes(whole)
+    assert run("run", tmp_path, "--", "echo", "started").stdout == "started\n"
 
 
 def call_deepgemm(

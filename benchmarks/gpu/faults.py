@@ -3,8 +3,8 @@
     python benchmarks/gpu/faults.py OUT [--deep-gemm FOLDER]... [--device virtual|cuda] [--commit HASH]
 
 For each copy of DeepGEMM: one artifact (faults.yaml) is built and restored, then each fault is done to a copy of that
-folder, a process serves from it as `cachebuilder run` sets it up, and `doctor` and `verify` look at it. Serving calls
-every point of every op and, on a real GPU, compares results with a reference. Writes one JSON object a fault to
+folder, a process serves from it with what `cachebuilder env` sets, and `doctor`, `verify` and `run` look at it. Serving
+calls every point of every op and, on a real GPU, compares results with a reference. Writes one JSON object a fault to
 OUT/faults.jsonl. Full disks are small tmpfs mounts, which need root.
 """
 
@@ -32,6 +32,8 @@ from cachebuilder.sweep import virtual_gpu
 HERE = Path(__file__).parent
 MANIFEST = HERE / "faults.yaml"
 ROOT = HERE.parents[1]
+#: Seconds; serving whole takes a tenth of it, compiling the six kernels half.
+HANGS_AFTER = 90
 
 
 def serve(deep_gemm: str, device_name: str, forever: bool) -> None:
@@ -71,18 +73,21 @@ class Faults:
         self.cachebuilder("build", MANIFEST, "-o", self.artifact, check=True)
         self.cachebuilder("restore", self.artifact, "--to", self.good, check=True)
 
-    def cachebuilder(self, *words: str | Path, check: bool = False) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cachebuilder", *map(str, words), "--deep-gemm", str(self.deep_gemm)]
+    def cachebuilder(
+        self, *words: str | Path, check: bool = False, then: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cachebuilder", *map(str, words), "--deep-gemm", str(self.deep_gemm), *then]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if check and done.returncode:
             raise SystemExit(done.stderr)
         return done
 
     def serving(self, folder: Path, forever: bool = False, scratch: Path | None = None) -> subprocess.Popen[str]:
-        """A process that serves from ``folder`` with the compiler that refuses."""
-        command = [sys.executable, "-m", "cachebuilder", "run", str(folder), "--deep-gemm", str(self.deep_gemm)]
-        command += ["--scratch", str(scratch)] if scratch and self.generation == "deepjit" else []
-        return self._start([*command, "--", *self._server(forever)], {})
+        """A process that serves from ``folder`` with the compiler that refuses, whatever `run` would say of it."""
+        words = ["--scratch", str(scratch)] if scratch and self.generation == "deepjit" else []
+        command = [sys.executable, "-m", "cachebuilder", "env", str(folder), "--format", "json", *words]
+        told = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        return self._start(self._server(forever), json.loads(told))
 
     def compiling(self, root: Path) -> subprocess.Popen[str]:
         """A process that serves from ``root`` as DeepGEMM alone would, with the real nvcc."""
@@ -106,17 +111,24 @@ class Faults:
         """How serving ended, and what the two verbs say of ``folder``."""
         doctor = json.loads(self.cachebuilder("doctor", folder, "--json").stdout)["folder"]
         verify = self.cachebuilder("verify", folder)
+        run = self.cachebuilder("run", folder, then=("--", "true"))
         said = verify.stderr.strip().splitlines() if verify.returncode else verify.stdout.strip().splitlines()
         return {
             "serving": outcome(served) if served else None,
             "doctor": doctor["damaged"],
             "verify": {"exit": verify.returncode, "said": clean(said[-2:], folder)},
+            "run": {"exit": run.returncode, "said": clean(run.stderr.strip().splitlines(), folder)},
         }
 
 
 def outcome(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The exit code, and what it got through or what stopped it."""
-    output, errors = process.communicate(timeout=300)
+    """The exit code, and what it got through or what stopped it; one that hangs is ended."""
+    try:
+        output, errors = process.communicate(timeout=HANGS_AFTER)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"hung": f"no end after {HANGS_AFTER} s"}
     last = output.strip().splitlines()[-1:] or [""]
     if process.returncode == 0:
         return {"exit": 0} | json.loads(last[0])

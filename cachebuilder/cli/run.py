@@ -9,11 +9,11 @@ import click
 from click.core import ParameterSource
 
 from cachebuilder import nvml
-from cachebuilder.artifact.folder import open_folder
+from cachebuilder.artifact.folder import RestoredFolder, open_folder
 from cachebuilder.cli import remote, shared, signing
 from cachebuilder.cli.restore import run_restore
 from cachebuilder.environment import Engine, variables
-from cachebuilder.errors import CommandError
+from cachebuilder.errors import CommandError, VerifyError
 
 
 @click.command()
@@ -35,7 +35,11 @@ def run(
     force: bool,
     trust: tuple[Path, ...],
 ) -> None:
-    """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored."""
+    """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored.
+
+    CMD is not started from entries that are damaged: of a cubin cut short the GPU's driver makes an error, a crash or a
+    process that hangs.
+    """
     if remote.is_remote(source):
         wish = remote.wish(remote.installation(deep_gemm), nvml.first_gpu(), to=to, force=force)
         with remote.retries() as tries:
@@ -46,7 +50,9 @@ def run(
             raise click.UsageError(f"--to goes with an artifact; {source} is a folder")
         if trust:
             _say_unchecked(source)
-        found = open_folder(source).indexes
+        folder = open_folder(source)
+        _require_whole(folder)
+        found = folder.indexes
         dir = source
     else:
         if to is None:
@@ -68,6 +74,13 @@ def _say_unchecked(dir: Path) -> None:
             f"--trust goes with an artifact; {dir} is a folder, checked when it was restored or never"
         )
     click.echo(f"unchecked {dir}: a folder bears no signature; it was checked when it was restored, or never", err=True)
+
+
+def _require_whole(folder: RestoredFolder) -> None:
+    """What `restore` checks of what is there already."""
+    if damage := folder.damage():
+        more = f" and {len(damage) - 1} more" if damage[1:] else ""
+        raise VerifyError(f"{folder.path}: damaged: {damage[0]}{more}", hint=shared.RESTORE_AGAIN)
 
 
 def _own_folder(artifact: Path) -> Path:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from cachebuilder.gpus import Gpu
     from cachebuilder.selection import Range
 
+#: What to do with a folder whose entries are not what they were.
+RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
+
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
     "--deep-gemm",

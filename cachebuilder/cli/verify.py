@@ -146,7 +146,7 @@ def _problem(target: Path, report: verifying.Report) -> str:
 def _hint(report: verifying.Report) -> str:
     """What to do next, the most likely cause first."""
     if report.damage:
-        return "remove the damaged entries and restore the artifact again"
+        return shared.RESTORE_AGAIN
     if missing := [replay for replay in report.replays if replay.missing]:
         causes: list[Difference] = [d for replay in missing for d in replay.differences if d.field != "deep_gemm"]
         if causes:
