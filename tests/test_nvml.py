@@ -2,36 +2,60 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import build as building
-from cachebuilder import native
+from cachebuilder import native, nvml
 from tests.conftest import Run
 
-#: The functions that are asked, with the types of nvml.h of CUDA 13.0.
+#: The functions that are asked, with the types of nvml.h of CUDA 13.0. Cards are 1 and 2, the second an H20; 3 is a slice.
 LIBRARY = r"""
 #include <stdlib.h>
 #include <string.h>
 static int number(const char *name) { const char *text = getenv(name); return text ? atoi(text) : 0; }
 int nvmlInit_v2(void) { return number("TEST_INIT"); }
 int nvmlShutdown(void) { return 0; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)1; return index; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)(index + 1L); return index > 1; }
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
+    strncpy(uuid, device == (void *)1 ? "GPU-aa11" : "GPU-bb22", length);
+    return 0;
+}
+int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *next) {
+    *now = *next = device == (void *)1 && number("TEST_SLICE");
+    return 0;
+}
+int nvmlDeviceGetMigDeviceHandleByIndex(void *card, unsigned index, void **device) {
+    *device = (void *)3;
+    return number("TEST_SLICE") < 0 || card != (void *)1 || index;
+}
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) { *device = (void *)3; return !!strcmp(uuid, "MIG-cc33"); }
+int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *slice, void **device) {
+    *device = (void *)1;
+    return slice != (void *)3;
+}
+int nvmlDeviceGetAttributes_v2(void *device, unsigned *attributes) {
+    memset(attributes, 0, 40);
+    attributes[0] = number("TEST_SLICE");
+    return device != (void *)3;
+}
 int nvmlDeviceGetName(void *device, char *name, unsigned length) {
-    strncpy(name, getenv("TEST_NAME"), length);
-    return device != (void *)1;
+    strncpy(name, device == (void *)1 ? getenv("TEST_NAME") : "NVIDIA H20", length);
+    return device > (void *)2;
 }
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
     *major = number("TEST_CAPABILITY") / 10;
     *minor = number("TEST_CAPABILITY") % 10;
-    return device != (void *)1;
+    return device > (void *)2;
 }
 int nvmlSystemGetDriverVersion(char *version, unsigned length) { strncpy(version, "580.1", length); return 0; }
 int nvmlDeviceGetNumGpuCores(void *device, unsigned *cores) {
-    *cores = 128 * number("TEST_SMS");
-    return device != (void *)1 || !*cores;
+    *cores = 128 * (device == (void *)1 ? number("TEST_SMS") : 78);
+    return device > (void *)2 || !*cores;
 }
 """
 
@@ -78,3 +102,37 @@ def test_a_restore_compares_the_gpu_that_is_visible(
         assert forced.returncode == 0 and "forced" in forced.stderr and words[2] in forced.stderr
         looked = run("doctor", tmp_path / "dir", *here, **environment)
         assert f"GPU          {card['NAME']}, compute capability" in looked.stdout and words[2] in looked.stdout
+
+
+#: What CUDA_VISIBLE_DEVICES says, the SMs of the slices (-1: MIG without any), and the SMs of what CUDA would take.
+VISIBLE = [
+    pytest.param(None, 0, ("NVIDIA H200", 132), id="not-set"),
+    pytest.param("0,1", 0, ("NVIDIA H200", 132), id="first"),
+    pytest.param("1,0", 0, ("NVIDIA H20", 78), id="second-card-first"),
+    pytest.param("GPU-bb22", 0, ("NVIDIA H20", 78), id="by-uuid"),
+    pytest.param("GPU-b", 0, ("NVIDIA H20", 78), id="by-the-beginning-of-a-uuid"),
+    pytest.param("GPU-zz", 0, None, id="unknown-uuid"),
+    pytest.param("2", 0, None, id="no-such-card"),
+    pytest.param("", 0, None, id="empty"),
+    pytest.param("-1", 0, None, id="minus-one"),
+    pytest.param(None, 60, ("NVIDIA H200", 60), id="slice"),
+    pytest.param("1", 60, ("NVIDIA H20", 78), id="the-card-beside-a-sliced-one"),
+    pytest.param("MIG-cc33", 16, ("NVIDIA H200", 16), id="slice-by-uuid"),
+    pytest.param("MIG-none", 16, None, id="unknown-slice"),
+    pytest.param(None, -1, None, id="mig-without-a-slice"),
+]
+
+
+@pytest.mark.parametrize(("visible", "slices", "expected"), VISIBLE)
+def test_the_first_gpu_is_the_one_that_cuda_would_take(
+    visible: str | None, slices: int, expected: tuple[str, int] | None, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "132", "SLICE": str(slices)}.items():
+        monkeypatch.setenv(f"TEST_{name}", value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    loaded = ctypes.CDLL(str(library / "libnvidia-ml.so.1"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: loaded)
+    found = nvml.first_gpu()
+    assert (found and (found.name, found.sm_count)) == expected
