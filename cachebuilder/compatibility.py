@@ -23,7 +23,7 @@ _REMEDIES: dict[str, str] = {
     "cutlass": "DeepJIT's keys hold it: build with the DeepGEMM that serves",
     "compiler": "keys hold the compiler: let the frozen nvcc answer (cachebuilder env), or restore again",
     "arch": "keys hold it: build for the GPU that serves (target.gpu in the manifest)",
-    "sm_counts": "kernels hold the SM count: add it to target.sm_counts in the manifest and build again",
+    "sm_counts": "kernels hold the SM count: add it to target.sm_counts, or an op's, in the manifest and build again",
     "environment": "these variables change kernels: unset them, or give them in the manifest and build again",
     "install_include": "legacy keys hold the install path: restore again for it, which renames the entries",
     "legacy_flags": "legacy keys hold the flags: restore or build again with the DeepGEMM that serves",

@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from cachebuilder import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.ops import OPS, Op, OpBase
-from cachebuilder.ops.base import TokenOp, Tokens
+from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 
 #: A manifest is a page of shapes, and perhaps hundreds of kernel sources of a page each.
 _MAX_BYTES = 4 << 20
@@ -49,22 +49,27 @@ class Target(BaseModel):
         Field(description="a known GPU's name, or its fields"),
     ]
     sm_counts: Annotated[
-        list[Annotated[int, Field(ge=1)]] | None,
-        Field(min_length=1, description="SM counts that the engine sets (set_num_sms); left out: all of the GPU's"),
+        SmCounts | None,
+        Field(description="SM counts that the engine sets (set_num_sms); left out: all of the GPU's"),
     ] = None
 
     @model_validator(mode="after")
     def _check_sm_counts(self) -> Target:
-        counts = self.sm_counts or []
-        if len(set(counts)) != len(counts):
-            raise ValueError(f"wanted each SM count once, found {counts}")
-        if counts and max(counts) > self.gpu.sm_count:
-            raise ValueError(f"wanted SM counts up to {self.gpu.name}'s {self.gpu.sm_count}, found {max(counts)}")
+        if wrong := self.wrong_sm_counts(self.sm_counts or []):
+            raise ValueError(wrong)
         return self
+
+    def wrong_sm_counts(self, counts: list[int]) -> str | None:
+        """What is wrong with SM counts for this GPU; None where nothing is."""
+        if len(set(counts)) != len(counts):
+            return f"wanted each SM count once, found {counts}"
+        if counts and max(counts) > self.gpu.sm_count:
+            return f"wanted SM counts up to {self.gpu.name}'s {self.gpu.sm_count}, found {max(counts)}"
+        return None
 
     @property
     def all_sm_counts(self) -> list[int]:
-        """SM counts to sweep, ascending."""
+        """SM counts to sweep where an op has none of its own, ascending."""
         return sorted(self.sm_counts or [self.gpu.sm_count])
 
 
@@ -110,7 +115,7 @@ class Manifest(BaseModel):
     @model_validator(mode="after")
     def _fill_and_check_ops(self) -> Manifest:
         filled: list[OpBase] = []
-        seen: dict[str, int] = {}
+        seen: dict[tuple[str, int], int] = {}
         for index, op in enumerate(self.ops):
             if reason := op.unsupported(self.target.gpu.major):
                 raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
@@ -118,12 +123,13 @@ class Manifest(BaseModel):
                 if self.max_tokens is None:
                     raise _RefusedOp(index, "max_tokens: missing, here or for the whole manifest")
                 op = op.model_copy(update={"max_tokens": self.max_tokens})
-            identity = op.model_dump_json(exclude={"max_tokens", "max_m"})
-            if identity in seen:
-                raise _RefusedOp(
-                    index, f"the same shape as ops[{seen[identity]}]; give it once, with the larger maximum"
-                )
-            seen[identity] = index
+            if wrong := self.target.wrong_sm_counts(op.sm_counts or []):
+                raise _RefusedOp(index, f"sm_counts: {wrong}")
+            shape = op.model_dump_json(exclude={"max_tokens", "max_m", "sm_counts"})
+            for sm_count in self.sm_counts_of(op):
+                first = seen.setdefault((shape, sm_count), index)
+                if first != index:
+                    raise _RefusedOp(index, f"the same shape as ops[{first}]; give it once, with the larger maximum")
             filled.append(op)
         object.__setattr__(self, "ops", filled)
         if not self.ops and not self.sources:
@@ -132,6 +138,15 @@ class Manifest(BaseModel):
         if twice := [index for index, text in enumerate(texts) if text in texts[:index]]:
             raise ValueError(f"sources[{twice[0]}] is the same as sources[{texts.index(texts[twice[0]])}]")
         return self
+
+    def sm_counts_of(self, op: OpBase) -> list[int]:
+        """SM counts at which ``op`` is swept, ascending."""
+        return sorted(op.sm_counts or self.target.all_sm_counts)
+
+    @property
+    def all_sm_counts(self) -> list[int]:
+        """SM counts at which any op is swept, ascending; the target's where there are no ops."""
+        return sorted({count for op in self.ops for count in self.sm_counts_of(op)}) or self.target.all_sm_counts
 
 
 class _RefusedOp(ValueError):

@@ -52,6 +52,7 @@ class Plan(_Frozen):
     """All kernels of a manifest for one DeepGEMM and one compiler.
 
     Attributes:
+        sm_counts: all at which any op was swept, ascending.
         arch: as nvcc names it, ``sm_90a``.
         include: legacy only: the include path that is part of every key, as DeepGEMM wrote it.
         legacy_flags: legacy only: the flags as DeepGEMM joins them for its keys.
@@ -161,7 +162,7 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
     return Plan(
         generation=found.generation,
         gpu=manifest.target.gpu,
-        sm_counts=tuple(manifest.target.all_sm_counts),
+        sm_counts=tuple(manifest.all_sm_counts),
         arch=_arch(known[0].flags),
         include=include if legacy else None,
         legacy_flags=_legacy_flags(first) if legacy else None,

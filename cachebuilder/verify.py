@@ -159,7 +159,7 @@ def _check(
                     None,
                     manifest.environment,
                     compiler=compiler_text,
-                    sm_counts=manifest.target.all_sm_counts,
+                    sm_counts=manifest.all_sm_counts,
                 )
                 for artifact in (folder.artifacts if given else [folder.artifacts[index]])
             ),

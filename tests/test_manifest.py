@@ -30,6 +30,18 @@ def test_max_tokens_is_the_manifests_unless_an_op_has_its_own() -> None:
     assert [op.max_tokens for op in model.ops] == [64, 3]
 
 
+def test_an_ops_own_sm_counts_stand_for_the_targets() -> None:
+    model = manifest.parse(f"{HEAD}ops: [{OP}, {OP.replace('k:', 'sm_counts: [130, 64], k:')}]".encode())
+    assert [model.sm_counts_of(op) for op in model.ops] == [[132], [64, 130]]
+    assert model.all_sm_counts == [64, 130, 132]
+
+
+def test_an_op_without_sm_counts_of_its_own_is_written_as_before_there_were_any() -> None:
+    model = manifest.parse(f"{HEAD}ops: [{OP}, {OP.replace('k:', 'sm_counts: [64], k:')}]".encode())
+    assert ["sm_counts" in op.model_dump() for op in model.ops] == [False, True]
+    assert "sm_counts" not in model.ops[0].model_dump_json()
+
+
 def test_explicit_gpu_fields_are_taken() -> None:
     gpu = "{name: mine, capability: '9.0', sm_count: 100, l2_bytes: 52428800, shared_memory_bytes: 232448, clock_khz: 1500000}"
     model = manifest.parse(f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 1\nops: [{OP}]".encode())
@@ -54,6 +66,10 @@ def test_explicit_gpu_fields_are_taken() -> None:
         pytest.param(HEAD.replace("H200", "GH2O0") + f"ops: [{OP}]", 2, "did you mean GH200?", id="gpu"),
         pytest.param(HEAD.replace("H200}", "H200, sm_counts: [133]}") + f"ops: [{OP}]", 2, "up to H200's 132", id="sms"),
         pytest.param(HEAD.replace("H200}", "H200, sm_counts: [9, 9]}") + f"ops: [{OP}]", 2, "each SM count once", id="sms-twice"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('k:', 'sm_counts: [133], k:')}", 5, "ops[0]: sm_counts: wanted SM counts up to H200's 132", id="op-sms"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('k:', 'sm_counts: [9, 9], k:')}", 5, "each SM count once", id="op-sms-twice"),
+        pytest.param(f"{HEAD}ops:\n- {OP.replace('k:', 'sm_counts: [0], k:')}", 5, "ops[0].sm_counts[0]: wanted", id="op-no-sms"),
+        pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP.replace('k:', 'sm_counts: [9, 132], k:')}", 6, "the same shape as ops[0]", id="op-sms-of-the-target"),
         pytest.param(HEAD.replace("name: x", "name: ../x") + f"ops: [{OP}]", 1, "name: wanted", id="name-is-a-path"),
         pytest.param(f"{HEAD}environment: {{PATH: x}}\nops: [{OP}]", 4, "DeepGEMM reads", id="foreign-variable"),
         pytest.param(f"{HEAD}environment: {{DG_JIT_CACHE_DIR: x}}\nops: [{OP}]", 4, "set by cachebuilder", id="our-variable"),

@@ -74,7 +74,7 @@ def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
         "sm90_fp8_gemm_1d2d: 2 times, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
         "  not in small\n"
         "  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: ?, n: 256, k: 512}\n"
-        "  under target.sm_counts: 132\n"
+        "  under target.sm_counts, or the op's own: 132\n"
         "sm90_fp8_gemm_1d2d: 1 time, at an unknown time\n"
     )
     assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout

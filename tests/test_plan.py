@@ -101,6 +101,22 @@ def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_ops_own_sm_count_changes_its_kernels_alone(tmp_path: Path, run: Run) -> None:
+    text = (
+        "name: x\ntarget: {gpu: H200}\nmax_tokens: 64\n"
+        "ops: [{op: fp8_gemm_nt, n: 576, k: 512}, {op: fp8_gemm_nt, n: 2112, k: 512, sm_counts: [100, 98]}]"
+    )
+    plan = make(tmp_path / "m.yaml", text)
+    assert (plan.sm_counts, plan.calls) == ((98, 100, 132), 64 + 2 * 64)
+    found = {(s.op, s.sm_count) for kernel in plan.kernels if "gemm" in kernel.name for s in kernel.selected_by}
+    assert found == {(0, 132), (1, 98), (1, 100)}
+    shown = run("plan", tmp_path / "m.yaml").stdout
+    titles = [line for line in shown.splitlines() if line.startswith("ops[")]
+    assert [title.partition(", ")[2] for title in titles] == ["132 SMs: m", "98 SMs: m", "100 SMs: m"]
+    assert "nothing to compile" not in shown
+
+
+@pytest.mark.slow
 def test_the_environment_of_the_manifest_reaches_deepgemm(tmp_path: Path) -> None:
     text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
     plain = make(tmp_path / "m.yaml", text)

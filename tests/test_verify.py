@@ -180,6 +180,17 @@ def test_another_sm_count_is_named(built: building.Built, folder: Path, run: Run
 
 
 @pytest.mark.slow
+def test_an_ops_own_sm_count_is_replayed_for_that_op_alone(built: building.Built, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(SMALL.replace("k: 512}", "k: 512, sm_counts: [100]}", 1))
+    report = check(folder, built.inputs.installation, other)
+    [replay] = report.replays
+    assert different(report) == {"sm_counts"} and not report.complete
+    assert replay.calls == built.plan.calls
+    assert {(s.op, s.sm_count) for kernel in replay.missing for s in kernel.selected_by} == {(0, 100)}
+
+
+@pytest.mark.slow
 def test_another_install_path_matters_to_the_legacy_generation_only(
     built: building.Built, folder: Path, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ def _print(miss: reading.Miss) -> None:
     else:
         click.echo(textwrap.fill(advice, 80, initial_indent="  ", subsequent_indent="  "))
     if miss.shape:
-        notes = f"under target.sm_counts: {miss.shape.sm_count}"
+        notes = f"under target.sm_counts, or the op's own: {miss.shape.sm_count}"
         if miss.shape.op and miss.shape.n is None:
             notes += "; n and k are not compiled in, so this kernel serves many shapes"
         click.echo(textwrap.fill(notes, 80, initial_indent="  ", subsequent_indent="    "))

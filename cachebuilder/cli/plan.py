@@ -10,7 +10,6 @@ import click
 from cachebuilder import build as building
 from cachebuilder import plan as planning
 from cachebuilder.cli import shared, table
-from cachebuilder.ops import OPS
 from cachebuilder.selection import Selection
 
 
@@ -35,9 +34,8 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
     if as_json:
         click.echo(made.model_dump_json(indent=1, exclude_none=True))
         return
-    for index, fields in enumerate(made.ops):
-        op = OPS[str(fields["op"])].model_validate(fields)
-        for sm_count in made.sm_counts:
+    for index, op in enumerate(inputs.manifest.ops):
+        for sm_count in inputs.manifest.sm_counts_of(op):
             table.title(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
             here = [
                 (kernel, selection)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,6 +25,7 @@ Bf16K = Annotated[int, Field(ge=64, le=1 << 20, multiple_of=64, description="K, 
 N = Annotated[int, Field(ge=8, le=1 << 20, multiple_of=8, description="N, a multiple of 8 (TMA row stride of D)")]
 Experts = Annotated[int, Field(ge=1, le=4096, description="experts on this rank")]
 Tokens = Annotated[int, Field(ge=1, le=1 << 20, description="the largest number of tokens in one call")]
+SmCounts = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 #: Which of M, N and K DeepGEMM writes into the kernel as constants. Left out, the installed DeepGEMM's own default
 #: holds, which is what an engine gets: ``""`` for dense ops in sgl-deep-gemm 0.1.4 and 0.2.3.post2
@@ -99,6 +100,18 @@ class OpBase(BaseModel):
 
     op: str
     compiled_dims: CompiledDims = None
+    sm_counts: Annotated[
+        SmCounts | None,
+        Field(description="SM counts that the engine sets around this op's calls; left out: the target's"),
+    ] = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset_sm_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans and artifacts hold dumped ops: those of a manifest without the field are what they were before it."""
+        fields: dict[str, Any] = dump(self)
+        if self.sm_counts is None:
+            fields.pop("sm_counts", None)
+        return fields
 
     def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
         """DeepGEMM's function for this op. Raises LookupError naming it where this DeepGEMM has none."""
@@ -121,7 +134,7 @@ class OpBase(BaseModel):
 
     def shape(self) -> str:
         """The op's shape in a few characters, as ``n=2112 k=7168``."""
-        skip = {"op", "max_tokens", "compiled_dims"}
+        skip = {"op", "max_tokens", "compiled_dims", "sm_counts"}
         fields = self.model_dump(exclude_none=True).items()
         text = " ".join(f"{k}={_short(v)}" for k, v in fields if k not in skip)
         return text if self.compiled_dims is None else f"{text} compiled_dims={self.compiled_dims!r}"

@@ -161,6 +161,7 @@ def call(
     """Call DeepGEMM at every point of every op on a virtual or a real ``gpu``, in a child process.
 
     Args:
+        sm_counts: where an op has none of its own.
         roots: DeepGEMM's cache roots, the writable one first; the legacy generation knows one only.
         scratch: a folder for the child's job and its answer.
         environment: DeepGEMM's variables that the serving process will have.

@@ -207,13 +207,16 @@ def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
             op.function(deep_gemm)
         except LookupError as error:
             raise Failure("missing", str(error)) from None
-    position[3] = len(job["sm_counts"]) * sum(len(op.points(device)) for op in ops)
+    counts = [op.sm_counts or job["sm_counts"] for op in ops]
+    position[3] = sum(len(its) * len(op.points(device)) for op, its in zip(ops, counts, strict=True))
 
     try:
         sweeps, refusals = [], []
-        for sm_count in job["sm_counts"]:
+        for sm_count in sorted({count for its in counts for count in its}):
             deep_gemm.set_num_sms(sm_count)
             for index, op in enumerate(ops):
+                if sm_count not in counts[index]:
+                    continue
                 runs: list[dict[str, Any]] = []
                 try:
                     runs.extend(_sweep(op, index, device, log, position))
