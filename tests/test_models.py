@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cachebuilder import gpus
+from cachebuilder import gpus, toolchain
 from cachebuilder import manifest as manifests
+from cachebuilder import plan as planning
 from cachebuilder.cli import cli
+from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ModelError
 from cachebuilder.models import ENGINES, Config, Derived, Serving, derive, manifest_text
 
@@ -128,9 +130,7 @@ class TestModelShapes:
         assert "256 of MXFP4 weights" in left_out
 
     def test_deepseek_v4_with_vllm_s_mega_moe(self, engine: str, tp: int) -> None:
-        if engine == "sglang":
-            with pytest.raises(ModelError, match="wanted vllm, found sglang"):
-                derived_of(configs.DEEPSEEK_V4_FLASH, engine, "B200", tp=tp, ep=tp, mega_moe=True)
+        if engine == "sglang":  # its own: TestMegaMoeOfSglang
             return
         derived = derived_of(configs.DEEPSEEK_V4_FLASH, engine, "B200", tp=tp, ep=tp, mega_moe=True)
         assert dense(derived) == cut(DEEPSEEK_V4_LINEARS - {(4096, 4096, "n"), (4096, 2048, "k")}, tp), (
@@ -299,6 +299,143 @@ class TestLargestM:
     def test_sglang_runs_experts_in_both_layouts(self) -> None:
         derived = derived_of(configs.QWEN3_235B, "sglang", tp=4)
         assert experts(derived) == experts(derived, MASKED)
+
+
+def mega_moe(tree: dict[str, Any], gpu: str = "H200", tp: int = 8, **sizes: Any) -> Derived:
+    return derived_of(tree, "sglang", gpu, **({"tp": tp, "ep": tp, "mega_moe": True} | sizes))
+
+
+class TestMegaMoeOfSglang:
+    """``--moe-a2a-backend megamoe`` of SGLang 0.5.23."""
+
+    @pytest.mark.parametrize(
+        ("tree", "sizes"),
+        [
+            pytest.param(configs.DEEPSEEK_V3, (256, 8, 7168, 2048), id="deepseek-v3"),
+            pytest.param(configs.DEEPSEEK_V32, (256, 8, 7168, 2048), id="deepseek-v3.2"),
+            pytest.param(
+                changed(configs.DEEPSEEK_V32, architectures=["GlmMoeDsaForCausalLM"]), (256, 8, 7168, 2048), id="glm-5"
+            ),
+            pytest.param(configs.KIMI_K2, (384, 8, 7168, 2048), id="kimi-k2"),
+            pytest.param(configs.QWEN3_235B, (128, 8, 4096, 1536), id="qwen3-235b"),
+            pytest.param(configs.QWEN3_NEXT, (512, 10, 2048, 512), id="qwen3-next"),
+        ],
+    )
+    def test_fp8_experts_on_sm90_at_all_sms(self, tree: dict[str, Any], sizes: tuple[int, ...]) -> None:
+        tp = 2 if tree is configs.QWEN3_NEXT else 8
+        derived = mega_moe(tree, tp=tp)
+        found = {item.op.op: item.op for item in derived.ops if "mega_moe" in item.op.op}
+        assert list(found) == ["mega_moe_pre_dispatch_sm90", "fp8_mega_moe"]
+        for op in found.values():
+            assert (op.experts, op.topk, op.hidden, op.intermediate) == sizes
+            assert (op.ranks, op.max_tokens, op.activation_clamp, op.sm_counts) == (tp, 8192, None, None)
+        assert not experts(derived) and not experts(derived, MASKED)
+
+    def test_each_rank_has_the_whole_shared_expert_on_sm90(self) -> None:
+        assert {(4096, 7168), (7168, 2048)} <= dense(mega_moe(configs.DEEPSEEK_V3))
+
+    def test_mxfp4_experts_on_sm100_with_two_sms_free_and_the_shared_expert_in_the_kernel(self) -> None:
+        derived = mega_moe(configs.DEEPSEEK_V4_FLASH, "B200")
+        found = [item.op for item in derived.ops if "mega" in item.op.op]
+        assert [op.op for op in found] == ["fp8_fp4_mega_moe"], "pre-dispatch and router are SGLang's own kernels"
+        [op] = found
+        assert (op.ranks, op.experts, op.topk, op.hidden, op.intermediate) == (8, 256, 6, 4096, 2048)
+        assert (op.shared_experts, op.activation_clamp, op.max_tokens, op.sm_counts) == (1, 10.0, 8192, [146])
+        assert (4096, 2048) not in dense(derived)
+        assert [item.op for item in derived.ops if item.op.sm_counts] == [op]
+        assert not derived.left_out
+
+    def test_an_odd_number_of_sms_becomes_an_even_one(self) -> None:
+        gpu = gpus.find("B200").model_copy(update={"sm_count": 147})
+        serving = ENGINES["sglang"](gpu=gpu, version="0.5.23", tp=8, ep=8, mega_moe=True)
+        derived = derive(config_of(configs.DEEPSEEK_V4_FLASH), serving)
+        assert [item.op.sm_counts for item in derived.ops if item.op.op == "fp8_fp4_mega_moe"] == [[144]]
+
+    def test_scales_of_the_weights_that_mega_moe_reads_are_transformed_at_load(self) -> None:
+        transforms = [
+            (op.k, op.recipe, op.groups, op.rows)
+            for item in mega_moe(configs.DEEPSEEK_V4_FLASH, "B200").ops
+            if (op := item.op).op == "transform_sf_into_required_layout"
+        ]
+        assert transforms == [
+            (4096, [1, 32], 32, 4096),
+            (2048, [1, 32], 32, 4096),
+            (4096, [128, 32], None, 4096),
+            (2048, [128, 32], None, 4096),
+        ]
+
+    def test_v4_with_fp8_experts_is_limited_on_sm90(self) -> None:
+        derived = mega_moe(changed(configs.DEEPSEEK_V4_FLASH, expert_dtype="fp8"))
+        clamps = [item.op.activation_clamp for item in derived.ops if "mega_moe" in item.op.op]
+        assert clamps == [None, 10.0], "the pre-dispatch knows no limit"
+        assert {(4096, 4096), (4096, 2048)} <= dense(derived), "the shared expert is apart, and whole"
+
+    def test_steps_beyond_the_buffer_go_elsewhere_and_are_named(self) -> None:
+        assert not any("8192 tokens a rank" in item.what for item in mega_moe(configs.DEEPSEEK_V3).left_out)
+        derived = mega_moe(configs.DEEPSEEK_V3, max_tokens=16384)
+        assert any("more than 8192 tokens a rank" in item.what for item in derived.left_out)
+        assert not mega_moe(configs.QWEN3_235B, max_tokens=16384, dp=2).left_out
+
+    def test_layers_whose_experts_are_not_quantised_are_left_out(self) -> None:
+        kept = {**configs.BLOCK_FP8, "modules_to_not_convert": ["model.layers.61.mlp.experts"]}
+        derived = mega_moe(changed(configs.DEEPSEEK_V3, quantization_config=kept))
+        assert any("layers 3–60" in text for item in derived.ops for text in item.serves if "ranks" in text)
+        assert any("mlp.experts in layers 61" in item.what for item in derived.left_out)
+
+    @pytest.mark.parametrize(
+        ("tree", "sizes", "told"),
+        [
+            pytest.param(configs.GLM_45, {}, "found Glm4MoeForCausalLM, whose MoE block does not", id="glm-4.5"),
+            pytest.param(configs.UNKNOWN, {}, "found SomethingNewForCausalLM", id="no-known-family"),
+            pytest.param(
+                configs.DEEPSEEK_V3, {"gpu": "B200"}, "MXFP4 this way on B200: found experts in FP8", id="sm100"
+            ),
+            pytest.param(configs.DEEPSEEK_V4_FLASH, {}, "FP8 this way on H200: found experts in MXFP4", id="sm90"),
+            pytest.param(configs.DEEPSEEK_V3, {"gpu": "RTX-PRO-6000"}, "wanted an SM90 or SM100 GPU", id="sm120"),
+            pytest.param(configs.DEEPSEEK_V3, {"ep": 1}, "wanted --ep 8, found 1", id="no-expert-parallelism"),
+            pytest.param(configs.QWEN3_NEXT, {"tp": 1, "ep": 1}, "wanted --tp above 1, found 1", id="one-rank"),
+            pytest.param(configs.DEEPSEEK_V3, {"low_latency": True}, "wanted no --low-latency", id="two-backends"),
+            pytest.param(
+                configs.QWEN3_235B, {"max_tokens": 16384}, "at most 8192 tokens a rank, found 16384", id="chunk"
+            ),
+            pytest.param(
+                changed(configs.DEEPSEEK_V3, n_routed_experts=254), {}, "254 a multiple of the 8 ranks", id="experts"
+            ),
+            pytest.param(
+                changed(configs.DEEPSEEK_V4_FLASH, hidden_size=4352),
+                {"gpu": "B200"},
+                "hidden_size a multiple of 512, found 4352",
+                id="hidden-size",
+            ),
+            pytest.param(
+                changed(configs.DEEPSEEK_V3, first_k_dense_replace=62), {}, "wanted routed experts", id="no-experts"
+            ),
+        ],
+    )
+    def test_what_sglang_does_not_run_this_way_is_refused(
+        self, tree: dict[str, Any], sizes: dict[str, Any], told: str
+    ) -> None:
+        with pytest.raises(ModelError, match=told):
+            mega_moe(tree, **sizes)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("tree", "gpu", "kernel", "sms"),
+        [
+            pytest.param(configs.DEEPSEEK_V3, "H200", "sm90_fp8_mega_moe", 132, id="sm90"),
+            pytest.param(configs.DEEPSEEK_V4_FLASH, "B200", "sm100_fp8_fp4_mega_moe", 146, id="sm100"),
+        ],
+    )
+    def test_its_layer_is_planned_at_the_sm_count_that_sglang_sets(
+        self, tree: dict[str, Any], gpu: str, kernel: str, sms: int
+    ) -> None:
+        config, serving = config_of(tree), serving_of("sglang", gpu, tp=8, ep=8, mega_moe=True)
+        whole = manifests.parse(manifest_text(config, serving, derive(config, serving)).encode())
+        ops = [op for op in whole.ops if "mega_moe" in op.op or "transform" in op.op]
+        plan = planning.make(whole.model_copy(update={"ops": ops}), installations.find(), toolchain.find())
+        layers = [one for one in plan.kernels if one.name == kernel]
+        assert layers and all({s.sm_count for s in one.selected_by} == {sms} for one in layers)
+        assert all(f" {sms}, " in one.source for one in layers)
 
 
 class TestRefusals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -64,12 +64,6 @@ def _derive(config: Config, serving: Serving) -> Derived:
     quantization = check_block_fp8(config)
     serving.check(config)
     model = families.describe(config, serving)
-    if serving.mega_moe and not any(call.op == "fp8_fp4_mega_moe" for call in model.calls):
-        raise ModelError(
-            f"{config.path}: --moe-backend deep_gemm_mega_moe: wanted DeepSeek V4 with experts in MXFP4, found "
-            f"{config.architecture}",
-            hint="record the engine (cachebuilder record), or write the ops by hand: docs/entry-points.md",
-        )
     found: list[tuple[OpBase, str]] = []
     left_out: list[LeftOut] = []
     for linear in model.linears:
@@ -81,7 +75,16 @@ def _derive(config: Config, serving: Serving) -> Derived:
     has_experts = bool(model.experts)
     for experts in model.experts:
         if layers := _converted(config, serving, experts.module, [experts.module], experts.layers, left_out):
-            _add_experts(found, left_out, experts, layers, serving)
+            if serving.mega_moe:
+                model.calls += serving.mega_moe_calls(replace(experts, layers=layers))
+            else:
+                _add_experts(found, left_out, experts, layers, serving)
+    if serving.mega_moe and not any(call.op.endswith("_mega_moe") for call in model.calls):
+        raise ModelError(
+            f"{config.path}: --moe-backend deep_gemm_mega_moe: wanted routed experts that are quantised, found none in "
+            f"{config.architecture}",
+            hint="leave --moe-backend out",
+        )
     if not found:  # what the model calls besides would not need a cache of its own
         raise ModelError(
             f"{config.path}: nothing of {config.architecture} reaches DeepGEMM: "

@@ -164,11 +164,15 @@ def _v4(config: Config, serving: Serving) -> Model:
     if shared and not serving.fuses_into_mega_moe(shared):
         how = f"n_shared_experts {shared} · moe_intermediate_size {intermediate}"
         _add_gated(model, "mlp.shared_experts", hidden, shared * intermediate, how, serving.shared_ranks, layers)
-    routed = _experts(count, topk, hidden, intermediate, layers, "n_routed_experts")
-    if config.fields.get("expert_dtype", "fp4") == "fp8":
+    routed = replace(
+        _experts(count, topk, hidden, intermediate, layers, "n_routed_experts"),
+        clamp=_v4_clamp(config),
+        mxfp4=config.fields.get("expert_dtype", "fp4") != "fp8",
+    )
+    if not routed.mxfp4:
         model.experts.append(routed)
     elif serving.mega_moe:
-        model.calls += serving.mega_moe_calls(routed, shared, _v4_clamp(config), _v4_hashed(config, decoder))
+        model.calls += serving.mega_moe_calls(routed, shared, _v4_hashed(config, decoder))
     else:
         # vLLM 0.33.0 models/deepseek_v4/quant_config.py: expert_dtype fp4 (the default) is Mxfp4MoEMethod.
         why = (

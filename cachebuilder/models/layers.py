@@ -54,7 +54,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts of a layer: w13 [count, 2·intermediate, hidden] and w2 [count, hidden, intermediate]."""
+    """The routed experts of a layer: w13 [count, 2·intermediate, hidden] and w2 [count, hidden, intermediate].
+
+    Attributes:
+        clamp: the limit of the activation, which a mega-MoE applies itself.
+        mxfp4: weights in MXFP4; else in FP8 with block scales.
+    """
 
     module: str
     count: int
@@ -63,6 +68,8 @@ class Experts:
     intermediate: int
     layers: tuple[int, ...]
     how: str
+    clamp: float | None = None
+    mxfp4: bool = False
 
 
 @dataclass(frozen=True)

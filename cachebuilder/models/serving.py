@@ -110,21 +110,17 @@ class Serving:
         """Whether mega-MoE's kernel runs the shared experts, too."""
         return False
 
-    def mega_moe_calls(self, experts: Experts, shared: int, clamp: float | None, hashed: tuple[int, ...]) -> list[Call]:
-        """The calls of a mega-MoE layer of MXFP4 experts: the router's and the layer's.
+    def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
+        """The calls of a mega-MoE layer: what DeepGEMM does besides it for this engine, and the layer's.
 
         Args:
             shared: shared experts.
-            clamp: the limit of the activation.
             hashed: layers whose experts a token's hash gives.
 
         Raises:
-            ModelError: the engine runs no model this way, or not as these rules know.
+            ModelError: the engine does not run these experts this way.
         """
-        raise ModelError(
-            f"--moe-backend deep_gemm_mega_moe: wanted vllm, found {self.name}, whose mega-MoE no rule covers yet",
-            hint="record the engine (cachebuilder record), or write the ops by hand: docs/entry-points.md",
-        )
+        raise NotImplementedError
 
     def indexer_calls(self, heads: int, what: str) -> list[Call]:
         """The calls that sparse attention's indexer makes besides its projections."""

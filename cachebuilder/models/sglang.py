@@ -5,12 +5,29 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cachebuilder.errors import ModelError
-from cachebuilder.models.config import Config, path_match, pattern_match
-from cachebuilder.models.layers import Call, Experts, LeftOut
+from cachebuilder.models.config import BLOCK, Config, path_match, pattern_match
+from cachebuilder.models.layers import Call, Experts, LeftOut, numbers_text
 from cachebuilder.models.serving import Serving, indexer_calls, knows
 from cachebuilder.ops import OPS, OpBase
+from cachebuilder.ops.base import round_up
 
 _CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
+
+_MEGA_MOE = "--moe-backend deep_gemm_mega_moe"
+#: Tokens of one rank that mega-MoE's buffer takes, and SMs that it leaves free on SM100: what
+#: SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK and …_RESERVED_SMS are where nobody sets them (srt/environ.py).
+_MEGA_MOE_TOKENS, _MEGA_MOE_FREE_SMS = 8192, 2
+#: Architectures whose MoE block calls mega-MoE, and whether steps beyond the buffer go to other kernels: ``forward`` of
+#: ``DeepseekV2MoE`` (srt/models/deepseek_v2.py), ``_forward_mega_moe`` of srt/models/qwen3_moe.py and of qwen2_moe.py,
+#: whose block Qwen3-Next has; MEGA_MOE_NO_FALLBACK_ARCHS (srt/arg_groups/mega_moe_hook.py).
+_MEGA_MOE_FALLS_BACK = {
+    "DeepseekV3ForCausalLM": True,
+    "DeepseekV32ForCausalLM": True,
+    "GlmMoeDsaForCausalLM": True,
+    "DeepseekV4ForCausalLM": False,
+    "Qwen3MoeForCausalLM": False,
+    "Qwen3NextForCausalLM": False,
+}
 
 
 class Sglang(Serving):
@@ -32,6 +49,44 @@ class Sglang(Serving):
                 )
         if self.low_latency and self.ep == 1:
             raise ModelError("DeepEP dispatches between expert-parallel ranks: wanted --ep above 1, found 1")
+        if self.mega_moe:
+            self._check_mega_moe(config)
+
+    def _check_mega_moe(self, config: Config) -> None:
+        """``check_mega_moe_compat``, ``validate_mega_moe_token_budget`` (srt/arg_groups/mega_moe_hook.py) and
+        ``_a2a_ep_size`` (srt/arg_groups/overrides.py).
+        """
+        if self.gpu.major not in (9, 10):
+            raise ModelError(f"{_MEGA_MOE}: wanted an SM90 or SM100 GPU, found {self.gpu.name} ({self.gpu.capability})")
+        falls_back = _MEGA_MOE_FALLS_BACK.get(_architecture(config))
+        if falls_back is None:
+            raise ModelError(
+                f"{config.path}: {_MEGA_MOE}: wanted one of {', '.join(_MEGA_MOE_FALLS_BACK)}, found "
+                f"{config.architecture}, whose MoE block does not call mega-MoE in SGLang {self.versions[-1]}",
+                hint="leave --moe-backend out, or record the engine (cachebuilder record)",
+            )
+        if self.low_latency:
+            raise ModelError(
+                f"{_MEGA_MOE}: SGLang has one all-to-all backend: wanted no --low-latency, which is DeepEP's"
+            )
+        if self.tp == 1:  # SGLang would run it, with some models' shared experts among the routed ones
+            raise ModelError(f"{_MEGA_MOE}: these rules know it between ranks: wanted --tp above 1, found 1")
+        if self.ep != self.tp:
+            raise ModelError(
+                f"{_MEGA_MOE}: SGLang makes all ranks expert parallel: wanted --ep {self.tp}, found {self.ep}"
+            )
+        if not falls_back and self._mega_moe_rows > _MEGA_MOE_TOKENS:
+            raise ModelError(
+                f"{_MEGA_MOE}: wanted at most {_MEGA_MOE_TOKENS} tokens a rank, found {self._mega_moe_rows} "
+                "(--max-num-batched-tokens / --dp): SGLang does not start",
+                hint="lower --max-num-batched-tokens; where SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK is "
+                "raised, give it as max_tokens of the written mega-MoE ops",
+            )
+
+    @property
+    def _mega_moe_rows(self) -> int:
+        """Tokens that a prefill may bring to one rank, as SGLang counts them."""
+        return round_up(self.max_tokens // self.dp, self.attention_ranks)
 
     @property
     def attention_ranks(self) -> int:
@@ -40,8 +95,10 @@ class Sglang(Serving):
 
     @property
     def shared_ranks(self) -> int:
-        """All ranks; 1 under DeepEP, where each has the whole shared expert (models/deepseek_v2.py, glm4_moe.py)."""
-        return 1 if self.low_latency else self.tp
+        """All ranks; 1 under DeepEP, where each has the whole shared expert (models/deepseek_v2.py, glm4_moe.py), and
+        under mega-MoE (models/deepseek_v2.py, qwen2_moe.py).
+        """
+        return 1 if self.low_latency or self.mega_moe else self.tp
 
     @property
     def expert_ranks(self) -> int:
@@ -98,6 +155,62 @@ class Sglang(Serving):
             (OPS[_MASKED].model_validate(masked), f"expected_m as far as SGLang's own list: {rows}"),
         ]
 
+    def fuses_into_mega_moe(self, shared: int) -> bool:
+        """FP8 shared experts beside MXFP4 ones, on SM100: ``should_fuse_mega_moe_shared_experts``
+        (srt/layers/moe/mega_moe.py), which models/deepseek_v4.py alone asks.
+
+        Not with SGLANG_OPT_DEEPGEMM_MEGA_MOE_FUSE_SHARED_EXPERTS=0.
+        """
+        return self.mega_moe and shared > 0 and self.gpu.major == 10
+
+    def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
+        """SM90: FP8 experts; SM100: MXFP4 ones. srt/layers/moe/mega_moe.py and mega_moe_sm90.py.
+
+        Other experts are not made ready for mega-MoE (``is_mega_moe_experts_ready``, quantization/fp8.py). On SM100 the
+        pre-dispatch is a kernel of SGLang's own (``sglang.kernels.ops.moe.dsv4``), the router DeepGEMM's for no model
+        that these rules know (``mega_gate_supported``, srt/layers/moe/mega_gate.py), and weights' scales are brought
+        into DeepGEMM's layout at load.
+        """
+        fp4 = self.gpu.major == 10
+        if experts.mxfp4 != fp4:
+            raise ModelError(
+                f"{_MEGA_MOE}: SGLang {self.version} runs experts in {'MXFP4' if fp4 else 'FP8'} this way on "
+                f"{self.gpu.name}: found experts in {'MXFP4' if experts.mxfp4 else 'FP8'}",
+                hint="leave --moe-backend out, or name another GPU",
+            )
+        if experts.count % self.ep:
+            raise ModelError(f"{_MEGA_MOE}: wanted {experts.how} a multiple of the {self.ep} ranks")
+        layer: dict[str, object] = {
+            "ranks": self.ep,
+            "experts": experts.count,
+            "topk": experts.topk,
+            "hidden": experts.hidden,
+            "intermediate": experts.intermediate,
+            "max_tokens": _MEGA_MOE_TOKENS,
+        }
+        clamp: dict[str, object] = {} if experts.clamp is None else {"activation_clamp": experts.clamp}
+        what = f"{experts.module}, layers {numbers_text(experts.layers)}: {experts.how}, over ep {self.ep} ranks"
+        if not fp4:
+            return [
+                Call("mega_moe_pre_dispatch_sm90", layer, f"{what}; tokens into the buffer"),
+                Call("fp8_mega_moe", layer | clamp, what),
+            ]
+        if experts.hidden % 512:
+            raise ModelError(
+                f"{_MEGA_MOE}: wanted hidden_size a multiple of 512, found {experts.hidden} (check_mega_moe_shapes, "
+                "srt/layers/moe/mega_moe.py)"
+            )
+        sms = self.gpu.sm_count - _MEGA_MOE_FREE_SMS
+        layer |= clamp | {"sm_counts": [sms - sms % 2]}  # _configure_mega_moe_deep_gemm_num_sms
+        if shared:
+            layer["shared_experts"] = shared
+            what += f", with n_shared_experts {shared}"
+        what += f"; SMs: {self.gpu.sm_count} but {_MEGA_MOE_FREE_SMS}, made even"
+        return [
+            Call("fp8_fp4_mega_moe", layer, what),
+            *_scales_at_load(experts, experts.count // self.ep, shared * experts.intermediate),
+        ]
+
     def indexer_calls(self, heads: int, what: str) -> list[Call]:
         """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns."""
         return indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, {}, self.max_seqs, what)
@@ -130,6 +243,14 @@ class Sglang(Serving):
                     "only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)",
                 )
             )
+        if self.mega_moe and self._mega_moe_rows > _MEGA_MOE_TOKENS:
+            found.append(
+                LeftOut(
+                    f"experts in steps of more than {_MEGA_MOE_TOKENS} tokens a rank, mega-MoE's buffer",
+                    "they go to the kernels of --moe-runner-backend, Triton's where that is not given "
+                    "(should_use_mega_moe in srt/layers/moe/mega_moe.py, forward_normal in srt/models/deepseek_v2.py)",
+                )
+            )
         return found
 
     @property
@@ -137,7 +258,47 @@ class Sglang(Serving):
         """When the routed experts are DeepGEMM's: ``is_deepgemm_moe_runner_backend_enabled`` (quantization/fp8.py)."""
         if self.low_latency:
             return ""
+        if self.mega_moe:
+            rule = (
+                "SGLang's experts are mega-MoE's with --moe-a2a-backend megamoe (srt/arg_groups/mega_moe_hook.py). Its "
+                f"buffer's {_MEGA_MOE_TOKENS} tokens a rank are the default of "
+                "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK: another number is to be max_tokens of these ops."
+            )
+            if self.gpu.major == 10:
+                rule += (
+                    f" That {_MEGA_MOE_FREE_SMS} SMs stay free and that shared experts are in the kernel are defaults, "
+                    "too (…_RESERVED_SMS, …_FUSE_SHARED_EXPERTS, srt/environ.py). --enable-w4a4-mxfp4-megamoe calls "
+                    "other kernels."
+                )
+            return rule
         return (
             "SGLang's experts are DeepGEMM's with --moe-runner-backend deep_gemm, or with DeepEP "
             "(srt/layers/quantization/fp8.py). --moe-backend other leaves them out here."
         )
+
+
+def _architecture(config: Config) -> str:
+    """The model's class; DeepSeek V4's checkpoints are told apart by model_type, as `families.describe` does."""
+    return "DeepseekV4ForCausalLM" if config.fields.get("model_type") == "deepseek_v4" else config.architecture
+
+
+def _scales_at_load(experts: Experts, local: int, shared: int) -> list[Call]:
+    """Scales of a mega-MoE layer's weights on SM100, brought into DeepGEMM's layout when they are loaded.
+
+    ``build_mega_moe_experts_weights`` and ``_transform_mega_moe_shared_sf`` (srt/layers/moe/mega_moe.py). A shared
+    expert is made ready as a linear layer before (``transform_scale_ue8m0``, srt/layers/quantization/fp8_utils.py).
+
+    Args:
+        local: routed experts of a rank.
+        shared: the shared experts' width; 0: they are not in the kernel.
+    """
+    transform, pack = "transform_sf_into_required_layout", "get_mn_major_tma_aligned_packed_ue8m0_tensor"
+    inner, hidden, calls = experts.intermediate, experts.hidden, []
+    for name, rows, k in (("w13", 2 * inner, hidden), ("w2", hidden, inner)):
+        fields = {"k": k, "recipe": [1, 32], "groups": local, "rows": rows}
+        calls.append(Call(transform, fields, f"scales of {experts.module} {name} at load"))
+    for name, rows, k in (("gate_up_proj", 2 * shared, hidden), ("down_proj", hidden, shared)) if shared else ():
+        what = f"scales of mlp.shared_experts.{name} at load"
+        calls.append(Call(pack, {"columns": k // BLOCK, "rows": rows}, what))
+        calls.append(Call(transform, {"k": k, "recipe": [BLOCK, 32], "rows": rows}, what))
+    return calls

@@ -135,13 +135,18 @@ class Vllm(Serving):
         """
         return self.mega_moe and shared > 0 and (self.tp == 1 or self.pp == 1)
 
-    def mega_moe_calls(self, experts: Experts, shared: int, clamp: float | None, hashed: tuple[int, ...]) -> list[Call]:
+    def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
         """DeepSeek V4's: models/deepseek_v4/nvidia/model.py and fused_moe/deep_gemm_mega_moe.py, 0.33.0.
 
         The buffer is sized for max_num_batched_tokens, the manifest's max_tokens. Up to 16 tokens (1 for 128 experts)
         the router is not DeepGEMM's.
         """
         what = "--moe-backend deep_gemm_mega_moe"
+        if not experts.mxfp4:
+            raise ModelError(
+                f"{what}: wanted DeepSeek V4 with experts in MXFP4, found experts in FP8",
+                hint="record the engine (cachebuilder record), or write the ops by hand: docs/entry-points.md",
+            )
         if not self.at_least("0.33.0") or self.gpu.major != 10:
             raise ModelError(f"{what}: wanted vLLM 0.33.0 on an SM100 GPU, found {self.version} on {self.gpu.name}")
         if self.ep != self.tp * self.dp:
@@ -158,8 +163,8 @@ class Vllm(Serving):
             if layers:
                 calls.append(Call("bf16_mega_gate", sizes | fields, f"mlp.gate, {_layers(layers)}: experts {how}"))
         layer: dict[str, object] = {"ranks": self.ep, **sizes, "intermediate": experts.intermediate}
-        if clamp is not None:
-            layer["activation_clamp"] = clamp
+        if experts.clamp is not None:
+            layer["activation_clamp"] = experts.clamp
         fused = self.fuses_into_mega_moe(shared)
         if fused:
             layer["shared_experts"] = shared
