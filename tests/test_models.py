@@ -198,6 +198,47 @@ def test_qwen3_next_has_gated_attention_and_gated_delta_net_layers() -> None:
     assert "self_attn.qkv_proj, layers 3, 7, 11, …, 43, 47:" in texts
 
 
+def test_sglang_fuses_glm_5_s_shared_expert_where_each_rank_has_all_experts() -> None:
+    glm = changed(configs.DEEPSEEK_V32, architectures=["GlmMoeDsaForCausalLM"])
+    alone = derived_of(glm, "sglang", tp=4)
+    assert experts(alone) == {(257, 1024, 7168), (257, 7168, 512)} and (1024, 7168) not in dense(alone)
+    spread = derived_of(glm, "sglang", tp=8, ep=8)
+    assert experts(spread) == {(32, 4096, 7168), (32, 7168, 2048)} and (512, 7168) in dense(spread)
+
+
+@pytest.mark.parametrize(("ep", "count"), [(1, 513), (2, 257)])
+def test_sglang_fuses_qwen3_next_s_shared_expert_on_every_rank(ep: int, count: int) -> None:
+    derived = derived_of(configs.QWEN3_NEXT, "sglang", tp=2, ep=ep)
+    width = 512 // (2 // ep)
+    assert experts(derived) == {(count, 2 * width, 2048), (count, 2048, width)}
+    assert {item.op.topk for item in derived.ops if item.op.op == CONTIGUOUS} == {11}
+    assert not any("shared_expert." in text for item in derived.ops for text in item.serves)
+    wider = derived_of(changed(configs.QWEN3_NEXT, shared_expert_intermediate_size=1024), "sglang", tp=2, ep=ep)
+    assert {shape[0] for shape in experts(wider)} == {512 // ep} and (1024, 2048) in dense(wider)
+
+
+@pytest.mark.parametrize(("gpu", "half"), [("H200", 72), ("B200", 80)])
+def test_sglang_projects_the_indexer_s_queries_on_half_of_the_sms_too(gpu: str, half: int) -> None:
+    def projections(tree: dict[str, Any], engine: str = "sglang", **sizes: int) -> list[tuple[int, Any]]:
+        ops = [item.op for item in derived_of(tree, engine, gpu, tp=8, ep=8, **sizes).ops]
+        return [(op.max_tokens, op.sm_counts) for op in ops if op.op == "fp8_gemm_nt" and op.n == 8192]
+
+    assert projections(configs.DEEPSEEK_V32) == [(None, None), (1024, [half])]
+    assert projections(configs.DEEPSEEK_V32, "vllm") == [(None, None)]
+    assert projections(configs.DEEPSEEK_V4_FLASH) == [(None, None)], "its indexer is another"
+    kept = {**configs.BLOCK_FP8, "modules_to_not_convert": ["indexer.wq_b"]}
+    assert not projections(changed(configs.DEEPSEEK_V32, quantization_config=kept))
+
+
+def test_sglang_leaves_an_sm_to_receiving_while_a_pipeline_stage_indexes() -> None:
+    def logits(pp: int) -> dict[str, Any]:
+        ops = [item.op for item in derived_of(configs.DEEPSEEK_V32, "sglang", tp=8, ep=8, pp=pp).ops]
+        return {op.op: op.sm_counts for op in ops if "logits" in op.op}
+
+    assert set(logits(1).values()) == {None}
+    assert logits(2) == {**logits(1), "fp8_mqa_logits": [131, 132]}
+
+
 def test_an_unknown_decoder_says_what_it_could_not_tell() -> None:
     derived = derived_of(configs.UNKNOWN)
     assert dense(derived) == {(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)}

@@ -155,6 +155,11 @@ def _add_linear(
         fields["max_tokens"] = linear.tokens
     text = f"{linear.module}, layers {numbers_text(layers)}: {_linear_arithmetic(linear, n, k)}"
     found.append((OPS["fp8_gemm_nt"].model_validate(fields), f"{text}. {linear.note}" if linear.note else text))
+    if linear.beside:
+        tokens, sms = linear.beside
+        fields |= {"max_tokens": min(tokens, serving.largest_m), "sm_counts": [sms]}
+        text += f". Beside other work up to {tokens} tokens: {sms} of {serving.gpu.sm_count} SMs"
+        found.append((OPS["fp8_gemm_nt"].model_validate(fields), text))
 
 
 def _rows(part: Part, linear: Linear, serving: Serving) -> int:
@@ -233,7 +238,8 @@ def _add_experts(
     if not serving.moe_deep_gemm:
         left_out.append(LeftOut(f"{experts.module} in layers {numbers_text(layers)}", "--moe-backend other"))
         return
-    count = _share(experts.count, serving.ep, f"{experts.module}: experts", experts.how)
+    routed = _share(experts.count, serving.ep, f"{experts.module}: experts", experts.how)
+    count = routed + experts.fused
     what = f"moe_intermediate_size {experts.intermediate}"
     width = _share(experts.intermediate, serving.expert_ranks, f"{experts.module}: intermediate size", what)
     if width % BLOCK:
@@ -245,7 +251,11 @@ def _add_experts(
             f"found {what} / {serving.expert_ranks} = {width}",
             hint="cut the experts among fewer ranks (--ep), or give --moe-backend other for the other layers alone",
         )
-    over = f" / ep {serving.ep} = {count}" if serving.ep > 1 else ""
+    over = f" / ep {serving.ep} = {routed}" if serving.ep > 1 else ""
+    if experts.fused:
+        over += (
+            f" + {experts.fused} (the shared expert, fused in), top-k {experts.topk - experts.fused} + {experts.fused}"
+        )
     cut = f" / {serving.expert_ranks} ranks" if serving.expert_ranks > 1 else ""
     where = f"layers {numbers_text(layers)}"
     n13, k2 = f"N = 2 · {what}{cut} = {2 * width}", _term(what, experts.intermediate, cut, width)

@@ -103,12 +103,22 @@ def _mla(config: Config, serving: Serving) -> Model:
     return model
 
 
-def _add_indexer(model: Model, config: Config, serving: Serving, name: str, q_rank: int, layers: _Layers) -> None:
+def _add_indexer(
+    model: Model,
+    config: Config,
+    serving: Serving,
+    name: str,
+    q_rank: int,
+    layers: _Layers,
+    v4: bool = False,
+) -> None:
     """The sparse attention's indexer: its query projection is FP8; the key's runs in BF16, fused with the weights'."""
     heads, dim = config.number("index_n_heads"), config.number("index_head_dim")
     n = (f"{name}.wq_b", heads * dim, f"index_n_heads {heads} · index_head_dim {dim}")
-    model.linears.append(_linear(f"{name}.wq_b", [n], (q_rank, f"q_lora_rank {q_rank}"), "none", 1, layers))
-    model.calls += serving.indexer_calls(heads, f"{name}, layers {numbers_text(layers)}")
+    k = (q_rank, f"q_lora_rank {q_rank}")
+    beside = None if v4 else serving.indexer_beside()
+    model.linears.append(_linear(f"{name}.wq_b", [n], k, "none", 1, layers, beside=beside))
+    model.calls += serving.indexer_calls(heads, f"{name}, layers {numbers_text(layers)}", v4)
 
 
 def _v4(config: Config, serving: Serving) -> Model:
@@ -151,7 +161,7 @@ def _v4(config: Config, serving: Serving) -> Model:
         model.unknown.append("compress_ratios is missing: every layer is taken to have an indexer")
         indexed = layers
     if indexed:
-        _add_indexer(model, config, serving, "self_attn.indexer", q_rank, indexed)
+        _add_indexer(model, config, serving, "self_attn.indexer", q_rank, indexed, v4=True)
     if config.has("hc_mult"):
         mult = config.number("hc_mult")
         n, k = mult * (mult + 2), mult * hidden
@@ -328,15 +338,12 @@ def _add_mlp(model: Model, config: Config, serving: Serving, layers: _Layers) ->
     if not shared:
         shared_width = config.number("shared_expert_intermediate_size", 0, least=0)
         how = f"shared_expert_intermediate_size {shared_width}"
-    fused = shared if shared_width and serving.fuses_shared_experts(config, shared) else 0
+    fused = (shared or 1) if shared_width and serving.fuses_shared_experts(config, shared) else 0
     if shared_width and not fused:
         module = "mlp.shared_experts" if shared else "mlp.shared_expert"
         _add_gated(model, module, hidden, shared_width, how, serving.shared_ranks, sparse)
-    experts = _experts(count + fused, topk + fused, hidden, intermediate, sparse, name or "n_routed_experts")
-    if fused:
-        more = f"{name} {count} + {fused} (the shared expert, fused in), top-k {topk} + {fused}"
-        experts = replace(experts, how=more)
-    model.experts.append(experts)
+    experts = _experts(count, topk + fused, hidden, intermediate, sparse, name or "n_routed_experts")
+    model.experts.append(replace(experts, fused=fused))
 
 
 def _add_gated(

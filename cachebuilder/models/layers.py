@@ -33,6 +33,7 @@ class Linear:
         split: the dimension that is divided among ``ranks``.
         layers: numbers of the decoder layers that have one.
         tokens: the largest M, where it is not the engine's batch.
+        beside: tokens up to which the engine also calls it beside other work, and the SM count that it sets then.
         note: one more sentence for the manifest.
     """
 
@@ -44,6 +45,7 @@ class Linear:
     ranks: int
     layers: tuple[int, ...]
     tokens: int | None = None
+    beside: tuple[int, int] | None = None
     note: str = ""
 
     @property
@@ -57,6 +59,7 @@ class Experts:
     """The routed experts of a layer: w13 [count, 2·intermediate, hidden] and w2 [count, hidden, intermediate].
 
     Attributes:
+        fused: shared experts that are more of them, on each rank.
         clamp: the limit of the activation, which a mega-MoE applies itself.
         mxfp4: weights in MXFP4; else in FP8 with block scales.
     """
@@ -68,6 +71,7 @@ class Experts:
     intermediate: int
     layers: tuple[int, ...]
     how: str
+    fused: int = 0
     clamp: float | None = None
     mxfp4: bool = False
 

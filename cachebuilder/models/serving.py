@@ -122,8 +122,12 @@ class Serving:
         """
         raise NotImplementedError
 
-    def indexer_calls(self, heads: int, what: str) -> list[Call]:
-        """The calls that sparse attention's indexer makes besides its projections."""
+    def indexer_beside(self) -> tuple[int, int] | None:
+        """Tokens up to which V3.2's indexer also projects its queries beside other work, and the SM count then."""
+        return None
+
+    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
+        """The calls that sparse attention's indexer makes besides its projections: V4's, or V3.2's."""
         return []
 
     def header(self, config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from cachebuilder.errors import ModelError
@@ -117,16 +118,25 @@ class Sglang(Serving):
         return min(2 * chunk if chunk > 8192 else 16 * 1024, 128 * 1024)
 
     def fuses_shared_experts(self, config: Config, shared: int) -> bool:
-        """``shared_experts_fusion_disable_reason`` of models/deepseek_v2.py and models/glm4_moe.py.
+        """``shared_experts_fusion_disable_reason`` of models/deepseek_v2.py and models/glm4_moe.py, and
+        ``can_fuse_shared_expert`` of models/qwen2_moe.py, which models/qwen3_next.py asks.
 
-        DeepSeek V3 with 256 experts and one shared, and GLM-4.5 to 4.7: fused, but not under expert parallelism.
+        DeepSeek V3 and GLM-5 with 256 experts and one shared, and GLM-4.5 to 4.7: fused, but not under expert
+        parallelism. Qwen3-Next, whose shared expert is as wide as a routed one: under expert parallelism, too.
         """
-        if self.ep > 1 or self.low_latency or not self.moe_deep_gemm:
+        if self.low_latency or self.mega_moe or not self.moe_deep_gemm:
+            return False
+        if config.architecture == "Qwen3NextForCausalLM":
+            width = config.number("shared_expert_intermediate_size", 0, least=0)
+            return width == config.number("moe_intermediate_size")
+        if self.ep > 1:
             return False
         if config.architecture == "Glm4MoeForCausalLM":
             return shared > 0
         return (
-            config.architecture == "DeepseekV3ForCausalLM" and shared == 1 and config.number("n_routed_experts") == 256
+            config.architecture in ("DeepseekV3ForCausalLM", "GlmMoeDsaForCausalLM")
+            and shared == 1
+            and config.number("n_routed_experts") == 256
         )
 
     def keeps_unquantized(self, config: Config, module: str) -> bool:
@@ -211,9 +221,24 @@ class Sglang(Serving):
             *_scales_at_load(experts, experts.count // self.ep, shared * experts.intermediate),
         ]
 
-    def indexer_calls(self, heads: int, what: str) -> list[Call]:
-        """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns."""
-        return indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, {}, self.max_seqs, what)
+    def indexer_beside(self) -> tuple[int, int] | None:
+        """In CUDA graphs of up to DUAL_STREAM_TOKEN_THRESHOLD tokens, beside the keys: on half of the SMs.
+
+        Rounded up to 8: ``_get_q_k_bf16``, ``half_device_sm_count`` of srt/layers/attention/dsa/dsa_indexer.py.
+        """
+        return 1024, round_up(self.gpu.sm_count // 2, 8)
+
+    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
+        """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns.
+
+        With pipeline parallelism, all ranks but the last leave an SM to receiving while V3.2's indexer computes a
+        prefill's logits (``_with_real_sm_count``).
+        """
+        calls = indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, {}, self.max_seqs, what)
+        if v4 or self.pp == 1:
+            return calls
+        sms = [self.gpu.sm_count - 1, self.gpu.sm_count]
+        return [replace(calls[0], fields={**calls[0].fields, "sm_counts": sms}), *calls[1:]]
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""

@@ -173,7 +173,7 @@ class Vllm(Serving):
         calls.append(Call("fp8_fp4_mega_moe", layer, what))
         return calls
 
-    def indexer_calls(self, heads: int, what: str) -> list[Call]:
+    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
         """vllm/utils/deep_gemm.py: ``fp8_fp4_mqa_logits`` and its paged form; 0.33.0 gives max_seqlen_k, and MX scales
         on SM100 (``mqa_logits_mx_inputs``), where decoding is varlen (``fp8_fp4_paged_mqa_logits``).
         """
