@@ -114,7 +114,8 @@ class TestModelShapes:
 
     def test_deepseek_v32_adds_the_indexer_s_query_projection(self, engine: str, tp: int) -> None:
         derived = derived_of(configs.DEEPSEEK_V32, engine, tp=tp)
-        assert dense(derived) == cut(DEEPSEEK_V3_LINEARS | {(8192, 1536, "")}, tp)
+        indexer = {(8192, 1536, "")} | ({(128, 7168, "")} if engine == "sglang" else set())  # wq_b; SGLang's wk
+        assert dense(derived) == cut(DEEPSEEK_V3_LINEARS | indexer, tp)
         assert experts(derived) == {(256, 4096 // tp, 7168), (256, 7168, 2048 // tp)}
         asked = {item.op.op for item in derived.ops} | {item.what.partition(" ")[0] for item in derived.left_out}
         assert {"get_paged_mqa_logits_metadata"} <= asked
@@ -228,6 +229,51 @@ def test_sglang_projects_the_indexer_s_queries_on_half_of_the_sms_too(gpu: str, 
     assert projections(configs.DEEPSEEK_V4_FLASH) == [(None, None)], "its indexer is another"
     kept = {**configs.BLOCK_FP8, "modules_to_not_convert": ["indexer.wq_b"]}
     assert not projections(changed(configs.DEEPSEEK_V32, quantization_config=kept))
+
+
+def test_sglang_projects_the_indexer_s_keys_apart_unless_rotary_embedding_is_interleaved() -> None:
+    def keys(**fields: Any) -> bool:
+        return (128, 7168) in dense(derived_of(changed(configs.DEEPSEEK_V32, **fields), "sglang", tp=8, ep=8))
+
+    assert keys() and keys(indexer_rope_interleave=False)
+    assert not keys(indexer_rope_interleave=True)
+    assert not keys(quantization_config={**configs.BLOCK_FP8, "modules_to_not_convert": ["indexer.wk"]})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "batches"), [("H200", {(4096, 1)}), ("B200", {(4096, 1), (1024, 2), (1024, 4)})], ids=["sm90", "sm100"]
+)
+def test_sglang_s_indexer_decodes_as_many_rows_as_it_drafts(gpu: str, batches: set[tuple[int, int]]) -> None:
+    ops = [item.op for item in derived_of(configs.DEEPSEEK_V32, "sglang", gpu, tp=8, ep=8, max_seqs=1024).ops]
+    for name in ("get_paged_mqa_logits_metadata", "fp8_paged_mqa_logits"):
+        assert {(op.max_batch, op.next_n) for op in ops if op.op == name} == batches
+
+
+def test_sglang_s_v4_indexer_has_compressed_logits() -> None:
+    def forms(tree: dict[str, Any]) -> list[Any]:
+        return [item.op.compressed for item in derived_of(tree, "sglang").ops if item.op.op == "fp8_mqa_logits"]
+
+    assert forms(configs.DEEPSEEK_V4_FLASH) == [True] and forms(configs.DEEPSEEK_V32) == [None]
+
+
+@pytest.mark.parametrize("tree", [configs.DEEPSEEK_V3, configs.DEEPSEEK_V32], ids=["v3", "v3.2"])
+def test_sglang_projects_128_ki_tokens_of_the_cache_at_once(tree: dict[str, Any]) -> None:
+    ops = [item.op for item in derived_of(tree, "sglang", tp=8, ep=8).ops]
+    assert [op.max_tokens for op in ops if op.op == "fp8_gemm_nt" and op.k == 512] == [128 * 1024]
+
+
+def test_what_sglang_s_ranks_share_sees_the_tokens_of_all_dp_groups() -> None:
+    assert serving_of("sglang", tp=8, ep=8, dp=8, max_tokens=65536).largest_m == 65536
+    assert serving_of("sglang", tp=8, ep=8, dp=8, max_tokens=8192).largest_m == 16384
+
+
+def test_sglang_s_scales_of_v4_s_grouped_output_are_transformed_at_load_on_blackwell() -> None:
+    def transforms(gpu: str) -> list[tuple[Any, ...]]:
+        ops = [item.op for item in derived_of(configs.DEEPSEEK_V4_FLASH, "sglang", gpu, tp=4).ops]
+        found = [op for op in ops if op.op == "transform_sf_into_required_layout"]
+        return [(op.k, op.recipe, op.groups, op.rows) for op in found]
+
+    assert transforms("B200") == [(4096, [128, 128], 2, 1024)] and transforms("H200") == []
 
 
 def test_sglang_leaves_an_sm_to_receiving_while_a_pipeline_stage_indexes() -> None:
@@ -399,6 +445,7 @@ class TestMegaMoeOfSglang:
             if (op := item.op).op == "transform_sf_into_required_layout"
         ]
         assert transforms == [
+            (4096, [128, 128], 1, 1024),
             (4096, [1, 32], 32, 4096),
             (2048, [1, 32], 32, 4096),
             (4096, [128, 32], None, 4096),

@@ -80,8 +80,7 @@ def _mla(config: Config, serving: Serving) -> Model:
         by_rank = (q_rank, f"q_lora_rank {q_rank}")
         add(_linear("self_attn.q_b_proj", [("self_attn.q_b_proj", *q)], by_rank, "n", ranks, layers))
     kv_b = (heads * (nope + value), f"{heads_how} · (qk_nope_head_dim {nope} + v_head_dim {value})")
-    # Sparse attention reads the cache through the absorbed projection only: kv_b_proj sees no more than a batch.
-    prefix = None if config.has("index_topk") else serving.prefix_tokens(config)
+    prefix = serving.prefix_tokens(config)
     add(
         _linear(
             "self_attn.kv_b_proj",
@@ -112,12 +111,16 @@ def _add_indexer(
     layers: _Layers,
     v4: bool = False,
 ) -> None:
-    """The sparse attention's indexer: its query projection is FP8; the key's runs in BF16, fused with the weights'."""
+    """The sparse attention's indexer: its query projection is FP8; the key's mostly runs in BF16 with the weights'."""
     heads, dim = config.number("index_n_heads"), config.number("index_head_dim")
     n = (f"{name}.wq_b", heads * dim, f"index_n_heads {heads} · index_head_dim {dim}")
     k = (q_rank, f"q_lora_rank {q_rank}")
     beside = None if v4 else serving.indexer_beside()
     model.linears.append(_linear(f"{name}.wq_b", [n], k, "none", 1, layers, beside=beside))
+    if not v4 and serving.projects_indexer_keys(config):
+        hidden = config.number("hidden_size")
+        wk = (f"{name}.wk", dim, f"index_head_dim {dim}")
+        model.linears.append(_linear(f"{name}.wk", [wk], (hidden, f"hidden_size {hidden}"), "none", 1, layers))
     model.calls += serving.indexer_calls(heads, f"{name}, layers {numbers_text(layers)}", v4)
 
 
@@ -154,6 +157,7 @@ def _v4(config: Config, serving: Serving) -> Model:
         f"r = num_attention_heads {heads} · head_dim {dim} / o_groups {groups} = {per_group}"
     )
     model.calls.append(Call("fp8_einsum", {"h": groups // ranks, "d": o_rank, "r": per_group, **scales}, what))
+    model.calls += serving.grouped_output_at_load("attn.wo_a", groups // ranks, o_rank, per_group)
     # Layers that compress by 4 have an indexer (vLLM 0.33.0, models/deepseek_v4/attention.py).
     ratios = config.numbers("compress_ratios")
     indexed = tuple(number for number in layers if number < len(ratios) and ratios[number] == 4)

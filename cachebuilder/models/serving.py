@@ -122,6 +122,14 @@ class Serving:
         """
         raise NotImplementedError
 
+    def grouped_output_at_load(self, name: str, groups: int, rows: int, k: int) -> list[Call]:
+        """The calls that bring V4's grouped output projection [groups, rows, k] into DeepGEMM's layout, once."""
+        return []
+
+    def projects_indexer_keys(self, config: Config) -> bool:
+        """Whether V3.2's indexer has a linear layer of its own for its keys."""
+        return False
+
     def indexer_beside(self) -> tuple[int, int] | None:
         """Tokens up to which V3.2's indexer also projects its queries beside other work, and the SM count then."""
         return None
@@ -150,20 +158,30 @@ def knows(op: str, *fields: str) -> bool:
 
 
 def indexer_calls(
-    prefill: str, paged: str, heads: int, formats: Mapping[str, object], batch: int, what: str, flat: bool = False
+    prefill: str,
+    paged: str,
+    heads: int,
+    formats: Mapping[str, object],
+    batches: Mapping[int, int],
+    what: str,
+    flat: bool = False,
 ) -> list[Call]:
     """Logits over a batch's own keys, and for decoding over the paged cache after its schedule's kernel.
 
-    Decoding has one query row a sequence, and two with one speculated token; with ``flat``, each row is a sequence.
+    Args:
+        batches: for each number of query rows that a sequence has (two with one speculated token), the most sequences.
+        flat: each row is a sequence, however many there are.
     """
     calls = [Call(prefill, {"heads": heads, **formats}, f"{what}, prefill")]
     shared = {name: value for name, value in formats.items() if name != "compressed"}
     if flat:
-        sizes = [({"max_batch": 2 * batch, "varlen": True}, "up to 2 query rows a sequence, each by itself")]
+        most = max(rows * batch for rows, batch in batches.items())
+        what_rows = f"up to {max(batches)} query rows a sequence, each by itself"
+        sizes = [({"max_batch": most, "varlen": True}, what_rows)]
     else:
         sizes = [
             ({"max_batch": batch, "next_n": rows}, f"{rows} query row{'s' if rows > 1 else ''} a sequence")
-            for rows in (1, 2)
+            for rows, batch in batches.items()
         ]
     for size, rows in sizes:
         where = f"{what}, decoding with {rows}"

@@ -112,10 +112,18 @@ class Sglang(Serving):
 
         ``update_deep_gemm_config`` (srt/layers/deep_gemm_wrapper/compile_utils.py): 16 Ki; twice the chunked prefill
         size where that is above 8192; at most 128 Ki. ``_handle_data_parallelism``
-        (srt/arg_groups/parallel_hook.py) has divided that size by dp.
+        (srt/arg_groups/parallel_hook.py) has divided that size by dp; what all ranks share sees all dp groups' tokens.
         """
         chunk = self.max_tokens // self.dp
-        return min(2 * chunk if chunk > 8192 else 16 * 1024, 128 * 1024)
+        return max(min(2 * chunk if chunk > 8192 else 16 * 1024, 128 * 1024), self.max_tokens)
+
+    def prefix_tokens(self, config: Config) -> int:
+        """SGLANG_MAX_KV_CHUNK_CAPACITY (srt/environ.py): the most tokens of the cache that are projected at once.
+
+        With the batch's own, or by chunks: srt/models/deepseek_common/attention_forward_methods/forward_mha.py; V3.2's,
+        too, while its sequences are short (srt/layers/attention/dsa_backend.py).
+        """
+        return max(128 * 1024, self.largest_m)
 
     def fuses_shared_experts(self, config: Config, shared: int) -> bool:
         """``shared_experts_fusion_disable_reason`` of models/deepseek_v2.py and models/glm4_moe.py, and
@@ -221,6 +229,21 @@ class Sglang(Serving):
             *_scales_at_load(experts, experts.count // self.ep, shared * experts.intermediate),
         ]
 
+    def grouped_output_at_load(self, name: str, groups: int, rows: int, k: int) -> list[Call]:
+        """``_setup_fp8_wo_a_scales`` of srt/models/deepseek_v4.py."""
+        if self.gpu.major == 9:
+            return []
+        fields = {"k": k, "recipe": [BLOCK, BLOCK], "groups": groups, "rows": rows}
+        return [Call("transform_sf_into_required_layout", fields, f"scales of {name} at load")]
+
+    def projects_indexer_keys(self, config: Config) -> bool:
+        """``wk`` is fused with the weights' projection only where rotary embedding is interleaved.
+
+        ``use_dsa_indexer_fusion`` of srt/layers/attention/dsa/dsa_indexer.py; ``indexer_rope_interleave`` in
+        srt/models/deepseek_v2.py.
+        """
+        return config.fields.get("indexer_rope_interleave") is not True
+
     def indexer_beside(self) -> tuple[int, int] | None:
         """In CUDA graphs of up to DUAL_STREAM_TOKEN_THRESHOLD tokens, beside the keys: on half of the SMs.
 
@@ -231,14 +254,22 @@ class Sglang(Serving):
     def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
         """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns.
 
-        With pipeline parallelism, all ranks but the last leave an SM to receiving while V3.2's indexer computes a
-        prefill's logits (``_with_real_sm_count``).
+        V3.2: with speculation a request has 4 rows (``_auto_choose_speculative_params``, speculative_hook.py in
+        srt/arg_groups). On SM90 they are 4 sequences; on SM100 so while they are drafted, not when they are checked
+        (srt/layers/attention/dsa_backend.py). With pipeline parallelism, all ranks but the last leave an SM to
+        receiving while they compute a prefill's logits (``_with_real_sm_count``). V4: compressed logits, whose columns
+        are as many as the longest sequence has keys (srt/layers/attention/dsv4/indexer.py).
         """
-        calls = indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, {}, self.max_seqs, what)
-        if v4 or self.pp == 1:
-            return calls
-        sms = [self.gpu.sm_count - 1, self.gpu.sm_count]
-        return [replace(calls[0], fields={**calls[0].fields, "sm_counts": sms}), *calls[1:]]
+        formats = {"compressed": True} if v4 else {}
+        batches = {1: self.max_seqs, 2: self.max_seqs}
+        if not v4:
+            drafted = 4 * self.max_seqs
+            batches = {1: drafted} if self.gpu.major == 9 else batches | {1: drafted, 4: self.max_seqs}
+        calls = indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, formats, batches, what)
+        if self.pp > 1 and not v4:
+            sms = [self.gpu.sm_count - 1, self.gpu.sm_count]
+            calls[0] = replace(calls[0], fields={**calls[0].fields, "sm_counts": sms})
+        return calls
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""

@@ -75,13 +75,16 @@ class Vllm(Serving):
         """``max_num_batched_tokens``."""
         return self.max_tokens
 
-    def prefix_tokens(self, config: Config) -> int:
+    def prefix_tokens(self, config: Config) -> int | None:
         """Rows of the chunked-context workspace, all of which ``kv_b_proj`` may be called for.
 
         ``determine_chunked_prefill_workspace_size`` (vllm/model_executor/layers/attention/mla_attention.py, 0.25.0 and
         0.33.0): min(max(8 · max_model_len, 4 · max_num_seqs · block_size), 64 Ki), at least a block for each sequence.
-        No warm-up of vLLM's reaches beyond max_num_batched_tokens here.
+        No warm-up of vLLM's reaches beyond max_num_batched_tokens here. Sparse attention reads the cache through the
+        absorbed projection only.
         """
+        if config.has("index_topk"):
+            return None
         length = self.max_model_len or config.number("max_position_embeddings", 1 << 17)
         rows = min(max(8 * length, 4 * self.max_seqs * _CACHE_BLOCK), 64 * 1024)
         return max(rows, self.max_seqs * _CACHE_BLOCK, self.max_tokens)
@@ -183,9 +186,8 @@ class Vllm(Serving):
             formats["compressed"] = True
             if flat:
                 formats |= {"scales": "mx", "weights": "bfloat16", "logits": "bfloat16"}
-        return indexer_calls(
-            "fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, self.max_seqs, what, flat
-        )
+        batches = {1: self.max_seqs, 2: self.max_seqs}
+        return indexer_calls("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, batches, what, flat)
 
     def header(self, config: Config) -> list[str]:
         """As the base says."""
