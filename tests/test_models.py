@@ -267,9 +267,10 @@ def test_what_sglang_s_ranks_share_sees_the_tokens_of_all_dp_groups() -> None:
     assert serving_of("sglang", tp=8, ep=8, dp=8, max_tokens=8192).largest_m == 16384
 
 
-def test_sglang_s_scales_of_v4_s_grouped_output_are_transformed_at_load_on_blackwell() -> None:
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_scales_of_v4_s_grouped_output_are_transformed_at_load_on_blackwell(engine: str) -> None:
     def transforms(gpu: str) -> list[tuple[Any, ...]]:
-        ops = [item.op for item in derived_of(configs.DEEPSEEK_V4_FLASH, "sglang", gpu, tp=4).ops]
+        ops = [item.op for item in derived_of(configs.DEEPSEEK_V4_FLASH, engine, gpu, tp=4).ops]
         found = [op for op in ops if op.op == "transform_sf_into_required_layout"]
         return [(op.k, op.recipe, op.groups, op.rows) for op in found]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from cachebuilder.errors import ModelError
 from cachebuilder.gpus import Gpu
-from cachebuilder.models.config import Config
+from cachebuilder.models.config import BLOCK, Config
 from cachebuilder.models.layers import Call, Experts, LeftOut
 from cachebuilder.ops import OPS, OpBase
 
@@ -123,15 +123,22 @@ class Serving:
         raise NotImplementedError
 
     def grouped_output_at_load(self, name: str, groups: int, rows: int, k: int) -> list[Call]:
-        """The calls that bring V4's grouped output projection [groups, rows, k] into DeepGEMM's layout, once."""
-        return []
+        """The calls that bring the scales of V4's grouped output [groups, rows, k] into DeepGEMM's layout.
+
+        vLLM 0.33.0 ``deepgemm_post_process_fp8_weight_block`` with ``is_bmm`` (layers/quantization/utils/fp8_utils.py),
+        SGLang 0.5.23 ``_setup_fp8_wo_a_scales`` (srt/models/deepseek_v4.py). On SM90 the scales stay as they are.
+        """
+        if self.gpu.major == 9:
+            return []
+        fields = {"k": k, "recipe": [BLOCK, BLOCK], "groups": groups, "rows": rows}
+        return [Call("transform_sf_into_required_layout", fields, f"scales of {name} at load")]
 
     def projects_indexer_keys(self, config: Config) -> bool:
         """Whether V3.2's indexer has a linear layer of its own for its keys."""
         return False
 
     def indexer_beside(self) -> tuple[int, int] | None:
-        """Tokens up to which V3.2's indexer also projects its queries beside other work, and the SM count then."""
+        """Tokens up to which V3.2's indexer also projects queries beside other work, and the SM count then."""
         return None
 
     def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:

@@ -229,13 +229,6 @@ class Sglang(Serving):
             *_scales_at_load(experts, experts.count // self.ep, shared * experts.intermediate),
         ]
 
-    def grouped_output_at_load(self, name: str, groups: int, rows: int, k: int) -> list[Call]:
-        """``_setup_fp8_wo_a_scales`` of srt/models/deepseek_v4.py."""
-        if self.gpu.major == 9:
-            return []
-        fields = {"k": k, "recipe": [BLOCK, BLOCK], "groups": groups, "rows": rows}
-        return [Call("transform_sf_into_required_layout", fields, f"scales of {name} at load")]
-
     def projects_indexer_keys(self, config: Config) -> bool:
         """``wk`` is fused with the weights' projection only where rotary embedding is interleaved.
 
