@@ -22,7 +22,7 @@ from pathlib import Path
 
 import zstandard
 
-from cachebuilder import build as building
+from cachebuilder import building
 from cachebuilder.deepgemm import installation
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"

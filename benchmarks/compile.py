@@ -23,15 +23,16 @@ from types import TracebackType
 
 import click
 
-from cachebuilder import __version__, units
-from cachebuilder import build as building
-from cachebuilder import compile as compiling
-from cachebuilder import plan as planning
-from cachebuilder.paths import scratch_folder
-from cachebuilder.plan import Kernel
-from cachebuilder.pool import Pool
-from cachebuilder.store import NoStore
-from cachebuilder.toolchain import ptx_command
+from cachebuilder import building
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.version import __version__
+from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import units
+from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.store import NoStore
+from cachebuilder.cuda.toolchain import ptx_command
+from cachebuilder.planning import make as planning
+from cachebuilder.planning.make import Kernel
 
 DEFAULT = Path(__file__).parents[1] / "manifests" / "deepseek-v3-tp8-h200.yaml"
 

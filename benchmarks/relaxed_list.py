@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachebuilder.ops.base import ceil_div
+from cachebuilder.ops.device import ceil_div
 
 
 def relaxed(max_tokens: int, n: int, sm_count: int) -> list[int]:

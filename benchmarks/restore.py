@@ -27,9 +27,9 @@ from pathlib import Path
 
 from cachebuilder.artifact.pack import Packed, pack
 from cachebuilder.artifact.read import open_archive
+from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.gpus import find
-from cachebuilder.plan import Kernel, Plan
+from cachebuilder.planning.make import Kernel, Plan
 
 RUNS = 11
 Times = tuple[float, float]

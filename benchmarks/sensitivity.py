@@ -14,10 +14,10 @@ from typing import Any
 
 import click
 
-from cachebuilder import build as building
-from cachebuilder import plan as planning
+from cachebuilder import building
 from cachebuilder.errors import CacheBuilderError
-from cachebuilder.manifest import Manifest
+from cachebuilder.manifest.schema import Manifest
+from cachebuilder.planning import make as planning
 
 KIB, MIB = 1024, 1024 * 1024
 MANIFESTS = Path(__file__).parents[1] / "manifests"

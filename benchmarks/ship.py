@@ -27,9 +27,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cachebuilder.artifact import archive, pack
 from cachebuilder.artifact.read import open_archive
+from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.gpus import find
-from cachebuilder.plan import Kernel, Plan
+from cachebuilder.planning.make import Kernel, Plan
 from tests.registries import Registry, registry
 
 PAIRS = 7

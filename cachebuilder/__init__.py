@@ -1,6 +1,5 @@
-"""cachebuilder: DeepGEMM's JIT kernel cache, built ahead of time.
+"""cachebuilder: DeepGEMM's JIT kernel cache, built ahead of time."""
 
-The import of this package, and of everything but the sweep's child process, needs neither torch nor DeepGEMM.
-"""
+from cachebuilder.common.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__"]

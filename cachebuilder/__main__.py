@@ -1,5 +1,5 @@
 """``python -m cachebuilder``: the same as the ``cachebuilder`` command."""
 
-from cachebuilder.cli import main
+from cachebuilder.cli.main import main
 
 main()

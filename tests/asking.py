@@ -11,8 +11,8 @@ import sys
 import time
 from typing import Any
 
-from cachebuilder import gpus
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.cuda import gpus
+from cachebuilder.virtual_gpu import library as virtual_gpu
 
 
 def main(folder: str, *wanted: str) -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import build_record, code
-from cachebuilder.paths import scratch_folder
-from cachebuilder.plan import Kernel
-from cachebuilder.processes import Processes
+from cachebuilder import building
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.compiling import check as code
+from cachebuilder.compiling import record as build_record
+from cachebuilder.cuda.processes import Processes
+from cachebuilder.planning.make import Kernel
 from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]

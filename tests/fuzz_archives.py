@@ -40,7 +40,7 @@ from cachebuilder.artifact.index import CACHE
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CacheBuilderError
-from cachebuilder.restore import Restored, restore
+from cachebuilder.restoring.entries import Restored, restore
 from tests.archives import Member, compress, edit_index, join, member, replace, snapshot, tar_of, unpack
 
 _MEMORY_BYTES = 2 << 30

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 
 
 def spread(data: Any, scales: Any) -> Any:

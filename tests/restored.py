@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cachebuilder import verify
 from cachebuilder.deepgemm.installation import Installation
-from cachebuilder.restore import restore
+from cachebuilder.restoring.entries import restore
+from cachebuilder.verifying import virtual as verify
 
 
 def unpack(artifact: Path, to: Path) -> Path:

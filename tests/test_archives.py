@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from cachebuilder import build as building
+from cachebuilder import building
 from cachebuilder.artifact import read
 from cachebuilder.errors import ArtifactError
-from cachebuilder.restore import restore
+from cachebuilder.restoring.entries import restore
 from tests.archives import Member, compress, edit_index, join, member, replace, snapshot, tar_of, unpack
 
 Members = list[Member]

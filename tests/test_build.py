@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from cachebuilder import build as building
-from cachebuilder import paths
-from cachebuilder import toolchain as toolchains
+from cachebuilder import building
 from cachebuilder.artifact.read import read_index
+from cachebuilder.common import cache as paths
+from cachebuilder.compiling.store import CubinStore, NoStore
+from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import entries
 from cachebuilder.errors import CompileError, ToolchainError
-from cachebuilder.store import CubinStore, NoStore
 from tests.conftest import Run
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import build_record
-from cachebuilder import compile as compiling
+from cachebuilder import building
 from cachebuilder.artifact.read import open_archive
-from cachebuilder.build import Built
-from cachebuilder.store import NoStore
+from cachebuilder.building import Built
+from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import record as build_record
+from cachebuilder.compiling.store import NoStore
 
 
 def test_the_record_tells_which_compiler_made_what_and_when(built: Built) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 
-from cachebuilder import build as building
-from cachebuilder.cli import cli
+from cachebuilder import building
+from cachebuilder.cli.main import cli
 from cachebuilder.errors import EXIT_CODES
 from tests.conftest import Run
 
@@ -18,7 +18,7 @@ WITHOUT_TORCH = """
 import sys
 for name in ("torch", "deep_gemm", "elftools"):
     sys.modules[name] = None  # an import of it fails
-from cachebuilder.cli import main
+from cachebuilder.cli.main import main
 main()
 """
 

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import compile as compiling
-from cachebuilder import plan as planning
-from cachebuilder import ptx, units
+from cachebuilder import building
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import units
+from cachebuilder.compiling.pool import Pool, check_order
+from cachebuilder.compiling.store import CubinStore, NoStore
+from cachebuilder.compiling.units import Unit
+from cachebuilder.cuda import ptx
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
-from cachebuilder.paths import scratch_folder
-from cachebuilder.plan import Kernel
-from cachebuilder.pool import Pool, check_order
-from cachebuilder.store import CubinStore, NoStore
-from cachebuilder.units import Unit
+from cachebuilder.planning import make as planning
+from cachebuilder.planning.make import Kernel
 from tests.conftest import MANIFESTS, check_code
 from tests.test_plan import EVERY_OP
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import cubin
 from cachebuilder.artifact.read import open_archive
-from cachebuilder.build import Built
+from cachebuilder.building import Built
+from cachebuilder.cuda import cubin
 from cachebuilder.errors import InstallationError
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cachebuilder import build as building
-from cachebuilder import diff
+from cachebuilder import building
+from cachebuilder.inspecting import diff
 from tests.conftest import LEGACY, Run
 from tests.restored import unpack
 

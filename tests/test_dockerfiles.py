@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
+from cachebuilder import building
 from tests.conftest import ROOT
 
 DOCKERFILES = sorted((ROOT / "examples").glob("Dockerfile.*"))

@@ -15,7 +15,7 @@ import click
 import pytest
 from ruamel.yaml import YAML
 
-from cachebuilder.cli import VERBS, cli
+from cachebuilder.cli.main import VERBS, cli
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"

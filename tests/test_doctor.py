@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
+from cachebuilder import building
 from cachebuilder.deepgemm.environment import cache_roots, kernel_variables
 from cachebuilder.deepgemm.installation import Generation
 from tests.conftest import LEGACY
@@ -132,7 +132,7 @@ def test_only_variables_that_change_keys_are_listed(
 def test_deepgemm_itself_agrees_which_variables_change_keys(
     variable: str, built: building.Built, tmp_path: Path
 ) -> None:
-    from cachebuilder import plan as planning
+    from cachebuilder.planning import make as planning
 
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')

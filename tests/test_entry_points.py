@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import compile as compiling
-from cachebuilder import gpus, sweep, toolchain
-from cachebuilder import plan as planning
+from cachebuilder import building
+from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling.store import CubinStore
+from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import ManifestError, PlanError
-from cachebuilder.ops import OPS
-from cachebuilder.store import CubinStore
-from cachebuilder.sweep import process, virtual_gpu
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.planning import make as planning
+from cachebuilder.sweep import process
+from cachebuilder.sweep import run as sweep
+from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests import entry_points
 from tests.conftest import LEGACY, MANIFESTS, ROOT, check_code
 from tests.test_plan import make

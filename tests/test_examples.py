@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
-from cachebuilder.cli import cli
+from cachebuilder.cli.main import cli
 from tests.conftest import ROOT, Run
 
 EXAMPLES = ROOT / "examples"

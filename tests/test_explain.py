@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import explain as explaining
-from cachebuilder.build import Built
+from cachebuilder.building import Built
+from cachebuilder.cuda.gpus import GPUS
 from cachebuilder.errors import ArtifactError
-from cachebuilder.explain import explain
-from cachebuilder.gpus import GPUS
+from cachebuilder.inspecting import explain as explaining
+from cachebuilder.inspecting.explain import explain
 from tests.conftest import Run
 from tests.restored import unpack
 

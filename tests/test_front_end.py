@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import compile as compiling
-from cachebuilder.build import Built
+from cachebuilder import building
+from cachebuilder.building import Built
+from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling.front_end import FrontEnd, FrontEnds
+from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.store import NoStore
+from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
-from cachebuilder.front_end import FrontEnd, FrontEnds
-from cachebuilder.plan import Kernel
-from cachebuilder.pool import Pool
-from cachebuilder.store import NoStore
-from cachebuilder.units import Unit
+from cachebuilder.planning.make import Kernel
 
 pytestmark = pytest.mark.slow
 

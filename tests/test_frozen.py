@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import environment, frozen
-from cachebuilder.artifact.folder import open_folder
+from cachebuilder import building
 from cachebuilder.errors import ArtifactError, VerifyError
-from cachebuilder.restore import restore
+from cachebuilder.restoring import environment, frozen
+from cachebuilder.restoring.entries import restore
+from cachebuilder.restoring.folder import open_folder
 from tests.conftest import Run
 
 TEXT = 'nvcc: NVIDIA (R) Cuda compiler driver\nit\'s "quoted" \\n $HOME `id` @ARTIFACT@\n\n'
@@ -309,7 +309,7 @@ def call_deepgemm(
     built: building.Built, dir: Path, folder: Path, m: int, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """One dense product of DeepGEMM itself on the virtual GPU, from ``dir``, with no CUDA toolkit in reach."""
-    from cachebuilder.sweep import virtual_gpu
+    from cachebuilder.virtual_gpu import library as virtual_gpu
 
     (folder / "empty").mkdir()
     found = environment.variables(dir, open_folder(dir).indexes, "none", folder / "scratch", {})

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import gpus, nvml, on_gpu, verified
-from cachebuilder.plan import Range, Selection
-from cachebuilder.sweep import Point
+from cachebuilder import building
+from cachebuilder.cuda import gpus, nvml
+from cachebuilder.planning.make import Range, Selection
+from cachebuilder.sweep.run import Point
+from cachebuilder.verifying import real as on_gpu
+from cachebuilder.verifying import report as verified
 from tests.conftest import Run
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachebuilder import build as building
+from cachebuilder import building
 from cachebuilder.artifact.index import Entry, File, Fingerprint, Index
 from cachebuilder.artifact.read import open_archive, parse_index
 from cachebuilder.deepgemm.entries import MAX_BYTES
 from cachebuilder.errors import ArtifactError
-from cachebuilder.selection import Range, Selection
+from cachebuilder.planning.selection import Range, Selection
 
 names = st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=20)
 digests = st.text("0123456789abcdef", min_size=64, max_size=64)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import gpus, manifest
+from cachebuilder.cuda import gpus
 from cachebuilder.errors import ManifestError
+from cachebuilder.manifest import schema as manifest
 from tests.conftest import MANIFESTS
 
 HEAD = "name: x\ntarget: {gpu: H200}\nmax_tokens: 64\n"

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import misses, sources
-from cachebuilder import plan as planning
+from cachebuilder import building
+from cachebuilder.authoring import sources
+from cachebuilder.authoring.sources import NewSource
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
-from cachebuilder.sources import NewSource
+from cachebuilder.planning import make as planning
+from cachebuilder.restoring import misses
 from tests.conftest import SMALL, Run
 from tests.restored import check
 from tests.test_plan import EVERY_OP

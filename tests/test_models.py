@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from cachebuilder import gpus, toolchain
-from cachebuilder import manifest as manifests
-from cachebuilder import plan as planning
-from cachebuilder.cli import cli
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import Derived, derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.serving import Serving
+from cachebuilder.authoring.derive.text import manifest_text
+from cachebuilder.cli.main import cli
+from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ModelError
-from cachebuilder.models import ENGINES, Config, Derived, Serving, derive, manifest_text
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.planning import make as planning
 
 from . import configs
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import sweep, verify
-from cachebuilder.artifact.folder import RestoredFolder
+from cachebuilder import building
 from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.restoring.folder import RestoredFolder
 from cachebuilder.ship import image
 from cachebuilder.ship.documents import digest_of
+from cachebuilder.sweep import run as sweep
+from cachebuilder.verifying import virtual as verify
 from tests.test_registry import apply
 
 

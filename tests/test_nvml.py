@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import native, nvml
+from cachebuilder import building
+from cachebuilder.common import native
+from cachebuilder.cuda import nvml
 from tests.conftest import Run
 
 #: The functions that are asked, with the types of nvml.h of CUDA 13.0. Cards are 1 and 2, the second an H20; 3 is a slice.

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import gpus, toolchain
-from cachebuilder import plan as planning
+from cachebuilder import building
+from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.planning import make as planning
+from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests.conftest import MANIFESTS, ROOT, Run
 
 EVERY_OP = """\

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachebuilder.build import Built
+from cachebuilder.building import Built
 from cachebuilder.cli.progress import Lines, Meter, duration
 from tests.conftest import Run
 

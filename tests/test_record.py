@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import frozen
-from cachebuilder import manifest as manifests
+from cachebuilder import building
 from cachebuilder.deepgemm import installation
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.restoring import frozen
 from tests.conftest import ROOT, SMALL, Run
 from tests.restored import check, unpack
 

@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import zstandard
 
-from cachebuilder import build as building
-from cachebuilder import verify
+from cachebuilder import building
 from cachebuilder.artifact import signature
 from cachebuilder.artifact.index import Index
 from cachebuilder.cli.remote import checker
-from cachebuilder.compatibility import Difference
 from cachebuilder.errors import ArtifactError, TransferError
-from cachebuilder.restore import restore
+from cachebuilder.restoring.compatibility import Difference
+from cachebuilder.restoring.entries import restore
 from cachebuilder.ship import credentials, fetch, image, locations
 from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
 from cachebuilder.ship.pull import Puller, choose
@@ -32,6 +31,7 @@ from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries, Watcher
 from cachebuilder.ship.session import origin
+from cachebuilder.verifying import virtual as verify
 from tests.archives import compress, edit_index, join, snapshot, unpack
 from tests.conftest import ROOT, Run
 from tests.registries import Answer, Asked, Middleman, Registry, program, registry
@@ -301,7 +301,7 @@ def test_with_trust_an_unsigned_or_wrongly_signed_image_is_refused_before_it_is_
     for name, key in (("unsigned", "ours.pub"), ("ours", "other.pub")):
         code = (
             "import sys\nfrom cachebuilder.artifact import read\n"
-            "read.unpacked = lambda *_: sys.exit('decompressed')\nfrom cachebuilder.cli import main\nmain()"
+            "read.unpacked = lambda *_: sys.exit('decompressed')\nfrom cachebuilder.cli.main import main\nmain()"
         )
         command = ["restore", f"oci://{there.host}/{name}:v1", "--to", tmp_path / name, "--trust", keys / key]
         done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
@@ -539,7 +539,7 @@ def test_credentials_are_for_the_registrys_origin_however_it_is_spelt() -> None:
 def test_a_restore_of_a_file_imports_nothing_of_the_network(artifact: Path, tmp_path: Path) -> None:
     code = (
         "import sys\nfor name in ('requests', 'urllib3', 'fsspec', 'cachebuilder.ship'): sys.modules[name] = None\n"
-        "from cachebuilder.cli import main\nmain()"
+        "from cachebuilder.cli.main import main\nmain()"
     )
     command = [sys.executable, "-c", code, "restore", str(artifact), "--to", str(tmp_path / "dir")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -559,7 +559,7 @@ def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Pa
 
 
 def test_without_a_network_library_the_error_says_what_to_install(artifact: Path) -> None:
-    code = "import sys\nsys.modules['requests'] = None\nfrom cachebuilder.cli import main\nmain()"
+    code = "import sys\nsys.modules['requests'] = None\nfrom cachebuilder.cli.main import main\nmain()"
     command = [sys.executable, "-c", code, "push", "oci://127.0.0.1:1/a:b", str(artifact)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "pip install 'cachebuilder[ship]'" in done.stderr

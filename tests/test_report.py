@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build_record, verified
-from cachebuilder.build import Built
+from cachebuilder.building import Built
+from cachebuilder.compiling import record as build_record
 from cachebuilder.errors import ArtifactError
-from cachebuilder.report import facts, page
+from cachebuilder.inspecting.report import facts, page
+from cachebuilder.verifying import report as verified
 from tests.conftest import ROOT, Run
 
 

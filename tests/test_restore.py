@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import plan as planning
-from cachebuilder.artifact.folder import open_folder
+from cachebuilder import building
 from cachebuilder.artifact.index import CACHE
 from cachebuilder.artifact.read import read_index
-from cachebuilder.compatibility import with_environment
+from cachebuilder.cuda.nvml import VisibleGpu
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError, RestoreError
-from cachebuilder.nvml import VisibleGpu
-from cachebuilder.restore import restore
+from cachebuilder.planning import make as planning
+from cachebuilder.restoring.compatibility import with_environment
+from cachebuilder.restoring.entries import restore
+from cachebuilder.restoring.folder import open_folder
 from tests.archives import compress, edit_index, join, member, snapshot, unpack
 from tests.archives import replace as replace_member
 from tests.conftest import Run
@@ -226,7 +226,7 @@ def test_a_user_without_a_home_gets_a_sentence_and_needs_none_to_restore(
     code = (
         "import os, sys\nfor name in ('HOME', 'XDG_CACHE_HOME', 'CACHEBUILDER_CACHE_DIR'): os.environ.pop(name, None)\n"
         "import pwd\ndef nobody(number): raise KeyError(number)\npwd.getpwuid = nobody\n"
-        "from cachebuilder.cli import main\nmain()"
+        "from cachebuilder.cli.main import main\nmain()"
     )
 
     def ask(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -402,7 +402,7 @@ def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(
     built: building.Built, installation: Installation, tmp_path: Path
 ) -> None:
     slow = ("torch", "deep_gemm", "pydantic", "rich", "ruamel", "tarfile", "importlib.metadata")
-    code = f"import sys\nfor name in {slow}: sys.modules[name] = None\nfrom cachebuilder.cli import main\nmain()"
+    code = f"import sys\nfor name in {slow}: sys.modules[name] = None\nfrom cachebuilder.cli.main import main\nmain()"
     command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", installation.imported_as]
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -493,7 +493,7 @@ def count(event, arguments):
         if seen == n:
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(count)
-from cachebuilder.cli import main
+from cachebuilder.cli.main import main
 try:
     main()
 finally:

@@ -7,9 +7,10 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from cachebuilder import build_record, schemas
 from cachebuilder.artifact.read import read_index
-from cachebuilder.build import Built
+from cachebuilder.building import Built
+from cachebuilder.compiling import record as build_record
+from cachebuilder.inspecting import schemas
 from tests.conftest import MANIFESTS, ROOT, SMALL, Run
 from tests.test_report import report_on
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
+from cachebuilder import building
 from cachebuilder.artifact import provenance, read, signature
 from cachebuilder.artifact.signature import SUFFIX
 from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.errors import ArtifactError, SignatureError
-from cachebuilder.restore import restore
+from cachebuilder.restoring.entries import restore
 from tests.archives import snapshot
 from tests.conftest import Run
 
@@ -366,7 +366,7 @@ def test_a_writer_in_the_middle_of_the_reading_does_not_win(
 
 
 def test_without_a_key_restore_says_so_and_imports_no_cryptography(artifact: Path, tmp_path: Path) -> None:
-    code = "import sys\nsys.modules['cryptography'] = None\nfrom cachebuilder.cli import main\nmain()"
+    code = "import sys\nsys.modules['cryptography'] = None\nfrom cachebuilder.cli.main import main\nmain()"
     command = [sys.executable, "-c", code, "restore", artifact, "--to", tmp_path / "dir", "--force"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

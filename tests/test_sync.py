@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder.artifact.folder import open_folder
 from cachebuilder.errors import RestoreError, TransferError
-from cachebuilder.restore import restore
+from cachebuilder.restoring.entries import restore
+from cachebuilder.restoring.folder import open_folder
 from cachebuilder.ship import fetch
 from cachebuilder.ship.fetch import Found, Wish
 from cachebuilder.ship.retry import Retries

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cachebuilder.artifact.read import open_archive
-from cachebuilder.build import Built
+from cachebuilder.building import Built
 from cachebuilder.deepgemm import installation, templates
 
 SOURCE = """

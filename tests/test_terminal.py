@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder.build import Built
+from cachebuilder.building import Built
 from cachebuilder.cli import table
 from tests.conftest import ROOT, Run
 from tests.restored import unpack

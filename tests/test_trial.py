@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from cachebuilder.ops import OPS, scaled
-from cachebuilder.ops.base import Device
+from cachebuilder.ops import scaled
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.get_paged_mqa_logits_metadata import in_order, sm90_schedule
 from cachebuilder.ops.mega_moe import layer
 from cachebuilder.ops.mega_moe_sm100 import shared_rows

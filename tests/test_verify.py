@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import frozen, verify
-from cachebuilder.artifact.folder import open_folder
+from cachebuilder import building
 from cachebuilder.artifact.index import File
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ArtifactError
-from cachebuilder.frozen import frozen_nvcc
-from cachebuilder.restore import restore
+from cachebuilder.restoring import frozen
+from cachebuilder.restoring.entries import restore
+from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.frozen import frozen_nvcc
+from cachebuilder.verifying import virtual as verify
 from tests.conftest import SMALL, Run
 from tests.restored import check, unpack
 

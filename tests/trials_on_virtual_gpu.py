@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cachebuilder.ops import OPS
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.ops.device import Device
 from cachebuilder.sweep.child import _import_deep_gemm
 
 

@@ -16,16 +16,16 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
-from cachebuilder import environment as serving
 from cachebuilder.artifact import index
-from cachebuilder.cli import VERBS, cli
+from cachebuilder.cli.main import VERBS, cli
+from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
-from cachebuilder.gpus import GPUS, Gpu
-from cachebuilder.manifest import Manifest, Source, Target, Toolchain
-from cachebuilder.ops import OPS
-from cachebuilder.selection import Range, Selection
+from cachebuilder.manifest.schema import Manifest, Source, Target, Toolchain
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.planning.selection import Range, Selection
+from cachebuilder.restoring import environment as serving
 
 ROOT = Path(__file__).parents[1]
 #: Files of the repository's root that are pages of the site, too.

@@ -22,14 +22,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cachebuilder import build as building
-from cachebuilder import environment, gpus, sweep
-from cachebuilder import restore as restoring
-from cachebuilder.artifact.folder import open_folder
+from cachebuilder import building
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.text import manifest_text
+from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.manifest import Manifest
-from cachebuilder.models import ENGINES, Config, derive, manifest_text
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.manifest.schema import Manifest
+from cachebuilder.restoring import entries as restoring
+from cachebuilder.restoring import environment
+from cachebuilder.restoring.folder import open_folder
+from cachebuilder.sweep import run as sweep
+from cachebuilder.virtual_gpu import library as virtual_gpu
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -20,15 +20,17 @@ from pathlib import Path
 import click
 
 from benchmarks.relaxed_list import relaxed
-from cachebuilder import gpus
-from cachebuilder import manifest as manifests
-from cachebuilder import plan as planning
-from cachebuilder import toolchain as toolchains
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.text import manifest_text, model_name
+from cachebuilder.cuda import gpus
+from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.models import ENGINES, Config, derive, manifest_text
-from cachebuilder.models.text import model_name
-from cachebuilder.ops import OpBase
-from cachebuilder.ops.base import ceil_div
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.ops.catalog import OpBase
+from cachebuilder.ops.device import ceil_div
+from cachebuilder.planning import make as planning
 
 ALIGNMENT = 128
 VLLM = "0.33.0"

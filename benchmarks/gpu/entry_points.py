@@ -20,7 +20,7 @@ LARGE = {"ranks": 1, "experts": 32, "topk": 8, "hidden": 7168, "intermediate": 2
 sys.path.insert(0, str(ROOT))
 
 from cachebuilder.deepgemm import installation  # noqa: E402
-from cachebuilder.ops import OPS  # noqa: E402
+from cachebuilder.ops.catalog import OPS  # noqa: E402
 from tests import entry_points  # noqa: E402
 
 

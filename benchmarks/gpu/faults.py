@@ -25,9 +25,9 @@ from typing import Any
 
 import click
 
-from cachebuilder import manifest as manifests
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.virtual_gpu import library as virtual_gpu
 
 HERE = Path(__file__).parent
 MANIFEST = HERE / "faults.yaml"

@@ -30,11 +30,12 @@ from typing import Any
 import click
 
 from benchmarks.relaxed_list import relaxed
-from cachebuilder import build as building
-from cachebuilder import nvml, sweep
-from cachebuilder.frozen import LOG_VARIABLE
-from cachebuilder.ops import OPS
-from cachebuilder.ops.base import Device
+from cachebuilder import building
+from cachebuilder.cuda import nvml
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.ops.device import Device
+from cachebuilder.restoring.frozen import LOG_VARIABLE
+from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.child import _import_deep_gemm
 from cachebuilder.sweep.recorder import recording_compiler
 

@@ -1,1 +1,0 @@
-"""The artifact: one deterministic tar.zst with its index first."""

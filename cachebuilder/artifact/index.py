@@ -8,14 +8,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cachebuilder.deepgemm import Generation
-from cachebuilder.records import Record, RecordError, fields, inside, integer, several, text, texts
-from cachebuilder.selection import Selection
+from cachebuilder.common.records import Record, RecordError, fields, inside, integer, several, text, texts
+from cachebuilder.deepgemm.generation import Generation
+from cachebuilder.planning.selection import Selection
 
 if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of these
+    from cachebuilder.cuda.toolchain import Toolchain
     from cachebuilder.deepgemm.installation import Installation
-    from cachebuilder.plan import Plan
-    from cachebuilder.toolchain import Toolchain
+    from cachebuilder.planning.make import Plan
 
 #: The members of an artifact: the index, the manifest as given, and the folder of entries.
 INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"

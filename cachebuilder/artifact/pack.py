@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cachebuilder import __version__
 from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
+from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
-from cachebuilder.paths import write_atomically
-from cachebuilder.plan import Kernel, Plan
+from cachebuilder.planning.make import Kernel, Plan
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from zlib import adler32
 import zstandard
 
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Index
+from cachebuilder.common.records import RecordError
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
-from cachebuilder.records import RecordError
 
 #: 20,000 kernels make about 20 MB.
 _MAX_INDEX_BYTES = 32 << 20

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact.index import SIGNATURE_SUFFIX
 from cachebuilder.artifact.whole import read_beside, read_bytes
-from cachebuilder.atomic import write_new
+from cachebuilder.common.files import write_new
 from cachebuilder.errors import SignatureError
 
 #: The signature lies beside the artifact, under its name and this.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import build as building
-from cachebuilder.cli import remote, shared
+from cachebuilder import building
+from cachebuilder.cli import remote, shared, words
 from cachebuilder.cli.push import run_push
 
 
@@ -73,7 +73,7 @@ def _say(built: building.Built, chosen: str) -> None:
     click.echo(
         f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {plan.gpu.name}, {plan.arch}, {sms} SMs"
     )
-    made = shared.several(len(compiled.compiled), "kernel")
+    made = words.several(len(compiled.compiled), "kernel")
     click.echo(f"compiled  {made}, {compiled.reused} from the store, {compiled.checked} checked")
     click.echo(
         f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
@@ -81,6 +81,6 @@ def _say(built: building.Built, chosen: str) -> None:
     )
     if chosen == "cuda":
         click.echo(f"on GPU    asked for the same kernels; {plan.calls} calls served from the artifact")
-    click.echo(f"artifact  {packed.path}, {shared.size(packed.size)} ({shared.size(packed.unpacked_size)} unpacked)")
+    click.echo(f"artifact  {packed.path}, {words.size(packed.size)} ({words.size(packed.unpacked_size)} unpacked)")
     click.echo(f"sha256    {packed.sha256}")
     click.echo(f"next      cachebuilder inspect {packed.path}")

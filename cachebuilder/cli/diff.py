@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import diff as comparing
-from cachebuilder import documents
 from cachebuilder.cli import remote, shared, table
+from cachebuilder.inspecting import diff as comparing
+from cachebuilder.inspecting import documents
 
 _EITHER = remote.LocationType(path_type=Path, exists=True)
 

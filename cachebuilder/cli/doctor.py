@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import doctor as examining
-from cachebuilder import documents
 from cachebuilder.cli import remote, shared, table
+from cachebuilder.inspecting import doctor as examining
+from cachebuilder.inspecting import documents
 
 #: Damaged entries of a root that are named; all of them are in the JSON.
 _SHOWN = 5

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import shared
-from cachebuilder.environment import Engine, Variable, variables
+from cachebuilder.restoring.environment import Engine, Variable, variables
+from cachebuilder.restoring.folder import open_folder
 
 
 def _shell(found: Sequence[Variable]) -> str:

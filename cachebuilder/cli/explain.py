@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import documents
-from cachebuilder import explain as explaining
-from cachebuilder.cli import remote, shared
+from cachebuilder.cli import remote, shared, words
+from cachebuilder.inspecting import documents
+from cachebuilder.inspecting import explain as explaining
 
 
 @click.command()
@@ -35,7 +35,7 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
     click.echo(f"key        {found.entry[-32:]}")
     if found.cubin_bytes is not None and (takes := found.resources) is not None:
         threads = f", {takes.threads} threads a block" if takes.threads else ""
-        click.echo(f"cubin      {shared.size(found.cubin_bytes)}: {takes.registers} registers{threads}")
+        click.echo(f"cubin      {words.size(found.cubin_bytes)}: {takes.registers} registers{threads}")
         click.echo(
             f"           {takes.shared_bytes} B of shared memory in the code, {takes.stack_bytes} B of stack a thread"
         )
@@ -48,7 +48,7 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
         _line(parameter.plain_name or "?", parameter.value.rsplit("::", 1)[-1], parameter.words or "")
     for asker in found.askers:
         head = f"{asker.artifact}: {asker.op.title}, {asker.selection.sm_count} SMs: {asker.op.variable} "
-        text = head + shared.ranges(asker.selection.ranges)
+        text = head + words.ranges(asker.selection.ranges)
         click.echo(textwrap.fill(text, 80, initial_indent="asked by   ", subsequent_indent=" " * 13))
     if not found.askers:
         click.echo("asked by   no op: DeepGEMM compiled it itself, or a manifest's sources hold it")

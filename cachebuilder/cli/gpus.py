@@ -8,7 +8,7 @@ import textwrap
 import click
 
 from cachebuilder.cli import shared
-from cachebuilder.gpus import GPUS, MIB
+from cachebuilder.cuda.gpus import GPUS, MIB
 
 
 @click.command()

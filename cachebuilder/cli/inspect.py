@@ -11,7 +11,7 @@ import click
 
 from cachebuilder.artifact.index import REPORT_SUFFIX
 from cachebuilder.artifact.read import read_index
-from cachebuilder.cli import remote, shared, table
+from cachebuilder.cli import remote, shared, table, words
 from cachebuilder.deepgemm import entries as entry_files
 
 #: Where the fields' values stand: a digest then just fits.
@@ -30,8 +30,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
     with artifact.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     unpacked = sum(file.size for entry in index.entries for file in entry.files)
-    sizes = f"{shared.size(artifact.stat().st_size)} ({shared.size(unpacked)} unpacked)"
-    table.title(f"{index.name}: {shared.several(len(index.entries), 'kernel')}, {sizes}")
+    sizes = f"{words.size(artifact.stat().st_size)} ({words.size(unpacked)} unpacked)"
+    table.title(f"{index.name}: {words.several(len(index.entries), 'kernel')}, {sizes}")
     table.line("sha256", digest, column=13)
     if text := _verified(artifact, digest):
         table.line("verified", text, table.GOOD if text.startswith("right") else table.BAD, column=13)

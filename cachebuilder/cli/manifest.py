@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import gpus
-from cachebuilder import manifest as manifests
-from cachebuilder.atomic import put
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.text import manifest_text
+from cachebuilder.common.files import put
+from cachebuilder.cuda import gpus
 from cachebuilder.errors import ModelError
-from cachebuilder.models import ENGINES, Config, derive, manifest_text
+from cachebuilder.manifest import schema as manifests
 
 _size = click.IntRange(min=1)
 

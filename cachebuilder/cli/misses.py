@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import documents
-from cachebuilder import misses as reading
 from cachebuilder.cli import shared, table
+from cachebuilder.inspecting import documents
+from cachebuilder.restoring import misses as reading
 
 
 @click.command()
@@ -44,7 +44,7 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
 
 
 def _add(found: reading.Log, manifest: Path) -> None:
-    from cachebuilder import sources  # pydantic's import is slow, and only this needs it
+    from cachebuilder.authoring import sources  # pydantic's import is slow, and only this needs it
 
     known = [
         sources.NewSource(

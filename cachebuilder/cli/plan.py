@@ -7,10 +7,10 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import build as building
-from cachebuilder import plan as planning
-from cachebuilder.cli import shared, table
-from cachebuilder.selection import Selection
+from cachebuilder import building
+from cachebuilder.cli import shared, table, words
+from cachebuilder.planning import make as planning
+from cachebuilder.planning.selection import Selection
 
 
 @click.command()
@@ -55,12 +55,12 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
             click.echo(f"  {kernel.name}.{kernel.entry[-32:][:8]}")
     sms = ", ".join(map(str, made.sm_counts))
     table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs")
-    table.line("", f"torch {made.torch}, peak memory {shared.size(made.peak_bytes)}")
+    table.line("", f"torch {made.torch}, peak memory {words.size(made.peak_bytes)}")
     table.line("using", f"{inputs.installation}")
 
 
 def _line(kernel: planning.Kernel, selection: Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
     head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
-    points = shared.ranges(selection.ranges)
+    points = words.ranges(selection.ranges)
     return textwrap.fill(points, 80, initial_indent=f"{head:<50} ", subsequent_indent=" " * 51)

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from cachebuilder.cli import words
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _QUIET, _VERBOSE = "cachebuilder.quiet", "cachebuilder.verbose"
@@ -100,9 +102,7 @@ class Meter:
         return ", ".join(filter(None, (self.counts(), self.pace())))
 
     def _amount(self, count: int) -> str:
-        from cachebuilder.cli.shared import size
-
-        return size(count) if self._in_bytes else str(count)
+        return words.size(count) if self._in_bytes else str(count)
 
 
 def duration(seconds: float) -> str:

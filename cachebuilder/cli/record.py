@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cachebuilder import record as recording
+from cachebuilder.authoring import record as recording
 from cachebuilder.cli import shared, table
 from cachebuilder.errors import CacheBuilderError, ManifestError, RecordingError
 
 if TYPE_CHECKING:
-    from cachebuilder.gpus import Gpu
-    from cachebuilder.manifest import Manifest
-    from cachebuilder.sources import NewSource
-    from cachebuilder.toolchain import Toolchain
+    from cachebuilder.authoring.sources import NewSource
+    from cachebuilder.cuda.gpus import Gpu
+    from cachebuilder.cuda.toolchain import Toolchain
+    from cachebuilder.manifest.schema import Manifest
 
 
 @click.command()
@@ -53,9 +53,9 @@ def record(
     Each is compiled as always, so CMD takes as long as it does at its first start. Ctrl-C or SIGTERM ends CMD, and the
     manifest is written then, too. The exit code is CMD's, or 0 where it was ended so.
     """
-    from cachebuilder import manifest as manifests
-    from cachebuilder import toolchain  # pydantic's import is slow: not for a synopsis
-    from cachebuilder.paths import cache_folder
+    from cachebuilder.common.cache import cache_folder
+    from cachebuilder.cuda import toolchain  # pydantic's import is slow: not for a synopsis
+    from cachebuilder.manifest import schema as manifests
 
     # All that could go wrong afterwards is looked at first: what is recorded took an hour of somebody's GPU.
     manifest: Manifest | None = None
@@ -119,7 +119,7 @@ def record(
 
 def _target(name: str | None) -> Gpu:
     """The GPU called ``name``, or the one that is here."""
-    from cachebuilder import gpus, nvml
+    from cachebuilder.cuda import gpus, nvml
 
     here = nvml.first_gpu() if name is None else None
     if name is None and here is None:
@@ -138,7 +138,8 @@ def _check_writable(path: Path, new: bool) -> None:
 
 
 def _create(path: Path, name: str, target: Gpu, program: str, found: recording.Recording) -> int:
-    from cachebuilder import __version__, sources
+    from cachebuilder.authoring import sources
+    from cachebuilder.common.version import __version__
     from cachebuilder.deepgemm.environment import kernel_variables
 
     assert found.generation is not None, "there are kernels"
@@ -162,9 +163,10 @@ def _add(
     found: recording.Recording,
 ) -> int:
     """Add what the manifest's own ops do not ask for; everything, where that cannot be told."""
-    from cachebuilder import plan, sources
+    from cachebuilder.authoring import sources
     from cachebuilder.deepgemm import installation
     from cachebuilder.deepgemm.environment import kernel_variables
+    from cachebuilder.planning import make as plan
 
     assert found.generation is not None, "there are kernels"
     covered: set[str] = set()
@@ -192,7 +194,7 @@ def _add(
 
 def _sources(kernels: Sequence[recording.Recorded], program: str) -> list[NewSource]:
     """For a manifest; above each, the op that asks for such kernels, as far as the source tells."""
-    from cachebuilder.sources import NewSource
+    from cachebuilder.authoring.sources import NewSource
 
     made = []
     for kernel in kernels:
@@ -204,8 +206,8 @@ def _sources(kernels: Sequence[recording.Recorded], program: str) -> list[NewSou
 
 def _ops(kernels: Sequence[recording.Recorded]) -> list[str]:
     """Lines of a manifest, as `misses` advises them."""
-    from cachebuilder import misses
     from cachebuilder.deepgemm.source import read_shape
+    from cachebuilder.restoring import misses
 
     shapes = [read_shape(kernel.source) for kernel in kernels]
     return list(dict.fromkeys(misses.advice(shape) for shape in shapes if shape and shape.op))

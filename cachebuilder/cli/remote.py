@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cachebuilder import frozen
 from cachebuilder.cli import shared
-from cachebuilder.compatibility import with_environment
 from cachebuilder.errors import InstallationError, SignatureError
+from cachebuilder.restoring import frozen
+from cachebuilder.restoring.compatibility import with_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cachebuilder.artifact.signature import TrustedKey
+    from cachebuilder.cuda.nvml import VisibleGpu
     from cachebuilder.deepgemm.installation import Installation
-    from cachebuilder.nvml import VisibleGpu
     from cachebuilder.ship.fetch import Wish
     from cachebuilder.ship.pull import Check
     from cachebuilder.ship.retry import Retries
@@ -116,7 +116,7 @@ def here(deep_gemm: Path | None = None) -> Wish:
 
     @cache
     def machine() -> tuple[Installation | None, VisibleGpu | None]:
-        from cachebuilder import nvml
+        from cachebuilder.cuda import nvml
 
         return installation(deep_gemm), nvml.first_gpu()
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared
+from cachebuilder.cli import remote, words
+from cachebuilder.common.cache import write_atomically
 from cachebuilder.errors import ArtifactError, InstallationError
-from cachebuilder.paths import write_atomically
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _NAMED = remote.LocationType(path_type=Path, dir_okay=False)
@@ -27,7 +27,7 @@ def report(target: Path, output: Path, against: Path | None, verified: Path | No
     Which kernel serves which M, sizes, the build's timeline, what a GPU showed, the fingerprint.
     """
     try:
-        from cachebuilder.report import facts, page
+        from cachebuilder.inspecting.report import facts, page
     except ModuleNotFoundError as error:
         raise InstallationError(
             f"a report wants {error.name}, which is not installed", hint="pip install 'cachebuilder[report]'"
@@ -39,4 +39,4 @@ def report(target: Path, output: Path, against: Path | None, verified: Path | No
         write_atomically(output, data)
     except OSError as error:
         raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
-    click.echo(f"report    {output}, {shared.size(len(data))}: {len(found.kernels)} kernels of {found.name}")
+    click.echo(f"report    {output}, {words.size(len(data))}: {len(found.kernels)} kernels of {found.name}")

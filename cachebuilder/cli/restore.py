@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import nvml
-from cachebuilder import restore as restoring
-from cachebuilder.cli import remote, shared, signing
+from cachebuilder.cli import remote, shared, signing, words
+from cachebuilder.cuda import nvml
+from cachebuilder.restoring import entries as restoring
 
 
 def run_restore(
@@ -42,7 +42,7 @@ def run_restore(
     if done.signed_by is not None:
         shared.remark(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})")
     relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
-    written = shared.several(done.written, "kernel")
+    written = words.several(done.written, "kernel")
     shared.remark(
         f"restored  {done.index.name}: {written} written, {done.skipped} there already{relocated}, "
         f"{time.monotonic() - started:.2f} s"

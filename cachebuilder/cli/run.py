@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from cachebuilder import nvml
-from cachebuilder.artifact.folder import RestoredFolder, open_folder
 from cachebuilder.cli import remote, shared, signing
 from cachebuilder.cli.restore import run_restore
-from cachebuilder.environment import Engine, variables
+from cachebuilder.cuda import nvml
 from cachebuilder.errors import CommandError, VerifyError
+from cachebuilder.restoring.environment import Engine, variables
+from cachebuilder.restoring.folder import RestoredFolder, open_folder
 
 
 @click.command()
@@ -88,7 +88,7 @@ def _own_folder(artifact: Path) -> Path:
     import hashlib
 
     from cachebuilder.artifact.read import open_file
-    from cachebuilder.paths import cache_folder
+    from cachebuilder.common.cache import cache_folder
 
     with open_file(artifact) as file:
         return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]

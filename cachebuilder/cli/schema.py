@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from cachebuilder import schemas
+from cachebuilder.inspecting import schemas
 
 
 @click.command(epilog="\b\n" + "\n".join(f"{name:<9} {title}" for name, (title, _) in schemas.SCHEMAS.items()))

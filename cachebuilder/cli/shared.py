@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +13,7 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
 if TYPE_CHECKING:
-    from cachebuilder.gpus import Gpu
-    from cachebuilder.selection import Range
+    from cachebuilder.cuda.gpus import Gpu
 
 #: What to do with a folder whose entries are not what they were.
 RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
@@ -88,7 +86,7 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
     """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
     if wanted != "auto":
         return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder import gpus, nvml
+    from cachebuilder.cuda import gpus, nvml
 
     gpu = nvml.first_gpu()
     same = (
@@ -98,25 +96,3 @@ def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
         and gpus.is_called(target, gpu.name)
     )
     return "cuda" if same else "virtual"
-
-
-def several(count: int, what: str) -> str:
-    """As ``1 kernel``, ``2 kernels``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def ranges(points: Sequence[Range]) -> str:
-    """Points that select a kernel, as ``1–16, 48 (step 8)``."""
-    text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
-    steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
-    return f"{text} (step {', '.join(map(str, steps))})" if steps else text

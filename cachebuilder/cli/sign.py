@@ -9,8 +9,8 @@ import click
 from cachebuilder.artifact import provenance, signature
 from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.cli import shared, signing
+from cachebuilder.common.cache import write_atomically
 from cachebuilder.errors import SignatureError
-from cachebuilder.paths import write_atomically
 
 
 @click.command()

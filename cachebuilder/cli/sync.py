@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import nvml
-from cachebuilder import restore as restoring
-from cachebuilder.artifact.folder import open_folder
 from cachebuilder.cli import remote, shared, signing
-from cachebuilder.compatibility import with_environment
+from cachebuilder.cuda import nvml
 from cachebuilder.errors import CacheBuilderError, TransferError
+from cachebuilder.restoring import entries as restoring
+from cachebuilder.restoring.compatibility import with_environment
+from cachebuilder.restoring.folder import open_folder
 
 
 @click.command()

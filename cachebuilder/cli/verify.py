@@ -8,12 +8,14 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import documents, on_gpu, verified
-from cachebuilder import verify as verifying
-from cachebuilder.cli import remote, shared, table
-from cachebuilder.compatibility import Difference
+from cachebuilder.cli import remote, shared, table, words
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import VerifyError
+from cachebuilder.inspecting import documents
+from cachebuilder.restoring.compatibility import Difference
+from cachebuilder.verifying import real as on_gpu
+from cachebuilder.verifying import report as verified
+from cachebuilder.verifying import virtual as verifying
 
 #: Missing kernels that are listed one by one; all of them are in the JSON.
 _SHOWN = 20
@@ -84,9 +86,7 @@ def _print(report: verifying.Report) -> None:
     if not report.damage:
         click.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
-        told = (
-            f"{replay.calls} calls, {shared.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
-        )
+        told = f"{replay.calls} calls, {words.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
         table.line("replay", f"{replay.manifest}: {told}", table.BAD if replay.missing else table.GOOD)
         if replay.unlisted:
             click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
@@ -96,7 +96,7 @@ def _print(report: verifying.Report) -> None:
             for selection in kernel.selected_by:
                 op = replay.ops[selection.op]
                 head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
-                text = head + shared.ranges(selection.ranges)
+                text = head + words.ranges(selection.ranges)
                 click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
         if len(replay.missing) > _SHOWN:
             click.echo(f"          … {len(replay.missing) - _SHOWN} more: --json lists all")
@@ -136,9 +136,9 @@ def _problem(target: Path, report: verifying.Report) -> str:
     missing = sum(len(replay.missing) for replay in report.replays)
     refused = sum(len(replay.refusals) for replay in report.replays)
     parts = [
-        f"{shared.several(missing, 'kernel')} would be compiled while serving" if missing else "",
-        f"refused: {shared.several(refused, 'call')}" if refused else "",
-        f"damaged: {shared.several(len(report.damage), 'file')}" if report.damage else "",
+        f"{words.several(missing, 'kernel')} would be compiled while serving" if missing else "",
+        f"refused: {words.several(refused, 'call')}" if refused else "",
+        f"damaged: {words.several(len(report.damage), 'file')}" if report.damage else "",
     ]
     return f"{target}: " + ", ".join(filter(None, parts))
 

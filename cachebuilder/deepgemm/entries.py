@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm.generation import Generation
 
 SOURCE, CUBIN, METADATA, MARKER = "kernel.cu", "kernel.cubin", "meta.json", ".committed"
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm.generation import Generation
 
 #: Variables, without their prefix, that put a flag into every key where they are on.
 FLAGS: dict[Generation, tuple[str, ...]] = {

@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib import util
 from pathlib import Path
 
-from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError
 
 #: What the compiled extension of each generation says somewhere and the other's never does: DeepJIT's commit marker

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from cachebuilder.ops import scaled
-from cachebuilder.ops.base import Device, OpBase, round_up
+from cachebuilder.ops.base import OpBase
+from cachebuilder.ops.device import Device, round_up
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Output
 
 #: Keys in a sweep's calls: any number selects the same kernels.

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
+from cachebuilder.ops.device import Device, round_up
+from cachebuilder.ops.trial import Trial
+
 if TYPE_CHECKING:
     from types import ModuleType
-
-    from cachebuilder.ops.trial import Trial
 
 #: DeepGEMM reads A and B through TMA descriptors, whose row strides are multiples of 16 bytes (CUDA driver API,
 #: ``cuTensorMapEncodeTiled``, parameter ``globalStrides``): 16 FP8 elements of K, 8 BF16 elements of N.
@@ -34,53 +35,6 @@ CompiledDims = Annotated[
     Literal["", "m", "n", "k", "mn", "mk", "nk", "mnk"] | None,
     Field(description="dimensions compiled in as constants; left out: DeepGEMM's default"),
 ]
-
-
-def ceil_div(a: int, b: int) -> int:
-    """⌈a / b⌉."""
-    return -(-a // b)
-
-
-def round_up(a: int, b: int) -> int:
-    """The smallest multiple of b that is at least a."""
-    return ceil_div(a, b) * b
-
-
-class Device:
-    """The device a sweep runs on: the modules that reach it and its tensors' allocator.
-
-    Attributes:
-        name: torch's name of the device.
-        virtual: it is the virtual GPU: memory is address space that nobody may touch.
-    """
-
-    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda", virtual: bool = False) -> None:
-        self.torch = torch
-        self.deep_gemm = deep_gemm
-        self.name = name
-        self.virtual = virtual
-
-    @property
-    def major(self) -> int:
-        """Major compute capability; 0 of a CPU."""
-        return int(self.torch.cuda.get_device_capability()[0]) if self.name == "cuda" else 0
-
-    @property
-    def power_of_two_scales(self) -> bool:
-        """Whether DeepGEMM keeps only the exponent of a float32 scale here: it does on Blackwell (packed UE8M0)."""
-        return self.major >= 10
-
-    def empty(self, *shape: int, dtype: str) -> Any:
-        """A tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``.
-
-        On a real GPU integers are zero, since kernels read experts and counts from them, and float32 is one: DeepGEMM
-        traps where a scale to be packed is no power of two. The rest is uninitialised.
-        """
-        make = self.torch.empty
-        if not self.virtual:
-            make = self.torch.zeros if dtype.startswith("int") else make
-            make = self.torch.ones if dtype == "float32" else make
-        return make(shape, device=self.name, dtype=getattr(self.torch, dtype))
 
 
 class OpBase(BaseModel):

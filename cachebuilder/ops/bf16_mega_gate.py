@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Bf16K, Device, Experts, TokenOp
+from cachebuilder.ops.base import Bf16K, Experts, TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import GUARD_ROWS, Inputs, Output, Trial, dense_output, product_nt
 
 #: Scores that differ by less may change places: a router's product is summed in another order here.

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Bf16K, Device, N, TokenOp
+from cachebuilder.ops.base import Bf16K, N, TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial, bf16_product, dense_output, product_nt
 
 

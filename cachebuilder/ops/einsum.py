@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device, N, TokenOp
+from cachebuilder.ops.base import N, TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe_sm100 import Kind, NormedMegaMoeOp, Plain
 from cachebuilder.ops.scaled import Scaled
 

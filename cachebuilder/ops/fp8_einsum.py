@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device, Fp8K, N, TokenOp, ceil_div, round_up
+from cachebuilder.ops.base import Fp8K, N, TokenOp
+from cachebuilder.ops.device import Device, ceil_div, round_up
 from cachebuilder.ops.scaled import ScaledOp
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 

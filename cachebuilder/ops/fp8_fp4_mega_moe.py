@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe_sm100 import ActivatedMegaMoeOp, Kind
 from cachebuilder.ops.trial import Trial
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.attention import FEWEST_KEYS, KEYS, MqaOp, accepts, expected_logits, logits_output
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial
 
 

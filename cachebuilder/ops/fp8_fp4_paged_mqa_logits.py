@@ -19,7 +19,7 @@ from cachebuilder.ops.attention import (
     paged_schedule,
     schedule_slots,
 )
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial
 
 

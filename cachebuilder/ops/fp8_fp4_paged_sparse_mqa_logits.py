@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from cachebuilder.ops.attention import FEWEST_KEYS, KEYS, Batch
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.sparse_attention import HEAD_DIM, HeadsOp, PagedOp
 from cachebuilder.ops.trial import Inputs, Trial
 

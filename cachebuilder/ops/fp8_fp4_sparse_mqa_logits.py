@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from cachebuilder.ops.attention import KEYS
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.sparse_attention import HeadsOp, RowsOp
 from cachebuilder.ops.trial import Inputs, Trial
 

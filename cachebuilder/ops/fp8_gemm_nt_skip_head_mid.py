@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import Device, Fp8K, N, TokenOp
+from cachebuilder.ops.base import Fp8K, N, TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.scaled import ScaledOp
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import LAYER_TOLERANCE, MegaMoeOp, layer, sm90_buffer
 from cachebuilder.ops.scaled import FP8_MAX, random
 from cachebuilder.ops.trial import Inputs, Trial, dense_output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.layout import LayoutOp, unpacked
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.attention import Batch, NextN, PageSize, paged_schedule, schedule_slots
-from cachebuilder.ops.base import Device, OpBase, ceil_div
+from cachebuilder.ops.base import OpBase
+from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
 

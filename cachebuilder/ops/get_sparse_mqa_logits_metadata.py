@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.sparse_attention import RowsOp
 from cachebuilder.ops.trial import Inputs, Trial
 

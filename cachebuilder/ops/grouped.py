@@ -7,15 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import (
-    Bf16K,
-    Device,
-    Fp8K,
-    GroupedContiguousOp,
-    GroupedMaskedOp,
-    N,
-    ceil_div,
-)
+from cachebuilder.ops.base import Bf16K, Fp8K, GroupedContiguousOp, GroupedMaskedOp, N
+from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.scaled import ScaledOp
 from cachebuilder.ops.trial import Inputs, Trial, contiguous_output, masked_output, product_nt
 

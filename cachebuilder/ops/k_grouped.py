@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from cachebuilder.ops import scaled
-from cachebuilder.ops.base import Device, Experts, OpBase
+from cachebuilder.ops.base import Experts, OpBase
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 #: DeepGEMM's alignment of each expert's K (``get_mk_alignment_for_contiguous_layout``) where nobody sets it.

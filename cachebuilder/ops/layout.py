@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 from pydantic import Field
 
 from cachebuilder.ops import scaled
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 _CONNECTIONS, _ITERATIONS, _EPSILON = 4, 20, 1e-6

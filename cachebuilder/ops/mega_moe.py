@@ -13,7 +13,8 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import Device, TokenOp
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, product_nt
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import MegaMoeOp, sm100_buffer
 from cachebuilder.ops.pre_dispatch import fp4_pre_dispatch_trial, pre_dispatch, pre_dispatch_trial
 from cachebuilder.ops.trial import Trial

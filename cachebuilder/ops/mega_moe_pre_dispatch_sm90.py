@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import MegaMoeOp, sm90_buffer
 from cachebuilder.ops.pre_dispatch import pre_dispatch, pre_dispatch_trial
 from cachebuilder.ops.trial import Trial

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cachebuilder.ops.attention import accepts
-from cachebuilder.ops.base import Device, round_up
+from cachebuilder.ops.device import Device, round_up
 from cachebuilder.ops.mega_moe import LAYER_TOLERANCE, MegaMoeOp, layer, sm100_buffer
 from cachebuilder.ops.scaled import Scaled, random, requantised
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Trial, dense_output, product_nt

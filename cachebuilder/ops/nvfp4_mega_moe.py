@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import nvfp4_buffer
 from cachebuilder.ops.mega_moe_sm100 import Kind, NormedActivatedMegaMoeOp, Plain, around_one, shared_rows
 from cachebuilder.ops.scaled import Scaled, packed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import MegaMoeOp
 from cachebuilder.ops.scaled import as_near, from_fp4, quantise, to_fp4, unpack
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Output, Trial

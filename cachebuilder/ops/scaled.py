@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import Device, Fp8K, N, OpBase, TokenOp, ceil_div, round_up
+from cachebuilder.ops.base import Fp8K, N, OpBase, TokenOp
+from cachebuilder.ops.device import Device, ceil_div, round_up
 from cachebuilder.ops.trial import Inputs, Trial, bf16_product, dense_output, product_nt
 
 Size = Literal[1, 32, 128]

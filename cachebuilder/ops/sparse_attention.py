@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cachebuilder.ops.attention import KEYS, Operand, expected_logits, logits_output, scaled_operand
-from cachebuilder.ops.base import Device, OpBase
+from cachebuilder.ops.base import OpBase
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
 HEAD_DIM = 128

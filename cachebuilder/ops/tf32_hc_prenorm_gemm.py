@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device, TokenOp, ceil_div
+from cachebuilder.ops.base import TokenOp
+from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 

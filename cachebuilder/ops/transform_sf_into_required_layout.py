@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cachebuilder.ops.base import Device, Fp8K, TokenOp, ceil_div
+from cachebuilder.ops.base import Fp8K, TokenOp
+from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.layout import unpacked
 from cachebuilder.ops.scaled import Size
 from cachebuilder.ops.trial import Inputs, Output, Trial

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from cachebuilder.ops.base import Device, round_up
+from cachebuilder.ops.device import Device, round_up
 
 #: Rows allocated behind every output: no kernel's tile is taller, so what overruns the output lands there.
 GUARD_ROWS = 256

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cachebuilder.artifact.index import PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNATURE_SUFFIX, Fingerprint, Index
+from cachebuilder.common.records import RecordError
 from cachebuilder.errors import TransferError
-from cachebuilder.records import RecordError
 from cachebuilder.ship.locations import printable
 
 #: A file's name: where the OCI tools put it when they pull.

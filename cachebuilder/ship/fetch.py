@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.paths import cache_folder
+from cachebuilder.common.cache import cache_folder
 from cachebuilder.ship import locations
 from cachebuilder.ship.download import sha256_of
 from cachebuilder.ship.pull import Candidate, Check, Compare, Listing, Puller, choose, explain

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachebuilder.artifact.archive import add, compress
-from cachebuilder.artifact.folder import own_files
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import Archive
+from cachebuilder.restoring.folder import own_files
 from cachebuilder.ship.description import TITLE, describe
 from cachebuilder.ship.documents import MANIFEST, Descriptor, digest_of, json_bytes
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachebuilder.artifact.index import Index
-from cachebuilder.compatibility import Difference
+from cachebuilder.common.cache import write_atomically
 from cachebuilder.errors import CompatibilityError, SignatureError, TransferError
-from cachebuilder.paths import write_atomically
+from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE, Described, read_description
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, Manifest, annotations_of, entries
 from cachebuilder.ship.download import download

@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 import requests
 import urllib3
 
-from cachebuilder import __version__
+from cachebuilder.common.version import __version__
 from cachebuilder.errors import TransferError
 from cachebuilder.ship.credentials import Credentials
 from cachebuilder.ship.locations import printable

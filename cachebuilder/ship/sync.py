@@ -25,9 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.artifact.folder import is_restored, open_folder
-from cachebuilder.atomic import make_folders, put
+from cachebuilder.common.files import make_folders, put
 from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
+from cachebuilder.restoring.folder import is_restored, open_folder
 from cachebuilder.ship.fetch import Found
 from cachebuilder.ship.pull import Check
 

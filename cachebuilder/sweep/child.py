@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cachebuilder.ops import OPS, OpBase
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.catalog import OPS, OpBase
+from cachebuilder.ops.device import Device
 
 #: Values in the shared mapping, as 64-bit integers: index of the op, value of its variable, calls done, calls in all.
 POSITION_FIELDS = 4

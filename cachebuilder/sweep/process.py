@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import DeviceError, InstallationError, PlanError
-from cachebuilder.gpus import Gpu
-from cachebuilder.ops import OpBase
-from cachebuilder.sweep import virtual_gpu
+from cachebuilder.ops.catalog import OpBase
 from cachebuilder.sweep.child import CHECKING, IMPORTING, POSITION_FIELDS
+from cachebuilder.virtual_gpu import library as virtual_gpu
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cachebuilder.deepgemm import Generation
 from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import PlanError
 from cachebuilder.sweep.process import Compiler
 from cachebuilder.sweep.results import Entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cachebuilder.deepgemm import Generation
+from cachebuilder.deepgemm.generation import Generation
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from cachebuilder.ops import OPS, OpBase
-from cachebuilder.ops.base import Device
+from cachebuilder.ops.catalog import OPS, OpBase
+from cachebuilder.ops.device import Device
 from cachebuilder.sweep.child import classify, load, main, properties
 
 #: Calls that are timed at each point, after as many that are not.

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import build as building
-from cachebuilder import gpus, nvml, sweep, verified
+from cachebuilder import building
+from cachebuilder.cuda import gpus, nvml
+from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.process import Compiler
+from cachebuilder.verifying import report as verified
 from tests.conftest import SMALL, TARGET, Run
 
 GPU = nvml.first_gpu()

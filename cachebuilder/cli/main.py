@@ -1,0 +1,67 @@
+"""The command line: one file a verb. The only code that prints or exits."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from cachebuilder.cli import table
+from cachebuilder.common.version import __version__
+from cachebuilder.errors import EXIT_CODES, CacheBuilderError
+
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+
+
+#: Each is the command of that name in the module of that name; a hyphen is an underscore there.
+VERBS = (
+    *("manifest", "record", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
+    *("keygen", "sign", "verify-signature"),
+    *("push", "pull", "sync"),
+    *("report", "explain", "gpus", "schema"),
+)
+
+
+class _Verbs(click.Group):
+    """Imports a verb when it is asked for: a restore does not wait for what a build needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module = name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"cachebuilder.cli.{module}"), module)
+        return command
+
+
+@click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Build DeepGEMM's kernel cache ahead of time, on a machine with no GPU."""
+    table.follow_no_color(context)
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one message, a hint and its own exit code."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CacheBuilderError as error:
+        click.echo(f"error: {error}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: what was compiled is kept, the next build goes on from there", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,31 @@
+"""How the command line writes counts, sizes and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cachebuilder.planning.selection import Range
+
+
+def several(count: int, what: str) -> str:
+    """As ``1 kernel``, ``2 kernels``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them, in powers of 1000."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def ranges(points: Sequence[Range]) -> str:
+    """Points that select a kernel, as ``1–16, 48 (step 8)``."""
+    text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
+    steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
+    return f"{text} (step {', '.join(map(str, steps))})" if steps else text

@@ -1,0 +1,245 @@
+"""All that a report tells, gathered from an artifact or a plan and from what lies beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.read import open_archive
+from cachebuilder.compiling import record as build_record
+from cachebuilder.compiling.record import BuildRecord
+from cachebuilder.cuda import cubin
+from cachebuilder.cuda.cubin import Resources
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm import templates
+from cachebuilder.errors import ArtifactError
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.planning.make import Plan
+from cachebuilder.planning.selection import Selection
+from cachebuilder.restoring.compatibility import Difference, between
+from cachebuilder.verifying import report as verified
+from cachebuilder.verifying.report import Verified
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One kernel.
+
+    Attributes:
+        entry: its folder's name, the key.
+        name: DeepGEMM's name for its family.
+        digest: of its files; of a plan's kernel, which has no cubin, of its source.
+        source: the text of ``kernel.cu``.
+        size: bytes of the cubin, None in a plan.
+        resources: out of the cubin; None in a plan.
+    """
+
+    entry: str
+    name: str
+    digest: str
+    source: str
+    selected_by: tuple[Selection, ...]
+    size: int | None = None
+    resources: Resources | None = None
+
+    @property
+    def short(self) -> str:
+        """The first eight digits of the key, as `plan` prints them."""
+        return self.entry[-32:][:8]
+
+    @cached_property
+    def highlights(self) -> Mapping[str, str]:
+        """Block sizes, stages and cluster, as far as the template has them."""
+        return templates.highlights(templates.parameters(self.source))
+
+
+@dataclass(frozen=True)
+class OpFacts:
+    """One op of the manifest: its name, its shape in a few characters, and the variable that was swept."""
+
+    op: str
+    shape: str
+    variable: str
+
+    @property
+    def title(self) -> str:
+        """As ``fp8_gemm_nt n=2112 k=7168``."""
+        return f"{self.op} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """An artifact, or a plan: a plan has neither sha256, fingerprint, size nor anything beside it."""
+
+    path: Path
+    name: str
+    generation: str
+    gpu: str
+    arch: str
+    ops: tuple[OpFacts, ...]
+    kernels: tuple[KernelFacts, ...]
+    size: int | None = None
+    sha256: str | None = None
+    fingerprint: Fingerprint | None = None
+    fingerprint_digest: str | None = None
+    recorded: Mapping[str, str] | None = None
+    build: BuildRecord | None = None
+    verified: Verified | None = None
+
+    @property
+    def kind(self) -> str:
+        """``artifact`` or ``plan``."""
+        return "plan" if self.sha256 is None else "artifact"
+
+    def kernels_of(self, op: int) -> list[tuple[KernelFacts, Selection]]:
+        """The kernels that an op asks for, by the first point that does."""
+        found = [(kernel, s) for kernel in self.kernels for s in kernel.selected_by if s.op == op]
+        return sorted(found, key=lambda pair: (pair[1].sm_count, pair[0].name, pair[1].ranges[0].first))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """From an older artifact or plan to this one; ``fields`` only where both are artifacts (wanted: the old value)."""
+
+    old: Facts
+    fields: tuple[Difference, ...]
+    added: tuple[KernelFacts, ...]
+    removed: tuple[KernelFacts, ...]
+    changed: tuple[KernelFacts, ...]
+    equal: int
+
+
+def gather(path: Path, verify_report: Path | None = None) -> Facts:
+    """Everything about the artifact or the plan (``cachebuilder plan --json``) at ``path``.
+
+    Args:
+        verify_report: what ``verify`` wrote, where it does not lie beside the artifact.
+
+    Raises:
+        ArtifactError: it is neither, or damaged, or the report named is not there or of another artifact.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(1)
+            sha256 = hashlib.sha256(head + file.read()).hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    if head == b"{":
+        return _of_plan(path)
+    return _of_artifact(path, sha256, verify_report)
+
+
+def compare(old: Facts, new: Facts) -> Changes:
+    """What changed."""
+    before, after = ({kernel.entry: kernel for kernel in facts.kernels} for facts in (old, new))
+    both = before.keys() & after.keys()
+    comparable = old.kind == new.kind
+    changed = {entry for entry in both if comparable and before[entry].digest != after[entry].digest}
+    fields = between(old.fingerprint, new.fingerprint) if old.fingerprint and new.fingerprint else []
+    return Changes(
+        old=old,
+        fields=tuple(fields),
+        added=_named(after, after.keys() - before.keys()),
+        removed=_named(before, before.keys() - after.keys()),
+        changed=_named(after, changed),
+        equal=len(both) - len(changed),
+    )
+
+
+def check_selections(path: Path, op_count: int, selections: Iterable[Selection]) -> None:
+    """Raises `ArtifactError` where a kernel is asked for by an op that is not there, or at no point."""
+    for selection in selections:
+        if selection.op >= op_count or not selection.ranges:
+            raise ArtifactError(
+                f"{path}: wanted kernels asked for by ops 0 to {op_count - 1} at some points, found "
+                f"ops[{selection.op}] with {len(selection.ranges)} ranges"
+            )
+
+
+def _named(kernels: Mapping[str, KernelFacts], entries: Iterable[str]) -> tuple[KernelFacts, ...]:
+    return tuple(kernels[entry] for entry in sorted(entries))
+
+
+def _of_plan(path: Path) -> Facts:
+    try:
+        plan = Plan.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(
+            f"{path}: wanted an artifact or a plan, found other JSON: {where}: {first['msg']}",
+            hint=f"cachebuilder plan MANIFEST --json > {path}",
+        ) from None
+    check_selections(path, len(plan.ops), (s for kernel in plan.kernels for s in kernel.selected_by))
+    kernels = tuple(
+        KernelFacts(k.entry, k.name, hashlib.sha256(k.source.encode()).hexdigest(), k.source, k.selected_by)
+        for k in plan.kernels
+    )
+    return Facts(path, path.stem, plan.generation, plan.gpu.name, plan.arch, tuple(map(op_facts, plan.ops)), kernels)
+
+
+def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
+    with open_archive(path) as archive:
+        index = archive.index
+        check_selections(path, len(index.ops), (s for entry in index.entries for s in entry.selected_by))
+        files: dict[str, dict[str, bytes]] = {entry.name: {} for entry in index.entries}
+        for entry, file, data in archive.files():
+            files[entry.name][file.name] = data
+    kernels = tuple(
+        KernelFacts(
+            entry=entry.name,
+            name=entry_files.kernel_name(index.fingerprint.generation, entry.name) or "",
+            digest=" ".join(file.sha256 for file in entry.files),
+            source=files[entry.name][entry_files.SOURCE].decode(errors="replace"),
+            selected_by=entry.selected_by,
+            size=len(files[entry.name][entry_files.CUBIN]),
+            resources=resources_of(path, entry.name, files[entry.name][entry_files.CUBIN]),
+        )
+        for entry in index.entries
+    )
+    found = verified.read(verify_report or verified.path_for(path), sha256)
+    if verify_report and found is None:
+        raise ArtifactError(
+            f"{verify_report}: wanted the report of verify on {path.name}, sha256 {sha256[:16]}…, found another or none"
+        )
+    return Facts(
+        path=path,
+        name=index.name,
+        generation=index.fingerprint.generation,
+        gpu=index.recorded.get("gpu", ""),
+        arch=index.fingerprint.arch,
+        ops=tuple(map(op_facts, index.ops)),
+        kernels=kernels,
+        size=path.stat().st_size,
+        sha256=sha256,
+        fingerprint=index.fingerprint,
+        fingerprint_digest=index.fingerprint_digest,
+        recorded=index.recorded,
+        build=build_record.read(path, sha256),
+        verified=found,
+    )
+
+
+def resources_of(path: Path, entry: str, data: bytes) -> Resources:
+    """What the cubin ``data`` of ``entry`` takes. Raises `ArtifactError` where it is none."""
+    try:
+        return cubin.resources(data)
+    except cubin.CubinError as error:
+        raise ArtifactError(f"{path}: {entry}: {error}") from error
+
+
+def op_facts(fields: Mapping[str, object]) -> OpFacts:
+    """An op that this version does not know, or not so, is told by its fields."""
+    name = str(fields.get("op"))
+    try:
+        op = OPS[name].model_validate(fields)
+    except (KeyError, ValidationError):
+        given = (f"{key}={value}" for key, value in fields.items() if key != "op" and value is not None)
+        return OpFacts(name, " ".join(given), "m")
+    return OpFacts(name, op.shape(), op.variable)

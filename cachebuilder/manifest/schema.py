@@ -1,0 +1,268 @@
+"""The shape manifest: what to build a cache for, as YAML checked by pydantic models."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from cachebuilder.cuda import gpus
+from cachebuilder.errors import ManifestError
+from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
+from cachebuilder.ops.catalog import OPS, Op, OpBase
+
+#: A manifest is a page of shapes, and perhaps hundreds of kernel sources of a page each.
+_MAX_BYTES = 4 << 20
+
+#: Variables that cachebuilder itself sets for the sweep, or that select another compiler: not to be given.
+_RESERVED_ENVIRONMENT = ("JIT_CACHE_DIR", "JIT_NVCC_COMPILER", "JIT_USE_NVRTC")
+
+
+def _check_environment(environment: dict[str, str]) -> dict[str, str]:
+    for name in environment:
+        prefix, _, rest = name.partition("_")
+        if prefix not in ("DG", "DJ") or not rest:
+            raise ValueError(f"wanted variables that DeepGEMM reads (DG_… or DJ_…), found {name}")
+        if rest in _RESERVED_ENVIRONMENT:
+            raise ValueError(f"{name} is set by cachebuilder and cannot be given")
+    return environment
+
+
+class Target(BaseModel):
+    """The GPU the cache is for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    gpu: Annotated[
+        gpus.Gpu,
+        BeforeValidator(
+            lambda value: gpus.find(value) if isinstance(value, str) else value,
+            # For editors: the names to complete, any spelling of them, or a card's fields.
+            json_schema_input_type=Literal[tuple(gpus.GPUS)] | str | gpus.Gpu,
+        ),
+        Field(description="a known GPU's name, or its fields"),
+    ]
+    sm_counts: Annotated[
+        SmCounts | None,
+        Field(description="SM counts that the engine sets (set_num_sms); left out: all of the GPU's"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _check_sm_counts(self) -> Target:
+        if wrong := self.wrong_sm_counts(self.sm_counts or []):
+            raise ValueError(wrong)
+        return self
+
+    def wrong_sm_counts(self, counts: list[int]) -> str | None:
+        """What is wrong with SM counts for this GPU; None where nothing is."""
+        if len(set(counts)) != len(counts):
+            return f"wanted each SM count once, found {counts}"
+        if counts and max(counts) > self.gpu.sm_count:
+            return f"wanted SM counts up to {self.gpu.name}'s {self.gpu.sm_count}, found {max(counts)}"
+        return None
+
+    @property
+    def all_sm_counts(self) -> list[int]:
+        """SM counts to sweep where an op has none of its own, ascending."""
+        return sorted(self.sm_counts or [self.gpu.sm_count])
+
+
+class Toolchain(BaseModel):
+    """The CUDA compiler the cache must be built with: the serving side's key holds its version."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    nvcc: Annotated[str, Field(pattern=r"^\d+\.\d+$", description="release as nvcc prints it, for example 13.0")]
+
+
+class Source(BaseModel):
+    """A kernel that no op asks for, as DeepGEMM wrote it: `cachebuilder record` and `misses --add-to` find them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    source: Annotated[str, Field(min_length=1, max_length=1 << 16, description="the text of kernel.cu")]
+    kernel: Annotated[
+        str | None,
+        Field(pattern=r"^[A-Za-z0-9_]{1,120}$", description="DeepGEMM's name for it; left out: told from its siblings"),
+    ] = None
+
+
+class Manifest(BaseModel):
+    """A whole manifest, defaults filled in."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the artifact")]
+    target: Target
+    max_tokens: Annotated[
+        Tokens | None, Field(description="the engine's max_num_batched_tokens; for ops that have none of their own")
+    ] = None
+    ops: Annotated[list[Op], Field(description="the GEMM shapes; may be none where there are sources")] = []
+    sources: Annotated[list[Source], Field(description="kernels to build beside those that the ops ask for")] = []
+    toolchain: Toolchain | None = None
+    environment: Annotated[
+        dict[str, str],
+        AfterValidator(_check_environment),
+        Field(description="DG_… variables that the serving process sets and that change its kernels"),
+    ] = {}
+
+    @model_validator(mode="after")
+    def _fill_and_check_ops(self) -> Manifest:
+        filled: list[OpBase] = []
+        seen: dict[tuple[str, int], int] = {}
+        for index, op in enumerate(self.ops):
+            if reason := op.unsupported(self.target.gpu.major):
+                raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
+            if isinstance(op, TokenOp) and op.max_tokens is None:
+                if self.max_tokens is None:
+                    raise _RefusedOp(index, "max_tokens: missing, here or for the whole manifest")
+                op = op.model_copy(update={"max_tokens": self.max_tokens})
+            if wrong := self.target.wrong_sm_counts(op.sm_counts or []):
+                raise _RefusedOp(index, f"sm_counts: {wrong}")
+            shape = op.model_dump_json(exclude={"max_tokens", "max_m", "sm_counts"})
+            for sm_count in self.sm_counts_of(op):
+                first = seen.setdefault((shape, sm_count), index)
+                if first != index:
+                    raise _RefusedOp(index, f"the same shape as ops[{first}]; give it once, with the larger maximum")
+            filled.append(op)
+        object.__setattr__(self, "ops", filled)
+        if not self.ops and not self.sources:
+            raise ValueError("wanted ops, or sources; found neither")
+        texts = [source.source for source in self.sources]
+        if twice := [index for index, text in enumerate(texts) if text in texts[:index]]:
+            raise ValueError(f"sources[{twice[0]}] is the same as sources[{texts.index(texts[twice[0]])}]")
+        return self
+
+    def sm_counts_of(self, op: OpBase) -> list[int]:
+        """SM counts at which ``op`` is swept, ascending."""
+        return sorted(op.sm_counts or self.target.all_sm_counts)
+
+    @property
+    def all_sm_counts(self) -> list[int]:
+        """SM counts at which any op is swept, ascending; the target's where there are no ops."""
+        return sorted({count for op in self.ops for count in self.sm_counts_of(op)}) or self.target.all_sm_counts
+
+
+class _RefusedOp(ValueError):
+    def __init__(self, index: int, text: str) -> None:
+        super().__init__(text)
+        self.index = index
+
+
+def load(path: Path) -> tuple[Manifest, bytes]:
+    """Read a manifest file; returns the model and the file's bytes.
+
+    Raises:
+        ManifestError: unreadable file, no YAML, or a value that is not what its field wants; every such value is
+            listed with file, line, field, what was wanted and what was found.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse(data, str(path)), data
+
+
+def parse(data: bytes, name: str = "manifest") -> Manifest:
+    """The manifest in ``data``; ``name`` stands for the file in errors. Raises as `load` does."""
+    if len(data) > _MAX_BYTES:
+        raise ManifestError(f"{name}: wanted at most {_MAX_BYTES} bytes, found {len(data)}")
+    try:
+        tree = YAML(typ="rt").load(io.StringIO(data.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{name}: wanted UTF-8 text, found byte {data[error.start]:#x} at {error.start}") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ManifestError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
+    except (YAMLError, RecursionError, ValueError) as error:
+        raise ManifestError(f"{name}: not YAML: {error}") from None
+    if not isinstance(tree, CommentedMap):
+        raise ManifestError(f"{name}: wanted a mapping with name, target, max_tokens and ops, found {_show(tree)}")
+    try:
+        return Manifest.model_validate(_plain(tree))
+    except ValidationError as error:
+        lines = [f"{name}:{_line(tree, loc)}: {text}" for loc, text in map(_describe, error.errors())]
+        raise ManifestError("\n".join(lines)) from None
+
+
+def _plain(node: Any) -> Any:
+    """The tree as built-in types: pydantic's strict mode takes no subclasses that carry comments."""
+    if isinstance(node, dict):
+        return {_plain(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(item) for item in node]
+    for kind in (bool, int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _line(tree: Any, loc: tuple[Any, ...]) -> int:
+    """The 1-based line of the value at ``loc``, or of the nearest parent that is in the file."""
+    line, node = 1, tree
+    for part in loc:
+        if isinstance(node, CommentedMap) and part in node:
+            line = node.lc.key(part)[0] + 1
+        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+            line = node.lc.item(part)[0] + 1
+        else:
+            continue  # pydantic puts the union's tag into the location
+        node = node[part]
+    return line
+
+
+def _describe(error: Any) -> tuple[tuple[Any, ...], str]:
+    """Where a pydantic error is and what it says, in our words."""
+    loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    field = _field(loc)
+    if kind == "extra_forbidden":
+        known = _known_fields(loc)
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        return loc, f"{field}: unknown field{guess} (known here: {', '.join(known)})"
+    if kind == "missing":
+        return loc, f"{field}: missing"
+    if kind == "union_tag_not_found":
+        return loc, f"{field}.op: missing; wanted one of {', '.join(OPS)}"
+    if kind == "union_tag_invalid":
+        near = difflib.get_close_matches(str(context["tag"]), OPS, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        return loc, f"{field}.op: wanted one of {', '.join(OPS)}, found {context['tag']!r}{guess}"
+    if kind == "value_error":
+        inner = context["error"]
+        if isinstance(inner, _RefusedOp):
+            return ("ops", inner.index), f"ops[{inner.index}]: {inner}"
+        return loc, f"{field}: {inner}"
+    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return loc, f"{field}: wanted {wanted}, found {_show(error['input'])}"
+
+
+def _field(loc: tuple[Any, ...]) -> str:
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part not in OPS:  # the union's tag is no part of the file
+            text += f".{part}" if text else str(part)
+    return text or "manifest"
+
+
+def _known_fields(loc: tuple[Any, ...]) -> list[str]:
+    if loc[0] == "ops" and len(loc) > 2:
+        return list(OPS[loc[2]].model_fields)
+    models: dict[str, type[BaseModel]] = {"target": Target, "gpu": gpus.Gpu, "toolchain": Toolchain}
+    if loc[0] == "sources":
+        return list(Source.model_fields)
+    parent = models.get(str(loc[-2])) if len(loc) > 1 else None
+    return list((parent or Manifest).model_fields)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,55 @@
+"""The device that a sweep runs on, and the arithmetic of sizes that ops share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+def ceil_div(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def round_up(a: int, b: int) -> int:
+    """The smallest multiple of b that is at least a."""
+    return ceil_div(a, b) * b
+
+
+class Device:
+    """The device a sweep runs on: the modules that reach it and its tensors' allocator.
+
+    Attributes:
+        name: torch's name of the device.
+        virtual: it is the virtual GPU: memory is address space that nobody may touch.
+    """
+
+    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda", virtual: bool = False) -> None:
+        self.torch = torch
+        self.deep_gemm = deep_gemm
+        self.name = name
+        self.virtual = virtual
+
+    @property
+    def major(self) -> int:
+        """Major compute capability; 0 of a CPU."""
+        return int(self.torch.cuda.get_device_capability()[0]) if self.name == "cuda" else 0
+
+    @property
+    def power_of_two_scales(self) -> bool:
+        """Whether DeepGEMM keeps only the exponent of a float32 scale here: it does on Blackwell (packed UE8M0)."""
+        return self.major >= 10
+
+    def empty(self, *shape: int, dtype: str) -> Any:
+        """A tensor of ``shape`` on the device; ``dtype`` is torch's own name, as ``"bfloat16"``.
+
+        On a real GPU integers are zero, since kernels read experts and counts from them, and float32 is one: DeepGEMM
+        traps where a scale to be packed is no power of two. The rest is uninitialised.
+        """
+        make = self.torch.empty
+        if not self.virtual:
+            make = self.torch.zeros if dtype.startswith("int") else make
+            make = self.torch.ones if dtype == "float32" else make
+        return make(shape, device=self.name, dtype=getattr(self.torch, dtype))

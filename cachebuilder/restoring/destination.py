@@ -1,0 +1,209 @@
+"""DIR while a restore writes it: no reader, and no other restore, ever sees half an entry."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cachebuilder.artifact.index import CACHE, Entry
+from cachebuilder.common.files import make_folders, write_new
+from cachebuilder.errors import RestoreError
+from cachebuilder.restoring import frozen
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass
+class Destination:
+    """DIR while it is written: entries are made in a folder of our own under it, then renamed into ``cache/``.
+
+    What is not kept is taken away again: the working folder, and folders that were not there before.
+    """
+
+    to: Path
+    made: list[str] = field(default_factory=list)
+    _created: list[Path] = field(default_factory=list)
+    _work: int | None = None
+    _work_path: Path | None = None
+    _cache: int | None = None
+    _masked: bool = True
+    _done: bool = False
+
+    def __enter__(self) -> Destination:
+        cache = self.to / CACHE
+        try:
+            self._cache = os.open(cache, _FOLDER_FLAGS)
+        except FileNotFoundError:
+            pass
+        except NotADirectoryError:
+            if cache.is_symlink():
+                raise RestoreError(
+                    f"{cache}: wanted a folder or nothing, found a link", hint="link DIR, not what is in it"
+                ) from None
+            raise
+        return self
+
+    def entries(self) -> set[str]:
+        """What is in ``cache/`` now."""
+        return set(os.listdir(self._cache)) if self._cache is not None else set()
+
+    def new(self, name: str) -> None:
+        """Begin an entry."""
+        if self._work is None:
+            self._make_work()
+        os.mkdir(name, 0o755, dir_fd=self._work)
+        if not self.made:  # where the first folder gets its mode by itself, so do all others and all files
+            self._masked = stat.S_IMODE(os.stat(name, dir_fd=self._work).st_mode) != 0o755
+        if self._masked:
+            os.chmod(name, 0o755, dir_fd=self._work)
+        self.made.append(name)
+
+    def write(self, name: str, file: str, data: bytes) -> None:
+        """Write one file of an entry that has begun."""
+        write_new(f"{name}/{file}", data, 0o644, self._work, self._masked)
+
+    def holds(self, name: str, entry: Entry) -> bool:
+        """Whether ``cache/`` has this entry, equal to the last byte and with nothing else in it."""
+        try:
+            folder = os.open(name, _FOLDER_FLAGS, dir_fd=self._cache)
+        except OSError:
+            return False
+        try:
+            if set(os.listdir(folder)) != {file.name for file in entry.files}:
+                return False
+            return all(_equal(folder, file.name, file.size, file.sha256) for file in entry.files)
+        finally:
+            os.close(folder)
+
+    def publish(self, entries: dict[str, Entry]) -> dict[str, bool]:
+        """Rename all that was made into ``cache/``; returns which another restore had made first, and if equal."""
+        if self._cache is None:
+            self._created += make_folders(self.to / CACHE)
+            self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
+        taken: dict[str, bool] = {}
+        for name in self.made:
+            try:
+                os.rename(name, name, src_dir_fd=self._work, dst_dir_fd=self._cache)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                taken[name] = self.holds(name, entries[name])
+        return taken
+
+    def keep(self) -> None:
+        """What was made stays."""
+        self._done = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._work is not None and self._work_path is not None:
+            left = os.listdir(self._work)
+            for name in left:
+                _remove_entry(self._work, name)
+            with contextlib.suppress(OSError):
+                self._work_path.rmdir()
+            os.close(self._work)
+        _remove_root(self.to / frozen.FOLDER / "tmp")
+        if self._cache is not None:
+            os.close(self._cache)
+        if not self._done:
+            for folder in reversed(self._created):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    def _make_work(self) -> None:
+        root = self.to / frozen.FOLDER / "tmp"
+        for lock in self._locked(root):
+            for left in os.listdir(lock):
+                _sweep(lock, left)
+            name = f"{os.getpid()}-{os.urandom(8).hex()}"
+            os.mkdir(name, 0o700, dir_fd=lock)
+            self._work_path = root / name
+            self._work = os.open(name, _FOLDER_FLAGS, dir_fd=lock)
+            _lock(self._work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _locked(self, root: Path) -> Iterator[int]:
+        """Hold ``root`` alone, once: who sweeps meets no folder that is made but not locked yet."""
+        for _ in range(100):
+            self._created += make_folders(root)
+            try:
+                lock = os.open(root, _FOLDER_FLAGS)
+            except FileNotFoundError:  # another restore ended and took it away
+                continue
+            try:
+                _lock(lock, fcntl.LOCK_EX)
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(lock), os.stat(root)):
+                        yield lock
+                        return
+            finally:
+                os.close(lock)
+        raise RestoreError(f"{root}: cannot be made: it goes away again and again")
+
+
+def _lock(handle: int, kind: int) -> bool:
+    """Lock; the lock ends with the process. False where another has it, or the file system knows no locks."""
+    try:
+        fcntl.flock(handle, kind)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_root(root: Path) -> None:
+    """Remove the folder of working folders, with what killed restores left, if none works in it, nor is about to."""
+    with contextlib.suppress(OSError):
+        lock = os.open(root, _FOLDER_FLAGS)
+        try:
+            if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for left in os.listdir(lock):
+                    _sweep(lock, left)
+                root.rmdir()
+        finally:
+            os.close(lock)
+
+
+def _sweep(root: int, name: str) -> None:
+    """Remove a working folder that a killed restore left."""
+    try:
+        folder = os.open(name, _FOLDER_FLAGS, dir_fd=root)
+    except OSError:
+        return
+    try:
+        if _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for entry in os.listdir(folder):
+                _remove_entry(folder, entry)
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=root)
+    finally:
+        os.close(folder)
+
+
+def _remove_entry(folder: int, name: str) -> None:
+    """Remove an entry's folder and its files, no deeper."""
+    with contextlib.suppress(OSError):
+        entry = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+        try:
+            for file in os.listdir(entry):
+                os.unlink(file, dir_fd=entry)
+        finally:
+            os.close(entry)
+        os.rmdir(name, dir_fd=folder)
+
+
+def _equal(folder: int, name: str, size: int, sha256: str) -> bool:
+    try:
+        handle = os.open(name, _FILE_FLAGS, dir_fd=folder)
+    except OSError:
+        return False
+    with os.fdopen(handle, "rb") as file:
+        if os.fstat(handle).st_size != size:
+            return False
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

@@ -1,0 +1,93 @@
+"""The frozen nvcc: a POSIX shell script that stands for the compiler in a serving image.
+
+It says what ``nvcc --version`` said when the kernels were built, which DeepGEMM asks even where every kernel is found,
+and it answers a request to compile by policy, after writing the miss down. The script is ``frozen_nvcc.sh``.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from cachebuilder.common.files import make_folders, put
+
+#: What to do with a kernel that the cache lacks: ``refuse`` (default), ``compile`` or ``compile-and-warn``.
+POLICY_VARIABLE = "CACHEBUILDER_ON_MISS"
+#: Where misses are written down, one JSON object a line.
+LOG_VARIABLE = "CACHEBUILDER_MISS_LOG"
+#: The compiler that the compiling policies call.
+NVCC_VARIABLE = "CACHEBUILDER_REAL_NVCC"
+
+#: The folder beside ``cache/`` that is cachebuilder's own; it looks like a CUDA home with nothing but nvcc in it.
+FOLDER = "cachebuilder"
+
+_TEMPLATE = Path(__file__).with_name("frozen_nvcc.sh")
+_LOG = "misses.jsonl"
+
+
+def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dict[str, tuple[bytes, int]]:
+    """The script and the text that it says: each file's path below DIR, its bytes and its mode.
+
+    Args:
+        version_text: all that ``nvcc --version`` printed, to the byte.
+        artifact_name: said in messages and in the log, as is the digest.
+    """
+    texts = {"@VERSION_TEXT@": version_text, "@ARTIFACT@": artifact_name, "@FINGERPRINT@": fingerprint_digest}
+    lines = []
+    for line in _TEMPLATE.read_text().splitlines(keepends=True):
+        name, _, mark = line.rstrip("\n").partition("=")
+        lines.append(f"{name}={shlex.quote(texts[mark])}\n" if mark in texts else line)
+    return {
+        f"{FOLDER}/bin/version.txt": (version_text.encode(), 0o644),
+        f"{FOLDER}/bin/nvcc": ("".join(lines).encode(), 0o755),
+    }
+
+
+def write(folder: Path, version_text: str, artifact_name: str, fingerprint_digest: str) -> Path:
+    """Write the `files` below ``folder``, each whole or not at all; returns the script.
+
+    Args:
+        folder: ``DIR/cachebuilder`` of a restored DIR.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    make_folders(folder / "bin")
+    for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
+        put(folder.parent / name, data, mode)
+    return folder / "bin" / "nvcc"
+
+
+def frozen_nvcc(dir: Path) -> Path:
+    """The frozen nvcc of a restored DIR."""
+    return dir / FOLDER / "bin" / "nvcc"
+
+
+def is_frozen(nvcc: Path) -> bool:
+    """Whether ``nvcc`` is a frozen one, of any folder; the script asks the same of what it finds on PATH."""
+    try:
+        with nvcc.open("rb") as file:
+            return file.read(256).startswith(_TEMPLATE.read_bytes()[:64])
+    except OSError:
+        return False
+
+
+def version_text(dir: Path) -> str | None:
+    """What the frozen nvcc of DIR answers; None where there is none yet.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def miss_log(dir: Path) -> Path:
+    """Where the frozen nvcc of DIR would write a miss of this process down: the script's own rule."""
+    log = Path(os.environ.get(LOG_VARIABLE) or dir / FOLDER / _LOG)
+    if os.access(log if log.exists() else log.parent, os.W_OK):
+        return log
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"cachebuilder-{_LOG}"
