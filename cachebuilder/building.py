@@ -16,12 +16,12 @@ from cachebuilder.compiling import kernels as compiling
 from cachebuilder.compiling import record as build_record
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.store import CubinStore, NoStore
+from cachebuilder.cuda.device import DeviceName
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.sweep import run as sweep
 from cachebuilder.verifying import real as on_gpu
-from cachebuilder.verifying import virtual as verify
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def build(
     use_store: bool = True,
     grouped: bool = True,
     check_code: int = 1,
-    device: sweep.DeviceName = "virtual",
+    device: DeviceName = "virtual",
     progress: Progress = no_progress,
 ) -> Built:
     """Build ``output`` from ``inputs``, with the record of the build beside it (`build_record`).
@@ -74,7 +74,7 @@ def build(
             inputs.manifest,
             inputs.installation,
             inputs.toolchain,
-            lambda done, total: progress("plan", done, total),
+            progress,
             reuse=use_store,
             found=expect,
         )
@@ -106,7 +106,7 @@ def build(
         )
         done = time.monotonic()
         if device == "cuda":
-            _launch(inputs, unproven, scratch, progress)
+            on_gpu.require_served(unproven, inputs, progress)
             packed = publish(packed, output)
     _record(report, packed, planned - started, done - compiled)
     return Built(inputs, plan, report, packed, planned - started, done - compiled, time.monotonic() - done)
@@ -132,12 +132,7 @@ def _record(report: compiling.Report, packed: Packed, plan_seconds: float, pack_
 
 def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> None:
     """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
-    asked = sweep.entries_on_gpu(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan on the GPU", done, total),
-    )
+    asked = sweep.entries_on_gpu(inputs, progress)
     wanted = {kernel.entry for kernel in plan.kernels if kernel.selected_by}
     if asked != wanted:
         raise PlanError(
@@ -146,16 +141,3 @@ def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> No
             f"{len(wanted - asked)} fewer ({', '.join(sorted(wanted - asked)[:3])})",
             hint="a property of this card is not what cachebuilder knows of it: report it with cachebuilder doctor",
         )
-
-
-def _launch(inputs: Inputs, artifact: Path, scratch: Path, progress: Progress) -> None:
-    """Raises `DeviceError` where a call is not served from the artifact on the real GPU."""
-    with verify.opened(artifact, inputs.installation) as folder:
-        replay = on_gpu.serve(
-            folder,
-            inputs.manifest,
-            inputs.installation,
-            scratch,
-            lambda name, done, total: progress("launch", done, total),
-        )
-    on_gpu.require_right(inputs.manifest.name, [replay])

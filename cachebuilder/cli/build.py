@@ -9,6 +9,8 @@ import click
 from cachebuilder import building
 from cachebuilder.cli import remote, shared, words
 from cachebuilder.cli.push import run_push
+from cachebuilder.cuda import device as devices
+from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.manifest.inputs import find_inputs
 
 
@@ -42,7 +44,7 @@ def build(
     nvcc: Path | None,
     deep_gemm: Path | None,
     use_store: bool,
-    device: str,
+    device: DeviceChoice,
     separate: bool,
     check_code: int,
 ) -> None:
@@ -59,7 +61,7 @@ def build(
         remote.ready()
     if output is None or destination is not None:
         output = Path("dist") / f"{inputs.manifest.name}.tar.zst"
-    chosen = shared.choose_device(device, inputs.manifest.target.gpu)
+    chosen = devices.choose(device, inputs.manifest.target.gpu)
     with shared.show_progress() as progress:
         built = building.build(inputs, Path(output), jobs, use_store, not separate, check_code, chosen, progress)
     if not shared.quiet():

@@ -28,7 +28,7 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
             inputs.manifest,
             inputs.installation,
             inputs.toolchain,
-            lambda done, total: progress("plan", done, total),
+            progress,
             reuse=use_store,
         )
     if as_json:

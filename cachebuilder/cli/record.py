@@ -178,7 +178,7 @@ def _add(
                 hint="name the DeepGEMM that the program uses with --deep-gemm",
             )
         with shared.show_progress() as progress:
-            made = plan.make(manifest, copy, compiler, lambda done, total: progress("plan", done, total))
+            made = plan.make(manifest, copy, compiler, progress)
         covered = {kernel.source for kernel in made.kernels}
     except RecordingError:
         raise

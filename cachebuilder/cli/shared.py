@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -14,9 +14,6 @@ from cachebuilder.cli.progress import options as progress_options
 from cachebuilder.cli.progress import quiet, remark, show_progress
 
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
-
-if TYPE_CHECKING:
-    from cachebuilder.cuda.gpus import Gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -108,19 +105,3 @@ device_option = click.option(
     show_default=True,
     help="cuda: on this machine's GPU as well, which must be the target; auto: if it is.",
 )
-
-
-def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
-    """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
-    if wanted != "auto":
-        return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder.cuda import gpus, nvml
-
-    gpu = nvml.first_gpu()
-    same = (
-        gpu is not None
-        and gpu.capability == (target.major, target.minor)
-        and gpu.sm_count in (None, target.sm_count)
-        and gpus.is_called(target, gpu.name)
-    )
-    return "cuda" if same else "virtual"

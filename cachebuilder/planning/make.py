@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.files import write_atomically
+from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.cuda.toolchain import Toolchain
@@ -21,9 +22,12 @@ from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import family, includes
 from cachebuilder.errors import InstallationError, PlanError
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.sweep import run as sweep
+from cachebuilder.sweep.protocol import OpSweep
+from cachebuilder.sweep.recorder import RecordedEntry
 
 
 class Kernel(Record):
@@ -76,7 +80,7 @@ def make(
     manifest: Manifest,
     installation: Installation,
     toolchain: Toolchain,
-    progress: sweep.Progress = lambda done, total: None,
+    progress: Progress = no_progress,
     reuse: bool = True,
     found: Callable[[str, tuple[str, ...]], None] = lambda source, flags: None,
 ) -> Plan:
@@ -92,7 +96,9 @@ def make(
         return plan
     include = str(installation.include)
     swept = sweep.run(
-        manifest, installation, toolchain, progress, lambda entry: found(entry.source, _split_command(entry, include))
+        Inputs(manifest, b"", toolchain, installation),
+        progress,
+        lambda entry: found(entry.source, _split_command(entry, include)),
     )
     plan = _from_sweep(manifest, installation, toolchain, swept)
     if reuse:
@@ -136,18 +142,18 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
     include = str(installation.include)
     asked = found.entries | found.checked
     commands = {entry.name: _split_command(entry, include) for entry in asked.values()}
-    names = {entry: entry_files.kernel_name(found.generation, entry) or "" for entry in asked}
+    names = {name: entry.kernel_name for name, entry in asked.items()}
     _check_flags(names, commands)
-    if found.generation == "legacy":
+    if installation.generation == "legacy":
         _check_legacy_names(asked.values(), names, toolchain)
-    selected_by = selections(found.sweeps)
+    selected_by = selections(found.answer.sweeps)
     known = tuple(
         Kernel(
             entry=entry.name,
             name=names[entry.name],
             source=entry.source,
             flags=commands[entry.name],
-            metadata=_portable_metadata(entry, found.cache_root, installation),
+            metadata=_portable_metadata(entry, str(found.cache_root), installation),
             selected_by=selected_by.get(entry.name, ()),
         )
         for entry in asked.values()
@@ -156,9 +162,9 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
     extra = _from_sources(manifest, planned, known, installation, toolchain, found)
     kernels = tuple(sorted((*planned, *extra), key=lambda kernel: kernel.entry))
     first = next(iter(asked.values()))
-    legacy = found.generation == "legacy"
+    legacy = installation.generation == "legacy"
     return Plan(
-        generation=found.generation,
+        generation=installation.generation,
         gpu=manifest.target.gpu,
         sm_counts=tuple(manifest.all_sm_counts),
         arch=_arch(known[0].flags),
@@ -166,10 +172,10 @@ def _from_sweep(manifest: Manifest, installation: Installation, toolchain: Toolc
         legacy_flags=_legacy_flags(first) if legacy else None,
         ops=tuple(op.model_dump(mode="json") for op in manifest.ops),
         kernels=kernels,
-        calls=found.calls,
-        torch=found.torch,
-        python=found.python,
-        peak_bytes=found.peak_bytes,
+        calls=found.answer.calls,
+        torch=found.answer.torch,
+        python=found.answer.python,
+        peak_bytes=found.answer.peak_bytes,
     )
 
 
@@ -192,7 +198,7 @@ def _from_sources(
         return ()
 
     def entry(name: str, source: str) -> str:
-        if found.generation == "legacy":
+        if installation.generation == "legacy":
             flags = _legacy_flags(next(iter((found.entries | found.checked).values())))
             return entry_files.legacy_entry(name, toolchain.release, flags, source.encode())
         cutlass = installation.cutlass_version
@@ -263,7 +269,7 @@ def _check_source(where: str, source: str, known: Sequence[Kernel], installation
             )
 
 
-def _split_command(entry: sweep.Entry, include: str) -> tuple[str, ...]:
+def _split_command(entry: RecordedEntry, include: str) -> tuple[str, ...]:
     """The flags of a recorded command, without source, output and DeepGEMM's own include path."""
     words = entry.arguments.split(" ")[1:]  # the first is the source
     flags, index = [], 0
@@ -292,12 +298,12 @@ def _check_flags(names: dict[str, str], commands: dict[str, tuple[str, ...]]) ->
             )
 
 
-def _legacy_flags(entry: sweep.Entry) -> str:
+def _legacy_flags(entry: RecordedEntry) -> str:
     """The flags as legacy DeepGEMM hashes them: all that follows the output file in its command."""
     return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
 
 
-def _check_legacy_names(asked: Iterable[sweep.Entry], names: dict[str, str], toolchain: Toolchain) -> None:
+def _check_legacy_names(asked: Iterable[RecordedEntry], names: dict[str, str], toolchain: Toolchain) -> None:
     """Every entry's name recomputed from the formula must be the one DeepGEMM chose: relocation hangs on it."""
     for entry in asked:
         expected = entry_files.legacy_entry(
@@ -316,7 +322,7 @@ def _arch(flags: Sequence[str]) -> str:
     raise PlanError(f"wanted --gpu-architecture among DeepGEMM's flags, found {' '.join(flags)}")
 
 
-def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Installation) -> str | None:
+def _portable_metadata(entry: RecordedEntry, cache_root: str, installation: Installation) -> str | None:
     """DeepJIT's ``meta.json``, which nothing reads back, without the paths of this machine."""
     if entry.metadata is None:
         return None
@@ -328,12 +334,12 @@ def _portable_metadata(entry: sweep.Entry, cache_root: str, installation: Instal
     return json.dumps(json.loads(text), separators=(",", ":"))
 
 
-def selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
+def selections(sweeps: Sequence[OpSweep]) -> dict[str, tuple[Selection, ...]]:
     """For each entry: where it is launched, touching ranges joined."""
     found: dict[str, list[Selection]] = {}
     for swept in sweeps:
         ranges: dict[str, list[Range]] = {}
-        for run in swept.runs:
+        for run in swept.spans:
             for entry in dict.fromkeys(run.entries):
                 known = ranges.setdefault(entry, [])
                 if known and known[-1].last + run.step == run.first:
