@@ -67,8 +67,8 @@ class KernelCall(Record):
         return f"{self.op} {self.shape} at {self.variable} {self.value}"
 
 
-class Trial(TrialResult, KernelCall):
-    """One call on random inputs, with its kernels. `KernelCall` is the second base so that its fields come first."""
+class Trial(TrialResult, KernelCall):  # in this order, the fields of the call come first
+    """One call on random inputs. Errors are relative to a reference in float32."""
 
 
 class GpuReplay(Record):

@@ -11,8 +11,8 @@ from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.verifying import real, virtual
-from cachebuilder.verifying.report import DeepGemmCopy, Report
-from cachebuilder.verifying.virtual import Serving
+from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
+from cachebuilder.verifying.virtual import Launches, Serving
 
 
 def verify(
@@ -56,18 +56,16 @@ def verify(
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
         chosen = devices.choose(device, replayed[0][0].target.gpu)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
-        servings, replays, launches = [], [], []
+        replays: list[Replay] = []
+        servings: list[tuple[Serving, Launches]] = []
         for number, (model, artifacts) in enumerate(replayed):
             (work := scratch / str(number)).mkdir()
             serving = Serving(folder, installation, model, compiler_text, work)
-            replay, selected_by = virtual.replay(serving, artifacts, damage, progress)
-            servings.append(serving)
+            replay, launches = virtual.replay(serving, artifacts, damage, progress)
             replays.append(replay)
-            launches.append(selected_by)
+            servings.append((serving, launches))
         complete = not damage and not any(replay.missing or replay.refusals for replay in replays)
-        on_gpu = None
-        if complete and chosen == "cuda":
-            on_gpu = real.check(target, list(zip(servings, launches, strict=True)), progress)
+        on_gpu = real.check(target, servings, progress) if complete and chosen == "cuda" else None
     return Report(
         complete=complete,
         target=str(target),
