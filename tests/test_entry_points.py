@@ -19,8 +19,7 @@ from cachebuilder.errors import ManifestError, PlanError
 from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning import make as planning
-from cachebuilder.sweep import process
-from cachebuilder.sweep import run as sweep
+from cachebuilder.sweep import process, recorder
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests import entry_points
 from tests.conftest import LEGACY, MANIFESTS, ROOT, check_code
@@ -60,7 +59,7 @@ def test_what_was_run_is_an_op() -> None:
 
 def on_virtual_gpu(gpu: str, folder: Path, *arguments: str | Path) -> Any:
     """What Python, called with ``arguments``, prints last, as JSON; its GPU is virtual, and so is its compiler."""
-    compiler = sweep.recording_compiler(folder, toolchain.find().version_text)
+    compiler = recorder.recording_compiler(folder, toolchain.find().version_text)
     environment = os.environ | virtual_gpu.environment(gpus.find(gpu)) | compiler.environment
     environment |= {
         "DG_JIT_CACHE_DIR": str(folder / "root"),
@@ -77,8 +76,8 @@ def on_virtual_gpu(gpu: str, folder: Path, *arguments: str | Path) -> Any:
 FUNCTIONS = """
 import json, os, sys
 from cachebuilder.ops import OPS, without_op
-from cachebuilder.sweep.child import _import_deep_gemm
-deep_gemm = _import_deep_gemm(sys.argv[1])
+from cachebuilder.sweep.child import import_deep_gemm
+deep_gemm = import_deep_gemm(sys.argv[1])
 print(json.dumps([without_op.functions(deep_gemm), without_op.unexplained(deep_gemm, OPS)]), flush=True)
 os._exit(0)
 """

@@ -31,7 +31,7 @@ from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries, Watcher
 from cachebuilder.ship.session import origin
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.verifying.verify import verify
 from tests.archives import compress, edit_index, join, snapshot, unpack
 from tests.conftest import ROOT, Run
 from tests.registries import Answer, Asked, Middleman, Registry, program, registry
@@ -100,8 +100,7 @@ def test_pushed_copied_by_skopeo_pulled_and_restored_it_is_the_same_and_nothing_
     assert [path.name for path in clean.iterdir()] == ["pulled.tar.zst"]
     done = run("restore", f"oci://{image}-copy@{digest}", "--to", tmp_path / "dir")
     assert done.returncode == 0, done.stderr
-    with verify.opened(tmp_path / "dir", built.inputs.installation) as folder:
-        report = verify.check(folder, built.inputs.installation)
+    report = verify(tmp_path / "dir", deep_gemm=built.inputs.installation.imported_as)
     assert report.complete and not report.damage
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
-from cachebuilder.sweep.child import _import_deep_gemm
+from cachebuilder.sweep.child import import_deep_gemm
 
 
 def shared(value: Any) -> Any:
@@ -100,7 +100,7 @@ def tried(device: Device, fields: dict[str, Any]) -> Any:
 
 
 def main(deep_gemm: str, wanted: str) -> None:
-    device = Device(torch, _import_deep_gemm(deep_gemm))
+    device = Device(torch, import_deep_gemm(deep_gemm))
     results = []
     with torch.no_grad(), OnCpu():
         for fields in json.loads(wanted):

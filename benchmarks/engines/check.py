@@ -34,7 +34,7 @@ from cachebuilder.manifest.schema import Manifest
 from cachebuilder.restoring import entries as restoring
 from cachebuilder.restoring import environment
 from cachebuilder.restoring.folder import open_folder
-from cachebuilder.sweep import run as sweep
+from cachebuilder.sweep.recorder import read_entries, recording_compiler
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
 HERE = Path(__file__).parent
@@ -170,7 +170,7 @@ def check(
     if answer is not None and not log.exists():
         return {"misses": [], "seconds": seconds, **answer}
     # The recording compiler answers with placeholders; it writes only into a root of its own.
-    recorder = sweep.recording_compiler(here / "again", (restored / "cachebuilder/bin/version.txt").read_text())
+    recorder = recording_compiler(here / "again", (restored / "cachebuilder/bin/version.txt").read_text())
     root = here / "again" / "root"
     root.mkdir()
     roots = f"{root}:{restored}"
@@ -182,7 +182,7 @@ def check(
         "VIRTUAL_GPU_CHECK_CUBINS": "0",
     }
     again, more = run_child(script, job, variables, here)
-    missed = sorted(sweep.read_entries(root, deep_gemm.generation))
+    missed = sorted(read_entries(root, deep_gemm.generation))
     if again is None:
         return {"misses": missed, "seconds": seconds, "error": (text or more).splitlines()}
     return {"misses": missed, "seconds": seconds, **again}
