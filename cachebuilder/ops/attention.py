@@ -17,7 +17,7 @@ from pydantic import Field
 from cachebuilder.ops import scaled
 from cachebuilder.ops.base import OpBase
 from cachebuilder.ops.device import Device, round_up
-from cachebuilder.ops.trial import TOLERANCE, Inputs, Output
+from cachebuilder.ops.trial import TOLERANCE, Inputs, Output, product_nt
 
 #: Keys in a sweep's calls: any number selects the same kernels.
 KEYS = 1024
@@ -106,15 +106,10 @@ def scaled_vectors(device: Device, inputs: Inputs | None, quantisation: scaled.Q
 
 def expected_logits(torch: Any, q: Any, k: Any, weights: Any) -> Any:
     """float32 logits [rows, keys] of values ``q`` [rows, heads, D], ``k`` [keys, D] and ``weights`` [rows, heads]."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        total = torch.zeros(q.shape[0], k.shape[0], device=q.device)
-        for head in range(q.shape[1]):
-            total += torch.relu(q[:, head] @ k.mT) * weights[:, head, None].float()
-        return total
-    finally:
-        torch.set_float32_matmul_precision(before)
+    total = torch.zeros(q.shape[0], k.shape[0], device=q.device)
+    for head in range(q.shape[1]):
+        total += torch.relu(product_nt(torch, q[:, head], k)) * weights[:, head, None].float()
+    return total
 
 
 def logits_output(device: Device, logits: Any, expected: Any, valid: Any, bf16_weights: bool) -> Output:

@@ -49,7 +49,7 @@ class OpBase(BaseModel):
     entry_points: ClassVar[tuple[str, ...]] = ()
     #: Major compute capabilities of the GPUs on which any DeepGEMM has the op.
     majors: ClassVar[tuple[int, ...]] = (9, 10, 12)
-    #: The DeepGEMMs that have the function, for the error where the installed one lacks it; empty: all known ones.
+    #: The DeepGEMMs that have the function, for the error if the installed one lacks it; empty: all known ones.
     found_in: ClassVar[str] = ""
 
     op: str

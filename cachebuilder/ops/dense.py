@@ -18,7 +18,7 @@ from cachebuilder.ops.device import Device
 from cachebuilder.ops.scaled import Format, Operands, ScaledOp
 from cachebuilder.ops.trial import Inputs, Trial, dense_output
 
-Accumulate = Annotated[Literal[True] | None, Field(description="D += A·B, as C given at the same address")]
+Accumulate = Annotated[Literal[True] | None, Field(description="D += A·B: C is D itself")]
 
 
 class DenseGemm(TokenOp):

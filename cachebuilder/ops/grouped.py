@@ -46,9 +46,7 @@ class ContiguousGemm(TokenOp):
     psum: Annotated[
         Literal[True] | None, Field(description="each expert's end instead of each row's expert (use_psum_layout)")
     ] = None
-    expected_m: Annotated[
-        int | None, Field(ge=1, description="psum only: rows of an expert, told to the heuristic")
-    ] = None
+    expected_m: Annotated[int | None, Field(ge=1, description="psum only: rows of an expert, for the heuristic")] = None
     zero_padding: Annotated[
         Literal[False] | None, Field(description="psum only: false leaves padding rows alone (ensure_zero_padding)")
     ] = None

@@ -30,7 +30,7 @@ class Bf16MegaGate(TokenOp):
     bias: Annotated[bool, Field(description="scores are corrected by a bias before the choice")] = True
     hashed: Annotated[
         Literal[True] | None,
-        Field(description="experts are given, by the token's hash (fix_routing_mask, unmapped_topk_idx)"),
+        Field(description="the token's hash chooses the experts (fix_routing_mask, unmapped_topk_idx)"),
     ] = None
 
     def prepare(self, device: Device) -> Callable[[int], None]:
@@ -59,7 +59,7 @@ class Bf16MegaGate(TokenOp):
 
         From ``impls/sm100_bf16_mega_gate.cuh`` and ``epilogue/sm100_mega_gate.cuh`` of sgl-deep-gemm 0.2.3.post2: score
         plus bias chooses the experts, and an expert's weight is its score, without the bias, over the sum of all chosen
-        scores. Experts given by the token's hash stay. A row is not compared if two of the scores to choose from are
+        scores. Experts chosen by the token's hash stay. A row is not compared if two of the scores to choose from are
         near each other.
 
         Raises:

@@ -138,7 +138,7 @@ class Sm100MegaMoeOp(MegaMoeOp):
         return device.torch.nn.functional.silu(gate) * up
 
     def limited(self, device: Device, gate_up: Any, gate_too: bool = True) -> tuple[Any, Any]:
-        """Gate and up, rounded to BF16 and then limited; the limit is BF16 too."""
+        """Gate and up, rounded to BF16 and then limited; the limit is rounded to BF16 as well."""
         gate, up = gate_up.bfloat16().float().chunk(2, -1)
         if self.activation_clamp is None:
             return gate, up
@@ -278,7 +278,7 @@ def _transformed(device: Device, kind: Kind, first: Any, second: Any) -> Any:
 
 
 def _kept(torch: ModuleType, kind: Kind, activation: Any) -> Any:
-    """Activations between the GEMMs, of the kind that those before the first have."""
+    """Activations between the GEMMs, in the format of those before the first."""
     if kind == "bf16":
         return activation.bfloat16().float()
     return requantised(torch, activation, QUANTISATIONS[kind])

@@ -41,7 +41,7 @@ class ActivatedMegaMoeOp(Sm100MegaMoeOp):
     ] = None
 
     def buffer_options(self, device: Device) -> dict[str, Any]:
-        """The activation too, as engines give it."""
+        """Adds the activation, as engines give it."""
         return super().buffer_options(device) | ({"activation": self.activation} if self.activation else {})
 
     def activated(self, device: Device, gate_up: Any) -> Any:
@@ -77,7 +77,7 @@ class NormedMegaMoeOp(Sm100MegaMoeOp):
         return self
 
     def takes(self, deep_gemm: ModuleType, function: Callable[..., Any], field: str) -> bool:
-        """The norm is there if vLLM 0.33.0's copy takes a gain."""
+        """In vLLM 0.33.0's copy, a function that takes a gain has the norm."""
         by_gain = field == "post_expert_norm" and accepts(function, "post_expert_norm_gamma")
         return by_gain or super().takes(deep_gemm, function, field)
 
@@ -248,7 +248,7 @@ class Nvfp4MegaMoe(NormedActivatedMegaMoeOp):
         return "bf16" if self.shared_dtype else "fp8"
 
     def buffer_options(self, device: Device) -> dict[str, Any]:
-        """The shared experts' type too."""
+        """Adds the shared experts' type."""
         options = {"shared_dtype": device.torch.bfloat16} if self.shared_dtype else {}
         return super().buffer_options(device) | options
 
@@ -263,7 +263,7 @@ class Nvfp4MegaMoe(NormedActivatedMegaMoeOp):
         return first, second
 
     def tensors(self, device: Device, inputs: Inputs | None) -> dict[str, Any]:
-        """The scales of this rank's experts too; gate and up have one each."""
+        """Adds the scales of this rank's experts; gate and up have one each."""
         options, local = super().tensors(device, inputs), self.local_experts
         shapes = {"l1_alphas": (local, 2), "l2_alphas": (local,), "l2_act_scales": (local,)}
         return options | {k: around_one(device, inputs, *shape) for k, shape in shapes.items() if getattr(self, k)}

@@ -109,7 +109,7 @@ class MqaLogits(MqaOp, TokenOp):
 
     variable = "rows"
 
-    compressed: Annotated[Literal[True] | None, Field(description="max_seqlen_k is given")] = None
+    compressed: Annotated[Literal[True] | None, Field(description="the engine passes max_seqlen_k")] = None
 
     def call_options(self, device: Device, function: Callable[..., Any], keys: int) -> dict[str, Any]:
         """Keyword arguments; a DeepGEMM without ``clean_logits`` has the compressed form only."""
@@ -176,7 +176,7 @@ class PagedOp(BatchOp):
 
     next_n: Annotated[int, Field(ge=1, le=16, description="query rows of one sequence: 1 and the speculated ones")] = 1
     page_size: Annotated[Literal[32, 64, 128], Field(description="tokens of one KV cache page")] = 64
-    varlen: Annotated[Literal[True] | None, Field(description="rows of one sequence told apart by indices")] = None
+    varlen: Annotated[Literal[True] | None, Field(description="indices say which rows are of one sequence")] = None
 
     def unsupported(self, major: int) -> str | None:
         """SM90 has no indices."""

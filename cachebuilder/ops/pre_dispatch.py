@@ -142,7 +142,7 @@ class MegaMoePreDispatch(PreDispatchOp):
         return sm100_buffer(device, self, self.mma_type or "fp8xfp4")
 
     def call_options(self, buffer: Any) -> dict[str, Any]:
-        """The type, and what NVFP4 has besides: one more scale, in float32, for each token."""
+        """The type; for NVFP4 also the float32 scale of each token."""
         options: dict[str, Any] = {"mma_type": self.mma_type} if self.mma_type else {}
         if self.mma_type == "nvfp4xnvfp4":
             options |= {"group_size": 16, "buf_x_scales": buffer.x_scales}
