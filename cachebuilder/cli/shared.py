@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -12,8 +15,8 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
-if TYPE_CHECKING:
-    from cachebuilder.cuda.gpus import Gpu
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: What to do with a folder whose entries are not what they were.
 RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
@@ -32,6 +35,29 @@ nvcc_option = click.option(
     help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def option_group(name: str, kind: type[Any], *options: Callable[[F], F]) -> Callable[[F], F]:
+    """Give a verb several options and hand them over as one object, the argument ``name``.
+
+    Args:
+        kind: a dataclass; each of its fields takes the option of that name.
+        options: click's options, in the order of the help text.
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    def decorate(verb: F) -> F:
+        @functools.wraps(verb)
+        def call(**values: Any) -> Any:
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+            return verb(**values)
+
+        decorated = cast(F, call)
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
 
 
 class _Folder(click.Path):
@@ -82,17 +108,18 @@ device_option = click.option(
 )
 
 
-def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
-    """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
-    if wanted != "auto":
-        return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder.cuda import gpus, nvml
+@dataclasses.dataclass(frozen=True)
+class ToolPaths:
+    """Where a person says that the compiler and DeepGEMM are."""
 
-    gpu = nvml.first_gpu()
-    same = (
-        gpu is not None
-        and gpu.capability == (target.major, target.minor)
-        and gpu.sm_count in (None, target.sm_count)
-        and gpus.is_called(target, gpu.name)
-    )
-    return "cuda" if same else "virtual"
+    nvcc: Path | None
+    deep_gemm: Path | None
+
+
+tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option)
+
+
+def say(text: str) -> None:
+    """A line on standard output, where the person did not say ``--quiet``."""
+    if not quiet():
+        click.echo(text)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from cachebuilder.common.cache import cache_folder, write_atomically
+from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.files import write_atomically
+from cachebuilder.common.kept import touch
+from cachebuilder.errors import InstallationError
 
 
 class CubinStore:
@@ -27,12 +30,13 @@ class CubinStore:
             data = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
+        touch(self._path(key))
         digest, cubin = data[:32], data[32:]
         return cubin if hashlib.sha256(cubin).digest() == digest else None
 
     def put(self, key: str, cubin: bytes) -> None:
         """Keep a cubin."""
-        write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin)
+        write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin, InstallationError)
 
 
 class NoStore(CubinStore):
