@@ -481,9 +481,17 @@ class TestMegaMoeOfSglang:
             pytest.param(configs.GLM_45, {}, "found Glm4MoeForCausalLM, whose MoE block does not", id="glm-4.5"),
             pytest.param(configs.UNKNOWN, {}, "found SomethingNewForCausalLM", id="no-known-family"),
             pytest.param(
-                configs.DEEPSEEK_V3, {"gpu": "B200"}, "MXFP4 this way on B200: found experts in FP8", id="sm100"
+                configs.DEEPSEEK_V3,
+                {"gpu": "B200"},
+                "MXFP4, which SGLang 0.5.23 runs .* B200, found experts in FP8",
+                id="sm100",
             ),
-            pytest.param(configs.DEEPSEEK_V4_FLASH, {}, "FP8 this way on H200: found experts in MXFP4", id="sm90"),
+            pytest.param(
+                configs.DEEPSEEK_V4_FLASH,
+                {},
+                "FP8, which SGLang 0.5.23 runs .* H200, found experts in MXFP4",
+                id="sm90",
+            ),
             pytest.param(configs.DEEPSEEK_V3, {"gpu": "RTX-PRO-6000"}, "wanted an SM90 or SM100 GPU", id="sm120"),
             pytest.param(configs.DEEPSEEK_V3, {"ep": 1}, "wanted --ep 8, found 1", id="no-expert-parallelism"),
             pytest.param(configs.QWEN3_NEXT, {"tp": 1, "ep": 1}, "wanted --tp above 1, found 1", id="one-rank"),
