@@ -23,7 +23,6 @@ from types import TracebackType
 
 import click
 
-from cachebuilder import building
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import kernels as compiling
@@ -31,6 +30,7 @@ from cachebuilder.compiling import units
 from cachebuilder.compiling.pool import Pool
 from cachebuilder.compiling.store import NoStore
 from cachebuilder.cuda.toolchain import ptx_command
+from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.make import Kernel
 
@@ -85,7 +85,7 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def floor(kernels: Sequence[Kernel], inputs: building.Inputs) -> dict[str, float]:
+def floor(kernels: Sequence[Kernel], inputs: Inputs) -> dict[str, float]:
     """CPU seconds on one core: of all front ends, and of all kernels behind them."""
     made: dict[str, bytes] = {}
     with scratch_folder() as scratch:
@@ -140,7 +140,7 @@ def main(
         print(json.dumps(figures), flush=True)
 
     for manifest in manifests or (DEFAULT,):
-        inputs = building.find_inputs(manifest, deep_gemm=deep_gemm)
+        inputs = find_inputs(manifest, deep_gemm=deep_gemm)
         plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
         say(
             what="run",

@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from cachebuilder import building
 from cachebuilder.errors import CacheBuilderError
+from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning import make as planning
 
@@ -30,7 +30,7 @@ VALUES = {
 }
 
 
-def entries(manifest: Manifest, inputs: building.Inputs) -> set[str]:
+def entries(manifest: Manifest, inputs: Inputs) -> set[str]:
     return {kernel.entry for kernel in planning.make(manifest, inputs.installation, inputs.toolchain).kernels}
 
 
@@ -46,7 +46,7 @@ def changed(manifest: Manifest, **properties: Any) -> Manifest:
 @click.option("--commit", default="")
 def main(manifests: tuple[Path, ...], deep_gemm: Path | None, commit: str) -> None:
     for path in manifests or DEFAULT:
-        inputs = building.find_inputs(path, deep_gemm=deep_gemm)
+        inputs = find_inputs(path, deep_gemm=deep_gemm)
         gpu = inputs.manifest.target.gpu
         base = entries(changed(inputs.manifest), inputs)
         using = {"manifest": path.stem, "gpu": gpu.name, "deep_gemm": inputs.installation.version, "commit": commit}

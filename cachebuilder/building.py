@@ -6,48 +6,22 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from cachebuilder.artifact.index import fingerprint
 from cachebuilder.artifact.pack import Packed, pack, publish
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import kernels as compiling
 from cachebuilder.compiling import record as build_record
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.store import CubinStore, NoStore
-from cachebuilder.cuda import toolchain as toolchains
-from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import PlanError
-from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.sweep import run as sweep
 from cachebuilder.verifying import real as on_gpu
 from cachebuilder.verifying import virtual as verify
-
-
-class Progress(Protocol):
-    """Called with a step's name ("plan", "compile"), units done and units in all (0: not known yet).
-
-    ``share``: of the work done, 0 to 1, where it is not done / total.
-    """
-
-    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None:
-        """Take a report."""
-
-
-def _say_nothing(step: str, done: int, total: int, share: float | None = None) -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a plan is made from, found and checked before anything slow starts."""
-
-    manifest: manifests.Manifest
-    manifest_bytes: bytes
-    toolchain: toolchains.Toolchain
-    installation: installations.Installation
 
 
 @dataclass(frozen=True)
@@ -63,13 +37,6 @@ class Built:
     launch_seconds: float
 
 
-def find_inputs(manifest: Path, nvcc: Path | None = None, deep_gemm: Path | None = None) -> Inputs:
-    """Read the manifest, find the compiler and DeepGEMM. Raises what each of them raises."""
-    model, data = manifests.load(manifest)
-    release = model.toolchain.nvcc if model.toolchain else None
-    return Inputs(model, data, toolchains.find(nvcc, release), installations.find(deep_gemm))
-
-
 def build(
     inputs: Inputs,
     output: Path,
@@ -78,7 +45,7 @@ def build(
     grouped: bool = True,
     check_code: int = 1,
     device: sweep.DeviceName = "virtual",
-    progress: Progress = _say_nothing,
+    progress: Progress = no_progress,
 ) -> Built:
     """Build ``output`` from ``inputs``, with the record of the build beside it (`build_record`).
 

@@ -66,7 +66,7 @@ def edit_index(
     change(index)
     if redigest:
         with contextlib.suppress(KeyError, ValueError):  # an index that holds no fingerprint
-            index["fingerprint_digest"] = Fingerprint.model_validate(index["fingerprint"]).digest()
+            index["fingerprint_digest"] = Fingerprint.model_validate_json(json.dumps(index["fingerprint"])).digest()
     return [member("artifact.json", json.dumps(index).encode()), *members[1:]]
 
 

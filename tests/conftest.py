@@ -21,6 +21,7 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.compiling import check as code
 from cachebuilder.compiling import record as build_record
 from cachebuilder.cuda.processes import Processes
+from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning.make import Kernel
 from tests.registries import Registry, registry
 
@@ -40,7 +41,7 @@ ops:
 """
 
 
-def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: building.Inputs) -> None:
+def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: Inputs) -> None:
     """Each kernel's code must be what nvcc makes of it alone, called as DeepGEMM calls it."""
     with scratch_folder() as scratch:
         for kernel in kernels:
@@ -118,7 +119,7 @@ def built(
 ) -> building.Built:
     """The small manifest, built for one generation; another process takes plan and kernels from the cache folder."""
     output = tmp_path_factory.mktemp("built") / "small.tar.zst"
-    inputs = building.find_inputs(small, deep_gemm=deep_gemm)
+    inputs = find_inputs(small, deep_gemm=deep_gemm)
     # The record of the build that compiled: the other processes' builds are all from the store.
     record = shared_folder / f"{inputs.installation.generation}.build.json"
     with one_at_a_time(shared_folder, "built"):

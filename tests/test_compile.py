@@ -17,19 +17,20 @@ from cachebuilder.compiling.units import Unit
 from cachebuilder.cuda import ptx
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
+from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.make import Kernel
 from tests.conftest import MANIFESTS, check_code
 from tests.test_plan import EVERY_OP
 
 
-def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[building.Inputs, planning.Plan]:
+def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, planning.Plan]:
     (folder / "m.yaml").write_text(text)
-    inputs = building.find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
+    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
     return inputs, planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
 
 
-def compile_units(work: Sequence[Unit], inputs: building.Inputs) -> dict[str, bytes]:
+def compile_units(work: Sequence[Unit], inputs: Inputs) -> dict[str, bytes]:
     cubins: dict[str, bytes] = {}
     with scratch_folder() as scratch:
         pool = Pool(
@@ -80,7 +81,7 @@ def test_a_difference_in_code_is_found(built: building.Built) -> None:
 
 @pytest.mark.slow
 def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
-    inputs = building.find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
+    inputs = find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
     family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
     five, twenty = random.sample(family, 5), random.sample(family, 20)

@@ -46,12 +46,15 @@ def whole_indexes(draw: st.DrawFn) -> Index:
     entries = tuple(
         Entry(
             name=f"{'kernel.' if legacy else ''}{draw(names)}.{key}",
-            files=tuple(File(kind, draw(st.integers(0, MAX_BYTES[kind])), draw(digests)) for kind in kinds),
+            files=tuple(
+                File(name=kind, size=draw(st.integers(0, MAX_BYTES[kind])), sha256=draw(digests)) for kind in kinds
+            ),
             selected_by=tuple(draw(st.lists(selections, max_size=2))),
         )
         for key in keys
     )
     return Index(
+        schema_version=1,
         name=draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", fullmatch=True)),
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),

@@ -10,6 +10,7 @@ from cachebuilder.authoring import sources
 from cachebuilder.authoring.sources import NewSource
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
+from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.restoring import misses
 from tests.conftest import SMALL, Run
@@ -35,7 +36,7 @@ def log_of(folder: Path, *entries: tuple[str, int | None, str | None]) -> Path:
 
 def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
     (folder / "m.yaml").write_text(EVERY_OP.format(gpu=gpu))
-    inputs = building.find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
+    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
     for kernel in plan.kernels:
         shape = read_shape(kernel.source)
@@ -157,7 +158,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 ) -> None:
     here = built.inputs.installation
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
-    wide = building.find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
+    wide = find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
     asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
@@ -176,7 +177,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"
-    more = building.build(building.find_inputs(manifest, deep_gemm=here.imported_as), output)
+    more = building.build(find_inputs(manifest, deep_gemm=here.imported_as), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
     assert check(output, here, tmp_path / "wide.yaml").complete
     assert check(output, here).complete
@@ -205,7 +206,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
         return
@@ -222,6 +223,6 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     (tmp_path / "m.yaml").write_text(SMALL)
     text = f"// of other headers\n{source.partition(chr(10))[2]}"
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
-    inputs = building.find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
         planning.make(inputs.manifest, inputs.installation, inputs.toolchain)

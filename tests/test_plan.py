@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder import building
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
+from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests.conftest import MANIFESTS, ROOT, Run
@@ -31,7 +31,7 @@ ops:
 
 def make(path: Path, text: str, deep_gemm: Path | None = None) -> planning.Plan:
     path.write_text(text)
-    inputs = building.find_inputs(path, deep_gemm=deep_gemm)
+    inputs = find_inputs(path, deep_gemm=deep_gemm)
     return planning.make(inputs.manifest, inputs.installation, inputs.toolchain, reuse=False)
 
 
@@ -79,7 +79,7 @@ def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
     ],
 )
 def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: str, kernels: int, arch: str) -> None:
-    inputs = building.find_inputs(MANIFESTS / f"{name}.yaml")
+    inputs = find_inputs(MANIFESTS / f"{name}.yaml")
     plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
     assert (len(plan.kernels), plan.calls, plan.arch) == (kernels, 66_624, arch)
     assert plan.peak_bytes < 2e9

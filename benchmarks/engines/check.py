@@ -29,6 +29,7 @@ from cachebuilder.authoring.derive.engines import ENGINES
 from cachebuilder.authoring.derive.text import manifest_text
 from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation as installations
+from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.restoring import entries as restoring
 from cachebuilder.restoring import environment
@@ -110,7 +111,7 @@ def main() -> None:
         work = Path(scratch)
         (work / "m.yaml").write_text(text)
         deep_gemm = installations.find(None)
-        inputs = building.find_inputs(work / "m.yaml", None, deep_gemm.path)
+        inputs = find_inputs(work / "m.yaml", None, deep_gemm.path)
         started = time.monotonic()
         built = building.build(inputs, work / "a.tar.zst")
         restored = work / "restored"

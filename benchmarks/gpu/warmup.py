@@ -32,6 +32,7 @@ import click
 from benchmarks.relaxed_list import relaxed
 from cachebuilder import building
 from cachebuilder.cuda import nvml
+from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
@@ -75,7 +76,7 @@ def warm_up(job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def importing(inputs: building.Inputs, folder: Path) -> float:
+def importing(inputs: Inputs, folder: Path) -> float:
     """Seconds of a sweep of nothing, which every plan pays first: the second one, when all files are in memory."""
     (scratch := folder / "importing").mkdir()
     compiler = recording_compiler(scratch, inputs.toolchain.version_text)
@@ -88,7 +89,7 @@ def importing(inputs: building.Inputs, folder: Path) -> float:
 
 
 def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
-    inputs = building.find_inputs(manifest, deep_gemm=deep_gemm)
+    inputs = find_inputs(manifest, deep_gemm=deep_gemm)
     gpu = nvml.first_gpu()
     say(
         "run",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
-from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
@@ -48,6 +48,7 @@ def pack(
     """
     contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
     index = Index(
+        schema_version=1,
         name=name,
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),
@@ -68,20 +69,14 @@ def pack(
     )
     tar = _tar(index, manifest, plan, contents)
     data = compress(tar)
-    try:
-        write_atomically(output, data)
-    except OSError as error:
-        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
+    write_atomically(output, data, ArtifactError)
     files = sum(file.size for entry in index.entries for file in entry.files)
     return Packed(output, hashlib.sha256(data).hexdigest(), len(data), files)
 
 
 def publish(packed: Packed, output: Path) -> Packed:
     """Put a packed artifact at ``output``, whole or not at all. Raises `ArtifactError` where it cannot be written."""
-    try:
-        write_atomically(output, packed.path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
+    write_atomically(output, packed.path.read_bytes(), ArtifactError)
     return replace(packed, path=output)
 
 

@@ -21,6 +21,7 @@ from zlib import adler32
 import zstandard
 
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Index
+from cachebuilder.common import records
 from cachebuilder.common.records import RecordError
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
@@ -312,7 +313,7 @@ def parse_index(data: bytes, path: Path) -> Index:
     if data.count(b"{") + data.count(b"[") > _MAX_INDEX_NESTED:
         raise ArtifactError(f"{path}: {INDEX}: wanted at most {_MAX_INDEX_NESTED} objects and lists, found more")
     try:
-        index = Index.model_validate_json(data)
+        index = records.read(Index, data)
     except RecordError as error:
         if error.where == "schema_version":
             raise ArtifactError(

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact.index import SIGNATURE_SUFFIX
 from cachebuilder.artifact.whole import read_beside, read_bytes
-from cachebuilder.common.files import write_new
+from cachebuilder.common.files import write_new, writing
 from cachebuilder.errors import SignatureError
 
 #: The signature lies beside the artifact, under its name and this.
@@ -233,11 +233,10 @@ def _public_bytes(key: ec.EllipticCurvePublicKey, encoding: serialization.Encodi
 
 
 def _write_key(path: Path, data: bytes, mode: int) -> None:
-    try:
-        write_new(str(path), data, mode)
-    except FileExistsError:
-        raise SignatureError(
-            f"{path}: wanted no file, found one: a key is never overwritten", hint="choose another name"
-        ) from None
-    except OSError as error:
-        raise SignatureError(f"{path}: cannot be written: {error.strerror}") from error
+    with writing(path, SignatureError):
+        try:
+            write_new(str(path), data, mode)
+        except FileExistsError:
+            raise SignatureError(
+                f"{path}: wanted no file, found one: a key is never overwritten", hint="choose another name"
+            ) from None

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.scalarstring import LiteralScalarString
 
-from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifests
 
@@ -41,7 +41,7 @@ def add(path: Path, sources: Sequence[NewSource]) -> int:
     wanted = [*(source.source for source in before.sources), *(source.text for source in new)]
     if [source.source for source in after.sources] != wanted or after.ops != before.ops:
         raise _unwritable(path)
-    write_atomically(path, written)
+    write_atomically(path, written, ManifestError)
     return len(new)
 
 
@@ -61,7 +61,7 @@ def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequ
     made = manifests.parse(written, str(path))
     if [source.source for source in made.sources] != [source.text for source in sources]:
         raise _unwritable(path)
-    write_atomically(path, written)
+    write_atomically(path, written, ManifestError)
 
 
 def _yaml() -> YAML:

@@ -9,6 +9,7 @@ import click
 from cachebuilder import building
 from cachebuilder.cli import remote, shared, words
 from cachebuilder.cli.push import run_push
+from cachebuilder.manifest.inputs import find_inputs
 
 
 @click.command()
@@ -49,7 +50,7 @@ def build(
 
     Beside it lies ARTIFACT.build.json, the record of the build, for `report`.
     """
-    inputs = building.find_inputs(manifest, nvcc, deep_gemm)
+    inputs = find_inputs(manifest, nvcc=nvcc, deep_gemm=deep_gemm)
     if not shared.quiet():
         click.echo(f"using     {inputs.installation}")
         click.echo(f"          {inputs.toolchain}")

@@ -10,9 +10,9 @@ from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.derive import derive
 from cachebuilder.authoring.derive.engines import ENGINES
 from cachebuilder.authoring.derive.text import manifest_text
-from cachebuilder.common.files import put
+from cachebuilder.common.files import write_atomically
 from cachebuilder.cuda import gpus
-from cachebuilder.errors import ModelError
+from cachebuilder.errors import ManifestError, ModelError
 from cachebuilder.manifest import schema as manifests
 
 _size = click.IntRange(min=1)
@@ -103,6 +103,6 @@ def manifest(
     if output is None:
         click.echo(text, nl=False)
         return
-    put(output, text.encode(), 0o644)
+    write_atomically(output, text.encode(), ManifestError)
     shapes = f"{len(derived.ops)} shapes, {len(derived.left_out)} left out"
     click.echo(f"manifest  {output}: {shapes}; the reasons are in it\nnext      cachebuilder plan {output}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from cachebuilder import building
 from cachebuilder.cli import shared, table, words
+from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.selection import Selection
 
@@ -22,7 +22,7 @@ from cachebuilder.planning.selection import Selection
 @shared.progress_options
 def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
-    inputs = building.find_inputs(manifest, nvcc, deep_gemm)
+    inputs = find_inputs(manifest, nvcc=nvcc, deep_gemm=deep_gemm)
     with shared.show_progress() as progress:
         made = planning.make(
             inputs.manifest,

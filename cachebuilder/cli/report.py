@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.cli import remote, words
-from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ArtifactError, InstallationError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -35,8 +35,5 @@ def report(target: Path, output: Path, against: Path | None, verified: Path | No
     found = facts.gather(target, verified)
     changes = facts.compare(facts.gather(against), found) if against else None
     data = page.render(found, changes).encode()
-    try:
-        write_atomically(output, data)
-    except OSError as error:
-        raise ArtifactError(f"{output}: cannot be written: {error.strerror}") from error
+    write_atomically(output, data, ArtifactError)
     click.echo(f"report    {output}, {words.size(len(data))}: {len(found.kernels)} kernels of {found.name}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -14,6 +17,8 @@ __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all t
 
 if TYPE_CHECKING:
     from cachebuilder.cuda.gpus import Gpu
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: What to do with a folder whose entries are not what they were.
 RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
@@ -32,6 +37,29 @@ nvcc_option = click.option(
     help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def option_group(name: str, kind: type[Any], *options: Callable[[F], F]) -> Callable[[F], F]:
+    """Give a verb several options and hand them over as one object, the argument ``name``.
+
+    Args:
+        kind: a dataclass; each of its fields takes the option of that name.
+        options: click's options, in the order of the help text.
+    """
+    fields = [field.name for field in dataclasses.fields(kind)]
+
+    def decorate(verb: F) -> F:
+        @functools.wraps(verb)
+        def call(**values: Any) -> Any:
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+            return verb(**values)
+
+        decorated = cast(F, call)
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
 
 
 class _Folder(click.Path):

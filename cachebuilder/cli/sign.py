@@ -9,7 +9,7 @@ import click
 from cachebuilder.artifact import provenance, signature
 from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.cli import shared, signing
-from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import SignatureError
 
 
@@ -32,10 +32,7 @@ def sign(artifact: Path, key_file: Path) -> None:
         (provenance.SUFFIX, provenance.seal(statement, key)),
     ):
         beside = artifact.with_name(artifact.name + suffix)
-        try:
-            write_atomically(beside, content)
-        except OSError as error:
-            raise SignatureError(f"{beside}: cannot be written: {error.strerror}") from error
+        write_atomically(beside, content, SignatureError)
         click.echo(f"written   {beside}")
     click.echo(f"sha256    {statement['subject'][0]['digest']['sha256']}")
     click.echo(f"next      cachebuilder verify-signature {artifact} --trust {key_file.with_suffix('.pub')}")

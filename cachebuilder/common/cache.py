@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cachebuilder.common.locks import lock
 from cachebuilder.errors import InstallationError
 
 
@@ -46,8 +46,8 @@ def scratch_folder() -> Iterator[Path]:
     for left in root.iterdir():
         _remove_if_abandoned(left)
     folder = Path(tempfile.mkdtemp(dir=root))
-    lock = _lock(folder)
-    assert lock is not None, "a new folder is nobody else's"
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    lock(handle)
     try:
         yield folder
     finally:
@@ -57,44 +57,18 @@ def scratch_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """An exclusive lock on the folder itself: it ends with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+            os.close(handle)
 
 
 def _remove_if_abandoned(folder: Path) -> None:
     try:
-        handle = _lock(folder)
-    except OSError:  # gone meanwhile, or not a folder: another process's business
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # another process removed it meanwhile, or it is not a folder
         return
-    if handle is not None:
-        # A folder between its making and its locking by another process looks the same, for microseconds; an age
-        # bound keeps the two apart.
-        if time.time() - folder.stat().st_mtime > 60:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` whole or not at all, whatever was there; safe with many writers and a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        # A folder that another process has just made and not locked yet looks abandoned for some microseconds: a
+        # minimum age keeps the two apart.
+        if lock(handle) and time.time() - os.fstat(handle).st_mtime > 60:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)

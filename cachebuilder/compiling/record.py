@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cachebuilder.common.cache import write_atomically
+from cachebuilder.common.files import write_atomically
 from cachebuilder.compiling.pool import Step, Task
 from cachebuilder.errors import ArtifactError
 
@@ -93,10 +93,7 @@ def path_for(artifact: Path) -> Path:
 def write(artifact: Path, record: BuildRecord) -> None:
     """Write the record beside ``artifact``. Raises `ArtifactError` where it cannot be."""
     path = path_for(artifact)
-    try:
-        write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n")
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written: {error.strerror}") from error
+    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", ArtifactError)
 
 
 def read(artifact: Path, sha256: str) -> BuildRecord | None:

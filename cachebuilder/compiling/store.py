@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from cachebuilder.common.cache import cache_folder, write_atomically
+from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.files import write_atomically
+from cachebuilder.errors import InstallationError
 
 
 class CubinStore:
@@ -32,7 +34,7 @@ class CubinStore:
 
     def put(self, key: str, cubin: bytes) -> None:
         """Keep a cubin."""
-        write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin)
+        write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin, InstallationError)
 
 
 class NoStore(CubinStore):

@@ -9,26 +9,24 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
-from cachebuilder.common.cache import cache_folder, write_atomically
+from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.files import write_atomically
+from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import family, includes
-from cachebuilder.errors import PlanError
+from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.sweep import run as sweep
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Kernel(_Frozen):
+class Kernel(Record):
     """One kernel to compile.
 
     Attributes:
@@ -48,7 +46,7 @@ class Kernel(_Frozen):
     selected_by: tuple[Selection, ...]
 
 
-class Plan(_Frozen):
+class Plan(Record):
     """All kernels of a manifest for one DeepGEMM and one compiler.
 
     Attributes:
@@ -98,7 +96,7 @@ def make(
     )
     plan = _from_sweep(manifest, installation, toolchain, swept)
     if reuse:
-        write_atomically(kept, plan.model_dump_json().encode())
+        write_atomically(kept, plan.model_dump_json().encode(), InstallationError)
     return plan
 
 

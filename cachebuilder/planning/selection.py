@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from cachebuilder.common.records import Record, fields, inside, integer, several
+from pydantic import FailFast
 
-_RANGE = frozenset(("first", "last", "step"))
-_SELECTION = frozenset(("op", "sm_count", "ranges"))
+from cachebuilder.common.records import Count, Record
 
 
-@dataclass(frozen=True)
 class Range(Record):
-    """Points first, first + step, … last of an op's variable."""
+    """The values first, first + step, … last of an op's variable."""
 
-    first: int
-    last: int
-    step: int
-
-    @classmethod
-    def model_validate(cls, value: object, where: str = "") -> Range:
-        """Three whole numbers."""
-        found = fields(value, where, _RANGE)
-        return cls(integer(found["first"], where), integer(found["last"], where), integer(found["step"], where))
+    first: Count
+    last: Count
+    step: Count
 
 
-@dataclass(frozen=True)
 class Selection(Record):
-    """Where one op asks for one kernel: at these points, with this many SMs."""
+    """Where one op asks for one kernel.
 
-    op: int
-    sm_count: int
-    ranges: tuple[Range, ...]
+    Attributes:
+        op: the op's position in the manifest.
+        sm_count: the SM count at which it was swept.
+        ranges: the values of its variable that select the kernel, ascending.
+    """
 
-    @classmethod
-    def model_validate(cls, value: object, where: str = "") -> Selection:
-        """The op's position in the index, the SM count, the ranges."""
-        found = fields(value, where, _SELECTION)
-        ranges = several(found["ranges"], inside(where, "ranges"), Range.model_validate)
-        return cls(integer(found["op"], where), integer(found["sm_count"], where), ranges)
+    op: Count
+    sm_count: Count
+    ranges: Annotated[tuple[Range, ...], FailFast()]

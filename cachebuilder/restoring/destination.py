@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachebuilder.artifact.index import CACHE, Entry
 from cachebuilder.common.files import make_folders, write_new
+from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring import frozen
 
@@ -34,7 +33,6 @@ class Destination:
     _work: int | None = None
     _work_path: Path | None = None
     _cache: int | None = None
-    _masked: bool = True
     _done: bool = False
 
     def __enter__(self) -> Destination:
@@ -60,15 +58,12 @@ class Destination:
         if self._work is None:
             self._make_work()
         os.mkdir(name, 0o755, dir_fd=self._work)
-        if not self.made:  # where the first folder gets its mode by itself, so do all others and all files
-            self._masked = stat.S_IMODE(os.stat(name, dir_fd=self._work).st_mode) != 0o755
-        if self._masked:
-            os.chmod(name, 0o755, dir_fd=self._work)
+        os.chmod(name, 0o755, dir_fd=self._work)  # whatever the umask
         self.made.append(name)
 
     def write(self, name: str, file: str, data: bytes) -> None:
         """Write one file of an entry that has begun."""
-        write_new(f"{name}/{file}", data, 0o644, self._work, self._masked)
+        write_new(f"{name}/{file}", data, 0o644, self._work)
 
     def holds(self, name: str, entry: Entry) -> bool:
         """Whether ``cache/`` has this entry, equal to the last byte and with nothing else in it."""
@@ -120,54 +115,45 @@ class Destination:
 
     def _make_work(self) -> None:
         root = self.to / frozen.FOLDER / "tmp"
-        for lock in self._locked(root):
-            for left in os.listdir(lock):
-                _sweep(lock, left)
+        for handle in self._locked(root):
+            for left in os.listdir(handle):
+                _sweep(handle, left)
             name = f"{os.getpid()}-{os.urandom(8).hex()}"
-            os.mkdir(name, 0o700, dir_fd=lock)
+            os.mkdir(name, 0o700, dir_fd=handle)
             self._work_path = root / name
-            self._work = os.open(name, _FOLDER_FLAGS, dir_fd=lock)
-            _lock(self._work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._work = os.open(name, _FOLDER_FLAGS, dir_fd=handle)
+            lock(self._work)
 
     def _locked(self, root: Path) -> Iterator[int]:
         """Hold ``root`` alone, once: who sweeps meets no folder that is made but not locked yet."""
         for _ in range(100):
             self._created += make_folders(root)
             try:
-                lock = os.open(root, _FOLDER_FLAGS)
+                handle = os.open(root, _FOLDER_FLAGS)
             except FileNotFoundError:  # another restore ended and took it away
                 continue
             try:
-                _lock(lock, fcntl.LOCK_EX)
+                lock(handle, wait=True)
                 with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(lock), os.stat(root)):
-                        yield lock
+                    if os.path.samestat(os.fstat(handle), os.stat(root)):
+                        yield handle
                         return
             finally:
-                os.close(lock)
+                os.close(handle)
         raise RestoreError(f"{root}: cannot be made: it goes away again and again")
-
-
-def _lock(handle: int, kind: int) -> bool:
-    """Lock; the lock ends with the process. False where another has it, or the file system knows no locks."""
-    try:
-        fcntl.flock(handle, kind)
-    except OSError:
-        return False
-    return True
 
 
 def _remove_root(root: Path) -> None:
     """Remove the folder of working folders, with what killed restores left, if none works in it, nor is about to."""
     with contextlib.suppress(OSError):
-        lock = os.open(root, _FOLDER_FLAGS)
+        handle = os.open(root, _FOLDER_FLAGS)
         try:
-            if _lock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                for left in os.listdir(lock):
-                    _sweep(lock, left)
+            if lock(handle):
+                for left in os.listdir(handle):
+                    _sweep(handle, left)
                 root.rmdir()
         finally:
-            os.close(lock)
+            os.close(handle)
 
 
 def _sweep(root: int, name: str) -> None:
@@ -177,7 +163,7 @@ def _sweep(root: int, name: str) -> None:
     except OSError:
         return
     try:
-        if _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if lock(folder):
             for entry in os.listdir(folder):
                 _remove_entry(folder, entry)
             with contextlib.suppress(OSError):

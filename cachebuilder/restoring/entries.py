@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from cachebuilder.artifact.index import Entry, Fingerprint, Index
 from cachebuilder.artifact.read import Archive, open_archive
-from cachebuilder.common.files import make_folders, put
+from cachebuilder.common.files import make_folders, write_atomically
 from cachebuilder.cuda.nvml import VisibleGpu
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
@@ -177,7 +177,7 @@ def _restore(archive: Archive, to: Path, installation: Installation | None) -> t
             here = names.index_bytes(archive.index_bytes)
             for name, (data, mode) in own_files(index, archive.index_bytes, archive.manifest, here).items():
                 make_folders((to / name).parent)
-                put(to / name, data, mode)
+                write_atomically(to / name, data, RestoreError, mode)
             destination.keep()
     except OSError as error:
         named = error.filename2 or error.filename  # of a rename: where to

@@ -10,7 +10,8 @@ import os
 import shlex
 from pathlib import Path
 
-from cachebuilder.common.files import make_folders, put
+from cachebuilder.common.files import make_folders, write_atomically
+from cachebuilder.errors import RestoreError
 
 #: What to do with a kernel that the cache lacks: ``refuse`` (default), ``compile`` or ``compile-and-warn``.
 POLICY_VARIABLE = "CACHEBUILDER_ON_MISS"
@@ -51,11 +52,11 @@ def write(folder: Path, version_text: str, artifact_name: str, fingerprint_diges
         folder: ``DIR/cachebuilder`` of a restored DIR.
 
     Raises:
-        OSError: the folder cannot be written.
+        RestoreError: the folder cannot be written.
     """
     make_folders(folder / "bin")
     for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
-        put(folder.parent / name, data, mode)
+        write_atomically(folder.parent / name, data, RestoreError, mode)
     return folder / "bin" / "nvcc"
 
 

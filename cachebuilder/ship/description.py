@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cachebuilder.artifact.index import PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNATURE_SUFFIX, Fingerprint, Index
+from cachebuilder.common import records
 from cachebuilder.common.records import RecordError
 from cachebuilder.errors import TransferError
 from cachebuilder.ship.locations import printable
@@ -63,12 +64,13 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
     if _FINGERPRINT not in annotations:
         return None
     try:
-        fingerprint = Fingerprint.model_validate_json(annotations[_FINGERPRINT])
+        fingerprint = records.read(Fingerprint, annotations[_FINGERPRINT].encode())
     except RecordError as error:
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: {error}") from None
     if not _is_text(fingerprint.model_dump()):
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: wanted text, found control characters")
-    index = Index(
+    index = Index.model_construct(  # the manifest's digest may be missing in an annotation
+        schema_version=1,
         name=printable(annotations.get(_NAME, "")),
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES
+from cachebuilder.common.locks import lock
 from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship.retry import Again, Retries
 
@@ -144,9 +144,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:  # taken, or a file system without locks
+            if not lock(handle):
                 break
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(path)):  # else somebody has just finished it

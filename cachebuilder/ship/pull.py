@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachebuilder.artifact.index import Index
-from cachebuilder.common.cache import write_atomically
-from cachebuilder.errors import CompatibilityError, SignatureError, TransferError
+from cachebuilder.common.files import write_atomically
+from cachebuilder.errors import CompatibilityError, RestoreError, SignatureError, TransferError
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE, Described, read_description
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, Manifest, annotations_of, entries
@@ -189,7 +189,7 @@ def put_beside(path: Path, files: dict[str, bytes]) -> None:
     for suffix in BESIDE:
         beside = path.with_name(path.name + suffix)
         if suffix in files:
-            write_atomically(beside, files[suffix])
+            write_atomically(beside, files[suffix], RestoreError)
         else:
             beside.unlink(missing_ok=True)
 

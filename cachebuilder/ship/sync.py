@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.common.files import make_folders, put
+from cachebuilder.common.files import make_folders, write_atomically
 from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
 from cachebuilder.restoring.folder import is_restored, open_folder
 from cachebuilder.ship.fetch import Found
@@ -179,7 +179,7 @@ def _make(to: Path, found: Found, restore: Restore, usable: Usable, check: Check
     try:
         artifact = found.get(lambda name: fetched / name, check)
         record = {"version": found.version, "source": found.name, "signed_by": restore(artifact, aside)}
-        put(aside / _RECORD, json.dumps(record).encode() + b"\n", 0o644)
+        write_atomically(aside / _RECORD, json.dumps(record).encode() + b"\n", RestoreError)
         _flush(aside)
         generation = _place(to, aside, found, usable)
     except (CacheBuilderError, OSError):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cachebuilder.artifact.read import read_index
-from cachebuilder.common.cache import scratch_folder, write_atomically
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.cuda import nvml
 from cachebuilder.deepgemm.installation import Installation
@@ -223,10 +224,7 @@ def _identity(artifact: Path) -> dict[str, str]:
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """Write a report. Raises `ArtifactError` where it cannot be."""
-    try:
-        write_atomically(path, json.dumps(found, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be written: {error.strerror}") from error
+    write_atomically(path, json.dumps(found, indent=1).encode() + b"\n", ArtifactError)
 
 
 def require_right(target: Path | str, replays: Sequence[Replay]) -> None:

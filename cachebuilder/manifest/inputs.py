@@ -1,0 +1,44 @@
+"""What a plan is made from: a manifest, and the compiler and the DeepGEMM that were found for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachebuilder.cuda import toolchain as toolchains
+from cachebuilder.cuda.toolchain import Toolchain
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.manifest import schema
+from cachebuilder.manifest.schema import Manifest
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a plan and a build are made from, all of it found and checked before anything slow starts.
+
+    Attributes:
+        manifest_bytes: the manifest's file as it is, which an artifact carries.
+    """
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    toolchain: Toolchain
+    installation: Installation
+
+
+def find_inputs(manifest: Path, *, nvcc: Path | None = None, deep_gemm: Path | None = None) -> Inputs:
+    """Read the manifest, and find the compiler and DeepGEMM.
+
+    Args:
+        nvcc: the compiler; left out, that of ``CUDA_HOME``, else of ``PATH``, else of PyPI's wheels.
+        deep_gemm: the ``deep_gemm`` package; left out, the installed one, else vLLM's own copy.
+
+    Raises:
+        ManifestError: the manifest cannot be read or is wrong.
+        ToolchainError: there is no nvcc, or not the release that the manifest wants.
+        InstallationError: there is no DeepGEMM.
+    """
+    model, data = schema.load(manifest)
+    release = model.toolchain.nvcc if model.toolchain else None
+    return Inputs(model, data, toolchains.find(nvcc, release), installations.find(deep_gemm))
