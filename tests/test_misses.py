@@ -100,14 +100,13 @@ def test_a_kernel_that_no_op_asks_for_is_not_given_one(built: building.Built, ol
     assert old in source
     shape = read_shape(source.replace(old, new))
     assert shape is not None and shape.op is None and (shape.n, shape.k) == (256, 512)
-    assert "its op cannot be told" in misses.advice(shape) and "--add-to" in misses.advice(shape)
+    assert "names no op" in misses.advice(shape) and "--add-to" in misses.advice(shape)
 
 
 def test_a_kernel_whose_source_was_not_kept_is_still_counted(tmp_path: Path) -> None:
-    found = misses.read(log_of(tmp_path, ("transpose_fp32", 5, None), ("transpose_fp32", 4, None)))
-    [miss] = found.misses
+    [miss] = misses.read(log_of(tmp_path, ("transpose_fp32", 5, None), ("transpose_fp32", 4, None))).misses
     assert (miss.kernel, miss.count, miss.first, miss.last, miss.source) == ("transpose_fp32", 2, 4, 5, None)
-    assert "does not tell a shape" in misses.advice(miss.shape)
+    assert "names no shape" in miss.advice
 
 
 def test_a_log_that_was_moved_with_its_sources_is_read(built: building.Built, tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_log_that_was_moved_with_its_sources_is_read(built: building.Built, tm
     assert miss.source == built.plan.kernels[0].source
 
 
-def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: Path) -> None:
+def test_lines_that_the_frozen_nvcc_did_not_write_are_counted_and_not_fatal(run: Run, tmp_path: Path) -> None:
     log = log_of(tmp_path, ("x", 1, None))
     garbage = (
         b'\n{"time":\n\xff\xfe\n[]\n"x"\n' + b"[" * 100_000 + b"\n" + b'{"kernel": null, "time": 1e99, "source": 5}\n'
@@ -127,11 +126,11 @@ def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: P
     done = run("misses", log)
     assert done.returncode == 0, done.stderr
     assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 time" in done.stdout
-    assert "lines of the log are none of the frozen nvcc's" in done.stdout
+    assert "lines of the log are not the frozen nvcc's" in done.stdout
 
 
 def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
-    """A log comes from serving machines; what it names could end in a manifest that is shown around."""
+    """A log comes from serving machines, and the sources that it names may end in a manifest that others see."""
     log = log_of(tmp_path, ("x", 1, None))
     secret, beside = tmp_path / "secret.d" / "key", tmp_path / "other" / "k.cu"
     for file in (secret, beside):
@@ -147,7 +146,7 @@ def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(ru
         assert done.returncode == 0 and "\x1b" not in done.stdout and "\x07" not in done.stdout
 
 
-def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
+def test_a_missing_log_is_one_sentence(run: Run, tmp_path: Path) -> None:
     done = run("misses", tmp_path / "none")
     assert done.returncode == 8 and "cannot be read" in done.stderr
 
@@ -198,7 +197,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     built: building.Built, change: tuple[str, str], words: list[str], tmp_path: Path
 ) -> None:
     if built.plan.generation == "legacy" and "#include" in change[0]:
-        words = []  # no header is read for a legacy key: nvcc would say it
+        words = []  # a legacy key needs no header: nvcc would report it
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
     (tmp_path / "m.yaml").write_text(SMALL)
     kernel = "sm90_fp8_gemm_1d2d" if "GemmType" not in change[0] else None

@@ -1,4 +1,4 @@
-"""A program recorded: what it asks for is in the manifest, and the cache built from that serves it."""
+"""Records programs: what they ask for is in the manifest, and the cache that is built from it serves them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(manifest: Path) -> list[str | None]:
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The program is this repository's."""
+    """The program is a module of this repository."""
     monkeypatch.chdir(ROOT)
 
 
@@ -118,7 +118,7 @@ def test_a_kernel_that_does_not_compile_is_named_and_left_out(deep_gemm: Path | 
     manifest = tmp_path / "m.yaml"
     done = run("record", "-o", manifest, "--gpu", "H200", "--", *program(deep_gemm, "layout4", "refused", "3"))
     assert done.returncode == 3, "the program's own exit code"
-    assert "sm90_fp8_gemm_1d1d: asked for, and did not compile" in done.stdout
+    assert "sm90_fp8_gemm_1d1d: left out, because its compilation failed" in done.stdout
     assert set(names(manifest)) == {"transpose_fp32"}
 
 
