@@ -80,7 +80,14 @@ def main(
     print(json.dumps(run | {"deep_gemm": installation.version, "max_tokens": max_num_batched_tokens}), flush=True)
     for path, tp, ep in zip(models[::3], models[1::3], models[2::3], strict=True):
         for card in cards:
-            deployment = Deployment("vllm", card, VLLM, tp=int(tp), ep=int(ep), max_tokens=max_num_batched_tokens)
+            deployment = Deployment(
+                engine="vllm",
+                engine_version=VLLM,
+                gpu=card,
+                tp=int(tp),
+                ep=int(ep),
+                max_tokens=max_num_batched_tokens,
+            )
             derived = derive_manifest(Path(path), deployment)
             serving = derived.serving
             manifest = manifests.parse(derived.text.encode())

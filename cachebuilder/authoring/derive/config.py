@@ -64,16 +64,16 @@ class Config:
         """The configuration in ``tree``. Raises ModelError where it is not a model's."""
         text = tree.get("text_config")
         fields = text if isinstance(text, dict) else tree
-        architectures = tree.get("architectures") or fields.get("architectures")
-        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-            raise ModelError(f"{path}: architectures: wanted a list with the model's class, found {architectures!r}")
         # In a multimodal model the text part serves the tokens, and the families know the class of that part.
-        inner = fields.get("architectures")
-        architecture = inner[0] if isinstance(inner, list) and inner else architectures[0]
+        architectures = fields.get("architectures") or tree.get("architectures")
+        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+            raise ModelError(
+                f"{path}: architectures: wanted a list with the model's class, found {_short(architectures)}"
+            )
         quantization = tree.get("quantization_config") or fields.get("quantization_config") or {}
         if not isinstance(quantization, dict):
-            raise ModelError(f"{path}: quantization_config: wanted an object, found {quantization!r}")
-        return cls(path, fields, quantization, architecture)
+            raise ModelError(f"{path}: quantization_config: wanted an object, found {_short(quantization)}")
+        return cls(path, fields, quantization, architectures[0])
 
     def has(self, name: str) -> bool:
         """Whether the config has the field, with another value than null."""
@@ -158,7 +158,7 @@ def _check_compressed_tensors(config: Config) -> str:
         if not isinstance(weights, dict):
             raise _refusal(config, f"its compressed-tensors {name} quantises no weights")
         bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
-        targets = ", ".join(map(str, group.get("targets", []))) or "all layers"
+        targets = ", ".join(map(str, group.get("targets") or [])) or "all layers"
         if (bits, kind) != (8, "float"):
             what = "INT4" if (bits, kind) == (4, "int") else f"{bits}-bit {kind}"
             raise _refusal(config, f"its compressed-tensors weights are {what} ({targets})")
@@ -166,8 +166,8 @@ def _check_compressed_tensors(config: Config) -> str:
             structure = weights.get("block_structure")
             how = f"{strategy} {structure}" if structure else f"one for each {strategy}"
             raise _refusal(config, f"its compressed-tensors FP8 weights have other scales: {how} ({targets})")
-        activations = group.get("input_activations") or {}
-        if not activations.get("dynamic"):
+        activations = group.get("input_activations")
+        if not isinstance(activations, dict) or not activations.get("dynamic"):
             raise _refusal(config, "its compressed-tensors activations are not quantised dynamically")
     return "compressed-tensors, FP8 by blocks of [128, 128]"
 

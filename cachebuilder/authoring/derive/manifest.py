@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.derive import Derived, derive
 from cachebuilder.authoring.derive.engines import ENGINES
-from cachebuilder.authoring.derive.serving import Serving
+from cachebuilder.authoring.derive.serving import EngineOptions, Serving
 from cachebuilder.authoring.derive.text import manifest_text
 from cachebuilder.cuda import gpus
 from cachebuilder.errors import ModelError
@@ -19,31 +19,21 @@ MoeBackend = Literal["deep_gemm", "deep_gemm_mega_moe", "other"]
 MOE_BACKENDS: tuple[MoeBackend, ...] = get_args(MoeBackend)
 
 
-@dataclass(frozen=True)
-class Deployment:
-    """How a person describes a deployment; `serving` finds the engine's rules for it.
+@dataclass(frozen=True, kw_only=True)
+class Deployment(EngineOptions):
+    """How a person describes a deployment.
 
     Attributes:
         engine: one of `ENGINES`.
         engine_version: its release; None: the newest whose source was read.
         gpu: a known GPU's name.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
-
-    The other fields are `Serving`'s.
     """
 
     engine: str
-    gpu: str
     engine_version: str | None = None
-    tp: int = 1
-    ep: int = 1
-    dp: int = 1
-    pp: int = 1
-    max_tokens: int = 8192
-    max_seqs: int = 1024
-    max_model_len: int | None = None
+    gpu: str
     moe_backend: MoeBackend = "deep_gemm"
-    low_latency: bool = False
 
     def serving(self) -> Serving:
         """The engine's rules for this deployment.
@@ -59,16 +49,9 @@ class Deployment:
         return rules(
             gpu=gpu,
             version=rules.release(self.engine_version),
-            tp=self.tp,
-            ep=self.ep,
-            dp=self.dp,
-            pp=self.pp,
-            max_tokens=self.max_tokens,
-            max_seqs=self.max_seqs,
-            max_model_len=self.max_model_len,
-            low_latency=self.low_latency,
             moe_deep_gemm=self.moe_backend != "other",
             mega_moe=self.moe_backend == "deep_gemm_mega_moe",
+            **{field.name: getattr(self, field.name) for field in fields(EngineOptions)},
         )
 
 

@@ -51,23 +51,18 @@ class IndexerLogits:
         ]
 
 
-@dataclass(frozen=True)
-class Serving:
-    """One deployment.
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What an engine is told by options of its own.
 
     Attributes:
-        version: the engine's release, which the rules cover (see `release`).
-        tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's own options take them.
+        tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's options take them.
         max_tokens: the largest number of tokens in a step.
         max_seqs: the largest number of sequences in a step.
         max_model_len: the longest sequence; None: the model's own.
         low_latency: DeepEP's low-latency dispatch brings tokens to the experts.
-        moe_deep_gemm: the routed experts run in DeepGEMM (engines have other kernels for them as well).
-        mega_moe: they run in its mega-MoE: dispatch, both GEMMs and combine in one kernel.
     """
 
-    gpu: Gpu
-    version: str
     tp: int = 1
     ep: int = 1
     dp: int = 1
@@ -76,6 +71,20 @@ class Serving:
     max_seqs: int = 1024
     max_model_len: int | None = None
     low_latency: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(EngineOptions):
+    """An engine's rules for one deployment.
+
+    Attributes:
+        version: the engine's release, which the rules cover (see `release`).
+        moe_deep_gemm: the routed experts run in DeepGEMM (engines have other kernels for them as well).
+        mega_moe: they run in its mega-MoE: dispatch, both GEMMs and combine in one kernel.
+    """
+
+    gpu: Gpu
+    version: str
     moe_deep_gemm: bool = True
     mega_moe: bool = False
 
