@@ -10,7 +10,7 @@ from cachebuilder.authoring import sources
 from cachebuilder.authoring.sources import NewSource
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.restoring import misses
 from tests.conftest import SMALL, Run
@@ -36,8 +36,8 @@ def log_of(folder: Path, *entries: tuple[str, int | None, str | None]) -> Path:
 
 def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
     (folder / "m.yaml").write_text(EVERY_OP.format(gpu=gpu))
-    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(folder / "m.yaml", deep_gemm=deep_gemm)
+    plan = planning.make(inputs)
     for kernel in plan.kernels:
         shape = read_shape(kernel.source)
         if "GemmType" not in kernel.source:
@@ -157,9 +157,9 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 ) -> None:
     here = built.inputs.installation
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
-    wide = find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
+    wide = load_manifest(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
-    asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
+    asked = planning.make(wide).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
     assert len(missed) >= 2
     log = log_of(tmp_path, *((entry, 1_700_000_000, source) for entry, source in missed.items()))
@@ -176,7 +176,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"
-    more = building.build(find_inputs(manifest, deep_gemm=here.imported_as), output)
+    more = building.build(load_manifest(manifest, deep_gemm=here.imported_as), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
     assert check(output, here, tmp_path / "wide.yaml").complete
     assert check(output, here).complete
@@ -205,12 +205,12 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
         return
     with pytest.raises(PlanError) as error:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
     for word in ["sources[0]", *words]:
         assert word in f"{error.value} {error.value.hint}"
 
@@ -222,6 +222,6 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     (tmp_path / "m.yaml").write_text(SMALL)
     text = f"// of other headers\n{source.partition(chr(10))[2]}"
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)

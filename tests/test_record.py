@@ -13,7 +13,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.deepgemm import installation
 from cachebuilder.manifest import schema as manifests
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.restoring import frozen
 from tests.conftest import ROOT, SMALL, Run
 from tests.restored import check, unpack
@@ -48,7 +48,7 @@ def test_a_program_is_served_from_the_cache_built_of_its_recording(
     assert "an op for it: {op: fp8_gemm_nt, n: 256, k: 512}" in text and str(tmp_path) not in text
 
     here = installation.find(deep_gemm)
-    building.build(find_inputs(recorded, deep_gemm=here.path), output)
+    building.build(load_manifest(recorded, deep_gemm=here.path), output)
     assert check(output, here).complete
     served = unpack(output, tmp_path / "served")
     asked = run("run", served, "--", *program(deep_gemm, "dense", "0"))

@@ -28,7 +28,7 @@ from cachebuilder.authoring.derive.engines import ENGINES
 from cachebuilder.authoring.derive.manifest import Deployment, derive_manifest
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.restoring import entries as restoring
 from cachebuilder.restoring import environment
@@ -108,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         (work / "m.yaml").write_text(derived.text)
-        inputs = find_inputs(work / "m.yaml", deep_gemm=installations.find(None).path)
+        inputs = load_manifest(work / "m.yaml", deep_gemm=installations.find(None).path)
         deep_gemm = inputs.installation
         started = time.monotonic()
         built = building.build(inputs, work / "a.tar.zst")

@@ -19,6 +19,7 @@ from cachebuilder.authoring import recording as recordings
 from cachebuilder.authoring import sources
 from cachebuilder.authoring.recording import RecordedKernel, Recording
 from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.locks import lock
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.cuda import gpus, nvml
@@ -30,6 +31,7 @@ from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import CacheBuilderError, ManifestError, RecordingError
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.restoring import misses
@@ -46,10 +48,16 @@ class NewManifest:
 
 @dataclass(frozen=True)
 class KnownManifest:
-    """A manifest to add to, as `known_manifest` read it; ``deep_gemm``: the package to plan its ops with."""
+    """A manifest to add to, as `known_manifest` read it.
+
+    Attributes:
+        data: its bytes.
+        deep_gemm: the package to plan its ops with; None: the one that a build takes.
+    """
 
     path: Path
     manifest: Manifest
+    data: bytes
     deep_gemm: Path | None
 
     @property
@@ -93,37 +101,23 @@ def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
 
 def known_manifest(path: Path, deep_gemm: Path | None = None) -> KnownManifest:
     """The manifest at ``path``. Raises `ManifestError` where it cannot be read or written."""
-    manifest = manifests.load(path)[0]
+    manifest, data = manifests.load(path)
     _check_writable(path)
-    return KnownManifest(path, manifest, deep_gemm)
+    return KnownManifest(path, manifest, data, deep_gemm)
 
 
+@dataclass(frozen=True)
 class Recorder:
-    """Records one program into one manifest.
+    """Records one program into one manifest; `open_recorder` makes it.
 
     Attributes:
         folder: where the recording is until the manifest is written.
     """
 
-    def __init__(
-        self, manifest: NewManifest | KnownManifest, nvcc: Path | None, environment: Mapping[str, str] = os.environ
-    ) -> None:
-        """Check all that a recording needs, and make its folder.
-
-        Args:
-            nvcc: the compiler, as `recording.find_compiler` takes it.
-            environment: the program's.
-
-        Raises:
-            RecordingError: with this environment, a program would not ask nvcc.
-            ToolchainError: there is no nvcc that compiles.
-        """
-        recordings.check_environment(environment)
-        self._manifest, self._environment = manifest, environment
-        self._toolchain = recordings.find_compiler(nvcc, environment)
-        root = cache_folder() / "recordings"
-        root.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(dir=root))
+    manifest: NewManifest | KnownManifest
+    toolchain: Toolchain
+    environment: Mapping[str, str]
+    folder: Path
 
     def run(self, command: Sequence[str]) -> Recording:
         """Run ``command`` and return what it asked for.
@@ -131,38 +125,103 @@ class Recorder:
         Raises:
             RecordingError: the command cannot be run, asked for nothing, or for kernels of another GPU.
         """
-        with self._kept_on_error():
-            recording = recordings.record(self.folder, command, self._toolchain, self._environment)
-            recording.check_kernels()
-            recording.check_target(self._manifest.gpu.name, self._manifest.gpu.major)
-            return recording
+        recording = recordings.record(self.folder, command, self.toolchain, self.environment)
+        recording.check_kernels()
+        recording.check_target(self.manifest.gpu.name, self.manifest.gpu.major)
+        return recording
 
     def write(self, recording: Recording, progress: Progress = no_progress) -> Written:
-        """Write the recorded kernels into the manifest, then remove the recording.
+        """Write the recorded kernels into the manifest.
 
         Raises:
             ManifestError: the manifest cannot be written.
             RecordingError: the kernels are of another generation than the DeepGEMM that the manifest is planned for.
         """
-        with self._kept_on_error():
-            if isinstance(self._manifest, NewManifest):
-                written = _create(self._manifest, recording, self._environment)
-            else:
-                written = _add(self._manifest, recording, self._toolchain, self._environment, progress)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return written
+        if isinstance(self.manifest, NewManifest):
+            return self._create(self.manifest, recording)
+        return self._add(self.manifest, recording, progress)
 
-    @contextmanager
-    def _kept_on_error(self) -> Iterator[None]:
-        """Keep a recording with kernels in it when something fails, and say where it is."""
+    def _create(self, new: NewManifest, recording: Recording) -> Written:
+        generation = recording.check_kernels()
+        fields: dict[str, object] = {"name": new.name, "target": {"gpu": new.gpu.name}}
+        if variables := kernel_variables(generation, self.environment):
+            fields["environment"] = variables
+        comment = (
+            f"What {recording.program} asked DeepGEMM for ({generation} cache), recorded by cachebuilder "
+            f"{__version__}.\nA source is one kernel. Where a comment names an op, that op asks for all such kernels, "
+            "for every M."
+        )
+        sources.create(new.path, fields, comment, _new_sources(recording.kernels, recording.program))
+        return Written(len(recording.kernels), 0, _ops(recording.kernels), ())
+
+    def _add(self, known: KnownManifest, recording: Recording, progress: Progress) -> Written:
+        """Add what the manifest's own ops do not ask for; everything, where the manifest cannot be planned here."""
+        generation = recording.check_kernels()
+        remarks = []
+        planned: frozenset[str] = frozenset()
         try:
-            yield
-        except CacheBuilderError as error:
-            if recordings.has_entries(self.folder):
-                error.hint = f"{f'{error.hint}; ' if error.hint else ''}what was recorded is kept in {self.folder}"
-            else:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            planned = self._planned_sources(known, generation, progress)
+        except RecordingError:
             raise
+        except CacheBuilderError as error:
+            remarks.append(f"the manifest cannot be planned here, so every kernel is added: {error}")
+        if (variables := kernel_variables(generation, self.environment)) != known.manifest.environment:
+            remarks.append(f"the manifest's environment is {known.manifest.environment}, the program's was {variables}")
+        kernels = [kernel for kernel in recording.kernels if kernel.source not in planned]
+        return Written(
+            sources=sources.add(known.path, _new_sources(kernels, recording.program)),
+            covered=len(recording.kernels) - len(kernels),
+            ops=_ops(recording.kernels),
+            remarks=tuple(remarks),
+        )
+
+    def _planned_sources(self, known: KnownManifest, generation: Generation, progress: Progress) -> frozenset[str]:
+        """The sources of all kernels that the manifest asks for."""
+        copy = installation.find(known.deep_gemm)
+        if copy.generation != generation:
+            raise RecordingError(
+                f"wanted kernels of the {copy.generation} generation, for {copy}, found {generation} ones",
+                hint="name the DeepGEMM that the program uses with --deep-gemm",
+            )
+        plan = planning.make(Inputs(known.manifest, known.data, self.toolchain, copy), progress=progress)
+        return frozenset(kernel.source for kernel in plan.kernels)
+
+
+@contextmanager
+def open_recorder(
+    manifest: NewManifest | KnownManifest, nvcc: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Iterator[Recorder]:
+    """Check all that a recording needs, and make its folder; remove that afterwards.
+
+    After an error or Ctrl-C, a recording that holds kernels is kept; the error's hint says where.
+
+    Args:
+        nvcc: the compiler, as `recording.find_compiler` takes it.
+        environment: the program's.
+
+    Raises:
+        RecordingError: with this environment, a program would not ask nvcc.
+        ToolchainError: there is no nvcc that compiles.
+    """
+    recordings.check_environment(environment)
+    toolchain = recordings.find_compiler(nvcc, environment)
+    root = cache_folder() / "recordings"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=root))
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(handle)  # `cachebuilder cache clean` leaves a locked folder alone
+        yield Recorder(manifest, toolchain, environment, folder)
+    except CacheBuilderError as error:
+        if recordings.has_entries(folder):
+            error.hint = f"{f'{error.hint}; ' if error.hint else ''}what was recorded is kept in {folder}"
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _find_gpu(name: str | None) -> Gpu:
@@ -182,61 +241,6 @@ def _check_writable(path: Path) -> None:
     if not os.access(folder, os.W_OK):
         reason = "you may not write to its folder" if folder.exists() else "its folder does not exist"
         raise ManifestError(f"{path}: cannot be written: {reason}")
-
-
-def _create(new: NewManifest, recording: Recording, environment: Mapping[str, str]) -> Written:
-    generation = recording.check_kernels()
-    fields: dict[str, object] = {"name": new.name, "target": {"gpu": new.gpu.name}}
-    if variables := kernel_variables(generation, environment):
-        fields["environment"] = variables
-    comment = (
-        f"What {recording.program} asked DeepGEMM for ({generation} cache), recorded by cachebuilder {__version__}.\n"
-        "A source is one kernel. Where a comment names an op, that op asks for all such kernels, for every M."
-    )
-    sources.create(new.path, fields, comment, _new_sources(recording.kernels, recording.program))
-    return Written(len(recording.kernels), 0, _ops(recording.kernels), ())
-
-
-def _add(
-    known: KnownManifest,
-    recording: Recording,
-    toolchain: Toolchain,
-    environment: Mapping[str, str],
-    progress: Progress,
-) -> Written:
-    """Add what the manifest's own ops do not ask for; everything, where the manifest cannot be planned here."""
-    generation = recording.check_kernels()
-    remarks = []
-    planned: frozenset[str] = frozenset()
-    try:
-        planned = _planned_sources(known, generation, toolchain, progress)
-    except RecordingError:
-        raise
-    except CacheBuilderError as error:
-        remarks.append(f"the manifest cannot be planned here, so every kernel is added: {error}")
-    if (variables := kernel_variables(generation, environment)) != known.manifest.environment:
-        remarks.append(f"the manifest's environment is {known.manifest.environment}, the program's was {variables}")
-    kernels = [kernel for kernel in recording.kernels if kernel.source not in planned]
-    return Written(
-        sources=sources.add(known.path, _new_sources(kernels, recording.program)),
-        covered=len(recording.kernels) - len(kernels),
-        ops=_ops(recording.kernels),
-        remarks=tuple(remarks),
-    )
-
-
-def _planned_sources(
-    known: KnownManifest, generation: Generation, toolchain: Toolchain, progress: Progress
-) -> frozenset[str]:
-    """The sources of all kernels that the manifest asks for."""
-    copy = installation.find(known.deep_gemm)
-    if copy.generation != generation:
-        raise RecordingError(
-            f"wanted kernels of the {copy.generation} generation, for {copy}, found {generation} ones",
-            hint="name the DeepGEMM that the program uses with --deep-gemm",
-        )
-    plan = planning.make(known.manifest, copy, toolchain, lambda done, total: progress("plan", done, total))
-    return frozenset(kernel.source for kernel in plan.kernels)
 
 
 def _new_sources(kernels: Sequence[RecordedKernel], program: str) -> list[sources.NewSource]:

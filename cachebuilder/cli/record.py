@@ -57,14 +57,14 @@ def record(command: tuple[str, ...], destination: _Destination, nvcc: Path | Non
     Ctrl-C or SIGTERM ends CMD. The exit code is then 0, otherwise CMD's.
     """
     manifest = destination.manifest(deep_gemm)
-    recorder = recording.Recorder(manifest, nvcc)
-    try:
-        recorded = recorder.run(command)
-        with shared.show_progress() as progress:
-            written = recorder.write(recorded, progress)
-    except KeyboardInterrupt:
-        click.echo(f"what was recorded is kept in {recorder.folder}", err=True)
-        raise
+    with recording.open_recorder(manifest, nvcc) as recorder:
+        try:
+            recorded = recorder.run(command)
+            with shared.show_progress() as progress:
+                written = recorder.write(recorded, progress)
+        except KeyboardInterrupt:
+            click.echo(f"what was recorded is kept in {recorder.folder}", err=True)
+            raise
     for remark in written.remarks:
         shared.remark(remark)
     if written.covered:
