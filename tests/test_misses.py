@@ -70,18 +70,18 @@ def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
     dense = by_name["sm90_fp8_gemm_1d2d"]
     kernel = "sm90_fp8_gemm_1d2d"
     log = log_of(tmp_path, (kernel, 1_700_000_000, grouped), (kernel, None, dense), (kernel, 1_700_000_060, grouped))
-    done = run("misses", log)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(
+    result = run("misses", log)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(
         "sm90_fp8_gemm_1d2d: 2 times, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
         "  not in small\n"
         "  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: ?, n: 256, k: 512}\n"
         "  under target.sm_counts, or the op's own: 132\n"
         "sm90_fp8_gemm_1d2d: 1 time, at an unknown time\n"
     )
-    assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout
-    assert "kernels missed: 2, requests: 3" in done.stdout
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "- {" not in line)
+    assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in result.stdout and "serves many shapes" in result.stdout
+    assert "kernels missed: 2, requests: 3" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if "- {" not in line)
     document = json.loads(run("misses", log, "--json").stdout)
     assert [miss["count"] for miss in document["misses"]] == [2, 1]
     assert document["misses"][0]["shape"]["op"] == "m_grouped_fp8_gemm_nt_contiguous"
@@ -123,10 +123,10 @@ def test_lines_that_the_frozen_nvcc_did_not_write_are_counted_and_not_fatal(run:
         b'\n{"time":\n\xff\xfe\n[]\n"x"\n' + b"[" * 100_000 + b"\n" + b'{"kernel": null, "time": 1e99, "source": 5}\n'
     )
     log.write_bytes(log.read_bytes() + garbage)
-    done = run("misses", log)
-    assert done.returncode == 0, done.stderr
-    assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 time" in done.stdout
-    assert "lines of the log are not the frozen nvcc's" in done.stdout
+    result = run("misses", log)
+    assert result.returncode == 0, result.stderr
+    assert "kernels missed: 2, requests: 2" in result.stdout and "unknown: 1 time" in result.stdout
+    assert "lines of the log are not the frozen nvcc's" in result.stdout
 
 
 def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(ru
         log.write_text(json.dumps(line) + "\n")
         [miss] = misses.read(log).misses
         assert (miss.kernel, miss.artifacts, miss.source, miss.first) == ("unknown", (), None, None), named
-        done = run("misses", log)
-        assert done.returncode == 0 and "\x1b" not in done.stdout and "\x07" not in done.stdout
+        result = run("misses", log)
+        assert result.returncode == 0 and "\x1b" not in result.stdout and "\x07" not in result.stdout
 
 
 def test_a_missing_log_is_one_sentence(run: Run, tmp_path: Path) -> None:
-    done = run("misses", tmp_path / "none")
-    assert done.returncode == 8 and "cannot be read" in done.stderr
+    result = run("misses", tmp_path / "none")
+    assert result.returncode == 8 and "cannot be read" in result.stderr
 
 
 @pytest.mark.slow
@@ -166,13 +166,13 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 
     manifest = tmp_path / "small.yaml"
     manifest.write_text(f"# what we serve\n{SMALL}")
-    done = run("misses", log, "--add-to", manifest)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(missed)} sources added, 0 there already" in done.stderr
+    result = run("misses", log, "--add-to", manifest)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(missed)} sources added, 0 were in it already" in result.stderr
     text = manifest.read_text()
     assert text.startswith(f"# what we serve\n{SMALL.splitlines()[0]}\n")
     assert "# sm90_fp8_gemm_1d2d: missed 1 time, 2023-11-14 22:13:20Z, not in small" in text
-    assert f"0 sources added, {len(missed)} there already" in run("misses", log, "--add-to", manifest).stderr
+    assert f"0 sources added, {len(missed)} were in it already" in run("misses", log, "--add-to", manifest).stderr
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"

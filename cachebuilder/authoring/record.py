@@ -68,7 +68,7 @@ class KnownManifest:
 
 @dataclass(frozen=True)
 class Written:
-    """What a manifest was given.
+    """What was written into a manifest.
 
     Attributes:
         sources: how many kernels were written into it.
@@ -92,7 +92,7 @@ def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
     """
     target = _find_gpu(gpu)
     if path.exists():
-        raise ManifestError(f"{path}: is there already", hint=f"add to it with --add-to {path}, or name another file")
+        raise ManifestError(f"{path}: exists already", hint=f"add to it with --add-to {path}, or name another file")
     _check_writable(path)
     tree = {"name": name, "target": {"gpu": target.name}, "sources": [{"source": "x"}]}
     manifests.parse(json.dumps(tree).encode())

@@ -27,7 +27,7 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
     missed = reading.read(log)
     if manifest is not None:
         addition = sources.add_missed(manifest, missed)
-        click.echo(f"{manifest}: {addition.new} sources added, {addition.known} there already", err=True)
+        click.echo(f"{manifest}: {addition.new} sources added, {addition.known} were in it already", err=True)
         if addition.without_source:
             click.echo(f"note: {addition.without_source} kernels have no kept source: add their ops by hand", err=True)
     if as_json:

@@ -237,10 +237,10 @@ def _check_blocks(linear: Linear, k: int) -> None:
         raise _refused_division(f"{linear.module}: wanted K", linear.k, linear.ranks, k)
 
 
-def _refused_division(wanted: str, whole: Size, ranks: int, share: int) -> ModelError:
+def _refused_division(requirement: str, whole: Size, ranks: int, share: int) -> ModelError:
     division = f"{whole} / {ranks} = {share}" if ranks > 1 else f"{share}"
     return ModelError(
-        f"{wanted} of each rank a multiple of {BLOCK}, the checkpoint's block, found {whole.how}: {division}",
+        f"{requirement} of each rank a multiple of {BLOCK}, the checkpoint's block, found {whole.how}: {division}",
         hint="the engine refuses to load this, or serves it without DeepGEMM; divide it among fewer ranks",
     )
 

@@ -145,7 +145,7 @@ def _add_v4_attention(model: Model, config: Config, serving: Serving, layers: _L
     ratios = config.numbers("compress_ratios")
     indexed = tuple(number for number in layers if number < len(ratios) and ratios[number] == 4)
     if not ratios:
-        model.unknown.append("compress_ratios is missing: every layer is taken to have an indexer")
+        model.unknown.append("compress_ratios is missing: this assumes an indexer in every layer")
         indexed = layers
     if indexed:
         _add_indexer(model, config, serving, indexed, v4=True)
@@ -260,7 +260,9 @@ def _qwen3_next(config: Config, serving: Serving) -> Model:
         ]
         model.left_out.append(LeftOut("linear_attn.in_proj_ba", "both engines expect it without block-FP8 weights"))
     _add_mlp(model, config, serving, layers)
-    model.unknown.append("the MTP layer has the same shapes; its fc is taken to be unquantised")
+    model.unknown.append(
+        "whether the MTP layer's fc is quantised: this assumes that it is not; its other shapes are the decoder's"
+    )
     return model
 
 

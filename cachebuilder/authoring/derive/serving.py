@@ -53,7 +53,7 @@ class IndexerLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What an engine is told by options of its own.
+    """What the engine's own options set.
 
     Attributes:
         tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's options take them.
