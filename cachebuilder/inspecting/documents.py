@@ -139,35 +139,6 @@ class Doctor(Document):
 
 
 @dataclass(frozen=True)
-class MissedKernel:
-    """A kernel that was asked for and not found.
-
-    Attributes:
-        first, last: seconds since 1970, UTC.
-        shape: what its source says.
-        advice: what to add to the manifest.
-        source: the text of ``kernel.cu``.
-    """
-
-    kernel: str
-    count: int
-    first: int | None
-    last: int | None
-    artifacts: tuple[str, ...]
-    shape: Shape | None
-    advice: str
-    source: str | None
-
-
-@dataclass(frozen=True)
-class Misses(Document):
-    """``misses --json``, the most often missed first."""
-
-    unreadable_lines: int
-    misses: tuple[MissedKernel, ...]
-
-
-@dataclass(frozen=True)
 class TemplateArgument:
     """An argument of the kernel's template; its name and its meaning where they are known."""
 

@@ -17,6 +17,7 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.inspecting import documents
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.plan import Plan
+from cachebuilder.restoring import misses
 from cachebuilder.verifying.report import GpuReport, Report
 
 Schema = dict[str, Any]
@@ -31,7 +32,7 @@ SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "verify": ("verify --json", Report.model_json_schema),
     "diff": ("diff --json", TypeAdapter(documents.Diff).json_schema),
     "doctor": ("doctor --json", TypeAdapter(documents.Doctor).json_schema),
-    "misses": ("misses --json", TypeAdapter(documents.Misses).json_schema),
+    "misses": ("misses --json", misses.Log.model_json_schema),
     "explain": ("explain --json", TypeAdapter(documents.Explain).json_schema),
     "gpus": ("gpus --json", TypeAdapter(list[Gpu]).json_schema),
 }
