@@ -233,7 +233,7 @@ def test_where_none_of_several_fits_all_reasons_are_given_and_force_takes_the_fi
 
 def test_two_for_the_same_machines_are_not_pushed_under_one_tag(there: Registry, artifact: Path) -> None:
     twin = for_another(artifact, "twin", "H200")
-    with pytest.raises(TransferError, match="are for the same"):
+    with pytest.raises(TransferError, match="found two for the same"):
         push_to(there.host, "twins", artifact, twin)
 
 
@@ -457,7 +457,7 @@ def test_a_credential_helper_is_asked_and_its_failure_is_told_without_its_words(
     found = credentials.find("r.example", environment)
     assert found == credentials.Credentials("u-r.example", "s") and "s'" not in repr(found)
     helper.write_text("#!/bin/sh\necho the-secret; exit 1\n")
-    with pytest.raises(TransferError, match=r"it failed \(exit code 1\)") as caught:
+    with pytest.raises(TransferError, match=r"found none \(exit code 1\)") as caught:
         credentials.find("r.example", environment)
     assert "the-secret" not in str(caught.value)
     with pytest.raises(TransferError, match="docker-credential-nowhere on PATH, found none"):
@@ -547,15 +547,19 @@ def test_a_restore_of_a_file_imports_nothing_of_the_network(artifact: Path, tmp_
 
 
 def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    tries = Retries(0, watcher=Watcher(lambda *report: told.append(report)))
+    reports: list[tuple[str, int, int]] = []
+
+    def progress(step: str, done: int, total: int, share: float | None = None) -> None:
+        reports.append((step, done, total))
+
+    tries = Retries(0, watcher=Watcher(progress))
     reference = locations.parse(f"oci://{there.host}/progress:v1")
     push(reference, [artifact], ONE, tries)
     size = artifact.stat().st_size
-    assert ("push small.tar.zst", size, size) in told
+    assert ("push small.tar.zst", size, size) in reports
     puller = Puller(reference, tries)
     puller.fetch(choose(puller.look_up(), lambda index: []).candidate, lambda name: tmp_path / "got" / name)
-    assert told[-1] == ("fetch", size, size)
+    assert reports[-1] == ("fetch", size, size)
 
 
 def test_without_a_network_library_the_error_says_what_to_install(artifact: Path) -> None:
