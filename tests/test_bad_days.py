@@ -32,7 +32,7 @@ from cachebuilder.ship.retry import Again, Retries, Watcher
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port, registry
-from tests.test_registry import for_another, pull_from, push_to
+from tests.shipping import for_another, pull_from, push_to
 
 ONCE = Retries(0)
 

@@ -19,7 +19,7 @@ from cachebuilder.ship import image
 from cachebuilder.ship.documents import digest_of
 from cachebuilder.sweep import run as sweep
 from cachebuilder.verifying import virtual as verify
-from tests.test_registry import apply
+from tests.shipping import apply
 
 
 @pytest.fixture

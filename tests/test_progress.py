@@ -1,11 +1,7 @@
-"""What a run says while it works: a bar on a terminal, lines elsewhere, nothing where --quiet was given."""
+"""The progress of a run: a bar on a terminal, lines in a log, nothing with --quiet."""
 
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,33 +11,16 @@ from hypothesis import strategies as st
 from cachebuilder.building import Built
 from cachebuilder.cli.progress import Lines, Meter, duration
 from tests.conftest import Run
+from tests.terminals import on_a_terminal
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
-
-
-def on_a_terminal(*arguments: str | Path) -> str:
-    """Standard error of a command that has a terminal there."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
-    environment = os.environ | {"TERM": "xterm"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
-    os.close(theirs)
-    text = b""
-    try:
-        while part := os.read(ours, 4096):
-            text += part
-    except OSError:  # the other end was closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0, text
-    return text.decode()
 
 
 @pytest.mark.slow
@@ -54,7 +33,7 @@ def test_a_log_gets_lines_without_control_characters(small: Path, run: Run) -> N
 
 @pytest.mark.slow
 def test_a_terminal_gets_a_bar_that_goes_away(small: Path) -> None:
-    text = on_a_terminal("plan", small, "--no-store")
+    text = on_a_terminal(2, "plan", small, "--no-store")
     assert "plan" in text and "━" in text
     assert text.rstrip().endswith("\x1b[2K"), "the bar's line is cleared"
 
@@ -81,7 +60,7 @@ def test_quiet_keeps_warnings_and_errors(built: Built, run: Run, tmp_path: Path)
 
 @given(
     st.floats(0.05, 0.9), st.floats(10, 10_000), st.integers(100, 10_000), st.floats(0, 0.5)
-)  # done so far, seconds in all, how much there is, what the store had already
+)  # share worked so far, seconds in all, units in all, share that the store already had
 def test_the_time_left_of_steady_work_is_what_it_will_take(
     worked: float, seconds: float, total: int, stored: float
 ) -> None:
@@ -137,7 +116,7 @@ def test_a_long_step_does_not_fill_a_log() -> None:
 
 
 def test_work_whose_units_come_late_is_told_by_its_share() -> None:
-    """A compilation's kernels all come after the front end: their rate would say an hour where minutes are left."""
+    """A compilation's kernels all come after the front end: by their rate, minutes of work would look like an hour."""
     clock = Clock()
     meter = Meter(0, 100, 0.0, clock=clock)
     clock.now = 100.0

@@ -18,13 +18,13 @@ from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.stores import Store, put_all
 from tests.conftest import Run
 from tests.registries import free_port
-from tests.test_registry import FEW, for_another
+from tests.shipping import FEW, for_another
 from tests.test_signature import beside, flip, keys, sign, trusted
 
 __all__ = ["keys"]
 
 
-#: One of the two: what travels is bytes, whichever DeepGEMM made them.
+#: One generation is enough: a transfer treats the artifacts of both alike.
 GENERATIONS = ("deepjit",)
 
 pytestmark = pytest.mark.slow
