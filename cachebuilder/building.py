@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cachebuilder.artifact.index import fingerprint
-from cachebuilder.artifact.pack import Packed, pack, publish
+from cachebuilder.artifact.pack import Packed, fingerprint, pack, publish
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
@@ -102,7 +101,7 @@ def build(
             inputs.manifest_bytes,
             plan,
             cubins,
-            fingerprint(plan, inputs.installation, inputs.toolchain, inputs.manifest.environment),
+            fingerprint(inputs, plan),
         )
         done = time.monotonic()
         if device == "cuda":

@@ -16,8 +16,9 @@ import pytest
 from cachebuilder import building
 from cachebuilder.errors import ArtifactError, VerifyError
 from cachebuilder.restoring import environment, frozen
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from tests.conftest import Run
 
 TEXT = 'nvcc: NVIDIA (R) Cuda compiler driver\nit\'s "quoted" \\n $HOME `id` @ARTIFACT@\n\n'
@@ -211,7 +212,7 @@ def test_the_script_is_what_every_user_may_run(dir: Path) -> None:
 
 @pytest.fixture
 def restored(built: building.Built, tmp_path: Path) -> Path:
-    restore([built.packed.path], tmp_path / "root", built.inputs.installation)
+    restore([built.packed.path], tmp_path / "root", machine=Machine(built.inputs.installation))
     return tmp_path / "root"
 
 
@@ -335,7 +336,7 @@ def call_deepgemm(
 def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: building.Built, tmp_path: Path) -> None:
     """From an empty cache: asks the version, asks to compile, and is told."""
     dir = tmp_path / "dir"
-    restore([built.packed.path], dir, built.inputs.installation)
+    restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
     shutil.rmtree(dir / "cache")
     (dir / "cache").mkdir()
     done = call_deepgemm(built, dir, tmp_path, 64)
@@ -351,7 +352,7 @@ def test_with_a_compiling_policy_deepgemm_gets_the_missing_kernel_under_the_name
 ) -> None:
     """The real nvcc compiles it, the process goes on, and the miss is still an event."""
     dir, dense = tmp_path / "dir", [k for k in built.plan.kernels if k.name == "sm90_fp8_gemm_1d2d"]
-    restore([built.packed.path], dir, built.inputs.installation)
+    restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
     for kernel in dense:
         shutil.rmtree(dir / "cache" / kernel.entry)
     real = {"CACHEBUILDER_REAL_NVCC": str(built.inputs.toolchain.nvcc), "CACHEBUILDER_ON_MISS": "compile-and-warn"}

@@ -31,9 +31,10 @@ from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.restoring import entries as restoring
 from cachebuilder.restoring import environment
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import run as sweep
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
@@ -115,7 +116,7 @@ def main() -> None:
         started = time.monotonic()
         built = building.build(inputs, work / "a.tar.zst")
         restored = work / "restored"
-        restoring.restore([work / "a.tar.zst"], restored, deep_gemm, None)
+        restore([work / "a.tar.zst"], restored, machine=Machine(deep_gemm))
         result: dict[str, Any] = {
             "command": ["benchmarks/engines/check.py", given.config.parent.name, *map(without_folder, sys.argv[2:])],
             "commit": commit(),

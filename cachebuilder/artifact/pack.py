@@ -16,17 +16,36 @@ from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.make import Kernel, Plan
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written: the file, its sha256, its size, and that of the files of all entries in it, bytes."""
+    """What was written: the file, its sha256, its size in bytes, and the bytes of all entries' files unpacked."""
 
     path: Path
     sha256: str
     size: int
     unpacked_size: int
+
+
+def fingerprint(inputs: Inputs, plan: Plan) -> Fingerprint:
+    """The fingerprint of what was planned from these inputs."""
+    installation = inputs.installation
+    return Fingerprint(
+        generation=plan.generation,
+        deep_gemm=installation.version,
+        distribution=installation.distribution,
+        headers=installation.headers_digest,
+        cutlass=installation.cutlass_version,
+        compiler=inputs.toolchain.version_text,
+        arch=plan.arch,
+        sm_counts=plan.sm_counts,
+        environment=inputs.manifest.environment,
+        install_include=plan.include,
+        legacy_flags=plan.legacy_flags,
+    )
 
 
 def pack(
@@ -97,7 +116,7 @@ def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mappi
         time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
         add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", time=time)
         add(tar, MANIFEST, manifest, time=time)
-        # By file name first, then by source: like stands next to like, which is what the compressor needs.
+        # By file name first, then by source: similar files stand next to each other, so they compress well.
         by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
         for file in entry_files.FILES[plan.generation]:
             for kernel in by_source:

@@ -17,14 +17,15 @@ from cachebuilder.cli import remote, shared
     "platforms",
     multiple=True,
     type=click.Choice(["linux/amd64", "linux/arm64"]),
-    help="The hosts that mount an image; the content is the same. Several may be given. Default: linux/amd64.",
+    help="The hosts that mount the image; its content is the same for all. May be given several times. Default: "
+    "linux/amd64.",
 )
 @shared.progress_options
 def push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...]) -> None:
-    """Push ARTIFACT to oci://HOST/NAME:TAG as an image; several, for different GPUs or DeepGEMMs, as an index of them.
+    """Push ARTIFACT to oci://HOST/NAME:TAG as an image; several, for different GPUs or DeepGEMMs, as an index.
 
-    Or store it: s3://BUCKET/NAME.tar.zst, or each under its own name in s3://BUCKET/FOLDER/. ARTIFACT.sig, and what
-    else is signed, goes along where it lies beside ARTIFACT. Credentials are docker's, or those of the store's library.
+    Or store it: s3://BUCKET/NAME.tar.zst, or each under its own name in s3://BUCKET/FOLDER/. The signature and the
+    other signed files beside ARTIFACT are pushed with it. Credentials are docker's, or those of the store's library.
     """
     run_push(destination, artifacts, platforms)
 

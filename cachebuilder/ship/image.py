@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachebuilder.artifact.archive import add, compress
+from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.restoring.folder import own_files
@@ -63,10 +64,11 @@ def read(path: Path, file: BinaryIO) -> Contents:
     Raises:
         ArtifactError: it is damaged.
     """
+    archive = Archive(file, path)
+    next(archive.files(), None)  # reads the manifest
     inside = hashlib.sha256()
-    archive = Archive(file, path, inside.update)
-    next(archive.files(), None)  # the index's own check, and the manifest
-    archive.drain()  # the frame's checksum
+    for part in unpacked(file, path):
+        inside.update(part)
     index = archive.index
     beside = io.BytesIO()
     with tarfile.open(fileobj=beside, mode="w", format=tarfile.USTAR_FORMAT) as tar:

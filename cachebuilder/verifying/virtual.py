@@ -27,6 +27,7 @@ from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring import compatibility
 from cachebuilder.restoring.folder import Damage, RestoredFolder, open_folder
 from cachebuilder.restoring.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
+from cachebuilder.restoring.machine import Machine
 from cachebuilder.sweep import run as sweep
 
 #: Called with the name of a manifest, calls done and calls in all (0: not known yet).
@@ -121,10 +122,10 @@ def opened(target: Path, installation: Installation) -> Iterator[RestoredFolder]
         yield open_folder(target)
         return
     # Only an artifact needs it: checking a folder must work where nothing is to be restored.
-    from cachebuilder.restoring.entries import restore
+    from cachebuilder.restoring.restore import restore
 
     with scratch_folder() as scratch:
-        restore([target], scratch / "restored", installation, None, force=True)
+        restore([target], scratch / "restored", machine=Machine(installation), force=True)
         yield open_folder(scratch / "restored")
 
 
@@ -154,14 +155,9 @@ def _check(
         # Of several artifacts, the one nearest to what is here is the one whose differences say something.
         differences = min(
             (
-                compatibility.with_environment(
-                    artifact.index,
-                    installation,
-                    None,
-                    manifest.environment,
-                    compiler=compiler_text,
-                    sm_counts=manifest.all_sm_counts,
-                )
+                Machine(
+                    installation, None, manifest.environment, compiler_text, tuple(manifest.all_sm_counts)
+                ).differences(artifact.index)
                 for artifact in (folder.artifacts if given else [folder.artifacts[index]])
             ),
             key=len,
