@@ -1,4 +1,4 @@
-"""Hostile and damaged archives: each is refused by name, and DIR is as before."""
+"""Hostile and damaged archives: each is refused with the reason, and DIR is as before."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ CORPUS = [
     ("second-frame", packed(lambda data: data + data), "something behind"),
     ("skippable-frame-first", packed(lambda data: b"\x50\x2a\x4d\x18\4\0\0\0abcd" + data), "zstd"),
     ("no-content-size", lambda a: compress(tar_of(a), write_content_size=False), "bytes unpacked"),
-    ("large-window", lambda a: compress(tar_of(a) + bytes(64 << 20), window_log=27), ""),
+    ("large-window", lambda a: compress(tar_of(a) + bytes(64 << 20), window_log=27), "too much memory"),
     ("zip-bomb", bomb, "bytes unpacked for each"),
     ("claims-much", lambda a: claims(a, 5 << 30), "bytes unpacked"),
 ]
@@ -315,8 +315,8 @@ def test_an_honest_change_of_a_file_is_accepted(size: int, built: building.Built
     cubin = next(n for n, m in enumerate(members) if m.info.name.endswith(".cubin"))
     path = tmp_path / "honest.tar.zst"
     path.write_bytes(compress(join(replace(members, cubin, b"x" * size, honest=True))))
-    done = restore([path], tmp_path / "dir", machine=Machine(built.inputs.installation))
-    assert json.loads(done.index.model_dump_json())["name"] == "small"
+    restore([path], tmp_path / "dir", machine=Machine(built.inputs.installation))
+    assert (tmp_path / "dir" / members[cubin].info.name).read_bytes() == b"x" * size
 
 
 def test_mutated_archives_are_refused_or_restored_right(built: building.Built) -> None:

@@ -149,7 +149,7 @@ def test_a_report_of_the_gpu_is_named_and_must_be_about_this_artifact(artifact: 
     }
     assert provenance.check_report_beside(artifact, statement) == report.name
     report.write_text(json.dumps({"artifact": {"sha256": "0" * 64}}))
-    with pytest.raises(SignatureError, match="not the signed report"):
+    with pytest.raises(SignatureError, match="not the report that was signed"):
         provenance.check_report_beside(artifact, statement)
     with pytest.raises(ArtifactError, match="is about another artifact"):
         provenance.statement(artifact, artifact.read_bytes())
