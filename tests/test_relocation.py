@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_entries_have_the_names_that_deepgemm_gives_them_at_the_new_path(
     """DeepJIT's names hold no path: they stay."""
     moved = copy_of(built.inputs.installation, tmp_path / "moved" / "deep_gemm")
     done = restore([built.packed.path], tmp_path / "dir", machine=Machine(moved))
-    planned = planning.make(built.inputs.manifest, moved, built.inputs.toolchain, reuse=False)
+    planned = planning.make(replace(built.inputs, installation=moved), reuse=False)
     restored = {path.name for path in (tmp_path / "dir" / "cache").iterdir()}
     assert restored == {kernel.entry for kernel in planned.kernels} == {entry.name for entry in done.index.entries}
     assert done.relocated == (moved.generation == "legacy")

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from cachebuilder.artifact import index
 from cachebuilder.cli.main import VERBS, cli
-from cachebuilder.common.variables import OWN_VARIABLES
+from cachebuilder.cli.variables import OWN_VARIABLES
 from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
