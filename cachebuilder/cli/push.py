@@ -31,7 +31,7 @@ def push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ..
 
 
 def run_push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...] = ()) -> None:
-    """Push and say what was done."""
+    """Push and say what was pushed."""
     if not remote.is_remote(destination):
         raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {destination}")
     remote.ready()
@@ -56,13 +56,13 @@ def _push_images(destination: str, artifacts: tuple[Path, ...], platforms: tuple
 
     reference = parse(destination)
     with remote.retries() as tries:
-        done = push_all(reference, artifacts, platforms, tries)
-    for target in done.targets:
+        pushed = push_all(reference, artifacts, platforms, tries)
+    for target in pushed.targets:
         signed = "signed" if target.signed else "not signed"
         kernels, fingerprint = len(target.index.entries), target.index.fingerprint
         click.echo(f"image     {target.path}: {kernels} kernels, {fingerprint.arch}, {fingerprint.deep_gemm}, {signed}")
         for manifest in target.manifests:
             click.echo(f"          {reference.at(manifest.digest)}, {manifest.platform}")
     click.echo(f"pushed    {reference}")
-    click.echo(f"digest    {done.digest}")
-    shared.remark(f"next      cachebuilder restore {reference.at(done.digest)} --to DIR")
+    click.echo(f"digest    {pushed.digest}")
+    shared.remark(f"next      cachebuilder restore {reference.at(pushed.digest)} --to DIR")

@@ -39,22 +39,24 @@ def run_restore(
         remote.fetched(str(artifact), machine, trust, force) if remote.is_remote(artifact) else Path(artifact)
         for artifact in artifacts
     ]
-    done = restoring.restore(files, to, machine=machine, trust=trust, force=force)
-    for other in done.others:
-        reason = f"{other.artifact} fits, too: the first one that fits is taken" if other.fits else other
-        click.echo(f"refused   {reason}", err=True)
-    if done.differences:
-        taken = Compared(done.artifact, done.differences)
+    restored = restoring.restore(files, to, machine=machine, trust=trust, force=force)
+    for other in restored.others:
+        if other.fits:
+            click.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
+        else:
+            click.echo(f"refused   {other}", err=True)
+    if restored.differences:
+        taken = Compared(restored.artifact, restored.differences)
         click.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
-    if done.signed_by is not None:
-        shared.remark(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})")
-    relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
-    written = words.several(done.written, "kernel")
+    if restored.signed_by is not None:
+        shared.remark(f"signed    {restored.artifact}, by {restored.signed_by.path} ({restored.signed_by.fingerprint})")
+    relocated = f", relocated to {restored.index.fingerprint.install_include}" if restored.relocated else ""
+    written = words.several(restored.written, "kernel")
     shared.remark(
-        f"restored  {done.index.name}: {written} written, {done.skipped} there already{relocated}, "
+        f"restored  {restored.index.name}: {written} written, {restored.skipped} there already{relocated}, "
         f"{time.monotonic() - started:.2f} s"
     )
-    return done
+    return restored
 
 
 @click.command()
@@ -71,5 +73,5 @@ def restore(artifacts: tuple[Path | str, ...], to: Path, options: RestoreOptions
     visible in DIR, with --trust first of all its signature. DIR may be in use.
     """
     machine, trust = Machine.here(options.deep_gemm), signing.load_trust(options.trust)
-    done = run_restore(artifacts, to, machine, trust, options.force)
-    shared.remark(f"next      cachebuilder env {done.dir} --engine vllm|sglang")
+    restored = run_restore(artifacts, to, machine, trust, options.force)
+    shared.remark(f"next      cachebuilder env {restored.dir} --engine vllm|sglang")

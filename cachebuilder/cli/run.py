@@ -49,8 +49,8 @@ def run(
             _say_unchecked(source)
         dir, indexes = source, serving.open_whole(source).indexes
     else:
-        done = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
-        dir, indexes = done.dir, [done.index]
+        restored = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
+        dir, indexes = restored.dir, [restored.index]
     environment = serving.process_environment(dir, indexes, how.engine, how.scratch)
     try:
         os.execvpe(command[0], command, environment)

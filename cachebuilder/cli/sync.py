@@ -43,16 +43,16 @@ def sync(
     folder = SyncedFolder(to, machine, keys)
     with remote.retries() as tries:
         try:
-            done = folder.sync(lambda: fetch.look_up(str(source), machine, tries), keep=keep, allow_stale=allow_stale)
+            synced = folder.sync(lambda: fetch.look_up(str(source), machine, tries), keep=keep, allow_stale=allow_stale)
         except CacheBuilderError:
             if (kept := folder.current()) is not None:
                 click.echo(f"kept      {to / CURRENT}, {kept.name}", err=True)
             raise
-    if done.stale is not None:
-        click.echo(f"stale     {to / CURRENT} stays {done.generation.name}: {done.stale}", err=True)
+    if synced.stale is not None:
+        click.echo(f"stale     {to / CURRENT} stays {synced.generation.name}: {synced.stale}", err=True)
         return
-    if done.restored is not None:
-        shared.remark(f"restored  {done.restored.index.name}: {done.restored.written} kernels")
-    for name in done.removed:
+    if synced.restored is not None:
+        shared.remark(f"restored  {synced.restored.index.name}: {synced.restored.written} kernels")
+    for name in synced.removed:
         shared.remark(f"removed   {name}")
-    click.echo(f"{'now      ' if done.changed else 'unchanged'} {to / CURRENT}, {done.generation.name}")
+    click.echo(f"{'now      ' if synced.changed else 'unchanged'} {to / CURRENT}, {synced.generation.name}")

@@ -82,37 +82,37 @@ class Machine:
         Raises:
             InstallationError: the installation is incomplete.
         """
-        wanted = artifact.fingerprint
-        differences = self._deep_gemm(wanted, relocates)
-        if self.compiler is not None and self.compiler != wanted.compiler:
-            differences.append(difference(wanted, "compiler", wanted.compiler, self.compiler))
+        fingerprint = artifact.fingerprint
+        differences = self._deep_gemm(fingerprint, relocates)
+        if self.compiler is not None and self.compiler != fingerprint.compiler:
+            differences.append(difference(fingerprint, "compiler", fingerprint.compiler, self.compiler))
         if self.gpu is not None:
             differences += _gpu(artifact, self.gpu)
-        if self.sm_counts is not None and not set(self.sm_counts) <= set(wanted.sm_counts):
-            differences.append(difference(wanted, "sm_counts", list(wanted.sm_counts), list(self.sm_counts)))
-        return differences + _environment(wanted, self.environment, frozen_nvcc)
+        if self.sm_counts is not None and not set(self.sm_counts) <= set(fingerprint.sm_counts):
+            differences.append(difference(fingerprint, "sm_counts", list(fingerprint.sm_counts), list(self.sm_counts)))
+        return differences + _environment(fingerprint, self.environment, frozen_nvcc)
 
     def fits(self, artifact: Fingerprinted, *, relocates: bool = False) -> bool:
         """Whether DeepGEMM finds every kernel of an artifact here; arguments and errors as of `differences`."""
         return not any(one.causes_miss for one in self.differences(artifact, relocates=relocates))
 
-    def _deep_gemm(self, wanted: Fingerprint, relocates: bool) -> list[Difference]:
+    def _deep_gemm(self, fingerprint: Fingerprint, relocates: bool) -> list[Difference]:
         installation = self.installation
         if installation is None:
             remedy = "install the engine first, name its copy with --deep-gemm PATH, or pass --force"
-            return [Difference("deep_gemm", wanted.deep_gemm, "none", True, remedy)]
-        if wanted.generation != installation.generation:
+            return [Difference("deep_gemm", fingerprint.deep_gemm, "none", True, remedy)]
+        if fingerprint.generation != installation.generation:
             # Every other field differs as well then, and says nothing more.
             text = f"{installation.generation} ({installation.version} in {installation.path})"
-            return [difference(wanted, "generation", wanted.generation, text)]
+            return [difference(fingerprint, "generation", fingerprint.generation, text)]
         facts: dict[str, tuple[str | None, str]] = {
-            "deep_gemm": (wanted.deep_gemm, installation.version),
-            "headers": (wanted.headers, installation.headers_digest),
-            "cutlass": (wanted.cutlass, installation.cutlass_version),
+            "deep_gemm": (fingerprint.deep_gemm, installation.version),
+            "headers": (fingerprint.headers, installation.headers_digest),
+            "cutlass": (fingerprint.cutlass, installation.cutlass_version),
         }
-        if wanted.generation == "legacy" and not relocates:
-            facts["install_include"] = (wanted.install_include, str(installation.include))
-        return [difference(wanted, name, built, here) for name, (built, here) in facts.items() if built != here]
+        if fingerprint.generation == "legacy" and not relocates:
+            facts["install_include"] = (fingerprint.install_include, str(installation.include))
+        return [difference(fingerprint, name, built, here) for name, (built, here) in facts.items() if built != here]
 
 
 @dataclass(frozen=True)
@@ -147,22 +147,24 @@ def choose(compared: Sequence[Compared[T]], *, force: bool, hint: str) -> Compar
 
 
 def _gpu(artifact: Fingerprinted, gpu: VisibleGpu) -> list[Difference]:
-    wanted = artifact.fingerprint
+    fingerprint = artifact.fingerprint
     major, minor = gpu.capability
     # Legacy calls every 10.x but 10.1 sm_100 (csrc/jit/device_runtime.hpp, DeepGEMM 2.6.1).
-    number = 100 if wanted.generation == "legacy" and major == 10 and minor != 1 else 10 * major + minor
-    if re.sub(r"\D", "", wanted.arch) != str(number):
-        return [difference(wanted, "arch", wanted.arch, f"sm_{number} ({gpu.name})")]
+    number = 100 if fingerprint.generation == "legacy" and major == 10 and minor != 1 else 10 * major + minor
+    if re.sub(r"\D", "", fingerprint.arch) != str(number):
+        return [difference(fingerprint, "arch", fingerprint.arch, f"sm_{number} ({gpu.name})")]
     # An engine may be told to use fewer SMs than the card has: the card that was planned for fits, too.
     card = GPUS.get(artifact.gpu)
-    if gpu.sm_count is None or gpu.sm_count in (*wanted.sm_counts, card.sm_count if card else None):
+    if gpu.sm_count is None or gpu.sm_count in (*fingerprint.sm_counts, card.sm_count if card else None):
         return []
-    return [difference(wanted, "sm_counts", list(wanted.sm_counts), f"{gpu.sm_count} ({gpu.name})")]
+    return [difference(fingerprint, "sm_counts", list(fingerprint.sm_counts), f"{gpu.sm_count} ({gpu.name})")]
 
 
-def _environment(wanted: Fingerprint, environment: Mapping[str, str], frozen_nvcc: Path | None) -> list[Difference]:
-    built_with = variables.kernel_variables(wanted.generation, wanted.environment)
-    set_here = variables.kernel_variables(wanted.generation, environment)
+def _environment(
+    fingerprint: Fingerprint, environment: Mapping[str, str], frozen_nvcc: Path | None
+) -> list[Difference]:
+    built_with = variables.kernel_variables(fingerprint.generation, fingerprint.environment)
+    set_here = variables.kernel_variables(fingerprint.generation, environment)
     differences = []
     for name in sorted(built_with.keys() | set_here.keys()):
         built, here = built_with.get(name), set_here.get(name)
@@ -175,7 +177,7 @@ def _environment(wanted: Fingerprint, environment: Mapping[str, str], frozen_nvc
         else:
             remedy = f"unset {name}, or build with it under environment: in the manifest"
             differences.append(Difference(name, built or "not set", here, True, remedy))
-    nvcc = variables.get(wanted.generation, environment, "JIT_NVCC_COMPILER")
+    nvcc = variables.get(fingerprint.generation, environment, "JIT_NVCC_COMPILER")
     if frozen_nvcc and nvcc and nvcc[1] not in ("", str(frozen_nvcc)):
         remedy = "cachebuilder env names the frozen nvcc instead"
         differences.append(Difference(nvcc[0], str(frozen_nvcc), nvcc[1], False, remedy))
