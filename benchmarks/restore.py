@@ -3,10 +3,10 @@
     python benchmarks/restore.py ARTIFACT [KERNELS [DEEP_GEMM]] > benchmarks/results/restore-….json
 
 ARTIFACT is a real one, of either generation, for the DeepGEMM installed here or for the copy in DEEP_GEMM. Its kernels
-are repeated with other names, sources that differ in a comment and cubins that differ in noise. Medians of eleven
-alternating runs, wall and processor seconds of all processes; both depend on the file system of TMPDIR, which is told.
-`smallest.py` is run, too: the floor under a Python program. cachebuilder's own modules are compiled to bytecode before, as
-pip does. Ratios hold in one run on one machine.
+are repeated with other names, sources that differ in a comment and cubins that differ in noise. The figures are medians of
+eleven alternating runs: wall and processor seconds of all processes. Both depend on the file system of TMPDIR, which the
+result names. `smallest.py` shows the least time that a Python program needs. cachebuilder's modules are compiled to bytecode
+first, as pip does. Ratios are comparable within one run on one machine only.
 """
 
 from __future__ import annotations

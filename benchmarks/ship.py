@@ -1,10 +1,10 @@
-"""Push and pull beside skopeo's, whole processes, one registry on loopback, the same blob; 100 pulls at once.
+"""Push and pull compared with skopeo: whole processes, one registry on loopback, the same blob; then 100 pulls at once.
 
     python benchmarks/ship.py ARTIFACT [MEGABYTES [RESULT.json]]
 
-ARTIFACT is a real one. The throughput is that of one of MEGABYTES (default 512): its kernels repeated, with cubins of
-noise, so that packing them makes nothing smaller. Each pair of runs is one of each tool, in turn first, at the same
-registry; the ratio is the median of the pairs'. Wants docker-registry and skopeo (Debian's packages).
+ARTIFACT is a real one. Throughput is measured with an artifact of MEGABYTES (default 512): the real one's kernels repeated,
+with cubins of noise, which zstd cannot make smaller. Each pair of runs is one of each tool at the same registry; the tools
+take turns to go first, and the ratio is the median over the pairs. Needs docker-registry and skopeo (Debian's packages).
 Prints one JSON object a figure, and writes all of them to RESULT.json.
 """
 

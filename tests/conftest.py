@@ -23,6 +23,7 @@ from cachebuilder.compiling import record as build_record
 from cachebuilder.cuda.processes import Processes
 from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning.plan import Kernel
+from cachebuilder.restoring.machine import Machine
 from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +130,12 @@ def built(
         else:
             shutil.copy(build_record.path_for(output), record)
         return done
+
+
+@pytest.fixture
+def machine(built: building.Built) -> Machine:
+    """The machine that the small artifact was built for: its DeepGEMM, no GPU in sight, no variables."""
+    return Machine(built.inputs.installation)
 
 
 @pytest.fixture

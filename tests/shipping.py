@@ -10,7 +10,7 @@ from typing import Any
 import zstandard
 
 from cachebuilder.ship import locations
-from cachebuilder.ship.pull import Check, Puller, choose
+from cachebuilder.ship.pull import Check, Puller
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.retry import Retries
 from tests.archives import compress, edit_index, join, unpack
@@ -38,8 +38,7 @@ def push_to(host: str, name: str, *artifacts: Path, tag: str = "v1") -> Pushed:
 
 def pull_from(location: str, folder: Path, check: Check | None = None) -> Path:
     puller = Puller(locations.parse(location), FEW)
-    choice = choose(puller.look_up(), lambda index: [])
-    return puller.fetch(choice.candidate, lambda name: folder / name, check)
+    return puller.fetch(puller.look_up()[0], lambda name: folder / name, check)
 
 
 def apply(layers: list[bytes], to: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from cachebuilder.errors import TransferError
 from cachebuilder.ship import credentials, locations
-from cachebuilder.ship.pull import Puller, choose
+from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.session import origin
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, registry
@@ -80,7 +80,7 @@ def test_a_token_that_ran_out_in_between_is_asked_for_again(
         given = token_service(between, "s")
         monkeypatch.setenv("DOCKER_CONFIG", config(tmp_path / "docker", between.host, "s")["DOCKER_CONFIG"])
         puller = Puller(locations.parse(f"oci://{between.host}/private:v1"), FEW)
-        candidate = choose(puller.look_up(), lambda index: []).candidate
+        candidate = puller.look_up()[0]
         given.append("a newer one, which we do not have")
         assert puller.fetch(candidate, lambda name: tmp_path / name).read_bytes() == artifact.read_bytes()
 

@@ -16,14 +16,12 @@ import zstandard
 
 from cachebuilder import building
 from cachebuilder.artifact import signature
-from cachebuilder.artifact.index import Index
-from cachebuilder.cli.remote import checker
 from cachebuilder.errors import ArtifactError, TransferError
-from cachebuilder.restoring.compatibility import Difference
-from cachebuilder.restoring.entries import restore
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from cachebuilder.ship import fetch, image, locations
 from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
-from cachebuilder.ship.pull import Puller, choose
+from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.push import push
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries, Watcher
@@ -111,7 +109,7 @@ def test_the_layers_one_over_the_other_are_the_restored_folder_and_diff_ids_are_
     assert config["rootfs"]["diff_ids"] == [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in unpacked]
     assert (config["os"], config["architecture"]) == ("linux", "amd64")
     apply(layers, tmp_path / "mount")
-    restore([artifact], tmp_path / "dir", None, force=True)
+    restore([artifact], tmp_path / "dir", machine=Machine(None), force=True)
     mounted, restored = snapshot(tmp_path / "mount"), snapshot(tmp_path / "dir")
     assert mounted.keys() - restored.keys() == {"artifact.json", "manifest.yaml"}
     assert {name: mounted[name][1] for name in restored} == {name: found[1] for name, found in restored.items()}
@@ -202,7 +200,7 @@ def test_an_image_for_each_platform_holds_one_artifact(there: Registry, artifact
     reference = locations.parse(f"oci://{there.host}/platforms:v1")
     done = push(reference, [artifact], ("linux/amd64", "linux/arm64"), FEW)
     assert [manifest.platform for manifest in done.targets[0].manifests] == ["linux/amd64", "linux/arm64"]
-    assert len(Puller(reference, FEW).look_up().candidates) == 1
+    assert len(Puller(reference, FEW).look_up()) == 1
     for architecture in ("amd64", "arm64"):
         seen = skopeo(
             "--override-arch", architecture, "inspect", "--tls-verify=false", f"docker://{there.host}/platforms:v1"
@@ -210,7 +208,9 @@ def test_an_image_for_each_platform_holds_one_artifact(there: Registry, artifact
         assert json.loads(seen)["Architecture"] == architecture
 
 
-def test_an_index_that_another_tool_made_of_our_images_will_do(there: Registry, artifact: Path) -> None:
+def test_an_index_that_another_tool_made_of_our_images_will_do(
+    there: Registry, artifact: Path, machine: Machine
+) -> None:
     other = for_another(artifact, "other", "B200", deep_gemm="9.9.9")
     ours, theirs = push_to(there.host, "joined", artifact, tag="a"), push_to(there.host, "joined", other, tag="b")
     entries = [
@@ -221,11 +221,11 @@ def test_an_index_that_another_tool_made_of_our_images_will_do(there: Registry, 
     data = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}).encode()
     repository.push_manifest(data, INDEX, "v1")
 
-    def compare(index: Index) -> list[Difference]:
-        return [Difference("deep_gemm", "9.9.9", "", True, "")] if index.fingerprint.deep_gemm == "9.9.9" else []
-
-    choice = choose(Puller(repository.reference, FEW).look_up(), compare)
-    assert choice.candidate.reference.digest == ours.digest and len(choice.refused) == 1
+    said: list[str] = []
+    tries = Retries(0, watcher=Watcher(notice=said.append))
+    located = fetch.look_up(f"oci://{there.host}/joined:v1", machine, tries)
+    assert ours.digest in located.name
+    assert [("9.9.9" in line, theirs.digest in line) for line in said] == [(True, True)]
 
 
 # Signatures
@@ -280,8 +280,8 @@ def test_of_several_signatures_the_trusted_one_is_found_whoever_came_last(
     push_to(there.host, "rotated", artifact)
     for name in ("ours.pub", "other.pub"):
         trust = trusted(keys, name)
-        got = pull_from(f"oci://{there.host}/rotated:v1", tmp_path / name, checker(trust, "rotated"))
-        assert signature.read_signed(got, trust).key is trust[0]
+        got = pull_from(f"oci://{there.host}/rotated:v1", tmp_path / name, fetch.checker(trust, "rotated"))
+        assert trust.check_file(got).key is trust.keys[0]
     assert not beside(got, ".intoto.json").exists()
 
 
@@ -332,7 +332,7 @@ def test_of_what_was_fetched_the_last_few_stay(
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
     for number in range(10):
         push_to(there.host, f"few{number}", artifact)
-        path = fetch.fetch(f"oci://{there.host}/few{number}:v1", fetch.Wish(lambda index: []), FEW)
+        path = fetch.fetch(f"oci://{there.host}/few{number}:v1", Machine(None), FEW)
         os.utime(path.parent, (number, number))
     assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
 
@@ -349,7 +349,7 @@ def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Pa
     size = artifact.stat().st_size
     assert ("push small.tar.zst", size, size) in reports
     puller = Puller(reference, tries)
-    puller.fetch(choose(puller.look_up(), lambda index: []).candidate, lambda name: tmp_path / "got" / name)
+    puller.fetch(puller.look_up()[0], lambda name: tmp_path / "got" / name)
     assert reports[-1] == ("fetch", size, size)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cachebuilder.cli.remote import checker
 from cachebuilder.errors import CacheBuilderError, SignatureError, TransferError
+from cachebuilder.ship.fetch import checker
 from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.stores import Store, put_all
 from tests.conftest import Run

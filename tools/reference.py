@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from cachebuilder.artifact import index
 from cachebuilder.cli.main import VERBS, cli
+from cachebuilder.cli.variables import OWN_VARIABLES
 from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
@@ -207,7 +208,7 @@ def exit_codes() -> str:
 
 def environment() -> str:
     """Variables: cachebuilder's own, those that serving sets, those that change keys."""
-    rows = [(f"`{name}`", means) for name, means in serving.OWN_VARIABLES.items()]
+    rows = [(f"`{name}`", means) for name, means in OWN_VARIABLES.items()]
     parts = ["# Environment variables\n", "## That cachebuilder reads\n", _table(("variable", ""), rows)]
     parts += [
         "## That serving has set\n",

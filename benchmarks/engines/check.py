@@ -30,9 +30,10 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.restoring import entries as restoring
 from cachebuilder.restoring import environment
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep.recorder import read_entries, recording_compiler
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
@@ -113,7 +114,7 @@ def main() -> None:
         started = time.monotonic()
         built = building.build(inputs, work / "a.tar.zst")
         restored = work / "restored"
-        restoring.restore([work / "a.tar.zst"], restored, deep_gemm, None)
+        restore([work / "a.tar.zst"], restored, machine=Machine(deep_gemm))
         result: dict[str, Any] = {
             "command": ["benchmarks/engines/check.py", options.config.parent.name, *map(without_folder, sys.argv[2:])],
             "commit": commit(),

@@ -22,7 +22,7 @@ from cachebuilder.planning.plan import Kernel, Plan
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written: the file, its sha256, its size, and that of the files of all entries in it, bytes."""
+    """What was written: the file, its sha256, its size in bytes, and the bytes of all entries' files unpacked."""
 
     path: Path
     sha256: str
@@ -116,7 +116,7 @@ def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mappi
         time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
         add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", time=time)
         add(tar, MANIFEST, manifest, time=time)
-        # By file name first, then by source: like stands next to like, which is what the compressor needs.
+        # By file name first, then by source: similar files stand next to each other, so they compress well.
         by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
         for file in entry_files.FILES[plan.generation]:
             for kernel in by_source:

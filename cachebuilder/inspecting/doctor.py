@@ -23,6 +23,7 @@ from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
 from cachebuilder.restoring import compatibility
 from cachebuilder.restoring.folder import is_restored, open_folder
+from cachebuilder.restoring.machine import Machine
 
 
 @dataclass(frozen=True)
@@ -221,4 +222,4 @@ def _judge(
 ) -> list[compatibility.Difference]:
     compiler = frozen_text or (nvcc.version_text if nvcc else None)
     relocates = frozen_text is None  # an artifact is yet to be restored
-    return compatibility.with_environment(index, installation, gpu, os.environ, compiler=compiler, relocates=relocates)
+    return Machine(installation, gpu, os.environ, compiler).differences(index, relocates=relocates)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cachebuilder.artifact.archive import add, compress
+from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.restoring.folder import own_files
@@ -69,10 +70,11 @@ def read(path: Path, file: BinaryIO) -> Contents:
     Raises:
         ArtifactError: the artifact is damaged.
     """
-    tar_digest = hashlib.sha256()
-    archive = Archive(file, path, tar_digest.update)
+    archive = Archive(file, path)
     next(archive.files(), None)  # reads the manifest, and checks the index
-    archive.drain()  # checks the frame's checksum
+    tar_digest = hashlib.sha256()
+    for part in unpacked(file, path):  # checks the frame's checksum
+        tar_digest.update(part)
     index = archive.index
     second = io.BytesIO()
     with tarfile.open(fileobj=second, mode="w", format=tarfile.USTAR_FORMAT) as tar:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cachebuilder.artifact.index import Index
-from cachebuilder.artifact.read import open_file
-from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, read_beside
+from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, open_file, read_beside
 from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.ship import image
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE
