@@ -24,7 +24,7 @@ import zstandard
 
 from cachebuilder import building
 from cachebuilder.deepgemm import installation
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
@@ -73,7 +73,7 @@ def build(manifest: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("one", "two"):
             os.environ["CACHEBUILDER_CACHE_DIR"] = f"{folder}/{name}/cache"
-            built = building.build(find_inputs(manifest), Path(folder, name, "out.tar.zst"))
+            built = building.build(load_manifest(manifest), Path(folder, name, "out.tar.zst"))
             report = built.compiled
             say(
                 "build",

@@ -31,7 +31,7 @@ from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Kernel
 
@@ -139,7 +139,7 @@ def main(
         print(json.dumps(figures), flush=True)
 
     for manifest in manifests or (DEFAULT,):
-        inputs = find_inputs(manifest, deep_gemm=deep_gemm)
+        inputs = load_manifest(manifest, deep_gemm=deep_gemm)
         plan = planning.make(inputs)
         say(
             what="run",

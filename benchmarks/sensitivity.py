@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from cachebuilder.errors import CacheBuilderError
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning import make as planning
 
@@ -47,7 +47,7 @@ def changed(manifest: Manifest, **properties: Any) -> Manifest:
 @click.option("--commit", default="")
 def main(manifests: tuple[Path, ...], deep_gemm: Path | None, commit: str) -> None:
     for path in manifests or DEFAULT:
-        inputs = find_inputs(path, deep_gemm=deep_gemm)
+        inputs = load_manifest(path, deep_gemm=deep_gemm)
         gpu = inputs.manifest.target.gpu
         base = entries(changed(inputs.manifest), inputs)
         using = {"manifest": path.stem, "gpu": gpu.name, "deep_gemm": inputs.installation.version, "commit": commit}

@@ -18,7 +18,7 @@ from cachebuilder.compiling.store import CubinStore
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import ManifestError, PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning import make as planning
 from cachebuilder.sweep import process, recorder
@@ -32,7 +32,7 @@ from tests.test_plan import make
 @pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
 def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, generation: str, tmp_path: Path) -> None:
     manifest = entry_points.write_manifest(tmp_path / "m.yaml", arch, generation)
-    inputs = find_inputs(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
+    inputs = load_manifest(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
     plan = planning.make(inputs)
     assert plan.generation == generation
     planned = {selection.op for kernel in plan.kernels for selection in kernel.selected_by}
@@ -221,7 +221,7 @@ def test_scales_in_their_final_layout_select_the_same_gemms(tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
 def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
-    inputs = find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
+    inputs = load_manifest(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
     plan = planning.make(inputs)
     assert {selection.op for kernel in plan.kernels for selection in kernel.selected_by} == set(range(len(plan.ops)))
     assert len(plan.kernels) == kernels

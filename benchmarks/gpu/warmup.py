@@ -33,7 +33,7 @@ from benchmarks.relaxed_list import relaxed
 from cachebuilder import building
 from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda import nvml
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
@@ -93,7 +93,7 @@ def importing(inputs: Inputs, folder: Path) -> float:
 
 
 def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
-    inputs = find_inputs(manifest, deep_gemm=deep_gemm)
+    inputs = load_manifest(manifest, deep_gemm=deep_gemm)
     gpu = nvml.first_gpu()
     say(
         "run",
