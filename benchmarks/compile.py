@@ -25,14 +25,15 @@ import click
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.version import __version__
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import units
-from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.compiler import CompileOptions
+from cachebuilder.compiling.front_end import FrontEnds
+from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
-from cachebuilder.cuda.toolchain import ptx_command
 from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning import make as planning
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 
 DEFAULT = Path(__file__).parents[1] / "manifests" / "deepseek-v3-tp8-h200.yaml"
 
@@ -89,24 +90,22 @@ def floor(kernels: Sequence[Kernel], inputs: Inputs) -> dict[str, float]:
     """CPU seconds on one core: of all front ends, and of all kernels behind them."""
     made: dict[str, bytes] = {}
     with scratch_folder() as scratch:
-        pool = Pool(
-            inputs.toolchain, inputs.installation, scratch, 1, lambda kernel, cubin: made.update({kernel.entry: cubin})
-        )
+        steps = Steps(FrontEnds(inputs, 1), scratch, lambda kernel, cubin: made.update({kernel.entry: cubin}))
         work = units.group(kernels, 1)
         before = _cpu()
         for number, unit in enumerate(work):
             (folder := scratch / f"head-{number}").mkdir()
             (folder / "kernel.cu").write_text(unit.head + "\n")
             (folder / "include").symlink_to(inputs.installation.include)
-            command = ptx_command(inputs.toolchain, "kernel.cu", "kernel.ptx", unit.flags, "include")
-            pool._processes.run(command, folder)
+            command = inputs.toolchain.ptx_command("kernel.cu", "kernel.ptx", unit.flags, "include")
+            steps._processes.run(command, folder)
         heads = _cpu()
         modules = [
-            (kernel, module) for unit in work for kernel, module in zip(unit.kernels, pool.to_ptx(unit), strict=True)
+            (kernel, module) for unit in work for kernel, module in zip(unit.kernels, steps.to_ptx(unit), strict=True)
         ]
         ptx = _cpu()
         for kernel, module in modules:
-            pool._to_cubin(kernel, module)
+            steps._to_cubin(kernel, module)
         return {
             "front_ends": len(work),
             "front_end_cpu_seconds": round(heads - before, 1),
@@ -141,7 +140,7 @@ def main(
 
     for manifest in manifests or (DEFAULT,):
         inputs = find_inputs(manifest, deep_gemm=deep_gemm)
-        plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        plan = planning.make(inputs)
         say(
             what="run",
             command="python benchmarks/compile.py",
@@ -160,10 +159,9 @@ def main(
                 for grouped in (True, False) if separate else (True,):
                     memory = Memory()
                     with memory if with_memory else nullcontext():
-                        cubins, report = compiling.compile_all(
-                            chosen, inputs.toolchain, inputs.installation, NoStore(), job_count, grouped=grouped
-                        )
-                    found[grouped] = (cubins, report)
+                        options = CompileOptions(job_count, grouped=grouped, check_code=0)
+                        report = compiling.compile_kernels(inputs, chosen, options, NoStore())
+                    found[grouped] = (report.cubins, report)
                     say(
                         what="compile",
                         manifest=manifest.stem,

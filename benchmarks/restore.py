@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cachebuilder.artifact.pack import Packed, pack
+from cachebuilder.artifact.pack import Packed, pack_as
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.planning.make import Kernel, Plan
+from cachebuilder.planning.plan import Kernel, Plan
 
 RUNS = 11
 Times = tuple[float, float]
@@ -78,7 +78,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         python=index.recorded["python"],
         peak_bytes=0,
     )
-    return pack(output, index.name, manifest, plan, cubins, fingerprint)
+    return pack_as(output, index.name, manifest, plan, cubins, fingerprint)
 
 
 def timed(command: Sequence[str | Path]) -> Times:

@@ -9,6 +9,7 @@ planned, and how many of them the manifest's own GPU has not (``other``) or has 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ VALUES = {
 
 
 def entries(manifest: Manifest, inputs: Inputs) -> set[str]:
-    return {kernel.entry for kernel in planning.make(manifest, inputs.installation, inputs.toolchain).kernels}
+    return {kernel.entry for kernel in planning.make(replace(inputs, manifest=manifest)).kernels}
 
 
 def changed(manifest: Manifest, **properties: Any) -> Manifest:

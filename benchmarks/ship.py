@@ -29,7 +29,7 @@ from cachebuilder.artifact import archive, pack
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.planning.make import Kernel, Plan
+from cachebuilder.planning.plan import Kernel, Plan
 from tests.registries import Registry, registry
 
 PAIRS = 7
@@ -67,7 +67,7 @@ def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
         python=index.recorded["python"], peak_bytes=0,
     )  # fmt: skip
     archive._LEVEL = 1
-    pack.pack(output, index.name, manifest, plan, cubins, fingerprint)
+    pack.pack_as(output, index.name, manifest, plan, cubins, fingerprint)
 
 
 def timed(command: Command) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from cachebuilder.compiling import check as code
 from cachebuilder.compiling import record as build_record
 from cachebuilder.cuda.processes import Processes
 from cachebuilder.manifest.inputs import Inputs, find_inputs
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: I
     """Each kernel's code must be what nvcc makes of it alone, called as DeepGEMM calls it."""
     with scratch_folder() as scratch:
         for kernel in kernels:
-            own = code.compile_alone(kernel, inputs.toolchain, inputs.installation, Processes(), scratch)
+            own = code.compile_alone(kernel, inputs, Processes(), scratch)
             code.require_equal(kernel, own, cubins[kernel.entry])
 
 

@@ -8,8 +8,9 @@ import pytest
 from cachebuilder import building
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.building import Built
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import record as build_record
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.store import NoStore
 
 
@@ -29,8 +30,8 @@ def test_the_record_tells_which_compiler_made_what_and_when(built: Built) -> Non
 @pytest.mark.slow
 def test_each_call_of_nvcc_is_noted_with_its_phases(built: Built) -> None:
     inputs = built.inputs
-    _, report = compiling.compile_all(built.plan.kernels[:1], inputs.toolchain, inputs.installation, NoStore(), jobs=2)
-    ptx, cubin = map(build_record.run_of, report.tasks)
+    options = CompileOptions(jobs=2, check_code=0)
+    ptx, cubin = compiling.compile_kernels(inputs, built.plan.kernels[:1], options, NoStore()).calls
     assert (ptx.step, cubin.step) == ("ptx", "cubin") and ptx.entries == cubin.entries == (built.plan.kernels[0].entry,)
     assert "cicc" in {phase.name for phase in ptx.phases} and "ptxas" in {phase.name for phase in cubin.phases}
     assert 0 < sum(phase.seconds for phase in ptx.phases) <= ptx.seconds < cubin.start + cubin.seconds

@@ -9,9 +9,11 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.common.cache import scratch_folder
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import units
-from cachebuilder.compiling.pool import Pool, check_order
+from cachebuilder.compiling.compiler import CompileOptions
+from cachebuilder.compiling.front_end import FrontEnds
+from cachebuilder.compiling.steps import Steps, check_order
 from cachebuilder.compiling.store import CubinStore, NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.cuda import ptx
@@ -19,29 +21,23 @@ from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.planning import make as planning
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel, Plan
 from tests.conftest import MANIFESTS, check_code
 from tests.test_plan import EVERY_OP
 
 
-def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, planning.Plan]:
+def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, Plan]:
     (folder / "m.yaml").write_text(text)
     inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
-    return inputs, planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    return inputs, planning.make(inputs)
 
 
 def compile_units(work: Sequence[Unit], inputs: Inputs) -> dict[str, bytes]:
     cubins: dict[str, bytes] = {}
-    with scratch_folder() as scratch:
-        pool = Pool(
-            inputs.toolchain,
-            inputs.installation,
-            scratch,
-            2,
-            lambda kernel, cubin: cubins.update({kernel.entry: cubin}),
-        )
-        pool.run(work)
-        assert pool.failures == []
+    with scratch_folder() as scratch, FrontEnds(inputs, 2) as front_ends:
+        steps = Steps(front_ends, scratch, lambda kernel, cubin: cubins.update({kernel.entry: cubin}), hold=False)
+        steps.run(work)
+        assert steps.failures == []
     return cubins
 
 
@@ -52,8 +48,8 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
 ) -> None:
     inputs, plan = plan_of(EVERY_OP.format(gpu=gpu), tmp_path, deep_gemm)
     kernels = list(plan.kernels)
-    cubins, _ = compiling.compile_all(kernels, inputs.toolchain, inputs.installation, NoStore())
-    one_of_each = {kernel.name: kernel for kernel in random.sample(kernels, len(kernels))}
+    cubins = compiling.compile_kernels(inputs, kernels, store=NoStore()).cubins
+    one_of_each = {kernel.name: kernel for kernel in random.Random(0).sample(kernels, len(kernels))}
     assert len(one_of_each) >= 6
     check_code(one_of_each.values(), cubins, inputs)
 
@@ -61,19 +57,16 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
 @pytest.mark.slow
 def test_a_difference_in_code_is_found(built: building.Built) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
-    told: list[tuple[int, int, float]] = []
-    cubins, _ = compiling.compile_all(
-        [one, two],
-        built.inputs.toolchain,
-        built.inputs.installation,
-        NoStore(),
-        progress=lambda *report: told.append(report),
-    )
-    assert [share for *_, share in told] == sorted(share for *_, share in told), "work that is done stays done"
-    assert told[0] == (0, 2, 0.0) and told[-1] == (2, 2, 1.0)
-    assert 0.3 < told[1][2] < 0.7 and told[1][0] == 0, (
-        "the front end is about half of the work, with no kernel done yet"
-    )
+    reports: list[tuple[str, int, int, float | None]] = []
+
+    def watch(step: str, done: int, total: int, share: float | None = None) -> None:
+        reports.append((step, done, total, share))
+
+    cubins = compiling.compile_kernels(built.inputs, [one, two], store=NoStore(), progress=watch).cubins
+    assert reports[0] == ("compile", 0, 2, 0.0) and reports[-1] == ("compile", 2, 2, 1.0)
+    shares = [share for *_, share in reports if share is not None]
+    assert shares == sorted(shares), "work that is done stays done"
+    assert any(done == 0 and share for _, done, _, share in reports), "a front end counts before its kernels are there"
     swapped = {one.entry: cubins[two.entry]}
     with pytest.raises(CompileError, match=f"{one.entry}: the code is not what nvcc makes of it alone, in .*text"):
         check_code([one], swapped, built.inputs)
@@ -82,16 +75,20 @@ def test_a_difference_in_code_is_found(built: building.Built) -> None:
 @pytest.mark.slow
 def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
     inputs = find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
-    five, twenty = random.sample(family, 5), random.sample(family, 20)
+    chosen = random.Random(0)
+    five, twenty = chosen.sample(family, 5), chosen.sample(family, 20)
     kernel = five[2]
     twenty[17:18] = [kernel] if kernel not in twenty else twenty[17:18]
 
     def module(members: Sequence[Kernel]) -> str:
         with scratch_folder() as scratch:
-            pool = Pool(inputs.toolchain, inputs.installation, scratch, 1, lambda *_: None)
-            return pool.to_ptx(Unit(tuple(members)))[list(members).index(kernel)].text
+            return (
+                Steps(FrontEnds(inputs, 1), scratch, lambda *_: None)
+                .to_ptx(Unit(tuple(members)))[list(members).index(kernel)]
+                .text
+            )
 
     assert module([kernel]) == module(five) == module(twenty)
 
@@ -107,7 +104,7 @@ def test_kernels_with_strings_do_not_depend_on_their_unit_either(
     inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
     kernels = list(plan.kernels)
     apart = compile_units(units.separate(kernels), inputs)
-    random.shuffle(kernels)
+    random.Random(0).shuffle(kernels)
     assert compile_units(units.group(kernels, 1), inputs) == compile_units(units.group(kernels, 2), inputs) == apart
     check_code([k for k in kernels if "transpose" in k.name], apart, inputs)
 
@@ -119,19 +116,19 @@ def test_one_bad_kernel_does_not_take_its_unit_down(built: building.Built, tmp_p
     members = [kernels[0], bad, *kernels[2:]]
     store = CubinStore(tmp_path / "store")
     with pytest.raises(CompileError) as error:
-        compiling.compile_all(members, built.inputs.toolchain, built.inputs.installation, store, jobs=1)
+        compiling.compile_kernels(built.inputs, members, CompileOptions(jobs=1), store)
     assert f"1 of {len(members)} kernels did not compile" in str(error.value)
     assert f"{bad.entry}:" in str(error.value) and "not today" in str(error.value)
     good = [kernel for kernel in members if kernel is not bad]
-    _, report = compiling.compile_all(good, built.inputs.toolchain, built.inputs.installation, store)
-    assert (report.compiled, report.reused) == ([], len(good))
+    again = compiling.compile_kernels(built.inputs, good, store=store)
+    assert (again.compiled, again.reused) == ([], len(good))
 
 
 def test_what_nvcc_says_of_several_kernels_is_said_once(built: building.Built, tmp_path: Path) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
     bad = [kernel.model_copy(update={"source": "#include <no_such.h>\n" + kernel.source}) for kernel in (one, two)]
     with pytest.raises(CompileError) as error:
-        compiling.compile_all(bad, built.inputs.toolchain, built.inputs.installation, CubinStore(tmp_path / "store"))
+        compiling.compile_kernels(built.inputs, bad, store=CubinStore(tmp_path / "store"))
     said = str(error.value)
     assert "2 of 2 kernels did not compile" in said and one.entry in said and two.entry in said
     assert said.count("fatal error: no_such.h") == 1

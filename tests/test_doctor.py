@@ -138,7 +138,7 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
     inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
     assert kept == (not kernel_variables(plan.generation, {variable: value}))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation
@@ -32,11 +32,11 @@ from tests.test_plan import make
 def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, generation: str, tmp_path: Path) -> None:
     manifest = entry_points.write_manifest(tmp_path / "m.yaml", arch, generation)
     inputs = find_inputs(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     assert plan.generation == generation
     planned = {selection.op for kernel in plan.kernels for selection in kernel.selected_by}
     assert planned == set(range(len(plan.ops))), "each op asks for a kernel"
-    cubins, _ = compiling.compile_all(list(plan.kernels), inputs.toolchain, inputs.installation, CubinStore())
+    cubins = compiling.compile_kernels(inputs, plan.kernels, store=CubinStore()).cubins
     assert cubins.keys() == {kernel.entry for kernel in plan.kernels}
     # test_compile.py holds one kernel of every family of the engines' six GEMMs; here two of the others, at random.
     others = [kernel for kernel in plan.kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
@@ -209,6 +209,6 @@ def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: st
 @pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
 def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
     inputs = find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     assert {selection.op for kernel in plan.kernels for selection in kernel.selected_by} == set(range(len(plan.ops)))
     assert len(plan.kernels) == kernels

@@ -16,14 +16,15 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.building import Built
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.front_end import FrontEnd, FrontEnds
-from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import find_inputs
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def family(built: Built) -> tuple[Kernel, ...]:
 
 @pytest.fixture(scope="module")
 def held(built: Built, family: tuple[Kernel, ...]) -> Iterator[FrontEnd]:
-    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 2) as front_ends:
+    with FrontEnds(built.inputs, 2) as front_ends:
         held = front_ends.of(family[0].source, family[0].flags)
         assert held.open(), "this nvcc's front end cannot be held"
         yield held
@@ -45,10 +46,10 @@ def held(built: Built, family: tuple[Kernel, ...]) -> Iterator[FrontEnd]:
 def test_it_makes_the_ptx_of_an_nvcc_that_reads_all_itself(
     built: Built, family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
 ) -> None:
-    pool = Pool(built.inputs.toolchain, built.inputs.installation, tmp_path, 2, lambda *_: None)
+    steps = Steps(FrontEnds(built.inputs, 2), tmp_path, lambda *_: None)
     for unit in (Unit(family), Unit(family[:1])):
         assert held.takes(unit.body)
-        assert pool.to_ptx(unit, held) == pool.to_ptx(unit)
+        assert steps.to_ptx(unit, held) == steps.to_ptx(unit)
 
 
 def test_a_bad_source_is_refused_with_its_own_line_and_the_next_one_compiled(
@@ -74,7 +75,7 @@ def test_what_the_preprocessor_would_change_is_left_to_it(held: FrontEnd, family
 def test_one_that_is_killed_is_an_error_and_nobody_waits_for_it(
     built: Built, family: tuple[Kernel, ...], tmp_path: Path
 ) -> None:
-    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 1) as front_ends:
+    with FrontEnds(built.inputs, 1) as front_ends:
         killed = front_ends.of(family[0].source, family[0].flags)
         assert killed.open() and killed._process is not None
         os.killpg(killed._process.pid, signal.SIGKILL)
@@ -89,13 +90,11 @@ def test_a_compiler_that_cannot_be_held_compiles_as_ever(
     nvcc.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {built.inputs.toolchain.nvcc} "$@"\n')
     nvcc.chmod(0o755)
     inputs = dataclasses.replace(built.inputs, toolchain=dataclasses.replace(built.inputs.toolchain, nvcc=nvcc))
-    with FrontEnds(inputs.toolchain, inputs.installation, 2) as front_ends:
+    with FrontEnds(inputs, 2) as front_ends:
         front_ends.expect(family[0].source, family[0].flags)
         assert not front_ends.of(family[0].source, family[0].flags).open()
-        cubins, _ = compiling.compile_all(
-            family[:1], inputs.toolchain, inputs.installation, NoStore(), front_ends=front_ends
-        )
-    assert cubins == compiling.compile_all(family[:1], inputs.toolchain, inputs.installation, NoStore())[0]
+    one, other = (compiling.compile_kernels(these, family[:1], store=NoStore()) for these in (inputs, built.inputs))
+    assert one.cubins == other.cubins
 
 
 def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
@@ -110,9 +109,9 @@ def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
 
     monkeypatch.setattr(FrontEnds, "expect", expect)
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
-    done = building.build(find_inputs(small), tmp_path / "a.tar.zst", use_store=False)
+    done = building.build(find_inputs(small), tmp_path / "a.tar.zst", options=CompileOptions(use_store=False))
     assert {kernel.source for kernel in done.plan.kernels} <= set(expected)
-    steps = [task.step for task in done.compiled.tasks]
+    steps = [task.step for task in done.compiled.calls]
     assert steps.count("headers") >= 1 and steps.count("check") == 1
     assert _running_in(tmp_path) == []
 
@@ -122,25 +121,26 @@ def test_it_ends_with_a_build_that_is_killed(
     built: Built, family: tuple[Kernel, ...], tmp_path: Path, moment: str
 ) -> None:
     inputs, kernel = built.inputs, family[0]
+    (manifest := tmp_path / "m.yaml").write_bytes(inputs.manifest_bytes)
+    (cache := tmp_path / "cache").mkdir()
     code = f"""
-import json, sys, time
-from pathlib import Path
-from cachebuilder import toolchain
-from cachebuilder.deepgemm import installation
-from cachebuilder.front_end import FrontEnds
-with FrontEnds(toolchain.find(), installation.find(Path({str(inputs.installation.imported_as)!r})), 1) as front_ends:
+import time
+import cachebuilder
+from cachebuilder.compiling.front_end import FrontEnds
+inputs = cachebuilder.load_manifest({str(manifest)!r}, deep_gemm={str(inputs.installation.imported_as)!r})
+with FrontEnds(inputs, 1) as front_ends:
     front_ends.expect({kernel.source!r}, {kernel.flags!r})
     if {moment!r} == "held":
         front_ends.of({kernel.source!r}, {kernel.flags!r}).open()
     print("there", flush=True)
     time.sleep(60)
 """
-    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(cache)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None and process.stdout.readline() == b"there\n"
-        _wait_for(lambda: bool(_running_in(tmp_path)))
+        _wait_for(lambda: bool(_running_in(cache)))
         process.kill()
-    _wait_for(lambda: not _running_in(tmp_path))
+    _wait_for(lambda: not _running_in(cache))
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:

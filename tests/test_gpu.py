@@ -8,7 +8,7 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
-from cachebuilder.planning.make import Range, Selection
+from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.sweep.run import Point
 from cachebuilder.verifying import real as on_gpu
 from cachebuilder.verifying import report as verified

@@ -37,7 +37,7 @@ def log_of(folder: Path, *entries: tuple[str, int | None, str | None]) -> Path:
 def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
     (folder / "m.yaml").write_text(EVERY_OP.format(gpu=gpu))
     inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     for kernel in plan.kernels:
         shape = read_shape(kernel.source)
         if "GemmType" not in kernel.source:
@@ -160,7 +160,7 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
     wide = find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
-    asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
+    asked = planning.make(wide).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
     assert len(missed) >= 2
     log = log_of(tmp_path, *((entry, 1_700_000_000, source) for entry, source in missed.items()))
@@ -208,10 +208,10 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
     inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
         return
     with pytest.raises(PlanError) as error:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
     for word in ["sources[0]", *words]:
         assert word in f"{error.value} {error.value.hint}"
 
@@ -225,4 +225,4 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
     inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)

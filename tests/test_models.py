@@ -20,6 +20,7 @@ from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ModelError
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 
 from . import configs
@@ -525,7 +526,7 @@ class TestMegaMoeOfSglang:
         config, serving = config_of(tree), serving_of("sglang", gpu, tp=8, ep=8, mega_moe=True)
         whole = manifests.parse(manifest_text(config, serving, derive(config, serving)).encode())
         ops = [op for op in whole.ops if "mega_moe" in op.op or "transform" in op.op]
-        plan = planning.make(whole.model_copy(update={"ops": ops}), installations.find(), toolchain.find())
+        plan = planning.make(Inputs(whole.model_copy(update={"ops": ops}), b"", toolchain.find(), installations.find()))
         layers = [one for one in plan.kernels if one.name == kernel]
         assert layers and all({s.sm_count for s in one.selected_by} == {sms} for one in layers)
         assert all(f" {sms}, " in one.source for one in layers)

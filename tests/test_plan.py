@@ -12,6 +12,7 @@ from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.inputs import find_inputs
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel, Plan
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests.conftest import MANIFESTS, ROOT, Run
 
@@ -29,13 +30,13 @@ ops:
 """
 
 
-def make(path: Path, text: str, deep_gemm: Path | None = None) -> planning.Plan:
+def make(path: Path, text: str, deep_gemm: Path | None = None) -> Plan:
     path.write_text(text)
     inputs = find_inputs(path, deep_gemm=deep_gemm)
-    return planning.make(inputs.manifest, inputs.installation, inputs.toolchain, reuse=False)
+    return planning.make(inputs, reuse=False)
 
 
-def points(kernel: planning.Kernel, op: int) -> list[int]:
+def points(kernel: Kernel, op: int) -> list[int]:
     return [
         value
         for selection in kernel.selected_by
@@ -80,7 +81,7 @@ def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
 )
 def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: str, kernels: int, arch: str) -> None:
     inputs = find_inputs(MANIFESTS / f"{name}.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    plan = planning.make(inputs)
     assert (len(plan.kernels), plan.calls, plan.arch) == (kernels, 66_624, arch)
     assert plan.peak_bytes < 2e9
 
@@ -236,4 +237,4 @@ def test_plan_prints_the_ranges_of_each_kernel_within_80_columns(run: Run, small
 
 def test_plan_as_json_is_the_plan(run: Run, small: Path) -> None:
     done = run("plan", small, "--json")
-    assert planning.Plan.model_validate_json(done.stdout).calls == 43
+    assert Plan.model_validate_json(done.stdout).calls == 43

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -417,7 +418,7 @@ def test_legacy_entries_move_to_the_names_that_deepgemm_gives_them_at_the_new_pa
 ) -> None:
     moved = copy_of(installation, tmp_path / "moved" / "deep_gemm")
     done = restore([built.packed.path], tmp_path / "dir", moved)
-    planned = planning.make(built.inputs.manifest, moved, built.inputs.toolchain, reuse=False)
+    planned = planning.make(dataclasses.replace(built.inputs, installation=moved), reuse=False)
     restored = {path.name for path in (tmp_path / "dir" / "cache").iterdir()}
     assert restored == {kernel.entry for kernel in planned.kernels} == {entry.name for entry in done.index.entries}
     assert done.relocated == (installation.generation == "legacy")

@@ -28,9 +28,11 @@ from cachebuilder.cuda import gpus
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.ops.catalog import OpBase
 from cachebuilder.ops.device import ceil_div
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel
 
 ALIGNMENT = 128
 VLLM = "0.33.0"
@@ -59,7 +61,7 @@ def warmed_and_served(
     return warmed, padded_rows(op, range(1, tokens + 1))
 
 
-def selected(kernel: planning.Kernel, lists: Sequence[Container[int]]) -> bool:
+def selected(kernel: Kernel, lists: Sequence[Container[int]]) -> bool:
     """Whether a point in its op's list selects ``kernel``."""
     return any(
         m in lists[where.op]
@@ -88,7 +90,7 @@ def main(
                 gpu=gpus.find(card), version=VLLM, tp=int(tp), ep=int(ep), max_tokens=max_num_batched_tokens
             )
             manifest = manifests.parse(manifest_text(config, serving, derive(config, serving)).encode())
-            plan = planning.make(manifest, installation, toolchain)
+            plan = planning.make(Inputs(manifest, b"", toolchain, installation))
             limits = serving.max_tokens, serving.dp, serving.gpu.sm_count
             lists = (warmed_and_served(op, manifest.ops, *limits) for op in manifest.ops)
             warmed, served = zip(*lists, strict=True)

@@ -31,6 +31,7 @@ import click
 
 from benchmarks.relaxed_list import relaxed
 from cachebuilder import building
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda import nvml
 from cachebuilder.manifest.inputs import Inputs, find_inputs
 from cachebuilder.ops.catalog import OPS
@@ -109,7 +110,7 @@ def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str)
         artifact, seconds = folder / "artifact.tar.zst", {}
         for grouped in (False, True) if separate else (True,):
             started = time.monotonic()
-            built = building.build(inputs, artifact, use_store=False, grouped=grouped)
+            built = building.build(inputs, artifact, options=CompileOptions(use_store=False, grouped=grouped))
             seconds[grouped] = time.monotonic() - started
             say(
                 "build",

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
 from cachebuilder.common.records import Count, Record, Sha256
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.planning.selection import Selection
-
-if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of these
-    from cachebuilder.cuda.toolchain import Toolchain
-    from cachebuilder.deepgemm.installation import Installation
-    from cachebuilder.planning.make import Plan
 
 #: The members of an artifact: the index, the manifest as given, and the folder of entries.
 INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
@@ -94,22 +89,3 @@ class Index(Record):
     ops: Annotated[tuple[dict[str, object], ...], FailFast()]
     entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
     recorded: dict[str, str]
-
-
-def fingerprint(
-    plan: Plan, installation: Installation, toolchain: Toolchain, environment: dict[str, str]
-) -> Fingerprint:
-    """The fingerprint of what was planned."""
-    return Fingerprint(
-        generation=plan.generation,
-        deep_gemm=installation.version,
-        distribution=installation.distribution,
-        headers=installation.headers_digest,
-        cutlass=installation.cutlass_version,
-        compiler=toolchain.version_text,
-        arch=plan.arch,
-        sm_counts=plan.sm_counts,
-        environment=environment,
-        install_include=plan.include,
-        legacy_flags=plan.legacy_flags,
-    )

@@ -16,7 +16,8 @@ from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
-from cachebuilder.planning.make import Kernel, Plan
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Kernel, Plan
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,23 @@ class Packed:
     unpacked_size: int
 
 
-def pack(
-    output: Path,
-    name: str,
-    manifest: bytes,
-    plan: Plan,
-    cubins: Mapping[str, bytes],
-    fingerprint: Fingerprint,
-) -> Packed:
+def pack(output: Path, inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes]) -> Packed:
     """Write the artifact of ``plan`` to ``output``, whole or not at all.
 
     Args:
-        manifest: the manifest's bytes as given.
         cubins: each entry's compiled kernel.
 
     Raises:
         ArtifactError: ``output`` cannot be written.
     """
+    name, manifest = inputs.manifest.name, inputs.manifest_bytes
+    return pack_as(output, name, manifest, plan, cubins, fingerprint_of(plan, inputs))
+
+
+def pack_as(
+    output: Path, name: str, manifest: bytes, plan: Plan, cubins: Mapping[str, bytes], fingerprint: Fingerprint
+) -> Packed:
+    """Write an artifact with this name, this manifest's bytes and this fingerprint. Raises as `pack` does."""
     contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
     index = Index(
         schema_version=1,
@@ -72,6 +73,24 @@ def pack(
     write_atomically(output, data, ArtifactError)
     files = sum(file.size for entry in index.entries for file in entry.files)
     return Packed(output, hashlib.sha256(data).hexdigest(), len(data), files)
+
+
+def fingerprint_of(plan: Plan, inputs: Inputs) -> Fingerprint:
+    """The fingerprint of what was planned."""
+    installation = inputs.installation
+    return Fingerprint(
+        generation=plan.generation,
+        deep_gemm=installation.version,
+        distribution=installation.distribution,
+        headers=installation.headers_digest,
+        cutlass=installation.cutlass_version,
+        compiler=inputs.toolchain.version_text,
+        arch=plan.arch,
+        sm_counts=plan.sm_counts,
+        environment=inputs.manifest.environment,
+        install_include=plan.include,
+        legacy_flags=plan.legacy_flags,
+    )
 
 
 def publish(packed: Packed, output: Path) -> Packed:

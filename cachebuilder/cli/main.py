@@ -13,14 +13,17 @@ from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
-
-#: Each is the command of that name in the module of that name; a hyphen is an underscore there.
-VERBS = (
-    *("manifest", "record", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
-    *("keygen", "sign", "verify-signature"),
-    *("push", "pull", "sync"),
-    *("report", "explain", "gpus", "schema"),
-)
+#: What a person is doing → the verbs for it. Each verb is the command of that name in the module of that name; a hyphen
+#: is an underscore there.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Write a manifest": ("manifest", "record", "gpus"),
+    "Build": ("plan", "build", "cache"),
+    "Ship": ("keygen", "sign", "verify-signature", "push", "pull", "sync"),
+    "Serve": ("restore", "env", "run", "misses"),
+    "Prove": ("verify", "doctor"),
+    "Look": ("inspect", "diff", "explain", "report", "schema"),
+}
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
 
 class _Verbs(click.Group):
@@ -35,6 +38,15 @@ class _Verbs(click.Group):
         module = name.replace("-", "_")
         command: click.Command = getattr(import_module(f"cachebuilder.cli.{module}"), module)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))
+        limit = formatter.width - 6 - width
+        for title, verbs in GROUPS.items():
+            commands = [(verb, self.get_command(ctx, verb)) for verb in verbs]
+            rows = [(f"{verb:<{width}}", command.get_short_help_str(limit)) for verb, command in commands if command]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -60,8 +72,8 @@ def main() -> None:
             click.echo(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was compiled is kept, the next build goes on from there", err=True)
+        click.echo("interrupted: what was compiled is kept, and the next build goes on from there", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output has gone away, as `| head` does
         sys.stderr.close()
         sys.exit(0)

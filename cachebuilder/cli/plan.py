@@ -7,32 +7,25 @@ from pathlib import Path
 
 import click
 
+import cachebuilder
 from cachebuilder.cli import shared, table, words
-from cachebuilder.manifest.inputs import find_inputs
-from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel
 from cachebuilder.planning.selection import Selection
 
 
 @click.command()
 @shared.manifest_argument
 @shared.json_option
-@shared.nvcc_option
-@shared.deep_gemm_option
+@shared.tools_options
 @shared.store_option
 @shared.progress_options
-def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
+def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
-    inputs = find_inputs(manifest, nvcc=nvcc, deep_gemm=deep_gemm)
+    inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
     with shared.show_progress() as progress:
-        made = planning.make(
-            inputs.manifest,
-            inputs.installation,
-            inputs.toolchain,
-            lambda done, total: progress("plan", done, total),
-            reuse=use_store,
-        )
+        made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
     if as_json:
-        click.echo(made.model_dump_json(indent=1, exclude_none=True))
+        click.echo(made.text())
         return
     for index, op in enumerate(inputs.manifest.ops):
         for sm_count in inputs.manifest.sm_counts_of(op):
@@ -59,7 +52,7 @@ def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | Non
     table.line("using", f"{inputs.installation}")
 
 
-def _line(kernel: planning.Kernel, selection: Selection) -> str:
+def _line(kernel: Kernel, selection: Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
     head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
     points = words.ranges(selection.ranges)

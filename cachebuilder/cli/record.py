@@ -166,6 +166,7 @@ def _add(
     from cachebuilder.authoring import sources
     from cachebuilder.deepgemm import installation
     from cachebuilder.deepgemm.environment import kernel_variables
+    from cachebuilder.manifest.inputs import Inputs
     from cachebuilder.planning import make as plan
 
     assert found.generation is not None, "there are kernels"
@@ -178,7 +179,7 @@ def _add(
                 hint="name the DeepGEMM that the program uses with --deep-gemm",
             )
         with shared.show_progress() as progress:
-            made = plan.make(manifest, copy, compiler, lambda done, total: progress("plan", done, total))
+            made = plan.make(Inputs(manifest, path.read_bytes(), compiler, copy), progress=progress)
         covered = {kernel.source for kernel in made.kernels}
     except RecordingError:
         raise

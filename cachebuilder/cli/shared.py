@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -15,8 +15,6 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
 
-if TYPE_CHECKING:
-    from cachebuilder.cuda.gpus import Gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,17 +108,18 @@ device_option = click.option(
 )
 
 
-def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
-    """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
-    if wanted != "auto":
-        return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder.cuda import gpus, nvml
+@dataclasses.dataclass(frozen=True)
+class ToolPaths:
+    """Where a person says that the compiler and DeepGEMM are."""
 
-    gpu = nvml.first_gpu()
-    same = (
-        gpu is not None
-        and gpu.capability == (target.major, target.minor)
-        and gpu.sm_count in (None, target.sm_count)
-        and gpus.is_called(target, gpu.name)
-    )
-    return "cuda" if same else "virtual"
+    nvcc: Path | None
+    deep_gemm: Path | None
+
+
+tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option)
+
+
+def say(text: str) -> None:
+    """A line on standard output, where the person did not say ``--quiet``."""
+    if not quiet():
+        click.echo(text)

@@ -16,6 +16,7 @@ from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.verifying import real as on_gpu
 from cachebuilder.verifying import report as verified
 from cachebuilder.verifying import virtual as verifying
+from cachebuilder.verifying.device import choose_device
 
 #: Missing kernels that are listed one by one; all of them are in the JSON.
 _SHOWN = 20
@@ -56,7 +57,7 @@ def verify(
     installation = installations.find(deep_gemm)
     with verifying.opened(target, installation) as folder:
         gpu = verifying.manifests_for(folder, manifest)[0].target.gpu
-        chosen = shared.choose_device(device, gpu)
+        chosen = choose_device(device, gpu)  # type: ignore[arg-type]
         replays: Sequence[on_gpu.Replay] = ()
         with shared.show_progress() as progress:
             if chosen == "cuda":

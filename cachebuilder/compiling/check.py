@@ -6,23 +6,21 @@ import io
 from pathlib import Path
 
 from cachebuilder.cuda.processes import Processes
-from cachebuilder.cuda.toolchain import Toolchain, own_command
 from cachebuilder.deepgemm.entries import SOURCE
-from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompileError
-from cachebuilder.planning.make import Kernel
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Kernel
 
 
-def compile_alone(
-    kernel: Kernel, toolchain: Toolchain, installation: Installation, processes: Processes, folder: Path
-) -> bytes:
-    """The cubin that DeepGEMM would make of ``kernel`` at run time: one nvcc call, its flags, none of ours.
+def compile_alone(kernel: Kernel, inputs: Inputs, processes: Processes, folder: Path) -> bytes:
+    """The cubin that DeepGEMM would make of ``kernel`` at run time: one nvcc call with DeepGEMM's own flags.
 
     Raises:
         CompileError: with the compiler's output.
     """
     (folder / SOURCE).write_text(kernel.source)
-    processes.run(own_command(toolchain, SOURCE, "own.cubin", kernel.flags, str(installation.include)), folder)
+    include = str(inputs.installation.include)
+    processes.run(inputs.toolchain.own_command(SOURCE, "own.cubin", kernel.flags, include), folder)
     return (folder / "own.cubin").read_bytes()
 
 

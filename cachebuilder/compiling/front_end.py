@@ -26,10 +26,9 @@ from cachebuilder.common import native
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.compiling.units import split_source
 from cachebuilder.cuda.processes import Processes
-from cachebuilder.cuda.toolchain import Toolchain, macros_command, ptx_command
 from cachebuilder.deepgemm.entries import SOURCE
-from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompileError, InstallationError
+from cachebuilder.manifest.inputs import Inputs
 
 _LIBRARY_SOURCE = Path(__file__).with_name("front_end.c")
 
@@ -50,16 +49,14 @@ class FrontEnd:
 
     def __init__(
         self,
+        inputs: Inputs,
         processes: Processes,
-        toolchain: Toolchain,
-        installation: Installation,
         head: str,
         flags: Sequence[str],
         folder: Path,
     ) -> None:
+        self._inputs = inputs
         self._processes = processes
-        self._toolchain = toolchain
-        self._installation = installation
         self._head = head
         self._flags = flags
         self._folder = folder
@@ -83,7 +80,7 @@ class FrontEnd:
     def _open(self) -> None:
         library = native.shared_library("front_end.so", "front end", [_LIBRARY_SOURCE])
         (self._folder / SOURCE).write_text(self._head + "\n")
-        (self._folder / "include").symlink_to(self._installation.include)
+        (self._folder / "include").symlink_to(self._inputs.installation.include)
         requests, held = self._folder / "requests", self._folder / "held"
         os.mkfifo(requests)
         # For reading, too: opening does not wait then, and the FIFO's end is the end of this process.
@@ -94,9 +91,10 @@ class FrontEnd:
             "LD_PRELOAD": _preloaded(library),
         }
         with (self._folder / "log.txt").open("wb") as log:
-            command = ptx_command(self._toolchain, SOURCE, "kernel.ptx", self._flags, "include")
+            command = self._inputs.toolchain.ptx_command(SOURCE, "kernel.ptx", self._flags, "include")
             self._process = self._processes.start(command, self._folder, log, environment)
-        self._processes.run(macros_command(self._toolchain, SOURCE, "macros.txt", self._flags, "include"), self._folder)
+        command = self._inputs.toolchain.macros_command(SOURCE, "macros.txt", self._flags, "include")
+        self._processes.run(command, self._folder)
         listed = _DEFINED.findall((self._folder / "macros.txt").read_text())
         self._macros = _UNLISTED.union(listed)
         while not held.exists():
@@ -166,11 +164,10 @@ class FrontEnds:
         jobs: no more than this many are started before they are needed.
     """
 
-    def __init__(self, toolchain: Toolchain, installation: Installation, jobs: int) -> None:
+    def __init__(self, inputs: Inputs, jobs: int) -> None:
+        self.inputs = inputs
+        self.jobs = jobs
         self.processes = Processes()
-        self._toolchain = toolchain
-        self._installation = installation
-        self._jobs = jobs
         self._lock = threading.Lock()
         self._known: dict[tuple[str, tuple[str, ...]], FrontEnd] = {}
         self._threads: list[threading.Thread] = []
@@ -193,7 +190,7 @@ class FrontEnds:
         """A source is going to be compiled: start its front end in the background, if there is none yet."""
         key = split_source(source)[0], flags
         with self._lock:
-            if key in self._known or len(self._known) >= self._jobs:
+            if key in self._known or len(self._known) >= self.jobs:
                 return
         thread = threading.Thread(target=self.of(source, flags).open, daemon=True)
         thread.start()
@@ -206,7 +203,7 @@ class FrontEnds:
             if (found := self._known.get((head, flags))) is None:
                 folder = self._folder / str(next(self._numbers))
                 folder.mkdir()
-                found = FrontEnd(self.processes, self._toolchain, self._installation, head, flags, folder)
+                found = FrontEnd(self.inputs, self.processes, head, flags, folder)
                 self._known[head, flags] = found
             return found
 

@@ -8,28 +8,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from cachebuilder.common.files import write_atomically
-from cachebuilder.compiling.pool import Step, Task
+from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError
 
 #: It lies beside the artifact, under its name and this.
 RECORD_SUFFIX = ".build.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Step = Literal["headers", "ptx", "cubin", "check"]
 
 
-class Phase(_Frozen):
+class Phase(Record):
     """One step inside a compiler, as nvcc's ``--time`` names it."""
 
     name: str
     seconds: float
 
 
-class Run(_Frozen):
+class CompilerCall(Record):
     """One call of a compiler: what it was for, in which of the parallel jobs, and when.
 
     Attributes:
@@ -48,7 +47,7 @@ class Run(_Frozen):
     phases: tuple[Phase, ...] = ()
 
 
-class BuildRecord(_Frozen):
+class BuildRecord(Record):
     """How one artifact was built.
 
     Attributes:
@@ -70,19 +69,7 @@ class BuildRecord(_Frozen):
     compile_seconds: float
     pack_seconds: float
     cpu_seconds: float
-    runs: tuple[Run, ...] = Field(default=())
-
-
-def run_of(task: Task) -> Run:
-    """What the compilation noted, as it is written down."""
-    return Run(
-        step=task.step,
-        job=task.job,
-        start=round(task.start, 3),
-        seconds=round(task.seconds, 3),
-        entries=tuple(kernel.entry for kernel in task.kernels),
-        phases=tuple(Phase(name=name, seconds=round(seconds, 3)) for name, seconds in task.phases),
-    )
+    runs: tuple[CompilerCall, ...] = ()
 
 
 def path_for(artifact: Path) -> Path:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 
 #: The cost model, CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's front
 #: end, a kernel's share of it, ptxas for each 100 kB of PTX (kernels have 4 kB to 500 kB). Only their ratios matter.

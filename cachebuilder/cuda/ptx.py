@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from cachebuilder.errors import CompileError
+
 _COMMENT = re.compile(r"[ \t]*//[^\n]*")
 _HEADER = re.compile(r"\.(version|target|address_size)\b")
 _ENTRY = re.compile(r"(?:\.(?:visible|weak)\s+)?\.entry\s+([\w$]+)")
@@ -32,7 +34,7 @@ _NUMBERED = re.compile(r"(\$str(?:\$\d+)?|__unnamed_\d+|__local_depot\d+|prototy
 _LABEL = re.compile(r"\$L__BB\d+_")
 
 
-class PtxError(ValueError):
+class PtxError(CompileError):
     """The text is not the PTX that this module knows how to take apart."""
 
 

@@ -15,6 +15,9 @@ from cachebuilder.errors import ToolchainError
 
 _HINT = "name one with --nvcc, set CUDA_HOME, or pip install 'cachebuilder[nvcc]' for PyPI's compiler wheels"
 
+#: What a compilation adds to DeepGEMM's own flags: names inside the module then depend on no process id.
+_REPEATABLE = "-frandom-seed=deep_gemm"
+
 
 @dataclass(frozen=True)
 class Toolchain:
@@ -34,6 +37,23 @@ class Toolchain:
 
     def __str__(self) -> str:
         return f"nvcc {self.release} ({self.origin}, {self.nvcc})"
+
+    def own_command(self, source: str, cubin: str, flags: Sequence[str], include: str) -> list[str]:
+        """The command that DeepGEMM itself gives: one source to its cubin."""
+        return [str(self.nvcc), source, "--cubin", "--output-file", cubin, *flags, f"-I{include}"]
+
+    def ptx_command(self, source: str, ptx: str, flags: Sequence[str], include: str) -> list[str]:
+        """The command that compiles one source to PTX with DeepGEMM's own flags."""
+        return [str(self.nvcc), source, "--ptx", "--output-file", ptx, *flags, f"-I{include}", _REPEATABLE]
+
+    def macros_command(self, source: str, macros: str, flags: Sequence[str], include: str) -> list[str]:
+        """The command that lists the macros defined at the end of `ptx_command`'s source, as ``#define`` lines."""
+        listing = ["-E", "--compiler-options=-dM", "--output-file", macros]
+        return [str(self.nvcc), source, *listing, *flags, f"-I{include}", _REPEATABLE]
+
+    def cubin_command(self, ptx: str, cubin: str, flags: Sequence[str]) -> list[str]:
+        """The command that assembles PTX with the same flags; nvcc hands those that concern it to ptxas."""
+        return [str(self.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
 
 
 def find(nvcc: Path | None = None, release: str | None = None) -> Toolchain:
@@ -90,31 +110,6 @@ def _ask(path: Path, origin: str) -> Toolchain:
     if done.returncode or not match:
         raise ToolchainError(f"{path} ({origin}): wanted nvcc's version text, found {text[:200]!r}", hint=_HINT)
     return Toolchain(path, text, match[1], origin)
-
-
-#: What a compilation adds to DeepGEMM's own flags: names inside the module then depend on no process id.
-_REPEATABLE = "-frandom-seed=deep_gemm"
-
-
-def own_command(toolchain: Toolchain, source: str, cubin: str, flags: Sequence[str], include: str) -> list[str]:
-    """The command that DeepGEMM itself gives: one source to its cubin."""
-    return [str(toolchain.nvcc), source, "--cubin", "--output-file", cubin, *flags, f"-I{include}"]
-
-
-def ptx_command(toolchain: Toolchain, source: str, ptx: str, flags: Sequence[str], include: str) -> list[str]:
-    """The command that compiles one source to PTX with DeepGEMM's own flags."""
-    return [str(toolchain.nvcc), source, "--ptx", "--output-file", ptx, *flags, f"-I{include}", _REPEATABLE]
-
-
-def macros_command(toolchain: Toolchain, source: str, macros: str, flags: Sequence[str], include: str) -> list[str]:
-    """The command that lists the macros that hold at the end of `ptx_command`'s source, as ``#define`` lines."""
-    listed = ["-E", "--compiler-options=-dM", "--output-file", macros]
-    return [str(toolchain.nvcc), source, *listed, *flags, f"-I{include}", _REPEATABLE]
-
-
-def cubin_command(toolchain: Toolchain, ptx: str, cubin: str, flags: Sequence[str]) -> list[str]:
-    """The command that assembles PTX with the same flags; nvcc hands those that concern it to ptxas."""
-    return [str(toolchain.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
 
 
 #: The PTX of a kernel that does nothing. 8.7 is the first version of the language with all of our architectures

@@ -16,7 +16,7 @@ from cachebuilder.compiling.record import BuildRecord
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.inspecting import documents
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.planning.make import Plan
+from cachebuilder.planning.plan import Plan
 from cachebuilder.verifying.report import Verified
 
 Schema = dict[str, Any]

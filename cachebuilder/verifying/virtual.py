@@ -22,7 +22,7 @@ from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.ops.catalog import OpBase
-from cachebuilder.planning.make import selections
+from cachebuilder.planning.requests import selections
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring import compatibility
 from cachebuilder.restoring.folder import Damage, RestoredFolder, open_folder

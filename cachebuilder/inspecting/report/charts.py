@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from cachebuilder.compiling.record import BuildRecord, Run
+from cachebuilder.compiling.record import BuildRecord, CompilerCall
 from cachebuilder.inspecting.report.facts import Facts, KernelFacts
 from cachebuilder.ops.trial import TOLERANCE
 from cachebuilder.verifying.report import Verified
@@ -225,7 +225,7 @@ def _labelled_rows(field: str, order: list[str]) -> alt.Y:
     return alt.Y(f"{field}:N", title=None, sort=order, axis=axis)
 
 
-def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
+def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
     """The run cut into nvcc's phases, end to end; what they leave is nvcc's own. A held front end tells none."""
     if len(run.entries) == 1:
         kernel = kernels.get(run.entries[0])

@@ -20,7 +20,7 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import templates
 from cachebuilder.errors import ArtifactError
 from cachebuilder.ops.catalog import OPS
-from cachebuilder.planning.make import Plan
+from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring.compatibility import Difference, between
 from cachebuilder.verifying import report as verified

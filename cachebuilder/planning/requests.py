@@ -1,0 +1,103 @@
+"""What DeepGEMM asked its compiler for in a sweep, as the plan's kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.errors import PlanError
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Kernel
+from cachebuilder.planning.selection import Range, Selection
+from cachebuilder.sweep import results as sweep
+
+
+def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
+    """Every kernel that was asked for in the sweep, by entry: the ops' and those of the check before all ops.
+
+    Raises:
+        PlanError: two kernels of one family were asked for with different flags, or a command has an include path that
+            is not DeepGEMM's own.
+    """
+    include = str(inputs.installation.include)
+    selected_by = selections(swept.sweeps)
+    asked = {
+        entry.name: Kernel(
+            entry=entry.name,
+            name=entry_files.kernel_name(swept.generation, entry.name) or "",
+            source=entry.source,
+            flags=flags_of(entry, include),
+            metadata=_portable_metadata(entry, swept.cache_root, str(inputs.installation.imported_as)),
+            selected_by=selected_by.get(entry.name, ()),
+        )
+        for entry in (swept.entries | swept.checked).values()
+    }
+    _check_flags(asked.values())
+    return asked
+
+
+def flags_of(entry: sweep.Entry, include: str) -> tuple[str, ...]:
+    """The flags of a recorded command, without source, output and DeepGEMM's own include path.
+
+    Raises:
+        PlanError: there is another include path.
+    """
+    words = iter(entry.arguments.split(" ")[1:])  # the first is the source
+    flags: list[str] = []
+    for word in words:
+        if word in ("-o", "--output-file"):
+            next(words, None)
+        elif word in ("-I", "--include-path"):
+            flags.append(f"-I{next(words, '')}")
+        elif word not in ("-cubin", "--cubin"):
+            flags.append(word)
+    flags = [flag for flag in flags if flag != f"-I{include}"]
+    if foreign := [flag for flag in flags if flag.startswith(("-I", "--include-path"))]:
+        raise PlanError(f"{entry.name}: wanted no include path but {include}, found {' '.join(foreign)}")
+    return tuple(flags)
+
+
+def legacy_flags(entry: sweep.Entry) -> str:
+    """The flags as legacy DeepGEMM hashes them: all that follows the output file in its command."""
+    return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
+
+
+def selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
+    """For each entry: where it is launched. Ranges that touch are joined."""
+    selected_by: dict[str, list[Selection]] = {}
+    for swept in sweeps:
+        ranges: dict[str, list[Range]] = {}
+        for run in swept.runs:
+            for entry in dict.fromkeys(run.entries):
+                known = ranges.setdefault(entry, [])
+                first = run.first
+                if known and known[-1].last + run.step == first:
+                    first = known.pop().first
+                known.append(Range(first=first, last=run.last, step=run.step))
+        for entry, known in ranges.items():
+            selection = Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(known))
+            selected_by.setdefault(entry, []).append(selection)
+    return {entry: tuple(where) for entry, where in selected_by.items()}
+
+
+def _check_flags(kernels: Iterable[Kernel]) -> None:
+    """Raises `PlanError` where two kernels of one family have different flags."""
+    first_of: dict[str, Kernel] = {}
+    for kernel in kernels:
+        first = first_of.setdefault(kernel.name, kernel)
+        if kernel.flags != first.flags:
+            raise PlanError(
+                f"{kernel.entry}: DeepGEMM asked for it with other flags than for its sibling {first.entry}: "
+                f"wanted {' '.join(first.flags)}, found {' '.join(kernel.flags)}"
+            )
+
+
+def _portable_metadata(entry: sweep.Entry, cache_root: str, deep_gemm: str) -> str | None:
+    """DeepJIT's ``meta.json``, which nothing reads back, without the paths of this machine."""
+    if entry.metadata is None:
+        return None
+    source = entry.arguments.split(" ", 1)[0]  # <root>/tmp/<uuid>/kernel.cu
+    text = entry.metadata.replace(source.removesuffix(entry_files.SOURCE), "")
+    text = text.replace(f"{cache_root.removesuffix('/root')}/cuda/bin/", "").replace(deep_gemm, "deep_gemm")
+    return json.dumps(json.loads(text), separators=(",", ":"))
