@@ -1,9 +1,10 @@
-"""The least that a Python program can do to unpack an artifact: the floor under a restore, for `restore.py`.
+"""The least that a Python program can do to unpack an artifact: the floor for a restore, for `restore.py`.
 
     python benchmarks/smallest.py ARTIFACT DIR
 
-Decompresses ahead in a thread, hashes each file, writes it, renames once, and leaves without Python's clean-up. No command
-line, no fingerprint, no check of the archive or of the index but each file's sha256, no frozen nvcc: not for use.
+It decompresses ahead in a thread, hashes each file, writes it, renames once, and leaves without Python's clean-up. It has no
+command line, no fingerprint, no check of the archive, no check of the index except each file's sha256, and no frozen nvcc.
+Not for use.
 """
 
 from __future__ import annotations
