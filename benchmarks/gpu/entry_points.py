@@ -1,9 +1,9 @@
-"""A manifest of every op that one copy of DeepGEMM has on SM90, for `truth.py` to run on the GPU.
+"""Write a manifest of every op that one copy of DeepGEMM has on SM90, for `truth.py` to run on the GPU.
 
     python benchmarks/gpu/entry_points.py FOLDER OUT.yaml [--gpu H200] [--only OP]...
 
-The shapes are those that the CI plans and compiles (``tests/entry_points.py``), the mega-MoE's with one rank: one GPU is
-all that a trial has. An op whose function FOLDER lacks is left out, and said.
+The shapes are those that the CI plans and compiles (``tests/entry_points.py``). The mega-MoE ops have one rank, since a trial
+has only one GPU. An op whose function FOLDER lacks is left out, and its name is printed.
 """
 
 from __future__ import annotations
