@@ -13,15 +13,44 @@ from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
-#: What a person is doing → the verbs for it. Each verb is the command of that name in the module of that name; a hyphen
-#: is an underscore there.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "Write a manifest": ("manifest", "record", "gpus"),
-    "Build": ("plan", "build", "cache"),
-    "Ship": ("keygen", "sign", "verify-signature", "push", "pull", "sync"),
-    "Serve": ("restore", "env", "run", "misses"),
-    "Prove": ("verify", "doctor"),
-    "Look": ("inspect", "diff", "explain", "report", "schema"),
+#: What a person is doing → the verbs for it, each with one line of help. Each verb is the command of that name in the
+#: module of that name; a hyphen is an underscore there.
+GROUPS: dict[str, dict[str, str]] = {
+    "Write a manifest": {
+        "manifest": "From a model's config.json, by an engine's rules.",
+        "record": "From a program that runs, kernel by kernel.",
+        "gpus": "List the GPUs that a manifest can name.",
+    },
+    "Build": {
+        "plan": "Print every kernel that DeepGEMM will ask for.",
+        "build": "Compile every kernel into one artifact.",
+        "cache": "Show or shrink the cache folder of builds.",
+    },
+    "Ship": {
+        "keygen": "Make a key pair to sign artifacts with.",
+        "sign": "Sign an artifact.",
+        "verify-signature": "Check who signed an artifact.",
+        "push": "Push artifacts to a registry or an object store.",
+        "pull": "Fetch an artifact.",
+        "sync": "Keep a folder at what a tag stands for.",
+    },
+    "Serve": {
+        "restore": "Put an artifact where DeepGEMM reads it.",
+        "env": "Print the variables of a serving process.",
+        "run": "Run a program from an artifact.",
+        "misses": "Explain a log of missing kernels.",
+    },
+    "Prove": {
+        "verify": "Replay every call: which kernels are missing?",
+        "doctor": "Say what is on this machine, and what is wrong.",
+    },
+    "Look": {
+        "inspect": "Print what is in an artifact.",
+        "diff": "Compare two artifacts or folders.",
+        "explain": "Say in words what a kernel is.",
+        "report": "Write one HTML page on an artifact or a plan.",
+        "schema": "Print the JSON schema of a file.",
+    },
 }
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
@@ -40,13 +69,10 @@ class _Verbs(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        width = max(map(len, VERBS))
-        limit = formatter.width - 6 - width
+        width = max(map(len, VERBS))  # one column for all groups
         for title, verbs in GROUPS.items():
-            commands = [(verb, self.get_command(ctx, verb)) for verb in verbs]
-            rows = [(f"{verb:<{width}}", command.get_short_help_str(limit)) for verb, command in commands if command]
             with formatter.section(title):
-                formatter.write_dl(rows)
+                formatter.write_dl([(f"{verb:<{width}}", line) for verb, line in verbs.items()])
 
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -70,9 +70,7 @@ class Steps:
         """Compile all units, and each kernel of ``compare`` once more as DeepGEMM would."""
         for kernel in compare:
             seconds = Unit((kernel,)).seconds + units.PTXAS_SECONDS
-            self._schedule.add(
-                seconds, partial(self._alone, kernel), partial(self._keep_alone, kernel), lambda _: None
-            )
+            self._schedule.add(seconds, partial(self._alone, kernel), partial(self._keep_alone, kernel), lambda _: None)
         for family in _families(work):
             self._add_family(family)
         self._schedule.run()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.files import write_atomically
+from cachebuilder.common.kept import touch
 from cachebuilder.errors import InstallationError
 
 
@@ -29,6 +30,7 @@ class CubinStore:
             data = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
+        touch(self._path(key))
         digest, cubin = data[:32], data[32:]
         return cubin if hashlib.sha256(cubin).digest() == digest else None
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.code import code_digest
 from cachebuilder.common.files import write_atomically
+from cachebuilder.common.kept import touch
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.inputs import Inputs
@@ -64,7 +65,9 @@ def make(
 
 def _read(path: Path) -> Plan | None:
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        plan = Plan.model_validate_json(path.read_bytes())
+        touch(path)
+        return plan
     except (FileNotFoundError, ValidationError):
         return None
 
