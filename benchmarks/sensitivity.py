@@ -1,9 +1,10 @@
-"""Which properties of a GPU change a plan: each one alone, over a range, on the virtual GPU.
+"""Which properties of a GPU change a plan? Each one alone, over a range, on the virtual GPU.
 
     python benchmarks/sensitivity.py [MANIFEST...] [--deep-gemm FOLDER] [--commit HASH] > benchmarks/results/sensitivity.jsonl
 
-The first line says what was run; then one JSON object for each manifest, property and value: how many kernels are
-planned, and how many of them the manifest's own GPU has not (``other``) or has beside (``gone``), or why DeepGEMM refused.
+The first line says what was run. Then follows one JSON object for each manifest, property and value: how many kernels are
+planned, how many of them the plan for the manifest's own GPU does not have (``other``), and how many only that plan has
+(``gone``); or why DeepGEMM refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A manifest of every op that one copy of DeepGEMM has on SM90, for `truth.py` to run on the GPU.
+"""Write a manifest of every op that one copy of DeepGEMM has on SM90, for `truth.py` to run on the GPU.
 
     python benchmarks/gpu/entry_points.py FOLDER OUT.yaml [--gpu H200] [--only OP]...
 

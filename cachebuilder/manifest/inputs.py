@@ -41,9 +41,5 @@ def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm
     """
     model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
-    return Inputs(
-        model,
-        data,
-        toolchains.find(Path(nvcc) if nvcc else None, release),
-        installations.find(Path(deep_gemm) if deep_gemm else None),
-    )
+    toolchain = toolchains.find(Path(nvcc) if nvcc else None, release)
+    return Inputs(model, data, toolchain, installations.find(Path(deep_gemm) if deep_gemm else None))
