@@ -15,6 +15,9 @@ from cachebuilder.artifact.index import Index
 from cachebuilder.compiling.record import BuildRecord
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.inspecting import documents
+from cachebuilder.inspecting.diff import Comparison
+from cachebuilder.inspecting.doctor import Findings
+from cachebuilder.inspecting.explain import Explanation
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.make import Plan
 from cachebuilder.verifying.report import Verified
@@ -29,10 +32,10 @@ SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "report": ("the report of verify --device cuda", Verified.model_json_schema),
     "build": ("the record of a build beside the artifact", BuildRecord.model_json_schema),
     "verify": ("verify --json", TypeAdapter(documents.Verify).json_schema),
-    "diff": ("diff --json", TypeAdapter(documents.Diff).json_schema),
-    "doctor": ("doctor --json", TypeAdapter(documents.Doctor).json_schema),
+    "diff": ("diff --json", TypeAdapter(Comparison).json_schema),
+    "doctor": ("doctor --json", TypeAdapter(Findings).json_schema),
     "misses": ("misses --json", TypeAdapter(documents.Misses).json_schema),
-    "explain": ("explain --json", TypeAdapter(documents.Explain).json_schema),
+    "explain": ("explain --json", TypeAdapter(Explanation).json_schema),
     "gpus": ("gpus --json", TypeAdapter(list[Gpu]).json_schema),
 }
 
