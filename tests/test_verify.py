@@ -144,7 +144,7 @@ def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: bui
     report = check(folder, built.inputs.installation)
     assert not report.damage and not missing(report) and not report.complete
     refusal = report.replays[0].refusals[0]
-    assert refusal.op == 0 and "device kernel image is invalid" in refusal.reason
+    assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def dir(as_json: bool) -> None:
     """Print where the cache folder is, and the size of each part."""
     usage = kept.usage()
     if as_json:
-        click.echo(usage.text())
+        click.echo(usage.to_json())
         return
     click.echo(usage.folder)
     for part in usage.parts:

@@ -25,7 +25,7 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
     with shared.show_progress() as progress:
         made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
     if as_json:
-        click.echo(made.text())
+        click.echo(made.model_dump_json(indent=1, exclude_none=True))
         return
     for index, op in enumerate(inputs.manifest.ops):
         for sm_count in inputs.manifest.sm_counts_of(op):

@@ -18,6 +18,7 @@ from cachebuilder.cuda import cubin
 from cachebuilder.cuda.cubin import Resources
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import templates
+from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import ArtifactError
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning.plan import Plan
@@ -79,7 +80,7 @@ class Facts:
 
     path: Path
     name: str
-    generation: str
+    generation: Generation
     gpu: str
     arch: str
     ops: tuple[OpFacts, ...]
