@@ -121,7 +121,7 @@ EXIT_CODES: dict[int, str] = {
     PlanError.exit_code: "DeepGEMM refused a shape, or its answers cannot be trusted",
     CompileError.exit_code: "a kernel did not compile, or compiled to the wrong code",
     ArtifactError.exit_code: "an artifact is damaged, or cannot be read or written",
-    CompatibilityError.exit_code: "the artifact is for another environment: DeepGEMM would not find its kernels",
+    CompatibilityError.exit_code: "the artifact does not fit this environment: kernels would not be found",
     RestoreError.exit_code: "the destination holds a different entry, or cannot be written",
     VerifyError.exit_code: "a kernel is missing from the cache, or an entry is damaged",
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",

@@ -13,7 +13,7 @@ import click
 from cachebuilder.cli.progress import options as progress_options
 from cachebuilder.cli.progress import quiet, remark, show_progress
 
-# These are imported for the verbs, which use them as `shared.…`; mypy wants such names in `__all__`.
+# The verbs use these imported names as `shared.…`; mypy requires such names in `__all__`.
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]
 
 
