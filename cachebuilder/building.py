@@ -13,14 +13,14 @@ from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
+from cachebuilder.cuda import device as devices
+from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Plan
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.process import DeviceName
-from cachebuilder.verifying import real, virtual
-from cachebuilder.verifying.device import DeviceChoice, choose_device
+from cachebuilder.verifying import real
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def build(
         DeviceError: the GPU is not the target, or a call on it is not served from the artifact.
         InstallationError, ToolchainError: something that is needed is missing on this machine.
     """
-    chosen = choose_device(device, inputs.manifest.target.gpu)
+    chosen = devices.choose(device, inputs.manifest.target.gpu)
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
         made = planning.make(inputs, reuse=options.use_store, progress=progress, on_kernel=compiler.expect)
@@ -103,7 +103,7 @@ def build(
         packed = pack(unproven, inputs, made, compiled.cubins)
         launching = time.monotonic()
         if chosen == "cuda":
-            _launch(inputs, unproven, scratch, progress)
+            real.require_served(unproven, inputs, progress)
             packed = publish(packed, Path(output))
     built = Built(
         inputs,
@@ -119,27 +119,9 @@ def build(
     return built
 
 
-def _launch(inputs: Inputs, artifact: Path, scratch: Path, progress: Progress) -> None:
-    """Make every call on the real GPU. Raises `DeviceError` if one is not served from the artifact."""
-    with virtual.opened(artifact, inputs.installation) as folder:
-        replay = real.serve(
-            folder,
-            inputs.manifest,
-            inputs.installation,
-            scratch,
-            lambda name, done, total: progress("launch", done, total),
-        )
-    real.require_right(inputs.manifest.name, [replay])
-
-
 def _require_same_plan(inputs: Inputs, planned: Plan, progress: Progress) -> None:
     """Raise `PlanError` if DeepGEMM asks for other kernels on the real GPU than on the virtual one."""
-    asked = sweep.entries_on_gpu(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan on the GPU", done, total),
-    )
+    asked = sweep.entries_on_gpu(inputs, progress)
     virtual_entries = {kernel.entry for kernel in planned.kernels if kernel.selected_by}
     if asked != virtual_entries:
         more, fewer = sorted(asked - virtual_entries), sorted(virtual_entries - asked)

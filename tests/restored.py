@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.restoring.entries import restore
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.verifying.report import Report
+from cachebuilder.verifying.verify import verify
 
 
 def unpack(artifact: Path, to: Path) -> Path:
@@ -15,7 +16,6 @@ def unpack(artifact: Path, to: Path) -> Path:
     return to
 
 
-def check(target: Path, installation: Installation, manifest: Path | None = None) -> verify.Report:
+def check(target: Path, installation: Installation, manifest: Path | None = None) -> Report:
     """What `cachebuilder verify` finds."""
-    with verify.opened(target, installation) as folder:
-        return verify.check(folder, installation, manifest)
+    return verify(target, deep_gemm=installation.imported_as, manifest=manifest)

@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from cachebuilder.cuda.device import DeviceName
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.virtual_gpu import library as virtual_gpu
@@ -36,13 +37,14 @@ ROOT = HERE.parents[1]
 HANGS_AFTER = 90
 
 
-def serve(deep_gemm: str, device_name: str, forever: bool) -> None:
+def serve(deep_gemm: str, device_name: DeviceName, forever: bool) -> None:
     """The serving process: says what it got through, and ends with what stopped it."""
     from cachebuilder.sweep.child import load
+    from cachebuilder.sweep.protocol import Job, Position
 
     manifest = manifests.load(MANIFEST)[0]
-    job = {"device": device_name, "deep_gemm": deep_gemm, "gpu": manifest.target.gpu.model_dump()}
-    device = load(job, memoryview(bytearray(64)).cast("q"))
+    job = Job(device=device_name, gpu=manifest.target.gpu, deep_gemm=deep_gemm, ops=tuple(manifest.ops))
+    device = load(job, Position())
     print("serving", flush=True)
     while True:
         calls = right = wrong = 0

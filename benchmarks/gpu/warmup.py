@@ -38,7 +38,9 @@ from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.child import _import_deep_gemm
+from cachebuilder.sweep.child import import_deep_gemm
+from cachebuilder.sweep.process import Setting
+from cachebuilder.sweep.protocol import SweepJob
 from cachebuilder.sweep.recorder import recording_compiler
 
 
@@ -50,7 +52,7 @@ def child(job: dict[str, Any]) -> None:
     """The warm-up, inside the process whose environment stands for the serving one."""
     import torch
 
-    device = Device(torch, _import_deep_gemm(job["deep_gemm"]))
+    device = Device(torch, import_deep_gemm(job["deep_gemm"]))
     torch.zeros(1, device="cuda")
     ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
     device.deep_gemm.set_num_sms(job["sm_count"])
@@ -81,10 +83,11 @@ def importing(inputs: Inputs, folder: Path) -> float:
     """Seconds of a sweep of nothing, which every plan pays first: the second one, when all files are in memory."""
     (scratch := folder / "importing").mkdir()
     compiler = recording_compiler(scratch, inputs.toolchain.version_text)
-    target, seconds = inputs.manifest.target, 0.0
+    job = SweepJob.of(inputs.manifest, inputs.installation).model_copy(update={"ops": ()})
+    seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
-        sweep.call((), target.gpu, target.all_sm_counts, inputs.installation, compiler, [scratch / "root"], scratch)
+        sweep.call(job, Setting("import", compiler, [scratch / "root"], scratch))
         seconds = time.monotonic() - started
     return round(seconds, 2)
 

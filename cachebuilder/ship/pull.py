@@ -13,7 +13,7 @@ from cachebuilder.errors import CompatibilityError, RestoreError, SignatureError
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE, Described, read_description
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, Manifest, annotations_of, entries
-from cachebuilder.ship.download import download
+from cachebuilder.ship.download import RemoteFile, download
 from cachebuilder.ship.locations import Reference
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries
@@ -77,7 +77,7 @@ class Puller:
             TransferError: it cannot be had, is hostile, or has no artifact in it.
         """
         what = str(self._reference)
-        found = self._repository.manifest(self._reference.wanted)
+        found = self._repository.manifest(self._reference.tag_or_digest)
         candidates: dict[str, Candidate] = {}
         for digest, told in self._described(found, what):
             described = read_description(told, what)
@@ -115,7 +115,7 @@ class Puller:
             RestoreError: it cannot be written.
         """
         what = str(candidate.reference)
-        manifest = self._repository.manifest(candidate.reference.wanted, what)
+        manifest = self._repository.manifest(candidate.reference.tag_or_digest, what)
         layers = manifest.document.get("layers")
         if not isinstance(layers, list) or not layers:
             raise TransferError(f"{what}: wanted an image with the artifact as its first layer, found no layer")
@@ -133,16 +133,14 @@ class Puller:
         def accept(whole: Path) -> None:
             put_beside(path, self._first_that_passes(whole, attached, check))
 
-        download(
-            path,
-            lambda offset: self._repository.blob(layer, offset, what),
-            layer.size,
-            layer.digest,
-            self._retries,
+        remote = RemoteFile(
             what,
-            layer.digest.removeprefix("sha256:"),
-            accept,
+            layer.size,
+            version=layer.digest,
+            sha256=layer.digest.removeprefix("sha256:"),
+            read=lambda offset: self._repository.blob(layer, offset, what),
         )
+        download(remote, path, self._retries, accept)
         return path
 
     def _signatures(self, reference: Reference) -> list[Descriptor]:
