@@ -1,4 +1,4 @@
-"""The whole build, in order: manifest → plan → compile → pack. On a GPU that is the target, each step is confirmed."""
+"""The whole build in order: plan a manifest, compile its kernels, pack them. A target GPU can confirm each step."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Built:
 
     Attributes:
         packed: the artifact.
-        device: where it was confirmed: ``virtual``, or ``cuda`` for this machine's GPU.
-        plan_seconds, pack_seconds, launch_seconds: where the time went, beside that in ``compiled``.
+        device: where the build ran: ``virtual``, or ``cuda`` if this machine's GPU confirmed it.
+        plan_seconds, pack_seconds, launch_seconds: how long these steps took; ``compiled`` says it of compiling.
     """
 
     inputs: Inputs
@@ -44,16 +44,16 @@ class Built:
 
 
 def plan(inputs: Inputs, *, reuse: bool = True, progress: Progress = no_progress) -> Plan:
-    """Find out every kernel that DeepGEMM will ask for, by calling DeepGEMM itself on a virtual GPU.
+    """Find every kernel that DeepGEMM will ask for, by calling DeepGEMM itself on a virtual GPU.
 
     Args:
         inputs: from `load_manifest`.
-        reuse: take the plan from the user's cache folder where nothing that it depends on has changed, and keep it
-            there.
+        reuse: take the plan from the user's cache folder if nothing that it depends on has changed; otherwise keep the
+            new plan there.
         progress: the step is "plan", the units are calls of DeepGEMM.
 
     Raises:
-        PlanError: DeepGEMM refuses a shape, or the sweep shows something that a cache must not be built from.
+        PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
         InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
     return planning.make(inputs, reuse=reuse, progress=progress)
@@ -69,22 +69,23 @@ def build(
 ) -> Built:
     """Plan a manifest, compile every kernel, and pack them into one artifact.
 
-    Beside the artifact lies the record of the build, ``OUTPUT.build.json``. Equal inputs give equal bytes, whatever the
-    options and the device are.
+    Also writes the record of the build, ``OUTPUT.build.json``. Equal inputs give an artifact of equal bytes, regardless
+    of the options and the device.
 
     Args:
         inputs: from `load_manifest`.
-        output: the artifact's file; it appears whole or not at all.
-        device: ``cuda`` to see each step confirmed by the GPU of this machine: it must ask for exactly the planned
-            kernels, and every call is then launched from the finished artifact. ``auto`` is ``cuda`` where that GPU is
-            the manifest's target.
+        output: the artifact's file; it is written whole or not at all.
+        options: how to compile.
+        device: ``virtual`` needs no GPU. ``cuda`` lets the GPU of this machine confirm each step: DeepGEMM must ask for
+            exactly the planned kernels on it, and then every call must be served from the finished artifact. ``auto``
+            is ``cuda`` if that GPU is the manifest's target.
         progress: the steps are "plan" (calls), "compile" (kernels), and on a GPU "plan on the GPU" and "launch".
 
     Raises:
-        PlanError: DeepGEMM refuses a shape, or the GPU asks for other kernels than the virtual one.
-        CompileError: nvcc refuses a kernel.
+        PlanError: DeepGEMM refuses a shape, or asks for other kernels on the GPU than on the virtual one.
+        CompileError: nvcc refuses a kernel, or a kernel's code differs from what nvcc makes of it alone.
         ArtifactError: the artifact cannot be written.
-        DeviceError: there is no such GPU, or a call is not served from the artifact on it.
+        DeviceError: the GPU is not the target, or a call on it is not served from the artifact.
         InstallationError, ToolchainError: something that is needed is missing on this machine.
     """
     chosen = devices.choose(device, inputs.manifest.target.gpu)
@@ -97,7 +98,7 @@ def build(
         compiled = compiler.compile(made.kernels, progress)
     packing = time.monotonic()
     with scratch_folder() as scratch:
-        # On the GPU, what is launched is the finished artifact. It gets its name only afterwards.
+        # The GPU launches from the finished artifact, which gets its final name only when that has succeeded.
         unproven = scratch / "artifact.tar.zst" if chosen == "cuda" else Path(output)
         packed = pack(unproven, inputs, made, compiled.cubins)
         launching = time.monotonic()
@@ -119,15 +120,15 @@ def build(
 
 
 def _require_same_plan(inputs: Inputs, planned: Plan, progress: Progress) -> None:
-    """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
+    """Raise `PlanError` if DeepGEMM asks for other kernels on the real GPU than on the virtual one."""
     asked = sweep.entries_on_gpu(inputs, progress)
-    wanted = {kernel.entry for kernel in planned.kernels if kernel.selected_by}
-    if asked != wanted:
+    virtual_entries = {kernel.entry for kernel in planned.kernels if kernel.selected_by}
+    if asked != virtual_entries:
+        more, fewer = sorted(asked - virtual_entries), sorted(virtual_entries - asked)
         raise PlanError(
-            "the GPU does not ask for the kernels that the virtual one does: "
-            f"{len(asked - wanted)} more ({', '.join(sorted(asked - wanted)[:3])}), "
-            f"{len(wanted - asked)} fewer ({', '.join(sorted(wanted - asked)[:3])})",
-            hint="a property of this card is not what cachebuilder knows of it: report it with cachebuilder doctor",
+            "wanted the same kernels on the GPU as on the virtual GPU, "
+            f"found {len(more)} more ({', '.join(more[:3])}) and {len(fewer)} fewer ({', '.join(fewer[:3])})",
+            hint="cachebuilder has a wrong property of this card: report it, with the output of cachebuilder doctor",
         )
 
 

@@ -23,7 +23,7 @@ def test_importing_the_package_imports_nothing_slow() -> None:
 
 
 @pytest.mark.parametrize("name", cachebuilder.__all__)
-def test_every_public_name_is_there_and_says_what_it_is(name: str) -> None:
+def test_every_public_name_exists_and_has_a_docstring(name: str) -> None:
     value = getattr(cachebuilder, name)
     assert name in dir(cachebuilder)
     assert isinstance(value, str) or inspect.getdoc(value)
@@ -35,12 +35,12 @@ def test_a_name_that_is_not_public_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in cachebuilder.__all__ if name.islower() and name[0] != "_"])
-def test_functions_take_all_but_their_first_two_arguments_by_name_only(name: str) -> None:
-    signature = inspect.signature(getattr(cachebuilder, name))
-    positional = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+def test_functions_take_at_most_two_positional_arguments_and_say_what_they_raise(name: str) -> None:
+    function = getattr(cachebuilder, name)
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    positional = [kind for kind in kinds if kind is not inspect.Parameter.KEYWORD_ONLY]
     assert 1 <= len(positional) <= 2
-    documented = inspect.getdoc(getattr(cachebuilder, name)) or ""
-    assert "Raises:" in documented
+    assert "Raises:" in (inspect.getdoc(function) or "")
 
 
 def test_every_kind_of_failure_is_public() -> None:
@@ -64,6 +64,6 @@ def test_a_manifest_is_loaded_planned_and_built_as_the_command_line_does(
     assert again.packed.sha256 == built.packed.sha256 and "compile" in steps
 
 
-def test_the_types_of_the_api_are_written_down() -> None:
+def test_the_annotations_of_the_api_are_its_public_types() -> None:
     hints = typing.get_type_hints(cachebuilder.plan)
     assert hints["inputs"] is cachebuilder.Inputs and hints["return"] is cachebuilder.Plan

@@ -1,4 +1,4 @@
-"""The user's cache folder: what is in it, and what is removed from it."""
+"""The user's cache folder: what is in it, and what `cache prune` and `cache clean` remove."""
 
 from __future__ import annotations
 
@@ -19,39 +19,41 @@ DAY = 86400
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder with an old and a new item of each kind."""
+    """A cache folder with an old and a new item of four kinds; each holds 1,000 bytes."""
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path))
     for name, days in (("old", 40), ("new", 1)):
-        for file in (f"plans/{name}.json", f"cubins/ab/{name}", f"restored/{name}/cache/x", f"recordings/{name}/asked"):
-            path = tmp_path / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"x" * 1000)
-            item = path if "plans" in file or "cubins" in file else tmp_path / "/".join(file.split("/")[:2])
-            os.utime(item, (time.time() - days * DAY,) * 2)
+        file_of = {
+            f"plans/{name}.json": f"plans/{name}.json",
+            f"cubins/ab/{name}": f"cubins/ab/{name}",
+            f"restored/{name}": f"restored/{name}/cache/x",
+            f"recordings/{name}": f"recordings/{name}/asked",
+        }
+        for item, file in file_of.items():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(b"x" * 1000)
+            last_used = time.time() - days * DAY
+            os.utime(tmp_path / item, (last_used, last_used))
     return tmp_path
 
 
 def items(folder: Path) -> set[str]:
-    return {
-        str(path.relative_to(folder))
-        for part in ("plans/*", "cubins/*/*", "restored/*", "recordings/*")
-        for path in folder.glob(part)
-    }
+    patterns = ("plans/*", "cubins/*/*", "restored/*", "recordings/*")
+    return {str(path.relative_to(folder)) for pattern in patterns for path in folder.glob(pattern)}
 
 
-def test_prune_removes_what_was_not_used_for_so_long_and_nothing_else(folder: Path) -> None:
+def test_prune_removes_items_that_were_unused_for_long_and_nothing_else(folder: Path) -> None:
     removed = kept.prune(unused_seconds=30 * DAY)
     assert (removed.items, removed.bytes, removed.in_use) == (4, 4000, 0)
     assert items(folder) == {"plans/new.json", "cubins/ab/new", "restored/new", "recordings/new"}
 
 
-def test_prune_removes_what_was_used_longest_ago_until_the_rest_is_small_enough(folder: Path) -> None:
+def test_prune_removes_the_least_recently_used_items_until_the_rest_is_small_enough(folder: Path) -> None:
     os.utime(folder / "plans" / "new.json")
     kept.prune(max_bytes=1000)
     assert items(folder) == {"plans/new.json"}
 
 
-def test_a_cubin_that_is_used_is_young_again(folder: Path) -> None:
+def test_using_a_cubin_keeps_it_from_being_pruned(folder: Path) -> None:
     store = CubinStore()
     store.put("abcd", b"cubin")
     path = folder / "cubins" / "ab" / "abcd"
@@ -61,14 +63,14 @@ def test_a_cubin_that_is_used_is_young_again(folder: Path) -> None:
     assert path.exists()
 
 
-def test_clean_leaves_what_a_running_build_works_in(folder: Path, run: Run) -> None:
+def test_clean_leaves_the_folders_and_libraries_of_a_running_build(folder: Path, run: Run) -> None:
     library = folder / "virtual-gpu" / "0123" / "libcuda.so.1"
     library.parent.mkdir(parents=True)
     library.touch()
     with scratch_folder() as scratch:
         (scratch / "kernel.cu").touch()
-        done = run("cache", "clean", CACHEBUILDER_CACHE_DIR=str(folder))
-        assert done.returncode == 0 and "in use left alone" in done.stdout, done.stderr
+        process = run("cache", "clean", CACHEBUILDER_CACHE_DIR=str(folder))
+        assert process.returncode == 0 and "in use left alone" in process.stdout, process.stderr
         assert (scratch / "kernel.cu").exists() and library.exists()
         assert items(folder) == set()
     assert run("cache", "clean", CACHEBUILDER_CACHE_DIR=str(folder)).returncode == 0
@@ -77,14 +79,15 @@ def test_clean_leaves_what_a_running_build_works_in(folder: Path, run: Run) -> N
 
 def test_a_dry_run_removes_nothing(folder: Path, run: Run) -> None:
     before = items(folder)
-    done = run("cache", "prune", "--older-than", "30d", "--dry-run", CACHEBUILDER_CACHE_DIR=str(folder))
-    assert "would remove 4 items, 4.0 kB" in done.stdout and items(folder) == before
+    process = run("cache", "prune", "--older-than", "30d", "--dry-run", CACHEBUILDER_CACHE_DIR=str(folder))
+    assert "would remove 4 items, 4.0 kB" in process.stdout and items(folder) == before
 
 
 def test_dir_prints_the_folder_and_every_part_of_it(folder: Path, run: Run) -> None:
-    shown = run("cache", "dir", CACHEBUILDER_CACHE_DIR=str(folder)).stdout
-    assert shown.startswith(f"{folder}\n") and "cubins" in shown
+    printed = run("cache", "dir", CACHEBUILDER_CACHE_DIR=str(folder)).stdout
     usage = json.loads(run("cache", "dir", "--json", CACHEBUILDER_CACHE_DIR=str(folder)).stdout)
+    assert printed.splitlines()[0] == usage["folder"] == str(folder)
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == [part["name"] for part in usage["parts"]]
     assert {part["name"]: (part["items"], part["bytes"]) for part in usage["parts"]}["cubins"] == (2, 2000)
 
 
@@ -98,5 +101,5 @@ def test_dir_prints_the_folder_and_every_part_of_it(folder: Path, run: Run) -> N
 )
 def test_a_wrong_prune_says_what_was_wanted(arguments: tuple[str, ...], words: str, folder: Path, run: Run) -> None:
     before = items(folder)
-    done = run("cache", "prune", *arguments, CACHEBUILDER_CACHE_DIR=str(folder))
-    assert done.returncode == 2 and words in done.stderr and items(folder) == before
+    process = run("cache", "prune", *arguments, CACHEBUILDER_CACHE_DIR=str(folder))
+    assert process.returncode == 2 and words in process.stderr and items(folder) == before

@@ -1,4 +1,4 @@
-"""A digest of this program's own code, for what is kept and must not outlive a change of the code that made it."""
+"""A digest of this program's own code, for the keys of results that are kept until the code that made them changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def code_digest(folders: Iterable[str], package: Path = _PACKAGE) -> str:
-    """sha256 over every file of code and data in these folders of the package, names and bytes."""
+    """sha256 over the names and bytes of every file of code and data in these folders of the package."""
     digest = hashlib.sha256()
     for folder in sorted(folders):
         for file in sorted(path for path in (package / folder).rglob("*") if path.is_file()):

@@ -1,7 +1,7 @@
-"""What lies in the user's cache folder: how much there is, and how to remove what is old.
+"""What is in the user's cache folder: measure it, and remove what is old.
 
-Everything there can be made again. What is used is touched, so that its age is the time since its last use. Whoever
-works in a folder of it holds a lock on that folder, and it is left alone then.
+Everything in it can be made again. Code that uses an item touches it, so an item's age is the time since its last use.
+A process locks the folder that it works in, and a locked folder is not removed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.locks import lock
 from cachebuilder.common.records import Record
 
-#: Each part's folder → what is in it, and the pattern of its items.
+#: The name of each part's folder → what is in it, and the pattern of its items.
 _PARTS: dict[str, tuple[str, str]] = {
-    "plans": ("plans, by all that they depend on", "*.json"),
-    "cubins": ("compiled kernels, by all that their bytes depend on", "*/*"),
+    "plans": ("plans", "*.json"),
+    "cubins": ("compiled kernels", "*/*"),
     "fetched": ("artifacts that were fetched from elsewhere", "*"),
     "restored": ("folders that `run` restored artifacts into", "*"),
     "recordings": ("what interrupted recordings left", "*"),
@@ -29,12 +29,19 @@ _PARTS: dict[str, tuple[str, str]] = {
     "front-end": ("the library that holds a compiler's front end", "*"),
     "virtual-gpu": ("the virtual GPU's library", "*"),
 }
-#: A running build may be about to load these.
+#: Parts that stay while any build runs, because it may be about to load them.
 _LIBRARIES = ("front-end", "virtual-gpu")
 
 
 class Part(Record):
-    """One part of the cache folder: its folder's name, what is in it, how many items, how many bytes."""
+    """One part of the cache folder.
+
+    Attributes:
+        name: the name of its folder.
+        holds: what is in it, in words.
+        items: how many items it has.
+        bytes: their size together.
+    """
 
     name: str
     holds: str
@@ -43,14 +50,20 @@ class Part(Record):
 
 
 class Usage(Record):
-    """The whole cache folder."""
+    """The whole cache folder: its path and its parts."""
 
     folder: str
     parts: tuple[Part, ...]
 
 
 class Removed(Record):
-    """What was removed: items and bytes; and the items that are in use and were left alone."""
+    """What `prune` removed.
+
+    Attributes:
+        items: how many items were removed.
+        bytes: their size together.
+        in_use: how many items were old enough but were left alone because a process uses them.
+    """
 
     items: int
     bytes: int
@@ -59,14 +72,16 @@ class Removed(Record):
 
 @dataclass(frozen=True)
 class _Item:
+    """A file or a folder that is removed as a whole; ``last_used`` is in seconds since the epoch."""
+
     part: str
     path: Path
-    used: float
+    last_used: float
     bytes: int
 
 
 def usage() -> Usage:
-    """How much there is. Raises `InstallationError` where the user has no home."""
+    """Measure the cache folder. Raises `InstallationError` if the user has no home folder."""
     items = list(_items())
     parts = []
     for name, (holds, _) in _PARTS.items():
@@ -76,35 +91,38 @@ def usage() -> Usage:
 
 
 def prune(*, unused_seconds: float | None = None, max_bytes: int | None = None, dry_run: bool = False) -> Removed:
-    """Remove what was not used for a while, then what was used longest ago until the rest is small enough.
+    """Remove items that were not used for some time, then the least recently used ones until the rest is small enough.
 
-    Safe beside a running build: whatever it needs later, it makes again, and what it works in is locked.
+    It is safe while a build runs: the build's working folders are locked, and it makes again whatever else is gone.
 
     Args:
-        unused_seconds: remove what was not used for so long; 0 for everything.
-        max_bytes: of the whole cache folder.
-        dry_run: remove nothing, only count.
+        unused_seconds: remove items that were not used for this long; 0 for all items.
+        max_bytes: the size of the whole cache folder to come down to.
+        dry_run: count what would be removed, and remove nothing.
 
     Raises:
-        InstallationError: the user has no home.
+        InstallationError: the user has no home folder.
     """
-    oldest_first = sorted(_items(), key=lambda item: item.used)
-    left = sum(item.bytes for item in oldest_first)
-    now, building = time.time(), _somebody_builds()
-    items = removed_bytes = in_use = 0
+    oldest_first = sorted(_items(), key=lambda item: item.last_used)
+    remaining_bytes = sum(item.bytes for item in oldest_first)
+    now, build_runs = time.time(), _build_runs()
+    removed_items = removed_bytes = in_use = 0
     for item in oldest_first:
-        old = unused_seconds is not None and now - item.used >= unused_seconds
-        if not old and (max_bytes is None or left <= max_bytes):
+        too_old = unused_seconds is not None and now - item.last_used >= unused_seconds
+        too_much = max_bytes is not None and remaining_bytes > max_bytes
+        if not (too_old or too_much):
             continue
-        if (building and item.part in _LIBRARIES) or not _remove(item.path, dry_run):
+        if (build_runs and item.part in _LIBRARIES) or not _remove(item.path, dry_run):
             in_use += 1
             continue
-        items, removed_bytes, left = items + 1, removed_bytes + item.bytes, left - item.bytes
-    return Removed(items=items, bytes=removed_bytes, in_use=in_use)
+        removed_items += 1
+        removed_bytes += item.bytes
+        remaining_bytes -= item.bytes
+    return Removed(items=removed_items, bytes=removed_bytes, in_use=in_use)
 
 
 def touch(path: Path) -> None:
-    """Note that an item was used now."""
+    """Record that an item is used now."""
     with contextlib.suppress(OSError):
         os.utime(path)
 
@@ -112,33 +130,35 @@ def touch(path: Path) -> None:
 def _items() -> Iterator[_Item]:
     for part, (_, pattern) in _PARTS.items():
         for path in (cache_folder() / part).glob(pattern):
-            with contextlib.suppress(OSError):  # another process removed it meanwhile
+            with contextlib.suppress(OSError):  # another process has removed it meanwhile
                 yield _Item(part, path, path.lstat().st_mtime, _bytes(path))
 
 
 def _bytes(path: Path) -> int:
+    """The size of a file, or of all files in a folder."""
     if path.is_symlink() or not path.is_dir():
         return path.lstat().st_size
     return sum(file.lstat().st_size for file in path.rglob("*") if file.is_symlink() or file.is_file())
 
 
-def _somebody_builds() -> bool:
-    return any(not _is_free(folder) for folder in (cache_folder() / "scratch").glob("*"))
+def _build_runs() -> bool:
+    """Whether any process has a working folder locked."""
+    return any(_is_locked(folder) for folder in (cache_folder() / "scratch").glob("*"))
 
 
-def _is_free(folder: Path) -> bool:
+def _is_locked(folder: Path) -> bool:
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return True
+    except OSError:  # another process has removed it meanwhile, or it is not a folder
+        return False
     try:
-        return lock(handle)
+        return not lock(handle)
     finally:
         os.close(handle)
 
 
 def _remove(path: Path, dry_run: bool) -> bool:
-    """Remove an item; False where a process works in it."""
+    """Remove an item, unless a process works in it; returns whether it was, or in a dry run would be, removed."""
     if path.is_symlink() or not path.is_dir():
         if not dry_run:
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Compile every kernel of a plan, in parallel, through the store, to bytes that depend on nothing but their inputs.
+"""Compile every kernel of a plan in parallel. Equal inputs give equal bytes, and the store keeps every cubin.
 
-Kernels go to nvcc in units that share a front-end pass (`units`), with DeepGEMM's own flags, to PTX. The PTX is taken
-apart into one canonical module a kernel (`cuda.ptx`), and each becomes a cubin by itself. The machine code is that of a
-single nvcc call, which `check` compares; the names of internal globals differ.
+nvcc compiles kernels to PTX with DeepGEMM's own flags, in units that share one pass of the front end (`units`).
+`cuda.ptx` splits that PTX into one canonical module for each kernel, and each module becomes a cubin by itself. Its
+machine code equals that of a single nvcc call, which `check` compares; only the names of internal globals differ.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel
 
-#: The folders whose code makes a cubin of a source: the store serves only what the same code made.
+#: The folders whose code turns a source into a cubin: the store serves only cubins that the same code made.
 CODE = ("common", "compiling", "cuda")
 
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How to compile. The bytes of an artifact are the same whatever is chosen.
+    """How to compile. No option changes the artifact's bytes.
 
     Attributes:
-        jobs: compilers at once; none for every core that this process may use.
+        jobs: how many compilers run at once; None for one on each core that this process may use.
         use_store: keep compiled kernels in the user's cache folder, and take them from there.
         grouped: let kernels share the compiler's front end.
-        check_code: of the kernels compiled now, compare this many random ones with what nvcc makes of them alone.
+        check_code: how many of the newly compiled kernels, chosen at random, to compare with what nvcc makes of each
+            alone.
     """
 
     jobs: int | None = None
@@ -59,15 +60,16 @@ class CompileOptions:
 
 @dataclass
 class Compiled:
-    """What compiling gave and what it took.
+    """The cubins, and what it took to compile them.
 
     Attributes:
+        jobs: how many compilers ran at once.
         cubins: each entry's cubin.
         compiled: the kernels that were compiled now.
-        reused: how many the store had.
-        checked: how many kernels' code was compared with what nvcc makes of them alone.
-        wall_seconds, cpu_seconds: of the wall clock, and of all compilers' CPU.
-        calls: the compilers' calls that ended well, in the order in which they ended.
+        reused: how many kernels came from the store.
+        checked: how many kernels' code was compared with what nvcc makes of each alone.
+        wall_seconds, cpu_seconds: elapsed time, and the CPU time of all compilers together.
+        calls: the compiler calls that succeeded, in the order in which they ended.
     """
 
     jobs: int
@@ -81,7 +83,7 @@ class Compiled:
 
 
 class Compiler:
-    """The compilers of one build; leaving the context ends those that still run.
+    """The compilers of one build; leaving the context ends every compiler that still runs.
 
     Raises:
         ToolchainError: nvcc has no host compiler.
@@ -94,7 +96,7 @@ class Compiler:
         self._store = store or options.store
         self._jobs = options.jobs or available_cores()
         self._front_ends = FrontEnds(inputs, self._jobs)
-        # All that a cubin's bytes depend on, but for its source and its flags.
+        # Everything that a cubin's bytes depend on, except its source and its flags.
         self._key_parts = [
             code_digest(CODE),
             inputs.toolchain.version_text,
@@ -112,7 +114,7 @@ class Compiler:
         self._front_ends.__exit__(kind, error, traceback)
 
     def expect(self, source: str, flags: tuple[str, ...]) -> None:
-        """Prepare for a kernel that will be compiled: start its front end, unless the store has the kernel."""
+        """Prepare for a kernel that will be compiled: start its front end unless the store has the kernel."""
         if self._options.grouped and self._store.get(self._key(source, flags)) is None:
             self._front_ends.expect(source, flags)
 
@@ -120,15 +122,15 @@ class Compiler:
         """Compile ``kernels``. Ends the front ends: a `Compiler` compiles once.
 
         Args:
-            progress: the step is "compile", the units are kernels. Kernels come late, after their unit's front end, so
-                the share goes by the cost model of `units`.
+            progress: the step is "compile", the units are kernels. A kernel is finished only after its unit's front
+                end, so the share follows the cost model of `units`.
 
         Raises:
-            CompileError: at least one kernel did not compile; the others are finished and in the store first, and the
-                text holds each one's compiler output. Or one kernel's code is not what nvcc makes of it alone: the
-                text names the kernel and the section.
+            CompileError: at least one kernel did not compile: the text holds the compiler's output for each, and all
+                others are compiled and stored first. Or a kernel's code differs from what nvcc makes of it alone: the
+                text names the kernel and the sections.
         """
-        started, cpu = time.monotonic(), _children_cpu()
+        started, cpu_before = time.monotonic(), _children_cpu()
         result = Compiled(self._jobs)
         keys = {kernel.entry: self._key(kernel.source, kernel.flags) for kernel in kernels}
         for entry, key in keys.items():
@@ -151,11 +153,11 @@ class Compiler:
             steps = Steps(self._front_ends, scratch, keep, report, hold=grouped)
             compare = random.sample(missing, min(self._options.check_code, len(missing)))
             steps.run(units.group(missing, self._jobs) if grouped else units.separate(missing), compare)
-            self._front_ends.close()  # their CPU counts
+            self._front_ends.close()  # a process's CPU time counts only once it has ended
         result.calls, result.checked = steps.calls, len(steps.alone)
-        result.wall_seconds, result.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu
+        result.wall_seconds, result.cpu_seconds = time.monotonic() - started, _children_cpu() - cpu_before
         if steps.failures:
-            raise _failed(steps.failures, len(kernels))
+            raise _compile_error(steps.failures, len(kernels))
         for kernel in compare:
             if cubin := steps.alone.get(kernel.entry):
                 check.require_equal(kernel, cubin, result.cubins[kernel.entry])
@@ -178,19 +180,19 @@ def compile_kernels(
         return compiler.compile(kernels, progress)
 
 
-def _failed(failures: Sequence[tuple[Kernel, str]], count: int) -> CompileError:
-    """What nvcc said, once for all kernels of which it said the same."""
-    entries: dict[str, list[str]] = {}
+def _compile_error(failures: Sequence[tuple[Kernel, str]], count: int) -> CompileError:
+    """One error for all failures, which holds each output of nvcc once, after the entries that it is about."""
+    entries_of: dict[str, list[str]] = {}
     for kernel, output in failures:
-        entries.setdefault(output, []).append(kernel.entry)
-    parts = [f"{', '.join(names)}:\n{output}" for output, names in entries.items()]
-    missing = re.search(r"fatal error: (\S+): No such file", "\n".join(entries))
-    return CompileError(
-        f"{len(failures)} of {count} kernels did not compile, the others are in the store\n" + "\n".join(parts),
-        hint=f"nvcc finds no {missing[1]}: install that part of its CUDA toolkit, or name a whole one with --nvcc"
-        if missing
-        else None,
-    )
+        entries_of.setdefault(output, []).append(kernel.entry)
+    lines = [f"{len(failures)} of {count} kernels did not compile; all others are in the store"]
+    lines += [f"{', '.join(entries)}:\n{output}" for output, entries in entries_of.items()]
+    hint = None
+    missing_header = re.search(r"fatal error: (\S+): No such file", "\n".join(entries_of))
+    if missing_header:
+        header = missing_header[1]
+        hint = f"nvcc cannot find {header}: install that part of its CUDA toolkit, or name a complete one with --nvcc"
+    return CompileError("\n".join(lines), hint=hint)
 
 
 def available_cores() -> int:
@@ -199,5 +201,6 @@ def available_cores() -> int:
 
 
 def _children_cpu() -> float:
+    """The CPU seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -1,4 +1,4 @@
-"""Work on so many workers at once, each busy to the end: of all that could start, what takes longest starts first."""
+"""A fixed number of workers that take, of all the work that can start, the longest piece first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from cachebuilder.errors import CompileError
 
 
 @dataclass(order=True, frozen=True)
-class _Ready:
-    """What could start; the smallest is the one that takes longest."""
+class _Piece:
+    """A piece of work that can start. `heapq` pops the smallest one first: that is the longest piece."""
 
     minus_seconds: float
     start: Callable[[], Any] = field(compare=False)
@@ -22,22 +22,24 @@ class _Ready:
 
 
 class Schedule:
-    """Runs what is added on ``workers`` threads.
+    """Runs the pieces that are added on ``workers`` threads.
 
-    A large piece that starts last would be waited for alone, so it starts first.
+    The longest piece starts first. If it started last, all other workers would idle until it ended.
 
     Args:
         on_share: called with the share of the work that is done, 0 to 1, after each piece.
-        stop: ends all pieces that run. It is called where `run` is interrupted, which would wait for them otherwise.
+        stop: ends all running pieces. It is called when `run` is interrupted, which otherwise waits for them.
     """
 
     def __init__(self, workers: int, on_share: Callable[[float], None], stop: Callable[[], None]) -> None:
         self._workers = workers
         self._on_share = on_share
         self._stop = stop
-        self._ready: list[_Ready] = []
-        self._running: dict[Future[Any], _Ready] = {}
-        self._spent = self._work = self._share = 0.0
+        self._ready: list[_Piece] = []
+        self._running: dict[Future[Any], _Piece] = {}
+        # Seconds by the caller's cost model: of the pieces that have ended, and of all work known so far.
+        self._ended_seconds = self._known_seconds = 0.0
+        self._share = 0.0
 
     def add(
         self, seconds: float, start: Callable[[], Any], finish: Callable[[Any], None], fail: Callable[[str], None]
@@ -46,19 +48,19 @@ class Schedule:
 
         Args:
             seconds: what it will cost, by the caller's cost model.
-            start: does it, on a thread.
-            finish: takes the result in the thread of `run`, and may add more.
-            fail: takes the message of the `CompileError` that ``start`` raised instead.
+            start: does the work, on a worker's thread.
+            finish: called with the result of ``start`` in the thread of `run`; may add more work.
+            fail: called instead if ``start`` raises a `CompileError`, with its message; may add more work.
         """
-        self._work += seconds
-        heapq.heappush(self._ready, _Ready(-seconds, start, finish, fail))
+        self._known_seconds += seconds
+        heapq.heappush(self._ready, _Piece(-seconds, start, finish, fail))
 
     def expect(self, seconds: float) -> None:
         """Count work that will be added later; a negative number takes an expectation back."""
-        self._work += seconds
+        self._known_seconds += seconds
 
     def run(self) -> None:
-        """Work until nothing is left."""
+        """Work until no piece is left."""
         with ThreadPoolExecutor(self._workers) as threads:
             try:
                 while self._ready or self._running:
@@ -75,15 +77,16 @@ class Schedule:
             piece = heapq.heappop(self._ready)
             self._running[threads.submit(piece.start)] = piece
 
-    def _end(self, future: Future[Any], piece: _Ready) -> None:
-        self._spent -= piece.minus_seconds
+    def _end(self, future: Future[Any], piece: _Piece) -> None:
+        self._ended_seconds -= piece.minus_seconds
         try:
             result = future.result()
         except CompileError as error:
             piece.fail(str(error))
         else:
             piece.finish(result)
-        # Sums of the same numbers in another order differ in their last bit: rounded, so that all of the work is 1.
-        # A unit that is halved adds work: the share never falls.
-        self._share = max(self._share, min(round(self._spent / self._work, 9), 1.0))
+        # The same numbers summed in another order differ in the last bit: rounding makes the final share exactly 1.
+        # A failed unit is halved, which adds work: `max` keeps the share from falling.
+        share = min(round(self._ended_seconds / self._known_seconds, 9), 1.0)
+        self._share = max(self._share, share)
         self._on_share(self._share)

@@ -1,4 +1,4 @@
-"""nvcc's steps for one build: units to PTX, each kernel's PTX to its cubin, and kernels compiled alone to compare."""
+"""The compiler calls of one build: units to PTX, each kernel's PTX to its cubin, and kernels alone, to compare."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cachebuilder.deepgemm.entries import SOURCE
 from cachebuilder.errors import CompileError
 from cachebuilder.planning.plan import Kernel
 
-#: nvcc's own times, in a compilation's folder.
+#: The file in a compilation's folder where nvcc writes how long its phases took.
 _PHASES = "phases.csv"
 
 
@@ -30,13 +30,13 @@ class Steps:
     """The compiler calls of one build.
 
     Attributes:
-        calls: the calls that ended well, in the order in which they ended.
+        calls: the calls that succeeded, in the order in which they ended.
         failures: the kernels that failed, each with its compiler's output.
-        alone: by entry, the cubins of the kernels that were compiled alone to compare.
+        alone: by entry, the cubins of the kernels that were compiled alone, to compare.
 
     Args:
         front_ends: those of this build.
-        scratch: a folder for the compilers' files.
+        scratch: a folder for the compilers' working files.
         on_cubin: called with each kernel and its cubin, in the thread that calls `run`.
         on_share: called with the share of the work that is done, by the cost model of `units`.
         hold: use held front ends; otherwise every unit is compiled from its first line.
@@ -57,7 +57,7 @@ class Steps:
         self._on_cubin = on_cubin
         self._hold = hold
         self._schedule = Schedule(front_ends.jobs, on_share, self._processes.stop)
-        self._folders = itertools.count()
+        self._folder_numbers = itertools.count()
         self._started = time.monotonic()
         self._free_jobs: SimpleQueue[int] = SimpleQueue()
         for job in range(front_ends.jobs):
@@ -67,7 +67,7 @@ class Steps:
         self.alone: dict[str, bytes] = {}
 
     def run(self, work: Sequence[Unit], compare: Collection[Kernel] = ()) -> None:
-        """Compile all units, and each kernel of ``compare`` once more as DeepGEMM would."""
+        """Compile all units, and compile each kernel of ``compare`` a second time, as DeepGEMM would."""
         for kernel in compare:
             seconds = Unit((kernel,)).seconds + units.PTXAS_SECONDS
             self._schedule.add(seconds, partial(self._alone, kernel), partial(self._keep_alone, kernel), lambda _: None)
@@ -76,22 +76,25 @@ class Steps:
         self._schedule.run()
 
     def _add_family(self, family: Sequence[Unit]) -> None:
-        """Add units with the same headers: behind a held front end, where one has started or there are many units."""
+        """Add units with the same headers.
+
+        They wait for a held front end if one has started already, or if several units will share it.
+        """
         first = family[0].kernels[0]
-        if not self._hold or not (len(family) > 1 or self._front_ends.expected(first.source, first.flags)):
+        shared = len(family) > 1 or self._front_ends.expected(first.source, first.flags)
+        if not (self._hold and shared):
             self._add_units(family, None)
             return
         front_end = self._front_ends.of(first.source, first.flags)
 
-        def opened(_: object) -> None:
+        def add_units(_: object) -> None:
             self._add_units(family, front_end)
 
-        self._schedule.add(
-            units.UNIT_SECONDS + family[0].seconds, partial(self._open, front_end, family), opened, opened
-        )
+        seconds = units.UNIT_SECONDS + family[0].seconds
+        self._schedule.add(seconds, partial(self._open, front_end, family), add_units, add_units)
 
     def _open(self, front_end: FrontEnd, family: Sequence[Unit]) -> None:
-        with self._noted("headers", tuple(kernel for unit in family for kernel in unit.kernels)):
+        with self._recorded("headers", tuple(kernel for unit in family for kernel in unit.kernels)):
             front_end.open()
 
     def _add_units(self, added: Iterable[Unit], front_end: FrontEnd | None) -> None:
@@ -100,28 +103,29 @@ class Steps:
             self._schedule.add(
                 unit.seconds,
                 partial(self.to_ptx, unit, front_end),
-                partial(self._unit_done, unit, front_end),
+                partial(self._add_kernels, unit, front_end),
                 partial(self._unit_failed, unit, front_end),
             )
 
     def _unit_failed(self, unit: Unit, front_end: FrontEnd | None, output: str) -> None:
-        """One bad kernel fails its whole unit: halve the unit until the kernel is alone."""
+        """Halve a failed unit until the bad kernel is alone: one bad kernel fails its whole unit."""
         self._schedule.expect(-unit.ptxas_guess)
         if len(unit.kernels) == 1:
             self._kernel_failed(unit.kernels[0], output)
         else:
             self._add_units(unit.halves(), front_end)
 
-    def _unit_done(self, unit: Unit, front_end: FrontEnd | None, modules: Sequence[KernelPtx]) -> None:
-        """Make each kernel's cubin from its module.
+    def _add_kernels(self, unit: Unit, front_end: FrontEnd | None, modules: Sequence[KernelPtx]) -> None:
+        """Add what makes each kernel's cubin from its module.
 
-        The order in which a kernel declares its strings decides where its code finds them. Where all kernels of a unit
-        use the same strings, the order is that of each kernel alone. Otherwise those that use any are compiled alone.
+        The order in which a module declares strings decides their addresses. If all kernels of a unit use the same
+        strings, the order is the same as in each kernel compiled alone. Otherwise every kernel that uses strings is
+        compiled alone.
         """
         self._schedule.expect(-unit.ptxas_guess)
-        mixed = len({module.strings for module in modules}) > 1
+        strings_differ = len({module.strings for module in modules}) > 1
         for kernel, module in zip(unit.kernels, modules, strict=True):
-            if mixed and module.strings:
+            if strings_differ and module.strings:
                 self._add_units([Unit((kernel,))], front_end)
             else:
                 self._schedule.add(
@@ -139,15 +143,20 @@ class Steps:
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:
-        folder = self._scratch / str(next(self._folders))
+        """A folder for one compiler call."""
+        folder = self._scratch / str(next(self._folder_numbers))
         folder.mkdir()
         yield folder
         shutil.rmtree(folder)
 
     @contextmanager
-    def _noted(self, step: Step, kernels: tuple[Kernel, ...], phases: Path | None = None) -> Iterator[None]:
-        """Note when a compiler ran, as which of the parallel jobs, and what nvcc says of its phases."""
-        job, start = self._free_jobs.get(), time.monotonic()  # there is one for each thread
+    def _recorded(self, step: Step, kernels: tuple[Kernel, ...], phases: Path | None = None) -> Iterator[None]:
+        """Record when a compiler ran, in which of the parallel jobs, and how long nvcc's phases took.
+
+        Args:
+            phases: the file in which nvcc writes its phases; None if it writes none.
+        """
+        job, start = self._free_jobs.get(), time.monotonic()  # never waits: there is a job for each thread
         try:
             yield
         finally:
@@ -165,21 +174,22 @@ class Steps:
         )
 
     def to_ptx(self, unit: Unit, front_end: FrontEnd | None = None) -> list[KernelPtx]:
-        """Each kernel's module, in the unit's order.
+        """Compile a unit; returns each kernel's module, in the unit's order.
 
         Raises:
-            CompileError: nvcc refuses, or makes other kernels than the sources name, or PTX of an unknown form.
+            CompileError: nvcc refuses a source, makes other kernels than the sources name, or writes PTX of an unknown
+                form.
         """
         with self._folder() as folder:
             if front_end and front_end.takes(unit.body):
-                with self._noted("ptx", unit.kernels):
+                with self._recorded("ptx", unit.kernels):
                     front_end.compile(unit.body, folder)
             else:
                 (folder / SOURCE).write_text(unit.source)
-                # The include path is relative, so that __FILE__ in the headers' assertions is the same everywhere.
+                # The include path is relative: __FILE__ in the headers' assertions then holds no path of this machine.
                 (folder / "include").symlink_to(self._inputs.installation.include)
                 command = self._inputs.toolchain.ptx_command(SOURCE, "kernel.ptx", unit.flags, "include")
-                with self._noted("ptx", unit.kernels, folder / _PHASES):
+                with self._recorded("ptx", unit.kernels, folder / _PHASES):
                     self._processes.run([*command, "--time", _PHASES], folder)
             modules = ptx.split((folder / "kernel.ptx").read_text())
         check_order(unit, modules)
@@ -189,12 +199,12 @@ class Steps:
         with self._folder() as folder:
             (folder / "kernel.ptx").write_text(module.text)
             command = self._inputs.toolchain.cubin_command("kernel.ptx", "kernel.cubin", kernel.flags)
-            with self._noted("cubin", (kernel,), folder / _PHASES):
+            with self._recorded("cubin", (kernel,), folder / _PHASES):
                 self._processes.run([*command, "--time", _PHASES], folder)
             return (folder / "kernel.cubin").read_bytes()
 
     def _alone(self, kernel: Kernel) -> bytes:
-        with self._folder() as folder, self._noted("check", (kernel,)):
+        with self._folder() as folder, self._recorded("check", (kernel,)):
             return check.compile_alone(kernel, self._inputs, self._processes, folder)
 
 
@@ -207,10 +217,10 @@ def _families(work: Iterable[Unit]) -> list[list[Unit]]:
 
 
 def phases_of(table: str) -> tuple[Phase, ...]:
-    """The phases in what nvcc writes for ``--time``, for one source, in their order.
+    """Read the phases, in their order, from the table that nvcc's ``--time`` writes for one source.
 
-    A line holds the source, the phase, its files, the architecture, the tool, a number and its unit, between commas;
-    no file of ours has a comma in its name.
+    A line has eight cells with commas between them: the source, the phase, two files, the architecture, the tool, a
+    number and its unit. None of our file names contains a comma.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()]
     return tuple(
@@ -221,16 +231,17 @@ def phases_of(table: str) -> tuple[Phase, ...]:
 
 
 def check_order(unit: Unit, modules: Sequence[KernelPtx]) -> None:
-    """Check that the modules are the unit's kernels.
+    """Check that the modules are the unit's kernels, in the same order.
 
-    nvcc writes kernels in the order of their instantiation; each one's template arguments must agree with its source.
+    nvcc writes kernels in the order of their instantiation. Each kernel's template arguments must be those of its
+    source.
 
     Raises:
-        CompileError: another number of kernels, or one whose arguments are not its source's.
+        CompileError: the number of kernels differs, or a kernel has other template arguments than its source.
     """
     if len(modules) != len(unit.kernels):
         raise CompileError(f"wanted {len(unit.kernels)} kernels in the compiled source, found {len(modules)}")
     for kernel, module in zip(unit.kernels, modules, strict=True):
-        wanted = units.literals(kernel.source)
-        if module.literals[: len(wanted)] != wanted:  # arguments that have a default follow
-            raise CompileError(f"wanted a kernel with template arguments {wanted}, found {module.name}")
+        arguments = units.literals(kernel.source)
+        if module.literals[: len(arguments)] != arguments:  # arguments with a default follow
+            raise CompileError(f"wanted a kernel with template arguments {arguments}, found {module.name}")

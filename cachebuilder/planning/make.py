@@ -1,4 +1,4 @@
-"""Make a plan: sweep the manifest's ops with DeepGEMM itself, or take the plan that an earlier sweep made."""
+"""Make a plan: sweep the manifest's ops with DeepGEMM itself, or reuse the plan of an earlier sweep."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.sources import KeyFormula, from_sources
 from cachebuilder.sweep import run as sweep
 
-#: The folders whose code decides what a plan is: a plan made by other code is made anew.
+#: The folders whose code decides what a plan holds: a plan that other code made is not reused.
 CODE = ("common", "cuda", "deepgemm", "manifest", "ops", "planning", "sweep", "virtual_gpu")
 
 
@@ -33,40 +33,41 @@ def make(
     progress: Progress = no_progress,
     on_kernel: Callable[[str, tuple[str, ...]], None] = lambda source, flags: None,
 ) -> Plan:
-    """Plan a manifest: call DeepGEMM at every point of every op and join what it asks for.
+    """Plan a manifest: call DeepGEMM at every point of every op, and join the kernels that it asks for.
 
     Args:
-        reuse: take the plan from the user's cache folder where nothing that it depends on has changed, and keep it
-            there.
+        reuse: take the plan from the user's cache folder if nothing that it depends on has changed; otherwise keep the
+            new plan there.
         progress: the step is "plan", the units are calls of DeepGEMM.
         on_kernel: called with the source and the flags of each kernel as soon as the sweep has found it.
 
     Raises:
-        PlanError: DeepGEMM refuses a shape, or the sweep shows something that a cache must not be built from.
+        PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
         InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
-    kept = cache_folder() / "plans" / f"{_digest(inputs)}.json"
-    if reuse and (plan := _read(kept)):
+    plan_file = cache_folder() / "plans" / f"{_digest(inputs)}.json"
+    if reuse and (plan := _read(plan_file)):
         return plan
     include = str(inputs.installation.include)
     swept = sweep.run(inputs, progress, lambda entry: on_kernel(entry.source, requests.flags_of(entry, include)))
     plan = _join(inputs, swept)
     if reuse:
-        write_atomically(kept, plan.model_dump_json().encode(), InstallationError)
+        write_atomically(plan_file, plan.model_dump_json().encode(), InstallationError)
     return plan
 
 
 def _read(path: Path) -> Plan | None:
+    """The plan in a file; None if there is no file, or no plan in it."""
     try:
         plan = Plan.model_validate_json(path.read_bytes())
-        touch(path)
-        return plan
     except (FileNotFoundError, ValidationError):
         return None
+    touch(path)
+    return plan
 
 
 def _digest(inputs: Inputs) -> str:
-    """sha256 over all that a plan depends on, this program's own code included."""
+    """sha256 over everything that a plan depends on, including this program's own code."""
     manifest, installation = inputs.manifest, inputs.installation
     facts = {
         "code": code_digest(CODE),
@@ -86,10 +87,10 @@ def _torch_version() -> str | None:
 
 
 def _join(inputs: Inputs, swept: sweep.Result) -> Plan:
-    """The plan of what a sweep found."""
+    """Make the plan from the result of a sweep."""
     manifest, generation = inputs.manifest, inputs.installation.generation
     if not swept.entries and not manifest.sources:
-        raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own: there is nothing to build")
+        raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own, so there is nothing to build")
     by_entry = requests.kernels(swept, inputs)
     asked = list(by_entry.values())
     planned = [kernel for kernel in asked if kernel.entry in swept.entries]
@@ -97,9 +98,10 @@ def _join(inputs: Inputs, swept: sweep.Result) -> Plan:
     if generation == "legacy":
         legacy_flags = requests.legacy_flags(next(iter((swept.entries | swept.checked).values())))
     formula = KeyFormula(inputs, asked[0], legacy_flags)
-    if generation == "legacy":  # relocation recomputes every entry's name
+    if generation == "legacy":  # a restore to another install path recomputes every entry's name
         formula.require_holds(asked)
-    if (arch := asked[0].arch) is None:
+    arch = asked[0].arch
+    if arch is None:
         raise PlanError(f"wanted --gpu-architecture among DeepGEMM's flags, found {' '.join(asked[0].flags)}")
     kernels = [*planned, *from_sources(inputs, asked, planned, formula)]
     return Plan(

@@ -1,4 +1,4 @@
-"""The plan: every kernel that DeepGEMM will ask for, and which points of which op select it."""
+"""The plan: every kernel that DeepGEMM will ask for, and the points of the ops that select it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Kernel(Record):
     """One kernel to compile.
 
     Attributes:
-        entry: the folder's name in DeepGEMM's cache, which is the key.
+        entry: the name of its folder in DeepGEMM's cache, which holds the key.
         name: DeepGEMM's name for the kernel's family.
         source: the text of ``kernel.cu``.
         flags: nvcc's flags, without source, output and include paths.
-        metadata: ``meta.json`` with no path of this machine in it (DeepJIT only).
-        selected_by: every op and point that launches it; none for a kernel of the manifest's `sources`.
+        metadata: ``meta.json`` without the paths of this machine (DeepJIT only).
+        selected_by: every op and point that launches the kernel; empty for a kernel of the manifest's `sources`.
     """
 
     entry: str
@@ -32,12 +32,12 @@ class Kernel(Record):
 
     @property
     def family(self) -> tuple[str | None, str | None]:
-        """The template that it instantiates and its GemmType: what DeepGEMM names a kernel by."""
+        """The template that the source instantiates and its GemmType, as `deepgemm.source.family` returns them."""
         return sources.family(self.source)
 
     @property
     def arch(self) -> str | None:
-        """The architecture in its flags, as ``sm_90a``."""
+        """The architecture in the flags, such as ``sm_90a``; None if they name none."""
         match = re.search(r"(?:^|\s)--gpu-architecture=(sm_\w+)(?:\s|$)", " ".join(self.flags))
         return match[1] if match else None
 
@@ -46,13 +46,13 @@ class Plan(Record):
     """All kernels of a manifest for one DeepGEMM and one compiler.
 
     Attributes:
-        sm_counts: all at which any op was swept, ascending.
-        arch: as nvcc names it, ``sm_90a``.
+        sm_counts: the SM counts at which any op was swept, ascending.
+        arch: as nvcc names it, for example ``sm_90a``.
         include: legacy only: the include path that is part of every key, as DeepGEMM wrote it.
         legacy_flags: legacy only: the flags as DeepGEMM joins them for its keys.
-        ops: the manifest's, dumped.
-        calls: how often DeepGEMM was called to find this out.
-        torch, python, peak_bytes: recorded of the sweep; they bind nothing.
+        ops: the manifest's ops, as JSON objects.
+        calls: how often the sweep called DeepGEMM.
+        torch, python, peak_bytes: the versions and the peak memory of the sweep, for information only.
     """
 
     generation: Generation

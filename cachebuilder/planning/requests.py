@@ -1,4 +1,4 @@
-"""What DeepGEMM asked its compiler for in a sweep, as the plan's kernels."""
+"""Turn what DeepGEMM asked its compiler for during a sweep into the plan's kernels."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cachebuilder.sweep.recorder import RecordedEntry
 
 
 def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
-    """Every kernel that was asked for in the sweep, by entry: the ops' and those of the check before all ops.
+    """Every kernel that the sweep asked for, by entry: those of the ops and of the check that runs before the ops.
 
     Raises:
-        PlanError: two kernels of one family were asked for with different flags, or a command has an include path that
-            is not DeepGEMM's own.
+        PlanError: two kernels of one family have different flags, or a command has an include path that is not
+            DeepGEMM's own.
     """
     include = str(inputs.installation.include)
     selected_by = selections(swept.answer.sweeps)
@@ -43,7 +43,7 @@ def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
     """The flags of a recorded command, without source, output and DeepGEMM's own include path.
 
     Raises:
-        PlanError: there is another include path.
+        PlanError: the command has another include path.
     """
     words = iter(entry.arguments.split(" ")[1:])  # the first is the source
     flags: list[str] = []
@@ -55,48 +55,49 @@ def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
         elif word not in ("-cubin", "--cubin"):
             flags.append(word)
     flags = [flag for flag in flags if flag != f"-I{include}"]
-    if foreign := [flag for flag in flags if flag.startswith(("-I", "--include-path"))]:
-        raise PlanError(f"{entry.name}: wanted no include path but {include}, found {' '.join(foreign)}")
+    foreign = [flag for flag in flags if flag.startswith(("-I", "--include-path"))]
+    if foreign:
+        raise PlanError(f"{entry.name}: wanted no include path except {include}, found {' '.join(foreign)}")
     return tuple(flags)
 
 
 def legacy_flags(entry: RecordedEntry) -> str:
-    """The flags as legacy DeepGEMM hashes them: all that follows the output file in its command."""
+    """The flags as legacy DeepGEMM hashes them: everything after the output file in its command."""
     return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
 
 
 def selections(sweeps: Sequence[OpSweep]) -> dict[str, tuple[Selection, ...]]:
-    """For each entry: where it is launched. Ranges that touch are joined."""
+    """Where each entry is launched, by entry. Adjacent ranges are joined."""
     selected_by: dict[str, list[Selection]] = {}
     for swept in sweeps:
-        ranges: dict[str, list[Range]] = {}
+        ranges_of: dict[str, list[Range]] = {}
         for span in swept.spans:
             for entry in dict.fromkeys(span.entries):
-                known = ranges.setdefault(entry, [])
+                ranges = ranges_of.setdefault(entry, [])
                 first = span.first
-                if known and known[-1].last + span.step == first:
-                    first = known.pop().first
-                known.append(Range(first=first, last=span.last, step=span.step))
-        for entry, known in ranges.items():
-            selection = Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(known))
+                if ranges and ranges[-1].last + span.step == first:
+                    first = ranges.pop().first
+                ranges.append(Range(first=first, last=span.last, step=span.step))
+        for entry, ranges in ranges_of.items():
+            selection = Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(ranges))
             selected_by.setdefault(entry, []).append(selection)
-    return {entry: tuple(where) for entry, where in selected_by.items()}
+    return {entry: tuple(selected) for entry, selected in selected_by.items()}
 
 
 def _check_flags(kernels: Iterable[Kernel]) -> None:
-    """Raises `PlanError` where two kernels of one family have different flags."""
+    """Raise `PlanError` if two kernels of one family have different flags."""
     first_of: dict[str, Kernel] = {}
     for kernel in kernels:
         first = first_of.setdefault(kernel.name, kernel)
         if kernel.flags != first.flags:
             raise PlanError(
-                f"{kernel.entry}: DeepGEMM asked for it with other flags than for its sibling {first.entry}: "
-                f"wanted {' '.join(first.flags)}, found {' '.join(kernel.flags)}"
+                f"{kernel.entry}: wanted the same flags as for {first.entry}, a kernel of the same family: "
+                f"{' '.join(first.flags)}; found {' '.join(kernel.flags)}"
             )
 
 
 def _portable_metadata(entry: RecordedEntry, cache_root: str, deep_gemm: str) -> str | None:
-    """DeepJIT's ``meta.json``, which nothing reads back, without the paths of this machine."""
+    """DeepJIT's ``meta.json`` without the paths of this machine. DeepJIT writes the file and never reads it."""
     if entry.metadata is None:
         return None
     source = entry.arguments.split(" ", 1)[0]  # <root>/tmp/<uuid>/kernel.cu
