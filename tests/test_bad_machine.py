@@ -33,7 +33,9 @@ __all__ = ["GENERATIONS"]
 
 
 @pytest.mark.parametrize("verb", ["pull", "restore"])
-def test_a_full_disk_is_told_and_nothing_is_left(verb: str, there: Registry, artifact: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_left(
+    verb: str, there: Registry, artifact: Path, tmp_path: Path
+) -> None:
     """The limit on a file's size stands for it: the same call fails, at the same place, with another number."""
     push_to(there.host, "bad", artifact)
 
@@ -52,7 +54,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(verb: str, there: Registry, art
     assert left(tmp_path / "d") == left(tmp_path / "c") == []
 
 
-def test_a_disk_that_is_really_full_is_told(there: Registry, artifact: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_really_full_is_reported(there: Registry, artifact: Path, tmp_path: Path) -> None:
     push_to(there.host, "bad", artifact)
     disk = tmp_path / "disk"
     disk.mkdir()
