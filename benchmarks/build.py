@@ -1,10 +1,10 @@
-"""The build's figures, whole processes, on this machine: planning, compiling, packing, rebuilding, being killed.
+"""Measure a build on this machine, as whole processes: planning, compiling, packing, rebuilding, being killed.
 
     python benchmarks/build.py plan                  # each DeepSeek-V3 manifest: kernels, calls, wall, CPU, memory
     python benchmarks/build.py build [MANIFEST]      # two builds in two folders, a rebuild, packing against zstd -19
     python benchmarks/build.py kill [MANIFEST]       # ten SIGKILLs at random moments, then a build
 
-Prints one JSON object a figure. Ratios hold in one run on one machine; absolute times are that machine's.
+Prints one JSON object for each figure. Absolute times hold for one machine only; compare ratios within one run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import zstandard
 
 from cachebuilder import building
 from cachebuilder.deepgemm import installation
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
@@ -38,7 +38,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def cpu_of_children() -> float:
-    """Seconds of CPU that processes took which were waited for: what a busy machine's wall clock hides."""
+    """Seconds of CPU of all child processes that have ended; on a busy machine the wall clock does not show them."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -73,7 +73,7 @@ def build(manifest: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("one", "two"):
             os.environ["CACHEBUILDER_CACHE_DIR"] = f"{folder}/{name}/cache"
-            built = building.build(find_inputs(manifest), Path(folder, name, "out.tar.zst"))
+            built = building.build(load_manifest(manifest), Path(folder, name, "out.tar.zst"))
             report = built.compiled
             say(
                 "build",

@@ -1,13 +1,15 @@
-"""Grouped against separate compilation of one manifest's kernels, in one run, no store.
+"""Compare grouped with separate compilation of a manifest's kernels, in one run, without the store.
 
     python benchmarks/compile.py [MANIFEST...] [--kernels N ...] [--jobs N ...] [--separate] [--floor] [--memory]
                                  [--commit HASH] [--machine TEXT] >> benchmarks/results/compile.jsonl
 
-The first line says what was run and on what. Then one JSON object a measurement: for each count of kernels and of jobs,
-wall and CPU seconds, and the limit (CPU ÷ jobs). ``--memory`` adds the most memory that all compilers had at once
-(proportional set sizes, looked at twice a second: that slows the wall clock). ``--separate`` adds the one-by-one way and
-the ratios. ``--floor`` adds, on one core, where the CPU goes: what a front end costs, once a unit, and what LLVM and ptxas make of each kernel, which no grouping
-can share; separate ÷ that is the most that any grouping could gain. `benchmarks/plot.py` draws the results.
+The first line says what was run and on what machine. Then follows one JSON object for each measurement: for each number of
+kernels and of jobs, the wall and CPU seconds, and the limit (CPU ÷ jobs).
+
+``--memory`` adds the most memory that all compilers had at once (proportional set sizes, sampled twice a second, which slows
+the wall clock). ``--separate`` adds the compilation one by one, and the ratios. ``--floor`` adds, on one core, where the CPU
+time goes: the cost of a front end, once a unit, and the work of LLVM and ptxas on each kernel, which no grouping can share.
+Separate ÷ that work is the most that any grouping could gain. `benchmarks/plot.py` draws the results.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Kernel
 
@@ -63,7 +65,7 @@ def _descendants() -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
     found, pending = [], children.get(int(Path("/proc/self").resolve().name), [])
@@ -87,7 +89,7 @@ def _cpu() -> float:
 
 
 def floor(kernels: Sequence[Kernel], inputs: Inputs) -> dict[str, float]:
-    """CPU seconds on one core: of all front ends, and of all kernels behind them."""
+    """CPU seconds on one core: of all front ends, and of LLVM and ptxas for all kernels."""
     made: dict[str, bytes] = {}
     with scratch_folder() as scratch:
         steps = Steps(FrontEnds(inputs, 1), scratch, lambda kernel, cubin: made.update({kernel.entry: cubin}))
@@ -139,7 +141,7 @@ def main(
         print(json.dumps(figures), flush=True)
 
     for manifest in manifests or (DEFAULT,):
-        inputs = find_inputs(manifest, deep_gemm=deep_gemm)
+        inputs = load_manifest(manifest, deep_gemm=deep_gemm)
         plan = planning.make(inputs)
         say(
             what="run",

@@ -1,4 +1,4 @@
-"""Kill restores at random moments, then run many at once: is there ever half an entry, and is the end always the same?
+"""Kill restores at random moments, then run many at once. Is there ever half an entry, and is the result always the same?
 
     python benchmarks/kill_restores.py ARTIFACT [--kills N] [--kernels N] [--seed N] >> benchmarks/results/kill-restores.jsonl
 
@@ -72,7 +72,7 @@ def main(artifact: Path, kills: int, kernels: int, seed: int) -> None:
             if number % 2 == 0:
                 shutil.rmtree(dir, ignore_errors=True)
             process = subprocess.Popen(restore(dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if number % 3:  # most inside the renames, which are short
+            if number % 3:  # most kills: inside the renames, which are short
                 while not (dir / CACHE).exists() and process.poll() is None:
                     time.sleep(0.0005)
                 time.sleep(chance.random() * seconds / 15)

@@ -1,4 +1,4 @@
-"""The restore's figures, whole processes, on this machine: 1,000 kernels against ``tar --zstd -x`` of the same file.
+"""Measure restores on this machine, as whole processes: 1,000 kernels, compared with ``tar --zstd -x`` of the same file.
 
     python benchmarks/restore.py ARTIFACT [KERNELS [DEEP_GEMM]] > benchmarks/results/restore-….json
 
@@ -36,7 +36,7 @@ Times = tuple[float, float]
 
 
 def grow(artifact: Path, count: int, output: Path) -> Packed:
-    """An artifact of ``count`` kernels out of a real one."""
+    """Make an artifact of ``count`` kernels from a real one."""
     with open_archive(artifact) as archive:
         contents: dict[str, dict[str, bytes]] = {}
         for entry, file, data in archive.files():
@@ -57,7 +57,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         else:
             entry = f"{name}.{hashlib.sha256(source.encode()).hexdigest()[:32]}"
         cubin = bytearray(files[entries.CUBIN])
-        for _ in range(len(cubin) // 64):  # about as different as one tile shape's code from another's
+        for _ in range(len(cubin) // 64):  # they differ about as much as the code of two tile shapes
             cubin[noise.randrange(64, len(cubin))] = noise.randrange(256)
         cubins[entry] = bytes(cubin)
         meta = files[entries.METADATA].decode() if entries.METADATA in files else None
@@ -82,7 +82,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
 
 
 def timed(command: Sequence[str | Path]) -> Times:
-    """Wall and processor seconds of a command and all that it started."""
+    """Wall and processor seconds of a command and of all processes that it started."""
     before, started = os.times(), time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     wall, after = time.perf_counter() - started, os.times()

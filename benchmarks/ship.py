@@ -41,7 +41,7 @@ Command = Sequence[str | Path]
 
 
 def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
-    """An artifact of about this size out of a real one: more of its kernels, noise for cubins."""
+    """Make an artifact of about this size from a real one: its kernels repeated, with noise for cubins."""
     with open_archive(artifact) as opened:
         contents: dict[str, dict[str, bytes]] = {}
         for entry, file, data in opened.files():
@@ -84,14 +84,14 @@ def timed(command: Command) -> tuple[float, float]:
 
 
 def compare(ours: Callable[[int], Command], skopeos: Callable[[int], Command], size: int) -> dict[str, object]:
-    """Pairs of runs, each a fresh destination."""
+    """Pairs of runs, each into a fresh destination."""
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "skopeo": []}
     for number in range(PAIRS + 1):
         pair = [("ours", ours), ("skopeo", skopeos)]
         for name, command in pair if number % 2 else reversed(pair):
             found[name].append(timed(command(number)))
     for runs in found.values():
-        runs.pop(0)  # the disk's cache is warm from now on
+        runs.pop(0)  # the first pair warmed the disk's cache
     ratios = [a[0] / b[0] for a, b in zip(found["ours"], found["skopeo"], strict=True)]
     result: dict[str, object] = {"ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios]}
     for name, runs in found.items():
@@ -105,7 +105,7 @@ def compare(ours: Callable[[int], Command], skopeos: Callable[[int], Command], s
 
 
 def at_once(command: Callable[[int], Command], count: int) -> float:
-    """Wall seconds until the last of so many processes, all started together, has ended well."""
+    """Wall seconds from the start of this many processes at once until the last has succeeded."""
     started = time.perf_counter()
     running = [
         subprocess.Popen([str(part) for part in command(n)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -159,7 +159,7 @@ def throughput(artifact: Path, megabytes: int, folder: Path, found: Registry, sa
     place = folder / "pushed"
 
     def emptied() -> str:
-        """A registry that has nothing: skopeo remembers which repositories have a blob, and would have it linked."""
+        """An empty registry: skopeo remembers which repositories have a blob, and would only link it."""
         nonlocal second
         second.stop()
         shutil.rmtree(place, ignore_errors=True)

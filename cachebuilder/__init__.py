@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from cachebuilder.common.version import __version__
 
 if TYPE_CHECKING:
+    from cachebuilder.artifact.trust import Trust
     from cachebuilder.building import Built, build, plan
     from cachebuilder.common.progress import Progress
     from cachebuilder.compiling.compiler import CompileOptions
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     )
     from cachebuilder.manifest.inputs import Inputs, load_manifest
     from cachebuilder.planning.plan import Kernel, Plan
+    from cachebuilder.restoring.machine import Machine
+    from cachebuilder.restoring.restore import Restored, restore
+    from cachebuilder.verifying.report import Report
+    from cachebuilder.verifying.verify import verify
 
 #: The module of each public name.
 _MODULES = {
@@ -55,6 +60,11 @@ _MODULES = {
     ),
     "manifest.inputs": ("Inputs", "load_manifest"),
     "planning.plan": ("Kernel", "Plan"),
+    "artifact.trust": ("Trust",),
+    "restoring.machine": ("Machine",),
+    "restoring.restore": ("Restored", "restore"),
+    "verifying.report": ("Report",),
+    "verifying.verify": ("verify",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -69,18 +79,24 @@ __all__ = [  # a test holds it to _MODULES
     "Inputs",
     "InstallationError",
     "Kernel",
+    "Machine",
     "ManifestError",
     "Plan",
     "PlanError",
     "Progress",
+    "Report",
     "RestoreError",
+    "Restored",
     "SignatureError",
     "ToolchainError",
+    "Trust",
     "VerifyError",
     "__version__",
     "build",
     "load_manifest",
     "plan",
+    "restore",
+    "verify",
 ]
 
 

@@ -13,14 +13,14 @@ from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
+from cachebuilder.cuda import device as devices
+from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Plan
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.process import DeviceName
-from cachebuilder.verifying import real, virtual
-from cachebuilder.verifying.device import DeviceChoice, choose_device
+from cachebuilder.verifying import real
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def build(
         DeviceError: there is no such GPU, or a call is not served from the artifact on it.
         InstallationError, ToolchainError: something that is needed is missing on this machine.
     """
-    chosen = choose_device(device, inputs.manifest.target.gpu)
+    chosen = devices.choose(device, inputs.manifest.target.gpu)
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
         made = planning.make(inputs, reuse=options.use_store, progress=progress, on_kernel=compiler.expect)
@@ -102,7 +102,7 @@ def build(
         packed = pack(unproven, inputs, made, compiled.cubins)
         launching = time.monotonic()
         if chosen == "cuda":
-            _launch(inputs, unproven, scratch, progress)
+            real.require_served(unproven, inputs, progress)
             packed = publish(packed, Path(output))
     built = Built(
         inputs,
@@ -118,27 +118,9 @@ def build(
     return built
 
 
-def _launch(inputs: Inputs, artifact: Path, scratch: Path, progress: Progress) -> None:
-    """Raises `DeviceError` where a call is not served from the artifact on the real GPU."""
-    with virtual.opened(artifact, inputs.installation) as folder:
-        replay = real.serve(
-            folder,
-            inputs.manifest,
-            inputs.installation,
-            scratch,
-            lambda name, done, total: progress("launch", done, total),
-        )
-    real.require_right(inputs.manifest.name, [replay])
-
-
 def _require_same_plan(inputs: Inputs, planned: Plan, progress: Progress) -> None:
     """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
-    asked = sweep.entries_on_gpu(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan on the GPU", done, total),
-    )
+    asked = sweep.entries_on_gpu(inputs, progress)
     wanted = {kernel.entry for kernel in planned.kernels if kernel.selected_by}
     if asked != wanted:
         raise PlanError(

@@ -21,7 +21,7 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.compiling import check as code
 from cachebuilder.compiling import record as build_record
 from cachebuilder.cuda.processes import Processes
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.restoring.machine import Machine
 from tests.registries import Registry, registry
@@ -120,7 +120,7 @@ def built(
 ) -> building.Built:
     """The small manifest, built for one generation; another process takes plan and kernels from the cache folder."""
     output = tmp_path_factory.mktemp("built") / "small.tar.zst"
-    inputs = find_inputs(small, deep_gemm=deep_gemm)
+    inputs = load_manifest(small, deep_gemm=deep_gemm)
     # The record of the build that compiled: the other processes' builds are all from the store.
     record = shared_folder / f"{inputs.installation.generation}.build.json"
     with one_at_a_time(shared_folder, "built"):

@@ -9,7 +9,8 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.verifying.report import Report
+from cachebuilder.verifying.verify import verify
 
 
 def unpack(artifact: Path, to: Path) -> Path:
@@ -18,10 +19,9 @@ def unpack(artifact: Path, to: Path) -> Path:
     return to
 
 
-def check(target: Path, installation: Installation, manifest: Path | None = None) -> verify.Report:
+def check(target: Path, installation: Installation, manifest: Path | None = None) -> Report:
     """What `cachebuilder verify` finds."""
-    with verify.opened(target, installation) as folder:
-        return verify.check(folder, installation, manifest)
+    return verify(target, deep_gemm=installation.imported_as, manifest=manifest)
 
 
 def copy_of(installation: Installation, to: Path) -> Installation:

@@ -19,7 +19,7 @@ from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.retry import Again, Retries, Watcher
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port, registry
-from tests.test_registry import for_another, pull_from, push_to
+from tests.shipping import for_another, pull_from, push_to
 
 ONCE = Retries(0)
 
@@ -67,7 +67,7 @@ def test_a_connection_that_breaks_again_and_again_is_taken_up_where_it_broke(
     ranges = [asked.headers.get("Range") for asked in between.asked if is_blob(asked, artifact)]
     first = len(whole) // 3
     assert ranges == [None, f"bytes={first}-", f"bytes={first + (len(whole) - first) // 3}-"]
-    assert [line.startswith("again in ") for line in said] == [True, True]
+    assert [line.startswith("retry ") for line in said] == [True, True]
 
 
 def test_what_a_failed_pull_got_the_next_one_does_not_fetch_again(
@@ -80,7 +80,7 @@ def test_what_a_failed_pull_got_the_next_one_does_not_fetch_again(
     command = ("pull", f"oci://{between.host}/bad:v1", "-o", tmp_path / "got" / "a.tar.zst")
     done = run(*command, CACHEBUILDER_RETRIES="0")
     assert done.returncode == 15 and "the connection broke" in done.stderr, done.stderr
-    assert "hint: run the same again" in done.stderr
+    assert "hint: run the same command again" in done.stderr
     [part] = left(tmp_path / "got")
     assert part.startswith(".a.tar.zst.") and (tmp_path / "got" / part).stat().st_size == 1000
     between.change = lambda asked, answer: answer

@@ -22,7 +22,7 @@ from cachebuilder.compiling.store import CubinStore, NoStore
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import entries
 from cachebuilder.errors import CompileError, ToolchainError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from tests.conftest import Run
 
 
@@ -68,7 +68,7 @@ def test_two_builds_in_different_folders_are_equal_byte_for_byte(
 
 def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path: Path) -> None:
     spy, log = spy_nvcc(tmp_path)
-    inputs = find_inputs(_manifest(built, tmp_path), nvcc=spy, deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(_manifest(built, tmp_path), nvcc=spy, deep_gemm=built.inputs.installation.imported_as)
     again = building.build(inputs, tmp_path / "again.tar.zst")
     assert log.read_text().splitlines() == ["--version"]
     assert (again.compiled.compiled, again.compiled.reused) == ([], len(built.plan.kernels))
@@ -79,7 +79,7 @@ def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path:
 def test_only_what_changed_is_compiled(built: building.Built, tmp_path: Path) -> None:
     text = built.inputs.manifest_bytes.decode().replace("max_tokens: 40", "max_tokens: 200")
     (tmp_path / "more.yaml").write_text(text)
-    inputs = find_inputs(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.imported_as)
     more = building.build(inputs, tmp_path / "more.tar.zst")
     new = {k.entry for k in more.plan.kernels} - {k.entry for k in built.plan.kernels}
     assert 0 < len(more.compiled.compiled) == len(new) < len(more.plan.kernels)
@@ -159,7 +159,7 @@ def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_pa
 def test_a_build_that_was_killed_finishes_when_run_again_with_the_same_bytes(
     small: Path, tmp_path: Path, seconds: float
 ) -> None:
-    expected = building.build(find_inputs(small), tmp_path / "expected.tar.zst").packed.sha256
+    expected = building.build(load_manifest(small), tmp_path / "expected.tar.zst").packed.sha256
     process = start_build(small, tmp_path)
     wait_for_compilers(tmp_path, process)
     time.sleep(seconds)

@@ -19,7 +19,7 @@ from cachebuilder.compiling.units import Unit
 from cachebuilder.cuda import ptx
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Kernel, Plan
 from tests.conftest import MANIFESTS, check_code
@@ -28,7 +28,7 @@ from tests.test_plan import EVERY_OP
 
 def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, Plan]:
     (folder / "m.yaml").write_text(text)
-    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
+    inputs = load_manifest(folder / "m.yaml", deep_gemm=deep_gemm)
     return inputs, planning.make(inputs)
 
 
@@ -74,7 +74,7 @@ def test_a_difference_in_code_is_found(built: building.Built) -> None:
 
 @pytest.mark.slow
 def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
-    inputs = find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
+    inputs = load_manifest(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
     plan = planning.make(inputs)
     family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
     chosen = random.Random(0)

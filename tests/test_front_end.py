@@ -23,7 +23,7 @@ from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning.plan import Kernel
 
 pytestmark = pytest.mark.slow
@@ -109,7 +109,7 @@ def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
 
     monkeypatch.setattr(FrontEnds, "expect", expect)
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
-    done = building.build(find_inputs(small), tmp_path / "a.tar.zst", options=CompileOptions(use_store=False))
+    done = building.build(load_manifest(small), tmp_path / "a.tar.zst", options=CompileOptions(use_store=False))
     assert {kernel.source for kernel in done.plan.kernels} <= set(expected)
     steps = [task.step for task in done.compiled.calls]
     assert steps.count("headers") >= 1 and steps.count("check") == 1

@@ -9,9 +9,9 @@ import pytest
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
 from cachebuilder.planning.selection import Range, Selection
-from cachebuilder.sweep.run import Point
-from cachebuilder.verifying import real as on_gpu
-from cachebuilder.verifying import report as verified
+from cachebuilder.sweep.protocol import Point
+from cachebuilder.verifying import real
+from cachebuilder.verifying import report as reports
 from tests.conftest import Run
 
 
@@ -26,9 +26,9 @@ def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(
     output = tmp_path / "out.tar.zst"
     what = [small, "-o", output] if verb == "build" else [built.packed.path]
     done = run(verb, *what, *here, "--device", "cuda")
-    assert done.returncode == 12 and "wanted a H200, found no GPU to use" in done.stderr
+    assert done.returncode == 12 and "wanted the GPU H200, found no GPU to use" in done.stderr
     assert "--device virtual" in done.stderr and "Traceback" not in done.stderr
-    assert not output.exists() and not verified.path_for(built.packed.path).exists()
+    assert not output.exists() and not reports.path_for(built.packed.path).exists()
     assert run(verb, *what, *here, "--device", "auto").returncode == 0
 
 
@@ -36,11 +36,11 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     ranges = tuple(Range(first=first, last=last, step=1) for first, last in ((1, 8), (20, 30), (40, 40)))
     one = Selection(op=0, sm_count=132, ranges=ranges)
     two = Selection(op=0, sm_count=132, ranges=(Range(first=8, last=19, step=1),))
-    assert on_gpu.points({"a": [one], "b": [two]}) == {
-        Point(0, 132, 1): ("a",),
-        Point(0, 132, 8): ("a", "b"),
-        Point(0, 132, 19): ("b",),
-        Point(0, 132, 40): ("a",),
+    assert real.points({"a": [one], "b": [two]}) == {
+        Point(op=0, sm_count=132, value=1): ("a",),
+        Point(op=0, sm_count=132, value=8): ("a", "b"),
+        Point(op=0, sm_count=132, value=19): ("b",),
+        Point(op=0, sm_count=132, value=40): ("a",),
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Kernel, Plan
 from cachebuilder.virtual_gpu import library as virtual_gpu
@@ -32,7 +32,7 @@ ops:
 
 def make(path: Path, text: str, deep_gemm: Path | None = None) -> Plan:
     path.write_text(text)
-    inputs = find_inputs(path, deep_gemm=deep_gemm)
+    inputs = load_manifest(path, deep_gemm=deep_gemm)
     return planning.make(inputs, reuse=False)
 
 
@@ -80,7 +80,7 @@ def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
     ],
 )
 def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: str, kernels: int, arch: str) -> None:
-    inputs = find_inputs(MANIFESTS / f"{name}.yaml")
+    inputs = load_manifest(MANIFESTS / f"{name}.yaml")
     plan = planning.make(inputs)
     assert (len(plan.kernels), plan.calls, plan.arch) == (kernels, 66_624, arch)
     assert plan.peak_bytes < 2e9

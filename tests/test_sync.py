@@ -25,7 +25,7 @@ from cachebuilder.ship.sync import SyncedFolder
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port
-from tests.test_registry import FEW, for_another, push_to
+from tests.shipping import FEW, for_another, push_to
 from tests.test_signature import keys, sign
 
 __all__ = ["keys"]

@@ -16,7 +16,7 @@ from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.verifying.report import Report
 from tests.conftest import SMALL, Run
 from tests.restored import check, unpack
 
@@ -52,11 +52,11 @@ def a_gemm(folder: Path) -> Path:
     return gemms(folder)[0]
 
 
-def missing(report: verify.Report) -> set[str]:
+def missing(report: Report) -> set[str]:
     return {kernel.entry for replay in report.replays for kernel in replay.missing}
 
 
-def different(report: verify.Report) -> set[str]:
+def different(report: Report) -> set[str]:
     return {difference.field for replay in report.replays for difference in replay.differences}
 
 
@@ -144,7 +144,7 @@ def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: bui
     report = check(folder, built.inputs.installation)
     assert not report.damage and not missing(report) and not report.complete
     refusal = report.replays[0].refusals[0]
-    assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
+    assert refusal.op == 0 and "device kernel image is invalid" in refusal.reason
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from cachebuilder.building import Built
 from cachebuilder.cli import remote, shared, words
 from cachebuilder.cli.push import run_push
 from cachebuilder.compiling.compiler import CompileOptions
-from cachebuilder.verifying.device import DeviceChoice
+from cachebuilder.cuda.device import DeviceChoice
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.inspecting import documents
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.plan import Plan
-from cachebuilder.verifying.report import Verified
+from cachebuilder.restoring import misses
+from cachebuilder.verifying.report import GpuReport, Report
 
 Schema = dict[str, Any]
 
@@ -26,12 +27,12 @@ SCHEMAS: dict[str, tuple[str, Callable[[], Schema]]] = {
     "manifest": ("a manifest", Manifest.model_json_schema),
     "plan": ("plan --json", Plan.model_json_schema),
     "artifact": ("artifact.json in an artifact, which inspect --json prints", TypeAdapter(Index).json_schema),
-    "report": ("the report of verify --device cuda", Verified.model_json_schema),
+    "report": ("the report of verify --device cuda", GpuReport.model_json_schema),
     "build": ("the record of a build beside the artifact", BuildRecord.model_json_schema),
-    "verify": ("verify --json", TypeAdapter(documents.Verify).json_schema),
+    "verify": ("verify --json", Report.model_json_schema),
     "diff": ("diff --json", TypeAdapter(documents.Diff).json_schema),
     "doctor": ("doctor --json", TypeAdapter(documents.Doctor).json_schema),
-    "misses": ("misses --json", TypeAdapter(documents.Misses).json_schema),
+    "misses": ("misses --json", misses.Log.model_json_schema),
     "explain": ("explain --json", TypeAdapter(documents.Explain).json_schema),
     "gpus": ("gpus --json", TypeAdapter(list[Gpu]).json_schema),
 }

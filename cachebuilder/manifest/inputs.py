@@ -27,7 +27,7 @@ class Inputs:
     installation: Installation
 
 
-def load_manifest(path: str | Path, *, nvcc: Path | None = None, deep_gemm: Path | None = None) -> Inputs:
+def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm: str | Path | None = None) -> Inputs:
     """Read a manifest, and find the compiler and the DeepGEMM that it is planned with.
 
     Args:
@@ -41,7 +41,5 @@ def load_manifest(path: str | Path, *, nvcc: Path | None = None, deep_gemm: Path
     """
     model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
-    return Inputs(model, data, toolchains.find(nvcc, release), installations.find(deep_gemm))
-
-
-find_inputs = load_manifest
+    toolchain = toolchains.find(Path(nvcc) if nvcc else None, release)
+    return Inputs(model, data, toolchain, installations.find(Path(deep_gemm) if deep_gemm else None))

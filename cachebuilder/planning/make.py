@@ -20,7 +20,6 @@ from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import requests
 from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.sources import KeyFormula, from_sources
-from cachebuilder.sweep import results
 from cachebuilder.sweep import run as sweep
 
 #: The folders whose code decides what a plan is: a plan made by other code is made anew.
@@ -50,13 +49,7 @@ def make(
     if reuse and (plan := _read(kept)):
         return plan
     include = str(inputs.installation.include)
-    swept = sweep.run(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan", done, total),
-        lambda entry: on_kernel(entry.source, requests.flags_of(entry, include)),
-    )
+    swept = sweep.run(inputs, progress, lambda entry: on_kernel(entry.source, requests.flags_of(entry, include)))
     plan = _join(inputs, swept)
     if reuse:
         write_atomically(kept, plan.model_dump_json().encode(), InstallationError)
@@ -92,9 +85,9 @@ def _torch_version() -> str | None:
         return None
 
 
-def _join(inputs: Inputs, swept: results.Result) -> Plan:
+def _join(inputs: Inputs, swept: sweep.Result) -> Plan:
     """The plan of what a sweep found."""
-    manifest, generation = inputs.manifest, swept.generation
+    manifest, generation = inputs.manifest, inputs.installation.generation
     if not swept.entries and not manifest.sources:
         raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own: there is nothing to build")
     by_entry = requests.kernels(swept, inputs)
@@ -118,8 +111,8 @@ def _join(inputs: Inputs, swept: results.Result) -> Plan:
         legacy_flags=legacy_flags,
         ops=tuple(op.model_dump(mode="json") for op in manifest.ops),
         kernels=tuple(sorted(kernels, key=lambda kernel: kernel.entry)),
-        calls=swept.calls,
-        torch=swept.torch,
-        python=swept.python,
-        peak_bytes=swept.peak_bytes,
+        calls=swept.answer.calls,
+        torch=swept.answer.torch,
+        python=swept.answer.python,
+        peak_bytes=swept.answer.peak_bytes,
     )

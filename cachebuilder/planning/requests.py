@@ -10,7 +10,9 @@ from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.planning.selection import Range, Selection
-from cachebuilder.sweep import results as sweep
+from cachebuilder.sweep import run as sweep
+from cachebuilder.sweep.protocol import OpSweep
+from cachebuilder.sweep.recorder import RecordedEntry
 
 
 def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
@@ -21,14 +23,14 @@ def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
             is not DeepGEMM's own.
     """
     include = str(inputs.installation.include)
-    selected_by = selections(swept.sweeps)
+    selected_by = selections(swept.answer.sweeps)
     asked = {
         entry.name: Kernel(
             entry=entry.name,
-            name=entry_files.kernel_name(swept.generation, entry.name) or "",
+            name=entry.kernel_name,
             source=entry.source,
             flags=flags_of(entry, include),
-            metadata=_portable_metadata(entry, swept.cache_root, str(inputs.installation.imported_as)),
+            metadata=_portable_metadata(entry, str(swept.cache_root), str(inputs.installation.imported_as)),
             selected_by=selected_by.get(entry.name, ()),
         )
         for entry in (swept.entries | swept.checked).values()
@@ -37,7 +39,7 @@ def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
     return asked
 
 
-def flags_of(entry: sweep.Entry, include: str) -> tuple[str, ...]:
+def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
     """The flags of a recorded command, without source, output and DeepGEMM's own include path.
 
     Raises:
@@ -58,23 +60,23 @@ def flags_of(entry: sweep.Entry, include: str) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def legacy_flags(entry: sweep.Entry) -> str:
+def legacy_flags(entry: RecordedEntry) -> str:
     """The flags as legacy DeepGEMM hashes them: all that follows the output file in its command."""
     return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
 
 
-def selections(sweeps: Sequence[sweep.Sweep]) -> dict[str, tuple[Selection, ...]]:
+def selections(sweeps: Sequence[OpSweep]) -> dict[str, tuple[Selection, ...]]:
     """For each entry: where it is launched. Ranges that touch are joined."""
     selected_by: dict[str, list[Selection]] = {}
     for swept in sweeps:
         ranges: dict[str, list[Range]] = {}
-        for run in swept.runs:
-            for entry in dict.fromkeys(run.entries):
+        for span in swept.spans:
+            for entry in dict.fromkeys(span.entries):
                 known = ranges.setdefault(entry, [])
-                first = run.first
-                if known and known[-1].last + run.step == first:
+                first = span.first
+                if known and known[-1].last + span.step == first:
                     first = known.pop().first
-                known.append(Range(first=first, last=run.last, step=run.step))
+                known.append(Range(first=first, last=span.last, step=span.step))
         for entry, known in ranges.items():
             selection = Selection(op=swept.op, sm_count=swept.sm_count, ranges=tuple(known))
             selected_by.setdefault(entry, []).append(selection)
@@ -93,7 +95,7 @@ def _check_flags(kernels: Iterable[Kernel]) -> None:
             )
 
 
-def _portable_metadata(entry: sweep.Entry, cache_root: str, deep_gemm: str) -> str | None:
+def _portable_metadata(entry: RecordedEntry, cache_root: str, deep_gemm: str) -> str | None:
     """DeepJIT's ``meta.json``, which nothing reads back, without the paths of this machine."""
     if entry.metadata is None:
         return None

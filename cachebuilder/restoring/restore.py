@@ -70,8 +70,8 @@ class Restored:
 
 
 def restore(
-    artifacts: Sequence[Path],
-    to: Path,
+    artifacts: Sequence[str | Path],
+    to: str | Path,
     *,
     machine: Machine | None = None,
     trust: Trust | None = None,
@@ -101,8 +101,9 @@ def restore(
     machine = machine or Machine.here()
     nvcc = frozen.frozen_nvcc(to)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_checked(path, trust)) for path in artifacts]
-        opened = [_Opened(path, Archive(file, path), key) for path, (file, key) in zip(artifacts, files, strict=True)]
+        paths = [Path(artifact) for artifact in artifacts]
+        files = [stack.enter_context(_checked(path, trust)) for path in paths]
+        opened = [_Opened(path, Archive(file, path), key) for path, (file, key) in zip(paths, files, strict=True)]
         compared = [
             Compared(one, tuple(machine.differences(one.archive.index, relocates=True, frozen_nvcc=nvcc)))
             for one in opened

@@ -11,7 +11,7 @@ from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import RestoreError, SignatureError, TransferError
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE, Described, read_description
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, Manifest, annotations_of, entries
-from cachebuilder.ship.download import download
+from cachebuilder.ship.download import RemoteFile, download
 from cachebuilder.ship.locations import Reference
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries
@@ -55,7 +55,7 @@ class Puller:
             TransferError: it cannot be fetched, is hostile, or has no artifact in it.
         """
         what = str(self._reference)
-        manifest = self._repository.manifest(self._reference.wanted)
+        manifest = self._repository.manifest(self._reference.tag_or_digest)
         candidates: dict[str, Candidate] = {}
         for digest, texts in self._annotated(manifest, what):
             described = read_description(texts, what)
@@ -98,7 +98,7 @@ class Puller:
             RestoreError: it cannot be written.
         """
         what = str(candidate.reference)
-        manifest = self._repository.manifest(candidate.reference.wanted, what)
+        manifest = self._repository.manifest(candidate.reference.tag_or_digest, what)
         layers = manifest.document.get("layers")
         if not isinstance(layers, list) or not layers:
             raise TransferError(f"{what}: wanted an image with the artifact as its first layer, found no layer")
@@ -116,16 +116,14 @@ class Puller:
         def accept(whole: Path) -> None:
             put_beside(path, self._first_that_passes(whole, attached, check))
 
-        download(
-            path,
-            lambda offset: self._repository.blob(layer, offset, what),
-            layer.size,
-            layer.digest,
-            self._retries,
+        remote = RemoteFile(
             what,
-            layer.digest.removeprefix("sha256:"),
-            accept,
+            layer.size,
+            version=layer.digest,
+            sha256=layer.digest.removeprefix("sha256:"),
+            read=lambda offset: self._repository.blob(layer, offset, what),
         )
+        download(remote, path, self._retries, accept)
         return path
 
     def _signatures(self, reference: Reference) -> list[Descriptor]:

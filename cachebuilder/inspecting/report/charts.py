@@ -12,7 +12,7 @@ import altair as alt
 from cachebuilder.compiling.record import BuildRecord, CompilerCall
 from cachebuilder.inspecting.report.facts import Facts, KernelFacts
 from cachebuilder.ops.trial import TOLERANCE
-from cachebuilder.verifying.report import Verified
+from cachebuilder.verifying.report import GpuReport
 
 #: BF16's rounding to 8 bits of significand, relative, uniform: what the output's type alone costs (`ops.trial`).
 _BF16_ROUNDING = 1.7e-3
@@ -124,7 +124,7 @@ def timeline(facts: Facts, record: BuildRecord) -> Spec:
     return _spec(bars.properties(height=max(_LANE * record.jobs, 80)))
 
 
-def errors(verified: Verified) -> Spec:
+def errors(verified: GpuReport) -> Spec:
     """Each trial's relative error against M, with the error that is accepted and what BF16's rounding alone costs."""
     rows = [row for row in _trials(verified) if row["error"] is not None]
     limits = [
@@ -150,7 +150,7 @@ def errors(verified: Verified) -> Spec:
     return _spec(alt.layer(points, rules, names).properties(height=260))
 
 
-def times(verified: Verified) -> Spec:
+def times(verified: GpuReport) -> Spec:
     """Each trial's time against M, and where it was measured, torch's own in BF16 for the same product."""
     rows = [
         row | {"by": by, "microseconds": row[field]}
@@ -245,7 +245,7 @@ def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str
     return rows
 
 
-def _trials(verified: Verified) -> list[dict[str, Any]]:
+def _trials(verified: GpuReport) -> list[dict[str, Any]]:
     return [
         {
             # The shape first: a phone cuts the end off.

@@ -1,4 +1,4 @@
-"""``bf16_mega_gate``: the router of experts: its GEMM, scores and top k in one kernel (DeepSeek-V4)."""
+"""The router of experts: its GEMM, scores and top k in one kernel (DeepSeek-V4)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cachebuilder.ops.base import Bf16K, Experts, TokenOp
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import GUARD_ROWS, Inputs, Output, Trial, dense_output, product_nt
 
-#: Scores that differ by less may change places: a router's product is summed in another order here.
+#: Scores that differ by less may change places: the reference sums the router's product in another order.
 _NEAR = 1e-4
 
 
 class Bf16MegaGate(TokenOp):
-    """x [M, hidden], weight [experts, hidden]; called with every M from 1 to ``max_tokens``."""
+    """The router of experts: x [M, hidden], weight [experts, hidden]; called with every M from 1 to ``max_tokens``."""
 
     majors = (10,)
     found_in = "sgl-deep-gemm 0.2.3.post2 and vLLM 0.33.0's copy"
@@ -30,7 +30,7 @@ class Bf16MegaGate(TokenOp):
     bias: Annotated[bool, Field(description="scores are corrected by a bias before the choice")] = True
     hashed: Annotated[
         Literal[True] | None,
-        Field(description="experts are given, by the token's hash (fix_routing_mask, unmapped_topk_idx)"),
+        Field(description="the token's hash chooses the experts (fix_routing_mask, unmapped_topk_idx)"),
     ] = None
 
     def prepare(self, device: Device) -> Callable[[int], None]:
@@ -39,28 +39,28 @@ class Bf16MegaGate(TokenOp):
         x = device.empty(largest, self.hidden, dtype="bfloat16")
         weight = device.empty(self.experts, self.hidden, dtype="bfloat16")
         bias = device.empty(self.experts, dtype="float32") if self.bias else None
-        chosen = device.empty(largest, self.topk, dtype="int64")
+        expert_ids = device.empty(largest, self.topk, dtype="int64")
         weights = device.empty(largest, self.topk, dtype="float32")
-        given = device.empty(largest, self.topk, dtype="int64") if self.hashed else None
+        hashed_ids = device.empty(largest, self.topk, dtype="int64") if self.hashed else None
         mask = device.empty(largest, dtype="bool") if self.hashed else None
         function = self.function(device.deep_gemm)
 
         def call(m: int) -> None:
-            out = (chosen[:m], weights[:m])
+            out = (expert_ids[:m], weights[:m])
             options: dict[str, Any] = {"scoring_func": self.scoring, "bias": bias, "out": out}
-            if given is not None and mask is not None:
-                options |= {"fix_routing_mask": mask[:m], "unmapped_topk_idx": given[:m]}
+            if hashed_ids is not None and mask is not None:
+                options |= {"fix_routing_mask": mask[:m], "unmapped_topk_idx": hashed_ids[:m]}
             function(x[:m], weight, self.topk, False, 0, 1.0, 0, **options)
 
         return call
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """M = ``value``: the experts of the best scores, the smaller number first of equal ones, and their shares.
+        """M = ``value``: the experts with the best scores, of equal scores the smaller expert first, and their shares.
 
-        As ``impls/sm100_bf16_mega_gate.cuh`` and ``epilogue/sm100_mega_gate.cuh`` of sgl-deep-gemm 0.2.3.post2 have it:
-        experts are chosen by score and bias, and an expert's weight is its score's share of those of all that are
-        chosen, without the bias. Experts that are given stay. Rows in which two of the scores to choose from are near
-        each other say nothing.
+        From ``impls/sm100_bf16_mega_gate.cuh`` and ``epilogue/sm100_mega_gate.cuh`` of sgl-deep-gemm 0.2.3.post2: score
+        plus bias chooses the experts, and an expert's weight is its score, without the bias, over the sum of all chosen
+        scores. Experts chosen by the token's hash stay. A row is not compared if two of the scores to choose from are
+        near each other.
 
         Raises:
             NotImplementedError: softmax, which no copy's kernel has.
@@ -72,37 +72,39 @@ class Bf16MegaGate(TokenOp):
         weight = (inputs.normal(self.experts, self.hidden, dtype="float32") * self.hidden**-0.5).bfloat16()
         bias = inputs.normal(self.experts, dtype="float32") / 4 if self.bias else None
         weights, buffer = inputs.output(value, self.topk, dtype="float32")
-        chosen = device.empty(value + GUARD_ROWS, self.topk, dtype="int64").fill_(-1)
-        options: dict[str, Any] = {"scoring_func": self.scoring, "bias": bias, "out": (chosen[:value], weights)}
-        given = None
+        expert_ids = device.empty(value + GUARD_ROWS, self.topk, dtype="int64").fill_(-1)
+        options: dict[str, Any] = {"scoring_func": self.scoring, "bias": bias, "out": (expert_ids[:value], weights)}
+        hashed_ids = None
         if self.hashed:
-            given = inputs.normal(value, self.experts, dtype="float32").topk(self.topk).indices
+            hashed_ids = inputs.normal(value, self.experts, dtype="float32").topk(self.topk).indices
             mask = device.empty(value, dtype="bool").fill_(True)
-            options |= {"fix_routing_mask": mask, "unmapped_topk_idx": given.clone()}
+            options |= {"fix_routing_mask": mask, "unmapped_topk_idx": hashed_ids.clone()}
         self.function(device.deep_gemm)(x, weight, self.topk, False, 0, 1.0, 0, **options)
         scores = self.scores(torch, product_nt(torch, x, weight))
-        best, experts = (scores if bias is None else scores + bias).topk(min(self.topk + 1, self.experts), -1)
-        apart = (best.diff(dim=-1).abs() > _NEAR).all(-1, keepdim=True)
-        if given is not None:
-            experts, apart = given, apart | True
-        shares = scores.gather(1, experts[:, : self.topk])
+        best, expected_ids = (scores if bias is None else scores + bias).topk(min(self.topk + 1, self.experts), -1)
+        certain = (best.diff(dim=-1).abs() > _NEAR).all(-1, keepdim=True)
+        if hashed_ids is not None:
+            expected_ids, certain = hashed_ids, certain | True
+        expected_ids = expected_ids[:, : self.topk]
+        shares = scores.gather(1, expected_ids)
         shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
-        found = _with_guard(torch, experts[:, : self.topk].float(), -1.0)
-        known = _with_guard(torch, apart.expand(-1, self.topk), True)
-        rest = dense_output(torch, "topk_weights", buffer, shares)
+        compared = _with_guard(torch, certain.expand(-1, self.topk), True)
+        full_ids = _with_guard(torch, expected_ids.float(), -1.0)
+        weights_output = dense_output(torch, "topk_weights", buffer, shares)
         return Trial(
             (
-                Output("topk_idx", chosen, found, known, torch.zeros_like(known), tolerance=0.0),
-                replace(rest, written=rest.written & known),
+                Output("topk_idx", expert_ids, full_ids, compared, torch.zeros_like(compared), tolerance=0.0),
+                replace(weights_output, written=weights_output.written & compared),
             )
         )
 
     def scores(self, torch: Any, logits: Any) -> Any:
-        """An expert's score of its logit."""
+        """Experts' scores, from their logits."""
         if self.scoring == "sigmoid":
             return torch.sigmoid(logits)
         return logits if self.scoring == "identity" else torch.nn.functional.softplus(logits).sqrt()
 
 
 def _with_guard(torch: Any, rows: Any, behind: Any) -> Any:
+    """``rows`` [M, …] and `GUARD_ROWS` more that hold ``behind``."""
     return torch.cat((rows, rows.new_full((GUARD_ROWS, rows.shape[1]), behind)))
