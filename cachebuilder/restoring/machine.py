@@ -53,7 +53,7 @@ class Machine:
     sm_counts: tuple[int, ...] | None = None
 
     @classmethod
-    def here(cls, deep_gemm: Path | None = None) -> Self:
+    def here(cls, deep_gemm: str | Path | None = None) -> Self:
         """This machine with this process's variables.
 
         Args:
@@ -63,7 +63,7 @@ class Machine:
             InstallationError: ``deep_gemm`` is no DeepGEMM. Without ``deep_gemm`` a missing DeepGEMM is no error.
         """
         try:
-            installation = installations.find(deep_gemm)
+            installation = installations.find(Path(deep_gemm) if deep_gemm else None)
         except InstallationError:
             if deep_gemm is not None:
                 raise
