@@ -102,7 +102,7 @@ def restore(
     """
     if not artifacts:
         raise ArtifactError("wanted at least one artifact, found none")
-    paths, to = list(map(Path, artifacts)), Path(os.path.abspath(to))
+    to = Path(os.path.abspath(to))
     machine = machine or Machine.here()
     nvcc = frozen.frozen_nvcc(to)
     with contextlib.ExitStack() as stack:
