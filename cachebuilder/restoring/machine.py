@@ -153,7 +153,7 @@ def _gpu(artifact: Fingerprinted, gpu: VisibleGpu) -> list[Difference]:
     number = 100 if fingerprint.generation == "legacy" and major == 10 and minor != 1 else 10 * major + minor
     if re.sub(r"\D", "", fingerprint.arch) != str(number):
         return [difference(fingerprint, "arch", fingerprint.arch, f"sm_{number} ({gpu.name})")]
-    # An engine may be told to use fewer SMs than the card has: the card that was planned for fits, too.
+    # An engine may use fewer SMs than the card has. So the card that was planned for fits, whatever sm_counts says.
     card = GPUS.get(artifact.gpu)
     if gpu.sm_count is None or gpu.sm_count in (*fingerprint.sm_counts, card.sm_count if card else None):
         return []
