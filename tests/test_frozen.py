@@ -77,7 +77,7 @@ def test_the_version_needs_no_other_program(path: str, dir: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", [None, *SHELLS])
-def test_a_compilation_is_refused_and_written_down(shell: str | None, dir: Path, kernel: Path) -> None:
+def test_a_compilation_is_refused_and_logged(shell: str | None, dir: Path, kernel: Path) -> None:
     odd = 'a"b\\c\td\ne\u00e9'
     done = ask(dir, kernel, "--cubin", "-o", odd, shell=shell)
     assert done.returncode == 1 and done.stdout == ""
@@ -91,7 +91,7 @@ def test_a_compilation_is_refused_and_written_down(shell: str | None, dir: Path,
     assert Path(str(miss["source"])).read_text() == KERNEL
 
 
-def test_a_miss_is_told_and_written_down_with_no_program_at_all(dir: Path, kernel: Path, tmp_path: Path) -> None:
+def test_a_miss_is_reported_and_logged_with_no_program_at_all(dir: Path, kernel: Path, tmp_path: Path) -> None:
     """In a folder tree without any program but the shell's own."""
     script = frozen.frozen_nvcc(dir)
     bare = script.read_text().replace("/usr/local/bin:/usr/bin:/bin", "/nonexistent")

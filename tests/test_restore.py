@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_dir_holds_each_entry_as_packed_the_frozen_nvcc_and_the_index(
     built: building.Built, machine: Machine, tmp_path: Path
 ) -> None:
-    done = restore([built.packed.path], tmp_path / "dir", machine=machine)
+    done = restore([str(built.packed.path)], str(tmp_path / "dir"), machine=machine)
     found = files(tmp_path / "dir")
     assert {name: data for name, data in found.items() if name.startswith("cache/")} == packed_files(built.packed.path)
     stem = f"cachebuilder/artifacts/{done.index.fingerprint_digest}."

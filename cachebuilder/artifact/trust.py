@@ -45,11 +45,11 @@ class Trust:
     keys: tuple[TrustedKey, ...]
 
     @classmethod
-    def load(cls, paths: Sequence[Path]) -> Self:
+    def load(cls, paths: Sequence[str | Path]) -> Self:
         """The public keys in PEM files, one each. Raises `SignatureError` for a file that holds anything else."""
         from cachebuilder.artifact.signature import load_trusted
 
-        return cls(load_trusted(paths))
+        return cls(load_trusted(list(map(Path, paths))))
 
     def check_file(self, path: Path) -> Signed:
         """Read an artifact once, into memory, and check it with the signature and the statement beside it.

@@ -13,6 +13,9 @@ from cachebuilder.artifact.read import parse_index
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring.frozen import FOLDER, files, frozen_nvcc
 
+#: What to do with a folder whose entries are damaged.
+RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
+
 
 @dataclass(frozen=True)
 class RestoredArtifact:

@@ -53,7 +53,7 @@ class Machine:
     sm_counts: tuple[int, ...] | None = None
 
     @classmethod
-    def here(cls, deep_gemm: Path | None = None) -> Self:
+    def here(cls, deep_gemm: str | Path | None = None) -> Self:
         """This machine with this process's variables.
 
         Args:
@@ -63,7 +63,7 @@ class Machine:
             InstallationError: ``deep_gemm`` is no DeepGEMM. Without ``deep_gemm`` a missing DeepGEMM is no error.
         """
         try:
-            installation = installations.find(deep_gemm)
+            installation = installations.find(Path(deep_gemm) if deep_gemm else None)
         except InstallationError:
             if deep_gemm is not None:
                 raise
@@ -153,7 +153,7 @@ def _gpu(artifact: Fingerprinted, gpu: VisibleGpu) -> list[Difference]:
     number = 100 if fingerprint.generation == "legacy" and major == 10 and minor != 1 else 10 * major + minor
     if re.sub(r"\D", "", fingerprint.arch) != str(number):
         return [difference(fingerprint, "arch", fingerprint.arch, f"sm_{number} ({gpu.name})")]
-    # An engine may be told to use fewer SMs than the card has: the card that was planned for fits, too.
+    # An engine may use fewer SMs than the card has. So the card that was planned for fits, whatever sm_counts says.
     card = GPUS.get(artifact.gpu)
     if gpu.sm_count is None or gpu.sm_count in (*fingerprint.sm_counts, card.sm_count if card else None):
         return []

@@ -83,7 +83,12 @@ def restore(
     files are whole. Nothing becomes visible to DeepGEMM before every byte of the one that is taken has been checked.
     If the restore fails, ``to`` is as it was. ``to`` may be in use.
 
+        restored = restore(["small.tar.zst"], "/opt/deep_gemm", trust=Trust.load(["team.pub"]))
+        print(restored.index.name, restored.written, "kernels")
+
     Args:
+        artifacts: the artifacts' files, at least one; the first that fits is taken.
+        to: the folder that DeepGEMM will read; made if it does not exist.
         machine: what will serve; default: this machine with the DeepGEMM that is installed.
         trust: the keys, one of which must have signed each artifact; None takes artifacts of any origin.
         force: take the first artifact where none fits. DeepGEMM will then not find its kernels.

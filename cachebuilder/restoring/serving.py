@@ -12,10 +12,7 @@ from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.errors import VerifyError
 from cachebuilder.restoring.environment import Engine, variables
-from cachebuilder.restoring.folder import RestoredFolder, open_folder
-
-#: What to do with a folder whose entries have changed.
-RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
+from cachebuilder.restoring.folder import RESTORE_AGAIN, RestoredFolder, open_folder
 
 
 def own_folder(artifact: Path) -> Path:

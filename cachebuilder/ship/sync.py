@@ -118,12 +118,10 @@ class SyncedFolder:
             )
         located = look_up()
         before = self._target()
-        restored: Restored | None = None
         for last in (False,) * (_ROUNDS - 1) + (True,):
             make_folders(self.path / GENERATIONS)
-            generation = self._existing(located)
-            if generation is None:
-                generation, restored = self._make(located)
+            existing = self._existing(located)
+            generation, restored = (existing, None) if existing is not None else self._make(located)
             try:
                 newer = look_up()
             except TransferError:  # the source went away: what it stood for before will do
