@@ -31,7 +31,7 @@ def kernel_map(facts: Facts, op: int) -> Spec:
     selected = facts.kernels_of(op)
     several_sm_counts = len({selection.sm_count for _, selection in selected}) > 1
     order = {kernel.entry: number for number, (kernel, _) in enumerate(selected)}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "row": f"{kernel.name}, {selection.sm_count} SMs" if several_sm_counts else kernel.name,
             "kernel": f"{kernel.name} {kernel.short}",
