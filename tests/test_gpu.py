@@ -59,4 +59,4 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     ],
 )
 def test_a_card_is_known_by_the_name_that_its_driver_says(card: str, gpu: str) -> None:
-    assert [known.name for known in gpus.GPUS.values() if gpus.is_called(known, card)] == [gpu]
+    assert [known.name for known in gpus.GPUS.values() if known.is_called(card)] == [gpu]

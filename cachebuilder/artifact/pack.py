@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cachebuilder.artifact.archive import add, compress
+from cachebuilder.artifact.archive import Tar, compress
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
 from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
@@ -111,14 +109,12 @@ def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
 
 
 def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mapping[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-        add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", time=time)
-        add(tar, MANIFEST, manifest, time=time)
-        # By file name first, then by source: similar files stand next to each other, so they compress well.
-        by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
-        for file in entry_files.FILES[plan.generation]:
-            for kernel in by_source:
-                add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file], time=time)
-    return buffer.getvalue()
+    tar = Tar(time=int(os.environ.get("SOURCE_DATE_EPOCH", "0")))
+    tar.add(INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+    tar.add(MANIFEST, manifest)
+    # By file name first, then by source: like stands next to like, which is what the compressor needs.
+    by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
+    for file in entry_files.FILES[plan.generation]:
+        for kernel in by_source:
+            tar.add(f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file])
+    return tar.bytes()
