@@ -1,4 +1,4 @@
-"""What a cubin says of itself."""
+"""What a cubin says about its kernel."""
 
 import re
 import shutil
@@ -43,12 +43,12 @@ def test_registers_and_memory_are_what_cuobjdump_says(built: Built, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cut", [0, 3, 64, 500])
-def test_what_is_no_cubin_is_a_named_error(built: Built, cut: int) -> None:
+def test_bytes_that_are_no_cubin_are_a_named_error(built: Built, cut: int) -> None:
     with pytest.raises(cubin.CubinError, match="wanted a cubin"):
         cubin.resources(_cubins(built.packed.path)[0][:cut])
 
 
 def test_without_pyelftools_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
-    with pytest.raises(InstallationError, match="wants pyelftools"):
+    with pytest.raises(InstallationError, match="needs pyelftools"):
         cubin.resources(b"")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cachebuilder import building
 from cachebuilder.inspecting import diff
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from tests.conftest import LEGACY, Run
 from tests.restored import unpack
 
@@ -18,29 +18,33 @@ def test_an_artifact_and_what_was_restored_from_it_are_equal(built: building.Bui
     assert f"{len(built.plan.kernels)} equal, 0 with other bytes, 0 only in A, 0 only in B" in done.stdout
 
 
-def test_kernels_are_told_apart_by_key_and_by_bytes(built: building.Built, run: Run, tmp_path: Path) -> None:
+def test_kernels_are_compared_by_key_and_by_bytes(built: building.Built, run: Run, tmp_path: Path) -> None:
     folder = unpack(built.packed.path, tmp_path / "restored")
     gone, changed, *equal = sorted(path.name for path in (folder / "cache").iterdir())
     (folder / "cache" / changed / "kernel.cubin").write_bytes(b"\x7fELF other")
     (folder / "cache" / gone).rename(folder / "cache" / "another.0123456789abcdef0123456789abcdef")
     done = run("diff", built.packed.path, folder, "--json")
     assert done.returncode == 1 and done.stderr == ""
-    found = json.loads(done.stdout)
-    assert found["only_a"] == [gone] and found["only_b"] == ["another.0123456789abcdef0123456789abcdef"]
-    assert found["changed"] == [{"entry": changed, "files": ["kernel.cubin"]}]
-    assert found["equal"] == equal and found["fingerprint"] == [] and not found["same"]
+    assert json.loads(done.stdout) == {
+        "same": False,
+        "fingerprint": [],
+        "only_a": [gone],
+        "only_b": ["another.0123456789abcdef0123456789abcdef"],
+        "equal": equal,
+        "changed": [{"entry": changed, "files": ["kernel.cubin"]}],
+    }
     text = run("diff", built.packed.path, folder).stdout
     assert f"only in A    {gone}" in text and f"other bytes  {changed}" in text
 
 
-def test_every_field_that_differs_is_shown_with_both_values(built: building.Built, run: Run, tmp_path: Path) -> None:
+def test_every_field_that_differs_is_shown_with_both_values(built: building.Built, tmp_path: Path) -> None:
     index = diff.read(built.packed.path).fingerprints[0]
     other = index.model_copy(update={"sm_counts": (100, 132), "compiler": index.compiler.replace("Cuda", "Other", 1)})
     a = diff.Side(tmp_path, (index,), {})
-    found = diff.compare(a, diff.Side(tmp_path, (other,), {}))
-    assert [(d.field, d.wanted, d.found) for d in found.fields] == [
-        ("compiler", index.compiler, other.compiler),
-        ("sm_counts", [132], [100, 132]),
+    comparison = diff.compare(a, diff.Side(tmp_path, (other,), {}))
+    assert json.loads(comparison.to_json())["fingerprint"] == [
+        {"field": "compiler", "a": index.compiler, "b": other.compiler},
+        {"field": "sm_counts", "a": [132], "b": [100, 132]},
     ]
     assert diff.compare(a, diff.Side(tmp_path, (other, index), {})).same  # the nearest of several
 
@@ -48,7 +52,7 @@ def test_every_field_that_differs_is_shown_with_both_values(built: building.Buil
 def test_both_generations_differ_in_everything_that_a_key_holds(small: Path, run: Run, tmp_path: Path) -> None:
     artifacts = [tmp_path / "deepjit.tar.zst", tmp_path / "legacy.tar.zst"]
     for artifact, deep_gemm in zip(artifacts, (None, LEGACY), strict=True):
-        building.build(find_inputs(small, deep_gemm=deep_gemm), artifact)
+        building.build(load_manifest(small, deep_gemm=deep_gemm), artifact)
     done = run("diff", *artifacts)
     assert done.returncode == 1
     assert "fingerprint  generation\n  A: deepjit\n  B: legacy\n" in done.stdout

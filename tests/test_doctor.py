@@ -12,7 +12,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.deepgemm.environment import cache_roots, kernel_variables
 from cachebuilder.deepgemm.installation import Generation
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from tests.conftest import LEGACY
 from tests.restored import unpack
 from tests.test_cli import WITHOUT_TORCH
@@ -38,7 +38,7 @@ def test_one_screen_says_what_is_here(built: building.Built, tmp_path: Path) -> 
         f"headers {here.headers_digest[:16]}…, CUTLASS {here.cutlass_version}",
         f"nvcc         {built.inputs.toolchain.release} (",
         str(tmp_path / (".dj" if here.generation == "deepjit" else ".deep_gemm")),
-        "not there",
+        "does not exist",
         "none set that changes kernels",
     ):
         assert words in done.stdout
@@ -54,9 +54,9 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     generation = built.plan.generation
     roots = str(folder) if generation == "legacy" else f"{tmp_path / 'empty'}:{folder}"
     done = doctor("--deep-gemm", built.inputs.installation.imported_as, "--json", DG_JIT_CACHE_DIR=roots)
-    found = json.loads(done.stdout)
-    assert found["roots_from"] == "DG_JIT_CACHE_DIR"
-    root = found["roots"][-1]
+    findings = json.loads(done.stdout)
+    assert findings["roots_from"] == "DG_JIT_CACHE_DIR"
+    root = findings["roots"][-1]
     assert root["path"] == str(folder) and root["artifacts"] == ["small"]
     assert root["entries"] == {generation: len(built.plan.kernels) - 1}
     assert root["damaged"] == [
@@ -65,10 +65,10 @@ def test_cache_roots_are_counted_and_damaged_entries_named(built: building.Built
     ]
 
 
-def test_another_root_of_sglangs_is_said(built: building.Built, tmp_path: Path) -> None:
-    for named, said in ((tmp_path / "x", True), (tmp_path, False)):
-        done = doctor(DG_JIT_CACHE_DIR=str(tmp_path), SGLANG_DG_CACHE_DIR=str(named))
-        assert ("SGLang would take SGLANG_DG_CACHE_DIR=" in done.stdout) == said, done.stdout
+def test_a_note_names_the_other_root_that_sglang_would_take(built: building.Built, tmp_path: Path) -> None:
+    for root, differs in ((tmp_path / "x", True), (tmp_path, False)):
+        done = doctor(DG_JIT_CACHE_DIR=str(tmp_path), SGLANG_DG_CACHE_DIR=str(root))
+        assert ("SGLang would take SGLANG_DG_CACHE_DIR=" in done.stdout) == differs, done.stdout
 
 
 def test_a_folder_whose_index_is_damaged_still_gets_its_screen(built: building.Built, tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_damage_in_the_folder_that_was_asked_about_is_named(built: building.Buil
     cubin = (entry / "kernel.cubin").read_bytes()
     (entry / "kernel.cubin").write_bytes(cubin[:-1])
     done = doctor(folder, "--deep-gemm", built.inputs.installation.imported_as)
-    told = f"damaged: {entry.name}/kernel.cubin: wanted {len(cubin)} bytes, found {len(cubin) - 1}"
-    assert f"folder       {folder}" in done.stdout and told in " ".join(done.stdout.split()), done.stdout
+    damage = f"damaged: {entry.name}/kernel.cubin: wanted {len(cubin)} bytes, found {len(cubin) - 1}"
+    assert f"folder       {folder}" in done.stdout and damage in " ".join(done.stdout.split()), done.stdout
 
 
-def test_an_artifact_that_fits_is_told_from_one_that_does_not(built: building.Built, tmp_path: Path) -> None:
+def test_an_artifact_fits_the_deepgemm_it_was_built_with_and_no_other(built: building.Built, tmp_path: Path) -> None:
     path = built.inputs.installation.imported_as
     for target in (built.packed.path, unpack(built.packed.path, tmp_path / "restored")):
         done = doctor(target, "--deep-gemm", path)
@@ -137,8 +137,8 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
 
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    plan = planning.make(inputs)
     kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
     assert kept == (not kernel_variables(plan.generation, {variable: value}))
 

@@ -11,7 +11,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
 from cachebuilder.errors import DeviceError
-from cachebuilder.planning.make import Range, Selection
+from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.sweep.protocol import Point
 from cachebuilder.verifying import real
 from cachebuilder.verifying import report as reports

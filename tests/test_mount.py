@@ -20,7 +20,7 @@ from cachebuilder.ship.documents import digest_of
 from cachebuilder.sweep.process import Compiler
 from cachebuilder.verifying import virtual
 from cachebuilder.verifying.verify import verify
-from tests.test_registry import apply
+from tests.shipping import apply
 
 
 @pytest.fixture

@@ -1,24 +1,25 @@
-"""The visible GPU, asked of a library that answers as NVIDIA's does: the machines of CI have no driver."""
+"""The visible GPU, with a library in NVML's place that answers as NVIDIA's does: the machines of CI have no driver."""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
 from cachebuilder.common import native
-from cachebuilder.cuda import nvml
 from tests.conftest import Run
 
-#: The functions that are asked, with the types of nvml.h of CUDA 13.0. Cards are 1 and 2, the second an H20; 3 is a slice.
+#: The functions that pynvml calls, with the types of nvml.h of CUDA 13.0. Handles 1 and 2 are cards, the second an H20;
+#: 3 is a MIG instance of the first.
 LIBRARY = r"""
 #include <stdlib.h>
 #include <string.h>
 static int number(const char *name) { const char *text = getenv(name); return text ? atoi(text) : 0; }
-int nvmlInit_v2(void) { return number("TEST_INIT"); }
+int nvmlInitWithFlags(unsigned flags) { return number("TEST_INIT"); }
 int nvmlShutdown(void) { return 0; }
 int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { *device = (void *)(index + 1L); return index > 1; }
@@ -27,21 +28,21 @@ int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
     return 0;
 }
 int nvmlDeviceGetMigMode(void *device, unsigned *now, unsigned *next) {
-    *now = *next = device == (void *)1 && number("TEST_SLICE");
+    *now = *next = device == (void *)1 && number("TEST_INSTANCE_SMS");
     return 0;
 }
 int nvmlDeviceGetMigDeviceHandleByIndex(void *card, unsigned index, void **device) {
     *device = (void *)3;
-    return number("TEST_SLICE") < 0 || card != (void *)1 || index;
+    return number("TEST_INSTANCE_SMS") < 0 || card != (void *)1 || index;
 }
 int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) { *device = (void *)3; return !!strcmp(uuid, "MIG-cc33"); }
-int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *slice, void **device) {
+int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(void *instance, void **device) {
     *device = (void *)1;
-    return slice != (void *)3;
+    return instance != (void *)3;
 }
 int nvmlDeviceGetAttributes_v2(void *device, unsigned *attributes) {
     memset(attributes, 0, 40);
-    attributes[0] = number("TEST_SLICE");
+    attributes[0] = number("TEST_INSTANCE_SMS");
     return device != (void *)3;
 }
 int nvmlDeviceGetName(void *device, char *name, unsigned length) {
@@ -74,7 +75,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("card", "words"),
     [
         pytest.param({"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "132"}, [], id="the-card-itself"),
-        pytest.param({"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "0"}, [], id="sm-count-not-told"),
+        pytest.param({"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "0"}, [], id="sm-count-unknown"),
         pytest.param({"NAME": "NVIDIA H20", "CAPABILITY": "90", "SMS": "78", "INIT": "9"}, [], id="no-driver-loaded"),
         pytest.param(
             {"NAME": "NVIDIA H20", "CAPABILITY": "90", "SMS": "78"},
@@ -105,35 +106,50 @@ def test_a_restore_compares_the_gpu_that_is_visible(
         assert f"GPU          {card['NAME']}, compute capability" in looked.stdout and words[2] in looked.stdout
 
 
-#: What CUDA_VISIBLE_DEVICES says, the SMs of the slices (-1: MIG without any), and the SMs of what CUDA would take.
+#: CUDA_VISIBLE_DEVICES, the SMs of the first card's MIG instance (0: MIG is off, -1: it has no instance), and the GPU
+#: that CUDA would take.
 VISIBLE = [
-    pytest.param(None, 0, ("NVIDIA H200", 132), id="not-set"),
-    pytest.param("0,1", 0, ("NVIDIA H200", 132), id="first"),
-    pytest.param("1,0", 0, ("NVIDIA H20", 78), id="second-card-first"),
-    pytest.param("GPU-bb22", 0, ("NVIDIA H20", 78), id="by-uuid"),
-    pytest.param("GPU-b", 0, ("NVIDIA H20", 78), id="by-the-beginning-of-a-uuid"),
-    pytest.param("GPU-zz", 0, None, id="unknown-uuid"),
-    pytest.param("2", 0, None, id="no-such-card"),
-    pytest.param("", 0, None, id="empty"),
-    pytest.param("-1", 0, None, id="minus-one"),
-    pytest.param(None, 60, ("NVIDIA H200", 60), id="slice"),
-    pytest.param("1", 60, ("NVIDIA H20", 78), id="the-card-beside-a-sliced-one"),
-    pytest.param("MIG-cc33", 16, ("NVIDIA H200", 16), id="slice-by-uuid"),
-    pytest.param("MIG-none", 16, None, id="unknown-slice"),
-    pytest.param(None, -1, None, id="mig-without-a-slice"),
+    pytest.param(None, 0, "NVIDIA H200, 132 SMs", id="not-set"),
+    pytest.param("0,1", 0, "NVIDIA H200, 132 SMs", id="first"),
+    pytest.param("1,0", 0, "NVIDIA H20, 78 SMs", id="second-card-first"),
+    pytest.param("GPU-bb22", 0, "NVIDIA H20, 78 SMs", id="by-uuid"),
+    pytest.param("GPU-b", 0, "NVIDIA H20, 78 SMs", id="by-the-beginning-of-a-uuid"),
+    pytest.param("GPU-zz", 0, "none", id="unknown-uuid"),
+    pytest.param("2", 0, "none", id="no-such-card"),
+    pytest.param("", 0, "none", id="empty"),
+    pytest.param("-1", 0, "none", id="minus-one"),
+    pytest.param(None, 60, "NVIDIA H200, 60 SMs", id="mig-instance"),
+    pytest.param("1", 60, "NVIDIA H20, 78 SMs", id="the-card-beside-one-in-mig-mode"),
+    pytest.param("MIG-cc33", 16, "NVIDIA H200, 16 SMs", id="mig-instance-by-uuid"),
+    pytest.param("MIG-none", 16, "none", id="unknown-mig-instance"),
+    pytest.param(None, -1, "none", id="mig-without-an-instance"),
 ]
+FIRST_GPU = """
+from cachebuilder.cuda import nvml
+gpu = nvml.first_gpu()
+print(f"{gpu.name}, {gpu.sm_count} SMs" if gpu else "none")
+"""
 
 
-@pytest.mark.parametrize(("visible", "slices", "expected"), VISIBLE)
+@pytest.mark.parametrize(("visible", "instance_sms", "expected"), VISIBLE)
 def test_the_first_gpu_is_the_one_that_cuda_would_take(
-    visible: str | None, slices: int, expected: tuple[str, int] | None, library: Path, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, instance_sms: int, expected: str, library: Path
 ) -> None:
-    for name, value in {"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "132", "SLICE": str(slices)}.items():
-        monkeypatch.setenv(f"TEST_{name}", value)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    card = {"NAME": "NVIDIA H200", "CAPABILITY": "90", "SMS": "132", "INSTANCE_SMS": str(instance_sms)}
+    assert first_gpu(library, card, visible) == expected
+
+
+def test_a_machine_without_the_library_or_without_a_driver_has_no_gpu(library: Path, tmp_path: Path) -> None:
+    assert first_gpu(library, {"INIT": "9"}) == "none"  # NVML_ERROR_DRIVER_NOT_LOADED
+    (tmp_path / "libnvidia-ml.so.1").write_bytes(b"no library")
+    assert first_gpu(tmp_path, {}) == "none"
+
+
+def first_gpu(library: Path, card: dict[str, str], visible: str | None = None) -> str:
+    """The first GPU in a process that finds this ``library`` first."""
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library)} | {f"TEST_{name}": v for name, v in card.items()}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    loaded = ctypes.CDLL(str(library / "libnvidia-ml.so.1"))
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: loaded)
-    found = nvml.first_gpu()
-    assert (found and (found.name, found.sm_count)) == expected
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    command = [sys.executable, "-c", FIRST_GPU]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()

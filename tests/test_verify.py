@@ -12,9 +12,10 @@ from cachebuilder.artifact.index import File
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring import frozen
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.frozen import frozen_nvcc
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from cachebuilder.verifying.report import Report
 from tests.conftest import SMALL, Run
 from tests.restored import check, unpack
@@ -143,7 +144,7 @@ def test_a_placeholder_cubin_is_refused_even_where_the_index_lists_it(built: bui
     report = check(folder, built.inputs.installation)
     assert not report.damage and not missing(report) and not report.complete
     refusal = report.replays[0].refusals[0]
-    assert refusal.op == 0 and "device kernel image is invalid" in refusal.reason
+    assert refusal.op == 0 and "device kernel image is invalid" in refusal.text
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ def test_a_cache_for_a_copy_behind_a_link_is_the_one_that_the_copy_asks_for(
 ) -> None:
     (tmp_path / "deep_gemm").symlink_to(built.inputs.installation.imported_as)
     linked = installations.find(tmp_path / "deep_gemm")
-    restored = restore([built.packed.path], tmp_path / "to", linked)
+    restored = restore([built.packed.path], tmp_path / "to", machine=Machine(linked))
     assert restored.relocated and check(tmp_path / "to", linked).complete
 
 

@@ -1,8 +1,7 @@
-"""The site's reference pages, written from the code when the site is built (a hook of MkDocs)."""
+"""Write the site's reference pages from the code, when the site is built (a hook of MkDocs)."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import tempfile
@@ -18,6 +17,7 @@ from pydantic import BaseModel
 
 from cachebuilder.artifact import index
 from cachebuilder.cli.main import VERBS, cli
+from cachebuilder.cli.variables import OWN_VARIABLES
 from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
@@ -28,7 +28,7 @@ from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring import environment as serving
 
 ROOT = Path(__file__).parents[1]
-#: Files of the repository's root that are pages of the site, too.
+#: Files of the repository's root that are also pages of the site.
 BESIDE = {"changes.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
     for name, path in BESIDE.items():
         text = (ROOT / path).read_text()
-        # From the root a page is docs/…; from within docs it is not.
+        # Links in these files start at the root; links on the site start in docs/.
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))
     return files
 
@@ -47,24 +47,31 @@ def command_line() -> str:
     """Every verb with its arguments and options, from click."""
     parts = [
         "# Command line\n",
-        "`cachebuilder VERB --help` prints the same. What a verb found goes to standard output, progress and remarks "
-        "to standard error; [exit codes](exit-codes.md) tell failures apart.\n",
+        "`cachebuilder VERB --help` prints the same. Results go to standard output, progress and remarks to standard "
+        "error. [Exit codes](exit-codes.md) distinguish failures.\n",
     ]
     for verb in VERBS:
         command = getattr(import_module(f"cachebuilder.cli.{verb.replace('-', '_')}"), verb.replace("-", "_"))
-        context = click.Context(command, info_name=f"cachebuilder {verb}", parent=None)
-        usage = " ".join(command.collect_usage_pieces(context))
-        parts += [f"## {verb}\n", f"```text\ncachebuilder {verb} {usage}\n```\n", _paragraphs(command.help or "")]
-        rows = [
-            (f"`{', '.join(p.opts + p.secondary_opts)}`{_value(p, context)}", (p.help or "") + _default(p))
-            for p in command.get_params(context)
-            if isinstance(p, click.Option) and "--help" not in p.opts
-        ]
-        parts += [_table(("option", ""), rows)] if rows else []
+        parts += _command(command, verb, "##")
+        if isinstance(command, click.Group):
+            for name, child in command.commands.items():
+                parts += _command(child, f"{verb} {name}", "###")
     parts += [
         f"## Options of cachebuilder itself\n\n```text\n{cli.get_help(click.Context(cli, info_name='cachebuilder'))}\n```\n"
     ]
     return "\n".join(parts)
+
+
+def _command(command: click.Command, name: str, heading: str) -> list[str]:
+    context = click.Context(command, info_name=f"cachebuilder {name}", parent=None)
+    usage = " ".join(command.collect_usage_pieces(context))
+    rows = [
+        (f"`{', '.join(p.opts + p.secondary_opts)}`{_value(p, context)}", (p.help or "") + _default(p))
+        for p in command.get_params(context)
+        if isinstance(p, click.Option) and "--help" not in p.opts
+    ]
+    text = [f"{heading} {name}\n", f"```text\ncachebuilder {name} {usage}\n```\n", _paragraphs(command.help or "")]
+    return [*text, _table(("option", ""), rows)] if rows else text
 
 
 def _value(option: click.Option, context: click.Context) -> str:
@@ -84,8 +91,8 @@ def manifest() -> str:
     """Every field of the manifest, from its pydantic models."""
     parts = [
         "# Manifest\n",
-        "YAML, of at most 4 MiB, read strictly: an unknown field, a duplicate key or a value of another type is an error "
-        "with file and line. A small one:\n",
+        "A manifest is YAML of at most 4 MiB, and is read strictly: an unknown field, a duplicate key or a value of "
+        "another type is an error with file and line. A small one:\n",
         '```yaml\n--8<-- "manifests/quickstart.yaml"\n```\n',
         "## The manifest\n",
         _model(Manifest),
@@ -106,8 +113,8 @@ def manifest() -> str:
         "## sources\n",
         _model(Source),
         "## ops\n",
-        "One mapping an op. Which of them exist on which GPU and in which DeepGEMM: [entry points](../entry-points.md). "
-        "N, K and experts are those of one rank.\n",
+        "One mapping for each op. [Entry points](../entry-points.md) says which ops exist on which GPU and in which "
+        "DeepGEMM. N, K and experts are those of one rank.\n",
     ]  # fmt: skip
     for name, model in OPS.items():
         parts += [f"### {name}\n", _paragraphs(inspect.getdoc(model) or ""), _model(model, skip=("op",))]
@@ -142,28 +149,24 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"a list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0], definitions)}"
         return f"a list: {_type(field.get('items', {}), definitions)}"
     if kind == "object":
-        return "a mapping of text"
+        return "a mapping of text" if field.get("additionalProperties") == {"type": "string"} else "a mapping"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
     bounds = f" {low} to {high}" if low is not None and high is not None else f" from {low}" if low is not None else ""
-    pattern = f" like `{field['pattern']}`" if "pattern" in field else ""
+    pattern = f" that matches `{field['pattern']}`" if "pattern" in field else ""
     names = {"integer": "whole number", "string": "text", "boolean": "true or false", "number": "number"}
     return f"{names.get(str(kind), str(kind))}{bounds}{pattern}"
 
 
 def _json(value: object) -> str:
-    return (
-        {None: "left out", True: "true", False: "false", "": '""'}.get(value, str(value))
-        if _plain(value)
-        else ("none" if not value else str(value))
-    )
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | str | int | float)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "left out"
+    return '""' if value == "" else "none" if value in ([], {}) else str(value)
 
 
 def artifact() -> str:
-    """The index's records, from their dataclasses."""
+    """The index's records, from their pydantic models."""
     parts = [
         "# Artifact\n",
         "`NAME.tar.zst` is one zstd frame with its content size and checksum; in it a ustar archive of regular files, in "
@@ -174,14 +177,17 @@ def artifact() -> str:
         f"| `{index.CACHE}/ENTRY/FILE` | each kernel as DeepGEMM reads it: all entries' `kernel.cu`, then all `kernel.cubin`, "
         "and in the DeepJIT generation `meta.json` and `.committed` |\n",
         f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, "
-        f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. Beside the artifact, under its name and `{index.REPORT_SUFFIX}`, may lie "
-        "what `verify --device cuda` saw. What a change of the schema means: [versions](../versions.md).\n",
+        f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. `verify --device cuda` writes what it "
+        f"saw beside the artifact, under its name and `{index.REPORT_SUFFIX}`. What a change of the schema means: "
+        "[versions](../versions.md).\n",
         "`cachebuilder inspect ARTIFACT --json` prints the index.\n",
     ]
     for record in (index.Index, index.Fingerprint, index.Entry, index.File, Selection, Range):
-        text, told = _attributes(inspect.getdoc(record) or "")
+        text, described = _attributes(inspect.getdoc(record) or "")
+        schema = record.model_json_schema()
         rows = [
-            (f"`{f.name}`", str(f.type).replace("|", "\\|"), told.get(f.name, "")) for f in dataclasses.fields(record)
+            (f"`{name}`", _type(field, schema.get("$defs", {})), described.get(name, ""))
+            for name, field in schema["properties"].items()
         ]
         parts += [f"## {record.__name__}\n", text + "\n", _table(("field", "type", ""), rows)]
     return "\n".join(parts)
@@ -199,19 +205,19 @@ def exit_codes() -> str:
     kinds = {kind.exit_code: kind for kind in CacheBuilderError.__subclasses__()}
     rows = [(code, means, inspect.getdoc(kinds[code]) if code in kinds else "") for code, means in EXIT_CODES.items()]
     return (
-        "# Exit codes\n\nEvery expected failure is one message on standard error, what was wanted and what was found, "
-        "with a `hint:` where there is a next step. A traceback is a bug: report it with the output of "
+        "# Exit codes\n\nEvery expected failure is one message on standard error. It says what was wanted and what was "
+        "found, and has a `hint:` if there is a next step. A traceback is a bug: report it with the output of "
         "`cachebuilder doctor`.\n\n" + _table(("code", "means", "more"), rows)
     )
 
 
 def environment() -> str:
     """Variables: cachebuilder's own, those that serving sets, those that change keys."""
-    rows = [(f"`{name}`", means) for name, means in serving.OWN_VARIABLES.items()]
+    rows = [(f"`{name}`", means) for name, means in OWN_VARIABLES.items()]
     parts = ["# Environment variables\n", "## That cachebuilder reads\n", _table(("variable", ""), rows)]
     parts += [
-        "## That serving has set\n",
-        "As `cachebuilder env DIR --engine …` prints them, here for `/opt/deep_gemm` and the DeepJIT generation.\n",
+        "## That the serving process needs\n",
+        "`cachebuilder env DIR --engine …` prints them. These are for `/opt/deep_gemm` and the DeepJIT generation.\n",
     ]
     for engine in serving.ENGINES:
         found = serving.variables(
@@ -223,9 +229,9 @@ def environment() -> str:
         ]
     parts += [
         "## That change DeepGEMM's keys\n",
-        "A cache is for one setting of these: give them in the manifest's `environment`, or leave them unset. Any other "
-        "`DG_…` variable (DeepJIT: `DJ_…` too) that is not one of where to look, what to print or what to dump counts as "
-        "one that changes kernels.\n",
+        "A cache is for one setting of these variables: give them in the manifest's `environment`, or leave them unset. "
+        "Any other `DG_…` variable (for DeepJIT also `DJ_…`) counts as one that changes kernels, unless it only says "
+        "where to look, what to print or what to dump.\n",
         _table(
             ("generation", "variables"),
             [
@@ -238,10 +244,8 @@ def environment() -> str:
 
 
 def _an_index() -> index.Index:
-    fingerprint = index.Fingerprint("deepjit", "", "", "", "", "", (), {})
-    return index.Index(
-        name="", fingerprint=fingerprint, fingerprint_digest="", manifest="", ops=(), entries=(), recorded={}
-    )
+    fingerprint = index.Fingerprint.model_construct(generation="deepjit", environment={})
+    return index.Index.model_construct(name="", fingerprint=fingerprint)
 
 
 def _paragraphs(text: str) -> str:

@@ -1,11 +1,11 @@
-"""What DeepGEMM does with a broken cache, and what `doctor` and `verify` say of it.
+"""What does DeepGEMM do with a damaged cache, and what do `doctor`, `verify` and `run` say about it?
 
     python benchmarks/gpu/faults.py OUT [--deep-gemm FOLDER]... [--device virtual|cuda] [--commit HASH]
 
-For each copy of DeepGEMM: one artifact (faults.yaml) is built and restored, then each fault is done to a copy of that
-folder, a process serves from it with what `cachebuilder env` sets, and `doctor`, `verify` and `run` look at it. Serving
-calls every point of every op and, on a real GPU, compares results with a reference. Writes one JSON object a fault to
-OUT/faults.jsonl. Full disks are small tmpfs mounts, which need root.
+For each copy of DeepGEMM, one artifact (faults.yaml) is built and restored. Each fault is then made in a copy of that folder.
+A process serves from the copy with the variables of `cachebuilder env`, and `doctor`, `verify` and `run` look at it. Serving
+calls every point of every op and, on a real GPU, compares the results with a reference. Writes one JSON object for each fault
+to OUT/faults.jsonl. Full disks are small tmpfs mounts, which need root.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""On the target GPU, side by side: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
+"""Compare on the target GPU: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
 
     PYTHONPATH=. python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--separate] [--commit HASH]
                                     >> benchmarks/results/gpu/warmup.jsonl
 
 For each copy of DeepGEMM and each manifest:
 
-- ``build`` with no store, with ``--separate`` also one kernel at a time. What importing torch and DeepGEMM takes of the plan is said beside it:
-  an engine pays that, too, before its warm-up.
+- ``build`` without the store; with ``--separate`` also one kernel at a time. The time that the plan takes to import torch and
+  DeepGEMM is given separately, since an engine also needs it before its warm-up.
 - ``restore`` of that artifact, as a command.
-- ``cached``: the warm-up of an engine, in a process of its own, from the restored cache with the compiler that refuses,
-  no other compiler in reach.
+- ``cached``: the warm-up of an engine, in a process of its own, from the restored cache, with the compiler that refuses and no
+  other compiler in reach.
 - ``cold``: the same with an empty cache and the real nvcc. Its kernels must be among the planned ones.
 
 The warm-up is vLLM's relaxed list of M (0.33.0, model_executor/warmup/deep_gemm_warmup.py) for dense layers, every
-aligned M for grouped ones. Its time is that of the calls. Prints one JSON object a figure.
+aligned M for grouped ones. Its time is that of the calls alone. Prints one JSON object for each figure.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ import click
 
 from benchmarks.relaxed_list import relaxed
 from cachebuilder import building
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda import nvml
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
@@ -92,7 +93,7 @@ def importing(inputs: Inputs, folder: Path) -> float:
 
 
 def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
-    inputs = find_inputs(manifest, deep_gemm=deep_gemm)
+    inputs = load_manifest(manifest, deep_gemm=deep_gemm)
     gpu = nvml.first_gpu()
     say(
         "run",
@@ -112,7 +113,7 @@ def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str)
         artifact, seconds = folder / "artifact.tar.zst", {}
         for grouped in (False, True) if separate else (True,):
             started = time.monotonic()
-            built = building.build(inputs, artifact, use_store=False, grouped=grouped)
+            built = building.build(inputs, artifact, options=CompileOptions(use_store=False, grouped=grouped))
             seconds[grouped] = time.monotonic() - started
             say(
                 "build",

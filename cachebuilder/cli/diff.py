@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.cli import remote, shared, table
-from cachebuilder.inspecting import diff as comparing
-from cachebuilder.inspecting import documents
+from cachebuilder.inspecting.diff import Comparison, compare, read
 
 _EITHER = remote.LocationType(path_type=Path, exists=True)
 
@@ -19,37 +18,29 @@ _EITHER = remote.LocationType(path_type=Path, exists=True)
 @shared.json_option
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Compare A and B, each an artifact or a restored folder. Exits with 0 if they are equal, with 1 if not."""
-    found = comparing.compare(comparing.read(a), comparing.read(b))
+    comparison = compare(read(a), read(b))
     if as_json:
-        document = documents.Diff(
-            same=found.same,
-            fingerprint=tuple(documents.FieldDifference(d.field, d.wanted, d.found) for d in found.fields),
-            only_a=found.only_a,
-            only_b=found.only_b,
-            equal=found.equal,
-            changed=tuple(documents.ChangedEntry(entry, files) for entry, files in found.changed),
-        )
-        click.echo(document.text())
+        click.echo(comparison.to_json())
     else:
-        _print(found)
-    if not found.same:
+        _print(comparison)
+    if not comparison.same:
         raise click.exceptions.Exit(1)
 
 
-def _print(found: comparing.Comparison) -> None:
-    if not found.fields:
+def _print(comparison: Comparison) -> None:
+    if not comparison.fingerprint:
         table.line("fingerprint", "equal", table.GOOD, column=13)
-    for difference in found.fields:
+    for difference in comparison.fingerprint:
         table.line("fingerprint", difference.field, table.UNSURE, column=13)
         a, b = difference.short()
         click.echo(f"  A: {a}\n  B: {b}")
-    for title, entries in (("only in A", found.only_a), ("only in B", found.only_b)):
+    for title, entries in (("only in A", comparison.only_a), ("only in B", comparison.only_b)):
         for entry in entries:
             table.line(title, entry, table.UNSURE, column=13)
-    for entry, files in found.changed:
-        table.line("other bytes", entry, table.BAD, column=13)
-        table.line("", ", ".join(files), column=13)
+    for changed in comparison.changed:
+        table.line("other bytes", changed.entry, table.BAD, column=13)
+        table.line("", ", ".join(changed.files), column=13)
     click.echo(
-        f"kernels      {len(found.equal)} equal, {len(found.changed)} with other bytes, "
-        f"{len(found.only_a)} only in A, {len(found.only_b)} only in B"
+        f"kernels      {len(comparison.equal)} equal, {len(comparison.changed)} with other bytes, "
+        f"{len(comparison.only_a)} only in A, {len(comparison.only_b)} only in B"
     )

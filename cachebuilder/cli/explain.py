@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from cachebuilder.cli import remote, shared, words
-from cachebuilder.inspecting import documents
 from cachebuilder.inspecting import explain as explaining
+from cachebuilder.inspecting.explain import Explanation
 
 
 @click.command()
@@ -19,70 +19,48 @@ from cachebuilder.inspecting import explain as explaining
     "inside",
     type=remote.LocationType(path_type=Path, exists=True),
     metavar="ARTIFACT|DIR",
-    help="Where the KEY is; default: the cache roots that DeepGEMM takes here.",
+    help="Where the KEY is; default: the cache roots that DeepGEMM uses here.",
 )
 @shared.json_option
 def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
-    """Say what a kernel is: its template's arguments in words, what it takes, and who asked for it.
+    """Explain a kernel: its template's arguments in words, what it takes, and which ops ask for it.
 
     KERNEL_DIR is a kernel's folder in a cache; KEY its name, or the first digits of its key.
     """
-    found = explaining.explain(kernel, inside)
+    explanation = explaining.explain(kernel, inside)
     if as_json:
-        click.echo(_document(found).text())
-        return
-    click.echo(f"kernel     {found.name} ({found.generation})")
-    click.echo(f"key        {found.entry[-32:]}")
-    if found.cubin_bytes is not None and (takes := found.resources) is not None:
+        click.echo(explanation.to_json())
+    else:
+        _print(explanation)
+
+
+def _print(explanation: Explanation) -> None:
+    click.echo(f"kernel     {explanation.name} ({explanation.generation})")
+    click.echo(f"key        {explanation.entry[-32:]}")
+    if explanation.cubin_bytes is not None and (takes := explanation.resources) is not None:
         threads = f", {takes.threads} threads a block" if takes.threads else ""
-        click.echo(f"cubin      {words.size(found.cubin_bytes)}: {takes.registers} registers{threads}")
+        click.echo(f"cubin      {words.size(explanation.cubin_bytes)}: {takes.registers} registers{threads}")
         click.echo(
             f"           {takes.shared_bytes} B of shared memory in the code, {takes.stack_bytes} B of stack a thread"
         )
-    if shape := found.shape:
-        fields = {"n": shape.n, "k": shape.k, "experts": shape.experts}
-        told = [f"{name}={value}" for name, value in fields.items() if value is not None]
-        click.echo(f"made for   {' '.join([shape.op or shape.gemm_type, *told])}, {shape.sm_count} SMs")
-    click.echo(f"template   {found.template or 'the source instantiates none'}")
-    for parameter in found.parameters:
-        _line(parameter.plain_name or "?", parameter.value.rsplit("::", 1)[-1], parameter.words or "")
-    for asker in found.askers:
-        head = f"{asker.artifact}: {asker.op.title}, {asker.selection.sm_count} SMs: {asker.op.variable} "
-        text = head + words.ranges(asker.selection.ranges)
+    if shape := explanation.made_for:
+        sizes = {"n": shape.n, "k": shape.k, "experts": shape.experts}
+        known = [f"{name}={size}" for name, size in sizes.items() if size is not None]
+        click.echo(f"made for   {' '.join([shape.op or shape.gemm_type, *known])}, {shape.sm_count} SMs")
+    click.echo(f"template   {explanation.template or 'the source instantiates none'}")
+    for parameter in explanation.parameters:
+        _print_parameter(parameter.plain_name or "?", parameter.value.rsplit("::", 1)[-1], parameter.words or "")
+    for asker in explanation.asked_by:
+        head = f"{asker.artifact}: {asker.op} {asker.shape}, {asker.sm_count} SMs: {asker.variable} "
+        text = head + words.ranges(asker.ranges)
         click.echo(textwrap.fill(text, 80, initial_indent="asked by   ", subsequent_indent=" " * 13))
-    if not found.askers:
-        click.echo("asked by   no op: DeepGEMM compiled it itself, or a manifest's sources hold it")
+    if not explanation.asked_by:
+        click.echo("asked by   no op: DeepGEMM compiled it itself, or it is one of a manifest's sources")
 
 
-def _line(name: str, value: str, words: str) -> None:
-    """A parameter, its value, and what it means, wrapped at 80 columns."""
+def _print_parameter(name: str, value: str, meaning: str) -> None:
+    """One line of a parameter, wrapped at 80 columns."""
     head = f"  {name:<20} {value:<11} "
     click.echo(
-        textwrap.fill(words, 80, initial_indent=head, subsequent_indent=" " * len(head)) if words else head.rstrip()
-    )
-
-
-def _document(found: explaining.Explanation) -> documents.Explain:
-    return documents.Explain(
-        entry=found.entry,
-        name=found.name,
-        generation=found.generation,
-        where=str(found.where),
-        template=found.template,
-        parameters=tuple(documents.TemplateArgument(p.name, p.value, p.words) for p in found.parameters),
-        made_for=found.shape,
-        cubin_bytes=found.cubin_bytes,
-        resources=found.resources,
-        asked_by=tuple(
-            documents.AskingOp(
-                artifact=asker.artifact,
-                op=asker.op.op,
-                position=asker.selection.op,
-                shape=asker.op.shape,
-                variable=asker.op.variable,
-                sm_count=asker.selection.sm_count,
-                ranges=asker.selection.ranges,
-            )
-            for asker in found.askers
-        ),
+        textwrap.fill(meaning, 80, initial_indent=head, subsequent_indent=" " * len(head)) if meaning else head.rstrip()
     )

@@ -53,7 +53,7 @@ def verify(
         report = verifying.verify(target, deep_gemm=deep_gemm, manifest=manifest, device=device, progress=progress)
     report.write(report_file)
     if as_json:
-        click.echo(report.text())
+        click.echo(report.to_json())
     else:
         _print(report)
     report.require_right()
@@ -88,7 +88,7 @@ def _print_replay(replay: Replay) -> None:
     for refusal in replay.refusals:
         op = replay.ops[refusal.op]
         table.line("refused", f"ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs", table.BAD)
-        text = " ".join(refusal.reason.split())
+        text = " ".join(refusal.text.split())
         _print_indented(f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}")
     for difference in replay.differences:
         for line in difference.lines():

@@ -29,9 +29,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    def text(self) -> str:
-        """The record as indented JSON, without the fields that are none."""
-        return self.model_dump_json(indent=1, exclude_none=True)
+    def to_json(self) -> str:
+        """The record as ``--json`` prints it: indented, a field that is none as null."""
+        return self.model_dump_json(indent=1)
 
 
 class RecordError(ValueError):

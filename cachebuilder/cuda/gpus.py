@@ -11,25 +11,31 @@ import difflib
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from cachebuilder.common.records import Record
 
 KIB = 1024
 MIB = 1024 * KIB
 
+Capability = Literal["9.0", "10.0", "10.3", "12.0", "12.1"]
+
 #: ``cudaDevAttrMaxSharedMemoryPerBlockOptin`` by compute capability: 227 KiB on 9.0, 10.0 and 10.3, 99 KiB on 12.x.
 #: CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute Capability".
-_SHARED_MEMORY = {"9.0": 227 * KIB, "10.0": 227 * KIB, "10.3": 227 * KIB, "12.0": 99 * KIB, "12.1": 99 * KIB}
+_SHARED_MEMORY: dict[Capability, int] = {
+    "9.0": 227 * KIB,
+    "10.0": 227 * KIB,
+    "10.3": 227 * KIB,
+    "12.0": 99 * KIB,
+    "12.1": 99 * KIB,
+}
 
 
-class Gpu(BaseModel):
+class Gpu(Record):
     """One kind of GPU, as the CUDA runtime would describe it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     name: Annotated[str, Field(min_length=1, max_length=80, description="the card's name")]
-    capability: Annotated[
-        Literal["9.0", "10.0", "10.3", "12.0", "12.1"], Field(description="compute capability, major.minor")
-    ]
+    capability: Annotated[Capability, Field(description="compute capability, major.minor")]
     sm_count: Annotated[int, Field(ge=1, le=1024, description="streaming multiprocessors")]
     l2_bytes: Annotated[int, Field(ge=1 * MIB, le=1024 * MIB, description="L2 cache, bytes")]
     shared_memory_bytes: Annotated[
@@ -50,71 +56,71 @@ class Gpu(BaseModel):
         return int(self.capability.split(".")[1])
 
 
-def _gpu(name: str, capability: str, sms: int, l2_mib: float, mhz: int, source: str, verified: bool = False) -> Gpu:
-    return Gpu(
-        name=name,
-        capability=capability,  # type: ignore[arg-type]  # checked by pydantic
-        sm_count=sms,
-        l2_bytes=int(l2_mib * MIB),
-        shared_memory_bytes=_SHARED_MEMORY[capability],
-        clock_khz=mhz * 1000,
-        source=source,
-        verified=verified,
-    )
-
-
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04"
 _SAME_DIE = "the H100 SXM5's or the H200's figures, whose die it shares; clock from the card's data sheet"
 _BLACKWELL = "SM count and L2 as a device query printed them (github.com/pytorch/ao, pull request 4002)"
 _BLACKWELL_KIN = "the same die as the B200; SM count and clock from the card's data sheet"
 _RTX = "NVIDIA RTX Blackwell GPU Architecture whitepaper v1.1"
 
-#: name → GPU. ``verified`` rows were read from a real card; the others are from documents and may be corrected by
-#: giving explicit fields in the manifest.
+#: name → compute capability, SMs, L2 in MiB, clock in MHz, where these come from.
+_FIGURES: dict[str, tuple[Capability, int, float, int, str]] = {
+    "H100-SXM": ("9.0", 132, 50, 1980, f"{_HOPPER}; SM count and L2 as torch 2.11.0 read them from a card"),
+    "H100-PCIE": ("9.0", 114, 50, 1755, _HOPPER),
+    "H100-NVL": ("9.0", 132, 60, 1785, _SAME_DIE),
+    "H800": ("9.0", 132, 50, 1980, _SAME_DIE),
+    "H200": ("9.0", 132, 60, 1980, "read from the card by torch 2.11.0, driver 580.159.04"),
+    "H20": ("9.0", 78, 60, 1980, "SM count and L2 as torch reports them in public logs"),
+    "GH200": ("9.0", 132, 60, 1980, _SAME_DIE),
+    "B200": ("10.0", 148, 126.5, 1965, _BLACKWELL),
+    "GB200": ("10.0", 152, 126.5, 2062, _BLACKWELL_KIN),
+    "B300": ("10.3", 148, 126.5, 2032, _BLACKWELL_KIN),
+    "GB300": ("10.3", 152, 126.5, 2062, _BLACKWELL_KIN),
+    "RTX-PRO-6000": ("12.0", 188, 128, 2617, _RTX),
+    "RTX-5090": ("12.0", 170, 96, 2407, _RTX),
+    "GB10": ("12.1", 48, 24, 2418, "NVIDIA DGX Spark documentation; L2 as torch reports it in public logs"),
+}
+#: Those whose figures were all read from a real card. The others' may be corrected by explicit fields in the manifest.
+_VERIFIED = {"H200"}
+
+#: name → GPU.
 GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("H100-SXM", "9.0", 132, 50, 1980, f"{_HOPPER}; SM count and L2 as torch 2.11.0 read them from a card"),
-        _gpu("H100-PCIE", "9.0", 114, 50, 1755, _HOPPER),
-        _gpu("H100-NVL", "9.0", 132, 60, 1785, _SAME_DIE),
-        _gpu("H800", "9.0", 132, 50, 1980, _SAME_DIE),
-        _gpu("H200", "9.0", 132, 60, 1980, "read from the card by torch 2.11.0, driver 580.159.04", verified=True),
-        _gpu("H20", "9.0", 78, 60, 1980, "SM count and L2 as torch reports them in public logs"),
-        _gpu("GH200", "9.0", 132, 60, 1980, _SAME_DIE),
-        _gpu("B200", "10.0", 148, 126.5, 1965, _BLACKWELL),
-        _gpu("GB200", "10.0", 152, 126.5, 2062, _BLACKWELL_KIN),
-        _gpu("B300", "10.3", 148, 126.5, 2032, _BLACKWELL_KIN),
-        _gpu("GB300", "10.3", 152, 126.5, 2062, _BLACKWELL_KIN),
-        _gpu("RTX-PRO-6000", "12.0", 188, 128, 2617, _RTX),
-        _gpu("RTX-5090", "12.0", 170, 96, 2407, _RTX),
-        _gpu("GB10", "12.1", 48, 24, 2418, "NVIDIA DGX Spark documentation; L2 as torch reports it in public logs"),
+    name: Gpu(
+        name=name,
+        capability=capability,
+        sm_count=sm_count,
+        l2_bytes=int(l2 * MIB),
+        shared_memory_bytes=_SHARED_MEMORY[capability],
+        clock_khz=clock * 1000,
+        source=source,
+        verified=name in _VERIFIED,
     )
+    for name, (capability, sm_count, l2, clock, source) in _FIGURES.items()
 }
 
-#: Words that tell one form of a card from another, in the driver's names; the SXM module's has none of them.
+#: Words by which the driver's names tell one form of a card from another; the SXM module's name has neither.
 _FORMS = frozenset(("PCIE", "NVL"))
 
-#: Other spellings that people write.
+#: Other names that people write.
 _ALIASES = {"H100": "H100-SXM", "H100-SXM5": "H100-SXM", "RTXPRO6000": "RTX-PRO-6000", "H200-SXM": "H200"}
 
 
 def find(name: str) -> Gpu:
-    """The GPU called ``name``; upper or lower case, space, ``_`` and ``-`` are the same.
+    """The GPU called ``name``, in upper or lower case, with spaces, ``_`` or ``-`` between its words.
 
     Raises:
-        ValueError: no such name; the text lists the known ones and the nearest.
+        ValueError: there is no GPU of that name; the text lists the known names and guesses the one that was meant.
     """
     key = name.strip().upper().replace("_", "-").replace(" ", "-").removeprefix("NVIDIA-")
     key = _ALIASES.get(key, key)
     if key in GPUS:
         return GPUS[key]
-    near = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1)
-    guess = f"; did you mean {near[0]}?" if near else ""
+    nearest = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1)
+    guess = f"; did you mean {nearest[0]}?" if nearest else ""
     raise ValueError(f"wanted one of {', '.join(GPUS)} or explicit fields, found {name!r}{guess}")
 
 
 def is_called(gpu: Gpu, card: str) -> bool:
-    """Whether a driver that calls its card ``card`` (NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe) speaks of this GPU."""
-    words = frozenset(re.split(r"[\s-]+", card.upper()))
-    own = frozenset(gpu.name.upper().split("-")) - {"SXM"}
-    return own <= words and own & _FORMS == words & _FORMS
+    """Whether ``card``, a driver's name (NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe), is this GPU's."""
+    card_words = frozenset(re.split(r"[\s-]+", card.upper()))
+    gpu_words = frozenset(gpu.name.upper().split("-")) - {"SXM"}
+    return gpu_words <= card_words and gpu_words & _FORMS == card_words & _FORMS

@@ -1,8 +1,8 @@
-"""What a kernel's template arguments are called, and what they mean in words.
+"""Names and meanings of a kernel's template arguments.
 
-A source holds the arguments and not the parameters' names; those stand in DeepGEMM's headers, which no artifact
-carries. ``templates.json`` holds them for the copies that were looked at, by template, each way in which one of these
-declares it; `tools/templates.py` writes it and a test compares it with the installed headers.
+A kernel's source holds the arguments. The parameters' names are in DeepGEMM's headers, which no artifact carries.
+``templates.json`` holds them for several copies of DeepGEMM: for each template, every way in which a copy declares it.
+`tools/templates.py` writes that file, and a test compares it with the installed headers.
 """
 
 from __future__ import annotations
@@ -11,55 +11,55 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from cachebuilder.common.records import Record
 from cachebuilder.deepgemm.source import instantiated
 
 _TABLE = Path(__file__).with_name("templates.json")
 
-#: Parameters in words, by their name in the headers without ``k`` before it or ``_`` behind it.
+#: What a parameter means, by its name in the headers without the leading ``k`` and the trailing ``_``.
 _WORDS = {
     "BLOCK_M": "rows of the output that one thread block computes",
     "BLOCK_N": "columns of the output that one thread block computes",
-    "BLOCK_K": "depth that one pipeline stage holds",
-    "SHAPE_M": "M, 0: given at run time",
-    "SHAPE_N": "N, 0: given at run time",
-    "SHAPE_K": "K, 0: given at run time",
+    "BLOCK_K": "depth (K) that one pipeline stage holds",
+    "SHAPE_M": "M; 0: given at run time",
+    "SHAPE_N": "N; 0: given at run time",
+    "SHAPE_K": "K; 0: given at run time",
     "NumGroups": "groups: experts, or matrices of a batch",
     "NumStages": "pipeline stages in shared memory",
-    "NumTMAStoreStages": "stages of the output's way out",
+    "NumTMAStoreStages": "pipeline stages of the output's store",
     "NumMulticast": "thread blocks in a cluster that share loads",
     "NumTMAMulticast": "thread blocks in a cluster that share loads",
-    "IsMulticastOnA": "the shared loads are A's (else B's)",
-    "IsTMAMulticastOnA": "the shared loads are A's (else B's)",
-    "NumSMs": "SMs that the kernel is spread over",
+    "IsMulticastOnA": "true: the shared loads are A's, false: B's",
+    "IsTMAMulticastOnA": "true: the shared loads are A's, false: B's",
+    "NumSMs": "SMs that the kernel runs on",
     "NumTMAThreads": "threads that load by TMA",
     "NumMathThreads": "threads that compute",
     "NumNonEpilogueThreads": "threads that load and issue the products",
     "NumEpilogueThreads": "threads that write the output",
     "NumThreads": "threads of a block",
-    "GemmType": "plain, or grouped by experts: in one tensor or masked",
-    "SwizzleAMode": "bytes of A's swizzle in shared memory, 0: none",
-    "SwizzleBMode": "bytes of B's swizzle in shared memory, 0: none",
-    "SwizzleDMode": "bytes of the output's swizzle, 0: none",
-    "SwizzleCDMode": "bytes of the output's swizzle, 0: none",
-    "MajorA": "which dimension of A lies contiguous",
-    "MajorB": "which dimension of B lies contiguous",
-    "MajorSFB": "which dimension of B's scales lies contiguous",
-    "GranKA": "depth that one scale of A covers",
-    "GranKB": "depth that one scale of B covers",
-    "WithAccumulation": "adds to what the output holds",
+    "GemmType": "plain, grouped contiguous or grouped masked",
+    "SwizzleAMode": "A's swizzle in shared memory, bytes; 0: none",
+    "SwizzleBMode": "B's swizzle in shared memory, bytes; 0: none",
+    "SwizzleDMode": "the output's swizzle, bytes; 0: none",
+    "SwizzleCDMode": "the output's swizzle, bytes; 0: none",
+    "MajorA": "the contiguous dimension of A",
+    "MajorB": "the contiguous dimension of B",
+    "MajorSFB": "the contiguous dimension of B's scales",
+    "GranKA": "columns of K that one scale of A covers",
+    "GranKB": "columns of K that one scale of B covers",
+    "WithAccumulation": "true: adds to what the output holds",
     "cd_dtype_t": "the output's type",
     "logits_dtype_t": "the logits' type",
     "epilogue_op_t": "what is done to the output before it is stored",
-    "SF_GRAN": "depth that one scale covers",
+    "SF_GRAN": "columns of K that one scale covers",
     "epilogue_type_t": "what is done to the output before it is stored",
-    "SplitFactor": "thread blocks that share one output's depth",
+    "SplitFactor": "blocks of depth (BLOCK_K) that one thread block adds up",
     "NumSplits": "parts that K is split into",
-    "BLOCK_MN": "rows of the scales that one thread block turns",
+    "BLOCK_MN": "rows of the scales that one thread block transposes",
     "SF_K": "scales of one row",
-    "BLOCK_SF_K": "scales of one row that one thread block turns",
+    "BLOCK_SF_K": "scales of one row that one thread block transposes",
     "NumHeads": "attention heads",
     "HeadDim": "elements of one head",
     "BLOCK_Q": "query rows of one thread block",
@@ -75,7 +75,7 @@ _WORDS = {
     "IntermediateHidden": "an expert's hidden size",
 }
 
-#: What a report shows of a kernel, and the parameters that hold it in one kernel or another, the first that is there.
+#: What a report shows of a kernel, and the parameters that may hold it: ``block`` takes all, the others the first.
 HIGHLIGHTS = {
     "block": ("BLOCK_M", "BLOCK_N", "BLOCK_K"),
     "stages": ("NumStages", "NumKVStages"),
@@ -83,55 +83,58 @@ HIGHLIGHTS = {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One argument; ``name`` as in the headers, None where they are of a copy that the table does not know."""
+class Parameter(Record):
+    """One template parameter and its argument.
+
+    Attributes:
+        name: as in the headers; None where the table does not know it.
+        value: the argument.
+        words: what the parameter means; None where `_WORDS` has no entry.
+    """
 
     name: str | None
     value: str
+    words: str | None
 
     @property
     def plain_name(self) -> str | None:
-        """The name without ``k`` before it or ``_`` behind it."""
+        """The name without the leading ``k`` and the trailing ``_``."""
         return _plain(self.name) if self.name else None
-
-    @property
-    def words(self) -> str | None:
-        """What it means; None where nobody wrote that down."""
-        return _WORDS.get(self.plain_name or "")
 
 
 def parameters(source: str) -> tuple[Parameter, ...]:
     """The template arguments of the kernel that ``source`` instantiates; none where it instantiates none.
 
-    Where two copies declare a template with arguments of the same number and kinds but in other words, those that
-    differ have no name.
+    Two copies may declare a template with arguments of the same number and kinds and with other names. The parameters
+    that differ then have no name.
     """
     template, arguments = instantiated(source)
-    fitting = [declared for declared in _table().get(template or "", ()) if _fits(declared, arguments)]
-    names = [[_name(parameter) for parameter in declared] for declared in fitting]
-    return tuple(
-        Parameter(possible.pop() if len(possible := {known[index] for known in names}) == 1 else None, value)
-        for index, value in enumerate(arguments)
-    )
+    declarations = [declared for declared in _table().get(template or "", ()) if _fits(declared, arguments)]
+    named = []
+    for index, value in enumerate(arguments):
+        names = {_name(declared[index]) for declared in declarations}
+        name = names.pop() if len(names) == 1 else None
+        named.append(Parameter(name=name, value=value, words=_WORDS.get(_plain(name)) if name else None))
+    return tuple(named)
 
 
-def highlights(found: tuple[Parameter, ...]) -> dict[str, str]:
-    """Block sizes (``128×96×128``), stages and cluster of these arguments, as far as they have them."""
-    values = {parameter.plain_name: parameter.value for parameter in found if parameter.name}
+def highlights(of: tuple[Parameter, ...]) -> dict[str, str]:
+    """Block sizes (``128×96×128``), stages and cluster, as far as these parameters have them."""
+    values = {parameter.plain_name: parameter.value for parameter in of if parameter.name}
     shown = {}
-    for title, wanted in HIGHLIGHTS.items():
-        present = [values[name] for name in wanted if name in values]
+    for title, names in HIGHLIGHTS.items():
+        present = [values[name] for name in names if name in values]
         if present:
             shown[title] = "×".join(present) if title == "block" else present[0]
     return shown
 
 
 def declared_templates(include: Path) -> dict[str, list[str]]:
-    """Every kernel template in the headers below ``include``: its parameters, each as its type, its name, and a ``?``
-    where it has a default.
+    """Every kernel template in the headers below ``include``, with its parameters.
+
+    Each parameter is its type, its name, and a ``?`` where it has a default.
     """
-    found = {}
+    declared = {}
     for header in sorted(include.rglob("*.cuh")):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header.read_text(errors="replace"), flags=re.DOTALL)
         for start in re.finditer(r"\btemplate\s*<", text):
@@ -141,8 +144,8 @@ def declared_templates(include: Path) -> dict[str, list[str]]:
                 continue
             name = re.search(r"\b(?!__)(\w+)\s*\(", _without_attributes(signature))
             if name:
-                found[name[1]] = [_declaration(part) for part in _parts(text[start.end() : end])]
-    return found
+                declared[name[1]] = [_declaration(part) for part in _parts(text[start.end() : end])]
+    return declared
 
 
 @functools.cache
@@ -159,7 +162,7 @@ def _plain(name: str) -> str:
 
 
 def _fits(declared: list[str], arguments: tuple[str, ...]) -> bool:
-    """Whether these arguments can be given to a template so declared: the number, and the kind of each."""
+    """Whether a template with these parameters takes these arguments: by their number and the kind of each."""
     required = sum(not parameter.endswith("?") for parameter in declared)
     return required <= len(arguments) <= len(declared) and all(
         _kind(argument) == {"bool": "bool", "uint32_t": "number", "int": "number"}.get(parameter.split(" ")[0], "name")
@@ -179,7 +182,7 @@ def _declaration(text: str) -> str:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Split at the commas that stand in no brackets."""
+    """Split at the commas outside of brackets."""
     start = 0
     for index, depth in _depths(text, 0):
         if text[index] == "," and depth == 0:
@@ -189,12 +192,15 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that was opened just before ``start`` is closed."""
+    """The position of the bracket that closes the one just before ``start``."""
     return next((index for index, depth in _depths(text, start) if depth < 0), len(text))
 
 
 def _depths(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """Each place from ``start`` on, and the brackets that are open behind it; ``<`` in parentheses may be "less"."""
+    """Each position from ``start`` on, and the brackets that are open after it.
+
+    ``<`` and ``>`` in parentheses do not count: they may mean "less" and "greater".
+    """
     angles = rounds = 0
     for index in range(start, len(text)):
         rounds += {"(": 1, ")": -1}.get(text[index], 0)
@@ -204,11 +210,13 @@ def _depths(text: str, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _first(text: str, characters: str, start: int) -> int:
-    return min((place for character in characters if (place := text.find(character, start)) >= 0), default=len(text))
+    """The position of the first of these characters from ``start`` on; the end where there is none."""
+    positions = [text.find(character, start) for character in characters]
+    return min((position for position in positions if position >= 0), default=len(text))
 
 
 def _without_attributes(signature: str) -> str:
-    """Without ``__launch_bounds__(…)``, whose arguments may hold brackets of their own."""
+    """``signature`` without ``__launch_bounds__(…)``, whose arguments may contain brackets."""
     while match := re.search(r"\b__\w+__\s*\(", signature):
         signature = signature[: match.start()] + signature[_closing(signature, match.end()) + 1 :]
     return signature

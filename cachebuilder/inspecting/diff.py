@@ -1,4 +1,4 @@
-"""Two caches side by side: fingerprints field by field, kernels by their key and their bytes."""
+"""Compares two caches: fingerprints field by field, kernels by their keys and their bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
+from cachebuilder.common.records import Record
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring.compatibility import Difference, between
@@ -20,11 +21,11 @@ _Files = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Side:
-    """What one of the two is.
+    """One of the two caches.
 
     Attributes:
         fingerprints: an artifact's one, or those of all artifacts in a restored folder.
-        kernels: entry → its files' digests: an artifact's as indexed, a folder's as they lie on disk.
+        kernels: entry → sha256 of its files: from the index of an artifact, from the bytes on disk of a folder.
     """
 
     path: Path
@@ -32,29 +33,44 @@ class Side:
     kernels: Mapping[str, _Files]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How A and B differ; every tuple is sorted.
+class FieldDifference(Record):
+    """A field of the fingerprint that differs, with its value on each side."""
+
+    field: str
+    a: object
+    b: object
+
+    def short(self) -> tuple[str, str]:
+        """Both values in one line each."""
+        return Difference(field=self.field, wanted=self.a, found=self.b, causes_miss=False, remedy="").short()
+
+
+class ChangedEntry(Record):
+    """An entry that is on both sides, and the names of its files that differ."""
+
+    entry: str
+    files: tuple[str, ...]
+
+
+class Comparison(Record):
+    """``diff --json``: how A and B differ; every list is sorted.
 
     Attributes:
-        fields: fields of the fingerprint that differ: ``wanted`` is A's value, ``found`` is B's.
-        changed: entries in both with different bytes, each with the names of those files.
+        same: nothing differs.
+        fingerprint: in the order of the fingerprint's fields.
+        equal: entries that are on both sides with equal bytes.
     """
 
-    fields: tuple[Difference, ...]
+    same: bool
+    fingerprint: tuple[FieldDifference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
     equal: tuple[str, ...]
-    changed: tuple[tuple[str, tuple[str, ...]], ...]
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        return not (self.fields or self.only_a or self.only_b or self.changed)
+    changed: tuple[ChangedEntry, ...]
 
 
 def read(path: Path) -> Side:
-    """The artifact or restored folder at ``path``.
+    """The artifact or the restored folder at ``path``.
 
     Raises:
         ArtifactError: it is neither, or damaged.
@@ -62,7 +78,7 @@ def read(path: Path) -> Side:
     if path.is_dir():
         folder = open_folder(path)
         fingerprints = tuple(artifact.index.fingerprint for artifact in folder.artifacts)
-        return Side(path, fingerprints, {entry: _on_disk(folder, entry) for entry in folder.entries})
+        return Side(path, fingerprints, {entry: _files_on_disk(folder, entry) for entry in folder.entries})
     index = read_index(path)
     kernels = {entry.name: {file.name: file.sha256 for file in entry.files} for entry in index.entries}
     return Side(path, (index.fingerprint,), kernels)
@@ -70,15 +86,18 @@ def read(path: Path) -> Side:
 
 def compare(a: Side, b: Side) -> Comparison:
     """How ``a`` and ``b`` differ. Of folders with several artifacts, the nearest two fingerprints are compared."""
-    fields = min((between(left, right) for left in a.fingerprints for right in b.fingerprints), key=len)
+    differences = min((between(left, right) for left in a.fingerprints for right in b.fingerprints), key=len)
+    only_a, only_b = (tuple(sorted(x.kernels.keys() - y.kernels.keys())) for x, y in ((a, b), (b, a)))
     both = sorted(a.kernels.keys() & b.kernels.keys())
-    changed = {entry: _changed(a.kernels[entry], b.kernels[entry]) for entry in both}
+    changed_files = {entry: _changed(a.kernels[entry], b.kernels[entry]) for entry in both}
+    changed = tuple(ChangedEntry(entry=entry, files=files) for entry, files in changed_files.items() if files)
     return Comparison(
-        fields=tuple(fields),
-        only_a=tuple(sorted(a.kernels.keys() - b.kernels.keys())),
-        only_b=tuple(sorted(b.kernels.keys() - a.kernels.keys())),
-        equal=tuple(entry for entry in both if not changed[entry]),
-        changed=tuple((entry, files) for entry, files in changed.items() if files),
+        same=not (differences or only_a or only_b or changed),
+        fingerprint=tuple(FieldDifference(field=d.field, a=d.wanted, b=d.found) for d in differences),
+        only_a=only_a,
+        only_b=only_b,
+        equal=tuple(entry for entry in both if not changed_files[entry]),
+        changed=changed,
     )
 
 
@@ -86,7 +105,7 @@ def _changed(a: _Files, b: _Files) -> tuple[str, ...]:
     return tuple(sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name)))
 
 
-def _on_disk(folder: RestoredFolder, entry: str) -> dict[str, str]:
+def _files_on_disk(folder: RestoredFolder, entry: str) -> dict[str, str]:
     generation = folder.artifacts[0].index.fingerprint.generation
     files = {name: folder.cache / entry / name for name in entry_files.FILES[generation]}
     try:

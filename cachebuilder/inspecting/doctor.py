@@ -1,153 +1,190 @@
-"""What a person with a problem needs to know of this machine; nothing is imported or compiled to find it out."""
+"""Examines this machine for a person with a problem. It imports neither torch nor DeepGEMM, and compiles nothing."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import read_index
 from cachebuilder.common import native
+from cachebuilder.common.records import Record
 from cachebuilder.cuda import nvml
 from cachebuilder.cuda import toolchain as toolchains
+from cachebuilder.cuda.nvml import VisibleGpu
+from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
-from cachebuilder.restoring import compatibility
+from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.folder import is_restored, open_folder
+from cachebuilder.restoring.machine import Machine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_GENERATIONS: tuple[Generation, ...] = ("legacy", "deepjit")
 
 
-@dataclass(frozen=True)
-class Root:
-    """One cache root.
+class DeepGemm(Record):
+    """The DeepGEMM that serves here.
 
     Attributes:
-        entries: how many of each generation.
-        damaged: entries that DeepGEMM would stumble over or pass by: a file missing, a cubin that is no ELF, or other
-            bytes than the index of a restored artifact lists.
+        distribution: name and version of the package that brought it.
+        headers: sha256 of its headers, as in a fingerprint.
+    """
+
+    path: str
+    version: str
+    distribution: str | None
+    generation: Generation
+    headers: str
+    cutlass: str
+
+
+class Nvcc(Record):
+    """An nvcc; ``origin`` is the variable or the place that named it."""
+
+    path: str
+    release: str
+    origin: str
+
+
+class CacheRoot(Record):
+    """A cache root.
+
+    Attributes:
+        entries: their number by generation; ``unknown`` counts folders of neither.
+        damaged: a sentence for each entry that DeepGEMM could not load or would not use: a file is missing, the cubin
+            is no ELF file, or the bytes differ from those in the index of a restored artifact.
         artifacts: names of the artifacts restored into it.
     """
 
-    path: Path
+    path: str
     exists: bool
     writable: bool
-    entries: Mapping[str, int]
+    entries: dict[str, int]
     damaged: tuple[str, ...]
     artifacts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What an artifact would say here: no difference means that it fits."""
+class ArtifactHere(Record):
+    """An artifact against this machine; ``fits``: there is no difference."""
 
-    artifact: str
-    differences: tuple[compatibility.Difference, ...]
+    name: str
+    fits: bool
+    differences: tuple[Difference, ...]
 
 
-@dataclass(frozen=True)
-class Findings:
-    """All that was found; an absent part is None, with the reason in ``problems``.
+class Findings(Record):
+    """``doctor --json``; what this machine lacks is null, and ``problems`` says why.
 
     Attributes:
-        roots: those that DeepGEMM would take here, in its order; ``roots_from`` says what named them.
-        folder: the restored folder that was asked about.
+        roots_from: the variable that names the roots, or ``default``.
+        roots: those that DeepGEMM would use here, in its order.
+        folder: the folder that was asked about.
+        kernel_variables: variables that are set and that change kernels.
     """
 
-    installation: Installation | None
-    generation: Generation | None
+    deep_gemm: DeepGemm | None
     torch: str | None
-    nvcc: toolchains.Toolchain | None
+    nvcc: Nvcc | None
     c_compiler: str | None
-    gpu: nvml.VisibleGpu | None
+    gpu: VisibleGpu | None
     roots_from: str
-    roots: tuple[Root, ...]
-    folder: Root | None
-    kernel_variables: Mapping[str, str]
-    verdicts: tuple[Verdict, ...]
+    roots: tuple[CacheRoot, ...]
+    folder: CacheRoot | None
+    kernel_variables: dict[str, str]
+    artifacts: tuple[ArtifactHere, ...]
     problems: tuple[str, ...]
 
 
 def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findings:
-    """Look around; with ``target``, an artifact or restored folder, also say whether it fits.
+    """Examine this machine, and ``target``, an artifact or a restored folder, against it.
 
     Raises:
         ArtifactError: ``target`` is neither.
     """
     problems: list[str] = []
-    installation = generation = nvcc = c_compiler = None
-    try:
-        installation = installations.find(deep_gemm)
-        generation = installation.generation
-    except InstallationError as error:
-        problems.append(str(error))
-    # With no DeepGEMM, speak of the current generation: it is what an empty machine would get.
-    spoken: Generation = generation or "deepjit"
-    try:
-        nvcc = _find_nvcc(spoken)
-    except ToolchainError as error:
-        problems.append(str(error))
-    try:
-        c_compiler = _first_line([*native.find_c_compiler(), "--version"])
-    except InstallationError as error:
-        problems.append(str(error))
+    installation = _attempt(problems, installations.find, deep_gemm)
+    described = _attempt(problems, _describe, installation) if installation else None
+    # A machine without DeepGEMM would get one of the current generation.
+    generation: Generation = described.generation if described else "deepjit"
+    toolchain = _attempt(problems, _toolchain, generation)
+    c_compiler = _attempt(problems, _c_compiler)
     gpu = nvml.first_gpu()
-    roots_from, roots = variables.cache_roots(spoken, os.environ)
+    roots_from, roots = variables.cache_roots(generation, os.environ)
     if not roots:
-        problems.append("neither HOME nor DG_JIT_CACHE_DIR is set: DeepGEMM knows no cache root and does not start")
-    sglang = os.environ.get("SGLANG_DG_CACHE_DIR")
-    if sglang is not None and sglang != ":".join(map(str, roots)):
-        problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang} instead of the caches above")
-    kernel_variables = variables.kernel_variables(spoken, os.environ)
-    try:
-        indexes = _indexes(target) if target else []
-    except ArtifactError as error:
-        if target is None or not is_restored(target):
-            raise
-        indexes = []
-        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
-    verdicts = [
-        Verdict(index.name, tuple(_judge(index, installation, nvcc, gpu, frozen_text)))
-        for index, frozen_text in indexes
-    ]
+        problems.append("neither HOME nor DG_JIT_CACHE_DIR is set: DeepGEMM has no cache root and does not start")
+    sglang_roots = os.environ.get("SGLANG_DG_CACHE_DIR")
+    if sglang_roots is not None and sglang_roots != ":".join(map(str, roots)):
+        problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang_roots} instead of the caches above")
+    artifacts = []
+    for index, compiler_text in _indexes(target, problems) if target else []:
+        compiler = compiler_text or (toolchain.version_text if toolchain else None)
+        machine = Machine(installation if described else None, gpu, os.environ, compiler)
+        differences = machine.differences(index, relocates=compiler_text is None)  # a restore is still to come
+        artifacts.append(ArtifactHere(name=index.name, fits=not differences, differences=tuple(differences)))
     return Findings(
-        installation=installation if generation else None,
-        generation=generation,
+        deep_gemm=described,
         torch=_version("torch"),
-        nvcc=nvcc,
+        nvcc=Nvcc(path=str(toolchain.nvcc), release=toolchain.release, origin=toolchain.origin) if toolchain else None,
         c_compiler=c_compiler,
         gpu=gpu,
         roots_from=roots_from,
         roots=tuple(_look_into(root) for root in roots),
         folder=_look_into(target) if target and target.is_dir() else None,
-        kernel_variables=kernel_variables,
-        verdicts=tuple(verdicts),
+        kernel_variables=variables.kernel_variables(generation, os.environ),
+        artifacts=tuple(artifacts),
         problems=tuple(problems),
     )
 
 
-def _find_nvcc(generation: Generation) -> toolchains.Toolchain:
-    """The compiler that DeepGEMM would ask, or the one that cachebuilder would build with."""
-    named = variables.get(generation, os.environ, "JIT_NVCC_COMPILER")
-    if named and named[1]:
-        return replace(toolchains.find(Path(named[1])), origin=named[0])
+def _attempt(problems: list[str], find: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What ``find`` finds; None, and its error among the problems, where this machine lacks it."""
+    try:
+        return find(*args, **kwargs)
+    except (InstallationError, ToolchainError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _describe(installation: Installation) -> DeepGemm:
+    return DeepGemm(
+        path=str(installation.path),
+        version=installation.version,
+        distribution=installation.distribution,
+        generation=installation.generation,
+        headers=installation.headers_digest,
+        cutlass=installation.cutlass_version,
+    )
+
+
+def _toolchain(generation: Generation) -> Toolchain:
+    """The compiler that DeepGEMM would call, else the one that cachebuilder would build with."""
+    variable = variables.get(generation, os.environ, "JIT_NVCC_COMPILER")
+    if variable and variable[1]:
+        return replace(toolchains.find(Path(variable[1])), origin=variable[0])
     return toolchains.find()
 
 
-def _first_line(command: list[str]) -> str | None:
+def _c_compiler() -> str | None:
+    """The first line of the C compiler's version text."""
+    command = [*native.find_c_compiler(), "--version"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        output = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = done.stdout.splitlines()
-    return lines[0] if lines else None
+    return next(iter(output.splitlines()), None)
 
 
 def _version(distribution: str) -> str | None:
@@ -157,16 +194,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _look_into(root: Path) -> Root:
-    counts: Counter[str] = Counter()
-    damaged: dict[str, str] = {}
-    cache = root / "cache"
+def _look_into(root: Path) -> CacheRoot:
     try:
-        folders = sorted(path for path in cache.iterdir() if path.is_dir())
+        folders = sorted(path for path in (root / "cache").iterdir() if path.is_dir())
     except OSError:
         folders = []
+    counts: Counter[str] = Counter()
+    damaged: dict[str, str] = {}
     for folder in folders:
-        generation = _generation_of(folder.name)
+        generation = next((g for g in _GENERATIONS if entry_files.kernel_name(g, folder.name) is not None), None)
         counts[generation or "unknown"] += 1
         if generation and (fault := _fault(folder, generation)):
             damaged[folder.name] = f"{folder.name}/{fault}"
@@ -179,17 +215,18 @@ def _look_into(root: Path) -> Root:
                 damaged.setdefault(item.entry, str(item))
         except ArtifactError as error:
             damaged[""] = str(error)
-    sentences = tuple(damaged.values())
-    return Root(root, root.is_dir(), os.access(root, os.W_OK), dict(counts), sentences, tuple(artifacts))
-
-
-def _generation_of(entry: str) -> Generation | None:
-    generations: tuple[Generation, ...] = ("legacy", "deepjit")
-    return next((g for g in generations if entry_files.kernel_name(g, entry) is not None), None)
+    return CacheRoot(
+        path=str(root),
+        exists=root.is_dir(),
+        writable=os.access(root, os.W_OK),
+        entries=dict(counts),
+        damaged=tuple(damaged.values()),
+        artifacts=tuple(artifacts),
+    )
 
 
 def _fault(folder: Path, generation: Generation) -> str | None:
-    """What DeepGEMM would stumble over in an entry, or what makes it pass the entry by."""
+    """Why DeepGEMM could not load the entry in ``folder``, or would not use it."""
     try:
         for name in entry_files.FILES[generation]:
             if not (folder / name).is_file():
@@ -203,22 +240,19 @@ def _fault(folder: Path, generation: Generation) -> str | None:
     return None
 
 
-def _indexes(target: Path) -> list[tuple[Index, str | None]]:
-    """The index of each artifact in ``target``; for a folder, with what its frozen nvcc answers."""
-    if target.is_dir():
+def _indexes(target: Path, problems: list[str]) -> list[tuple[Index, str | None]]:
+    """The index of each artifact in ``target``; for a restored folder, with what its frozen nvcc answers.
+
+    A restored folder whose index is damaged has none, and a problem says so: the rest of the examination still helps.
+    """
+    if not target.is_dir():
+        return [(read_index(target), None)]
+    try:
         folder = open_folder(target)
-        text = folder.compiler_text()
-        return [(artifact.index, text) for artifact in folder.artifacts]
-    return [(read_index(target), None)]
-
-
-def _judge(
-    index: Index,
-    installation: Installation | None,
-    nvcc: toolchains.Toolchain | None,
-    gpu: nvml.VisibleGpu | None,
-    frozen_text: str | None,
-) -> list[compatibility.Difference]:
-    compiler = frozen_text or (nvcc.version_text if nvcc else None)
-    relocates = frozen_text is None  # an artifact is yet to be restored
-    return compatibility.with_environment(index, installation, gpu, os.environ, compiler=compiler, relocates=relocates)
+        compiler_text = folder.compiler_text()
+    except ArtifactError as error:
+        if not is_restored(target):
+            raise
+        problems.append(f"{error}; {error.hint}" if error.hint else str(error))
+        return []
+    return [(artifact.index, compiler_text) for artifact in folder.artifacts]

@@ -260,7 +260,7 @@ def main(kind: type[J], work: Callable[[J, Position], Record]) -> None:
     job = kind.model_validate_json((folder / protocol.JOB).read_bytes())
     try:
         answer = work(job, Position.shared(folder / protocol.POSITION))
-        (folder / protocol.ANSWER).write_text(answer.model_dump_json(by_alias=True))
+        (folder / protocol.ANSWER).write_text(answer.model_dump_json())
     except JobError as error:
         (folder / protocol.FAILURE).write_text(error.failure.model_dump_json())
     except Exception as error:  # DeepGEMM's assertions arrive as RuntimeError: the parent names op and point

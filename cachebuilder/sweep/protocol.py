@@ -11,7 +11,7 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.device import DeviceName
@@ -132,9 +132,9 @@ class OpSweep(Record):
 
 
 class Refusal(Point):
-    """A call that failed, and what DeepGEMM said; in JSON ``text``. In a job that goes on, the op ended there."""
+    """A call that failed, and what DeepGEMM said. In a job that goes on, the op ended there."""
 
-    reason: str = Field(alias="text")
+    text: str
 
 
 class Device(Record):

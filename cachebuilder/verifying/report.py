@@ -32,9 +32,9 @@ class _Document(Record):
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
-    def text(self) -> str:
+    def to_json(self) -> str:
         """The document as indented JSON."""
-        return self.model_dump_json(indent=1, by_alias=True, exclude_unset=True)
+        return self.model_dump_json(indent=1, exclude_unset=True)
 
 
 class Identity(Record):
@@ -117,7 +117,7 @@ class GpuReplay(Record):
             )
         for refusal in self.refusals:
             op = ops[refusal.op]
-            raise DeviceError(f"{op.op} {op.shape()} at {op.variable} {refusal.value} failed: {refusal.reason}")
+            raise DeviceError(f"{op.op} {op.shape()} at {op.variable} {refusal.value} failed: {refusal.text}")
         for trial in self.wrong:
             raise DeviceError(
                 f"{trial.place}: {trial.problems[0]} ({', '.join(trial.kernels)})",
@@ -213,7 +213,7 @@ class Report(_Document):
         """
         target = Path(self.target)
         if self.on_gpu and (path or not target.is_dir()):
-            write_atomically(path or path_for(target), self.on_gpu.text().encode() + b"\n", ArtifactError)
+            write_atomically(path or path_for(target), self.on_gpu.to_json().encode() + b"\n", ArtifactError)
 
     def problem(self) -> str | None:
         """Why the cache is not complete, in one sentence; None where it is."""

@@ -16,10 +16,10 @@ from cachebuilder.verifying.virtual import Launches, Serving
 
 
 def verify(
-    target: Path,
+    target: str | Path,
     *,
-    deep_gemm: Path | None = None,
-    manifest: Path | None = None,
+    deep_gemm: str | Path | None = None,
+    manifest: str | Path | None = None,
     device: DeviceChoice = "virtual",
     progress: Progress = no_progress,
 ) -> Report:
@@ -47,11 +47,12 @@ def verify(
         PlanError: DeepGEMM died or misreads tensors. (A call that it refuses is part of the report.)
         DeviceError: the real GPU is missing, not the target, or out of memory.
     """
-    installation = installations.find(deep_gemm)
+    target = Path(target)
+    installation = installations.find(Path(deep_gemm) if deep_gemm else None)
     with scratch_folder() as scratch:
         folder = virtual.open_target(target, installation, scratch)
         if manifest:
-            replayed = [(manifests.load(manifest)[0], folder.artifacts)]
+            replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
         else:
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
         chosen = devices.choose(device, replayed[0][0].target.gpu)

@@ -21,13 +21,13 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.planning.make import selections
+from cachebuilder.planning.requests import selections
 from cachebuilder.planning.selection import Selection
-from cachebuilder.restoring import compatibility
 from cachebuilder.restoring.compatibility import Difference
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import Damage, RestoredArtifact, RestoredFolder, open_folder
 from cachebuilder.restoring.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.process import Compiler, Setting
 from cachebuilder.sweep.protocol import Refusal, SweepJob
@@ -81,7 +81,7 @@ def open_target(target: Path, installation: Installation, scratch: Path) -> Rest
     """
     if not target.is_file():
         return open_folder(target)
-    restore([target], scratch / "restored", installation, None, force=True)
+    restore([target], scratch / "restored", machine=Machine(installation), force=True)
     return open_folder(scratch / "restored")
 
 
@@ -129,18 +129,11 @@ def replay(
 
 def _differences(serving: Serving, artifacts: Sequence[RestoredArtifact]) -> list[Difference]:
     """How the artifact that differs least differs from what is here."""
-    differences = [
-        compatibility.with_environment(
-            artifact.index,
-            serving.installation,
-            None,
-            serving.manifest.environment,
-            compiler=serving.compiler_text,
-            sm_counts=serving.manifest.all_sm_counts,
-        )
-        for artifact in artifacts
-    ]
-    return min(differences, key=len)
+    manifest = serving.manifest
+    machine = Machine(
+        serving.installation, None, manifest.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
+    )
+    return min((machine.differences(artifact.index) for artifact in artifacts), key=len)
 
 
 def linked_roots(

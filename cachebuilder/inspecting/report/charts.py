@@ -1,24 +1,24 @@
-"""The report's charts: Vega-Lite specifications made with Altair; the page's script gives them colours and width."""
+"""The report's charts: Vega-Lite specifications, made with Altair. The page's script adds colours and width."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
 
-from cachebuilder.compiling.record import BuildRecord, Run
+from cachebuilder.compiling.record import BuildRecord, CompilerCall
 from cachebuilder.inspecting.report.facts import Facts, KernelFacts
 from cachebuilder.ops.trial import TOLERANCE
 from cachebuilder.verifying.report import GpuReport
 
-#: BF16's rounding to 8 bits of significand, relative, uniform: what the output's type alone costs (`ops.trial`).
+#: The relative error of BF16's rounding to 8 bits of significand: the output's type alone costs it (`ops.trial`).
 _BF16_ROUNDING = 1.7e-3
-_BAND = 46
-_LANE = 22
-#: Whose time a line of the chart of times is, and the field that holds it.
+#: Pixels of a band in the map of kernels, and of a job in the timeline.
+_BAND, _LANE = 46, 22
+#: The lines in the chart of times, and the field of a trial that holds the microseconds.
 _TIMED = {"DeepGEMM": "microseconds", "torch in BF16": "reference"}
 
 #: A Vega-Lite specification.
@@ -28,12 +28,12 @@ Spec = dict[str, Any]
 def kernel_map(facts: Facts, op: int) -> Spec:
     """Which kernel serves which M of one op: a band of colours for each kernel family and SM count."""
     variable = facts.ops[op].variable
-    found = facts.kernels_of(op)
-    several = len({selection.sm_count for _, selection in found}) > 1
-    order = {kernel.entry: number for number, (kernel, _) in enumerate(found)}
-    rows = [
+    selected = facts.kernels_of(op)
+    several_sm_counts = len({selection.sm_count for _, selection in selected}) > 1
+    order = {kernel.entry: number for number, (kernel, _) in enumerate(selected)}
+    rows: list[dict[str, Any]] = [
         {
-            "row": f"{kernel.name}, {selection.sm_count} SMs" if several else kernel.name,
+            "row": f"{kernel.name}, {selection.sm_count} SMs" if several_sm_counts else kernel.name,
             "kernel": f"{kernel.name} {kernel.short}",
             "order": order[kernel.entry],
             "first": max(points.first, 1),
@@ -41,7 +41,7 @@ def kernel_map(facts: Facts, op: int) -> Spec:
             "points": f"{points.first}–{points.last}" + (f" (step {points.step})" if points.step > 1 else ""),
             **_hover(kernel),
         }
-        for kernel, selection in found
+        for kernel, selection in selected
         for points in selection.ranges
     ]
     hovered = alt.selection_point(fields=["order"], on="pointerover", clear="pointerout")
@@ -49,7 +49,12 @@ def kernel_map(facts: Facts, op: int) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_rect(strokeWidth=0.6, cursor="pointer")
         .encode(
-            x=alt.X("first:Q", scale=_log(rows), title=None, axis=alt.Axis(tickCount=8, format="d", grid=False)),
+            x=alt.X(
+                "first:Q",
+                scale=_log(row[end] for row in rows for end in ("first", "end")),
+                title=None,
+                axis=alt.Axis(tickCount=8, format="d", grid=False),
+            ),
             x2="end:Q",
             y=alt.Y(
                 "row:N",
@@ -96,7 +101,7 @@ def size_by_op(facts: Facts) -> Spec:
 
 
 def timeline(facts: Facts, record: BuildRecord) -> Spec:
-    """When which compiler ran on which of the parallel jobs, in nvcc's phases where it told them."""
+    """Which compiler ran when on which of the parallel jobs, cut into nvcc's phases where nvcc reported them."""
     kernels = {kernel.entry: kernel for kernel in facts.kernels}
     rows = [row for run in record.runs for row in _phases(run, kernels)]
     bars = (
@@ -125,7 +130,7 @@ def timeline(facts: Facts, record: BuildRecord) -> Spec:
 
 
 def errors(verified: GpuReport) -> Spec:
-    """Each trial's relative error against M, with the error that is accepted and what BF16's rounding alone costs."""
+    """Each trial's relative error against M, the largest that is accepted, and that of BF16's rounding alone."""
     rows = [row for row in _trials(verified) if row["error"] is not None]
     limits = [
         {"limit": "accepted at most", "error": TOLERANCE},
@@ -135,7 +140,12 @@ def errors(verified: GpuReport) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_circle(size=36, opacity=0.8)
         .encode(
-            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="d")),
+            x=alt.X(
+                "value:Q",
+                scale=_log((row["value"] for row in rows), padding=6),
+                title="M",
+                axis=alt.Axis(tickCount=8, format="d"),
+            ),
             y=alt.Y("error:Q", title="relative error", axis=alt.Axis(format=".0e", tickCount=5)),
             color=_op_colour(),
             tooltip=_trial_tooltips(),
@@ -151,27 +161,32 @@ def errors(verified: GpuReport) -> Spec:
 
 
 def times(verified: GpuReport) -> Spec:
-    """Each trial's time against M, and where it was measured, torch's own in BF16 for the same product."""
+    """Each trial's time against M, and that of torch in BF16 for the same product, where it was measured."""
     rows = [
         row | {"by": by, "microseconds": row[field]}
         for by, field in _TIMED.items()
         for row in _trials(verified)
         if row[field] is not None
     ]
-    timed = [by for by in _TIMED if any(row["by"] == by for row in rows)]
+    names = [by for by in _TIMED if any(row["by"] == by for row in rows)]
     lines = (
         alt.Chart(alt.InlineData(rows))
         .mark_line(strokeWidth=1, point=alt.OverlayMarkDef(size=24))
         .encode(
-            x=alt.X("value:Q", scale=_log_of("value", rows), title="M", axis=alt.Axis(tickCount=8, format="d")),
+            x=alt.X(
+                "value:Q",
+                scale=_log((row["value"] for row in rows), padding=6),
+                title="M",
+                axis=alt.Axis(tickCount=8, format="d"),
+            ),
             y=alt.Y(
                 "microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=alt.Axis(tickCount=5, gridOpacity=0.4)
             ),
             color=_op_colour(),
             strokeDash=alt.StrokeDash(
                 "by:N",
-                scale=alt.Scale(domain=timed, range=[[1, 0], [4, 3]][: len(timed)]),
-                legend=_stroke_legend() if len(timed) > 1 else None,
+                scale=alt.Scale(domain=names, range=[[1, 0], [4, 3]][: len(names)]),
+                legend=_stroke_legend() if len(names) > 1 else None,
             ),
             detail="sms:N",
             tooltip=["by:N", *_trial_tooltips()],
@@ -181,7 +196,7 @@ def times(verified: GpuReport) -> Spec:
 
 
 def _spec(chart: Any) -> Spec:
-    """As wide as the page's column; no data is named, so that equal reports have equal bytes."""
+    """The chart, as wide as the page's column. No data has a generated name: equal reports have equal bytes."""
     with alt.data_transformers.enable(consolidate_datasets=False, max_rows=None):
         spec: Spec = chart.properties(width="container").to_dict()
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
@@ -200,33 +215,32 @@ def _hover(kernel: KernelFacts) -> dict[str, object]:
 
 
 def _tooltips(rows: Sequence[dict[str, object]]) -> list[alt.Tooltip]:
-    """Of what `_hover` shows, all that any of these rows has."""
+    """The fields of `_hover` that at least one of these rows has."""
     names = dict.fromkeys(name for row in rows for name in row)
-    wanted = ("block", "stages", "cluster", "cubin", "registers", "shared", "threads")
+    shown = ("block", "stages", "cluster", "cubin", "registers", "shared", "threads")
     titles = {"shared": "shared memory", "block": "block M×N×K"}
-    return [alt.Tooltip(f"{name}:N", title=titles.get(name, name)) for name in wanted if name in names]
+    return [alt.Tooltip(f"{name}:N", title=titles.get(name, name)) for name in shown if name in names]
 
 
-def _log(rows: Sequence[dict[str, Any]]) -> alt.Scale:
-    ends = [row["first"] for row in rows] + [row["end"] for row in rows]
-    return alt.Scale(type="log", base=2, domain=[min(ends), max(ends)], nice=False)
-
-
-def _log_of(field: str, rows: Sequence[dict[str, Any]]) -> alt.Scale:
-    values = [row[field] for row in rows] or [1]
-    return alt.Scale(type="log", base=2, domain=[min(values), max(values)], nice=False, padding=6)
+def _log(values: Iterable[float], padding: int = 0) -> alt.Scale:
+    """A logarithmic scale from the least to the largest of these values."""
+    ordered = sorted(values) or [1]
+    return alt.Scale(type="log", base=2, domain=[ordered[0], ordered[-1]], nice=False, padding=padding)
 
 
 def _labelled_rows(field: str, order: list[str]) -> alt.Y:
-    """Rows with their labels above them, inside the plot: a phone has no room beside it."""
+    """Rows with their labels above them, inside the plot: a phone has no room beside the plot."""
     axis = alt.Axis(
         domain=False, ticks=False, labelAlign="left", labelPadding=-2, labelOffset=-12, labelLimit=600, zindex=1
     )
     return alt.Y(f"{field}:N", title=None, sort=order, axis=axis)
 
 
-def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
-    """The run cut into nvcc's phases, end to end; what they leave is nvcc's own. A held front end tells none."""
+def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
+    """A run, cut into nvcc's phases one after another; the rest of its time is nvcc's own.
+
+    A held front end reports no phases.
+    """
     if len(run.entries) == 1:
         kernel = kernels.get(run.entries[0])
         what = f"{kernel.name} {kernel.short}" if kernel else run.entries[0]
@@ -234,26 +248,33 @@ def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]
         what = f"{len(run.entries)} kernels in one source"
     pieces = [(phase.name, phase.seconds) for phase in run.phases if not phase.name.startswith("nvcc")]
     rest = run.seconds - sum(seconds for _, seconds in pieces)
-    untold = {"headers": "headers", "ptx": "cicc, forked", "cubin": "nvcc", "check": "to compare"}
-    rows, at = [], run.start
-    for name, seconds in [*pieces, ("nvcc" if pieces else untold[run.step], max(rest, 0.0))]:
+    whole_run = {"headers": "headers", "ptx": "cicc, forked", "cubin": "nvcc", "check": "to compare"}[run.step]
+    rows, start = [], run.start
+    for name, seconds in [*pieces, ("nvcc" if pieces else whole_run, max(rest, 0.0))]:
+        end = start + seconds
         rows.append(
-            {"job": run.job, "phase": name, "what": what, "start": round(at, 3), "end": round(at + seconds, 3)}
-            | {"seconds": seconds}
+            {
+                "job": run.job,
+                "phase": name,
+                "what": what,
+                "start": round(start, 3),
+                "end": round(end, 3),
+                "seconds": seconds,
+            }
         )
-        at += seconds
+        start = end
     return rows
 
 
 def _trials(verified: GpuReport) -> list[dict[str, Any]]:
     return [
         {
-            # The shape first: a phone cuts the end off.
+            # The shape comes first, because a phone cuts the end off.
             "op": f"{re.sub(r' compiled_dims=.*', '', trial.shape)} · {trial.op}",
             "sms": f"{trial.op} {trial.shape} {trial.sm_count}",
             "point": f"{trial.variable} {trial.value}, {trial.sm_count} SMs",
             "value": max(trial.value, 1),
-            "error": _finite(trial.relative_error),  # NaN of a wrong kernel: the page tells its problem in words
+            "error": _finite(trial.relative_error),  # NaN of a wrong kernel: the page states its problem
             "microseconds": _finite(trial.microseconds),
             "reference": _finite(trial.reference_microseconds),
             "kernels": ", ".join(f"{entry[:-32].strip('.')} {entry[-32:][:8]}" for entry in trial.kernels),
@@ -273,7 +294,7 @@ def _op_colour() -> alt.Color:
 
 
 def _stroke_legend() -> alt.Legend:
-    """Strokes in a grey that is seen on white and on black: a legend of dashes has no colour of its own."""
+    """A legend of dashes, in a grey that is visible on white and on black."""
     return alt.Legend(
         orient="top",
         title=None,

@@ -1,4 +1,4 @@
-"""All that a report tells, gathered from an artifact or a plan and from what lies beside it."""
+"""Gathers the facts of a report from an artifact or a plan, and from the files beside it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from cachebuilder.cuda import cubin
 from cachebuilder.cuda.cubin import Resources
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import templates
+from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import ArtifactError
 from cachebuilder.ops.catalog import OPS
-from cachebuilder.planning.make import Plan
+from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring.compatibility import Difference, between
 from cachebuilder.verifying import report as verified
@@ -34,10 +35,10 @@ class KernelFacts:
     Attributes:
         entry: its folder's name, the key.
         name: DeepGEMM's name for its family.
-        digest: of its files; of a plan's kernel, which has no cubin, of its source.
+        digest: of its files; in a plan, which has no cubins, of its source.
         source: the text of ``kernel.cu``.
-        size: bytes of the cubin, None in a plan.
-        resources: out of the cubin; None in a plan.
+        size: bytes of the cubin; None in a plan.
+        resources: what the cubin says; None in a plan.
     """
 
     entry: str
@@ -75,11 +76,11 @@ class OpFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """An artifact, or a plan: a plan has neither sha256, fingerprint, size nor anything beside it."""
+    """An artifact or a plan. A plan has no size, no sha256, no fingerprint and no files beside it."""
 
     path: Path
     name: str
-    generation: str
+    generation: Generation
     gpu: str
     arch: str
     ops: tuple[OpFacts, ...]
@@ -98,14 +99,18 @@ class Facts:
         return "plan" if self.sha256 is None else "artifact"
 
     def kernels_of(self, op: int) -> list[tuple[KernelFacts, Selection]]:
-        """The kernels that an op asks for, by the first point that does."""
-        found = [(kernel, s) for kernel in self.kernels for s in kernel.selected_by if s.op == op]
-        return sorted(found, key=lambda pair: (pair[1].sm_count, pair[0].name, pair[1].ranges[0].first))
+        """The kernels that an op asks for, in the order of the first points that select them."""
+        selected = [(kernel, s) for kernel in self.kernels for s in kernel.selected_by if s.op == op]
+        return sorted(selected, key=lambda pair: (pair[1].sm_count, pair[0].name, pair[1].ranges[0].first))
 
 
 @dataclass(frozen=True)
 class Changes:
-    """From an older artifact or plan to this one; ``fields`` only where both are artifacts (wanted: the old value)."""
+    """What changed since an older artifact or plan.
+
+    Attributes:
+        fields: of the fingerprint, ``wanted`` being the old value; none unless both are artifacts.
+    """
 
     old: Facts
     fields: tuple[Difference, ...]
@@ -119,10 +124,10 @@ def gather(path: Path, verify_report: Path | None = None) -> Facts:
     """Everything about the artifact or the plan (``cachebuilder plan --json``) at ``path``.
 
     Args:
-        verify_report: what ``verify`` wrote, where it does not lie beside the artifact.
+        verify_report: what ``verify`` wrote; default: the report beside the artifact.
 
     Raises:
-        ArtifactError: it is neither, or damaged, or the report named is not there or of another artifact.
+        ArtifactError: it is neither, or damaged; or ``verify_report`` does not exist, or is of another artifact.
     """
     try:
         with path.open("rb") as file:
@@ -136,7 +141,7 @@ def gather(path: Path, verify_report: Path | None = None) -> Facts:
 
 
 def compare(old: Facts, new: Facts) -> Changes:
-    """What changed."""
+    """What changed from ``old`` to ``new``."""
     before, after = ({kernel.entry: kernel for kernel in facts.kernels} for facts in (old, new))
     both = before.keys() & after.keys()
     comparable = old.kind == new.kind
@@ -153,7 +158,7 @@ def compare(old: Facts, new: Facts) -> Changes:
 
 
 def check_selections(path: Path, op_count: int, selections: Iterable[Selection]) -> None:
-    """Raises `ArtifactError` where a kernel is asked for by an op that is not there, or at no point."""
+    """Raise `ArtifactError` where a selection names an op that does not exist, or no point."""
     for selection in selections:
         if selection.op >= op_count or not selection.ranges:
             raise ArtifactError(
@@ -203,8 +208,8 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         )
         for entry in index.entries
     )
-    found = verified.read(verify_report or verified.path_for(path), sha256)
-    if verify_report and found is None:
+    gpu_report = verified.read(verify_report or verified.path_for(path), sha256)
+    if verify_report and gpu_report is None:
         raise ArtifactError(
             f"{verify_report}: wanted the report of verify on {path.name}, sha256 {sha256[:16]}…, found another or none"
         )
@@ -222,12 +227,12 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         fingerprint_digest=index.fingerprint_digest,
         recorded=index.recorded,
         build=build_record.read(path, sha256),
-        verified=found,
+        verified=gpu_report,
     )
 
 
 def resources_of(path: Path, entry: str, data: bytes) -> Resources:
-    """What the cubin ``data`` of ``entry`` takes. Raises `ArtifactError` where it is none."""
+    """What the kernel in the cubin ``data`` of ``entry`` takes. Raises `ArtifactError` where ``data`` is no cubin."""
     try:
         return cubin.resources(data)
     except cubin.CubinError as error:
@@ -235,11 +240,11 @@ def resources_of(path: Path, entry: str, data: bytes) -> Resources:
 
 
 def op_facts(fields: Mapping[str, object]) -> OpFacts:
-    """An op that this version does not know, or not so, is told by its fields."""
+    """The facts of an op. One that this version does not know, or not in this form, shows all of its fields."""
     name = str(fields.get("op"))
     try:
         op = OPS[name].model_validate(fields)
     except (KeyError, ValidationError):
-        given = (f"{key}={value}" for key, value in fields.items() if key != "op" and value is not None)
-        return OpFacts(name, " ".join(given), "m")
+        shape = (f"{key}={value}" for key, value in fields.items() if key != "op" and value is not None)
+        return OpFacts(name, " ".join(shape), "m")
     return OpFacts(name, op.shape(), op.variable)
