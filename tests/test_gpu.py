@@ -54,7 +54,7 @@ def test_a_nan_is_a_wrong_result_in_the_written_report_and_no_reference_is_none(
     [nan] = report["replays"][0]["trials"]
     nan |= {"relative_error": math.nan, "problems": ["d: relative error nan"]}
     report["replays"][0]["trials"].append(nan | {"relative_error": None, "problems": []})
-    written = reports.GpuReport.model_validate_json(json.dumps(report)).text()
+    written = reports.GpuReport.model_validate_json(json.dumps(report)).to_json()
     (tmp_path / "report.json").write_text(written)
     read = reports.read(tmp_path / "report.json", "0" * 64)
     assert read is not None and json.loads(written).keys() == report.keys()
