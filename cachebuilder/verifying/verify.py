@@ -29,7 +29,7 @@ def verify(
     served from on this machine's GPU, and every kernel's results on random inputs are compared with a reference in
     float32. Nothing is written to ``target``. A report of missing kernels is no error; `Report.require_right` raises.
 
-        report = verify(Path("small.tar.zst"))
+        report = verify("small.tar.zst")
         assert report.complete, report.problem()
 
     Args:
