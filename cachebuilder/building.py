@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cachebuilder.artifact.pack import Packed, pack, publish
+from cachebuilder.artifact.pack import Packed, pack
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
-from cachebuilder.cuda import device as devices
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
@@ -86,7 +85,7 @@ def build(
         DeviceError: the GPU is not the target, or a call on it is not served from the artifact.
         InstallationError, ToolchainError: something that is needed is missing on this machine.
     """
-    chosen = devices.choose(device, inputs.manifest.target.gpu)
+    chosen = inputs.manifest.target.choose(device)
     on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
@@ -96,14 +95,14 @@ def build(
         planned = time.monotonic()
         compiled = compiler.compile(made.kernels, progress)
     packing = time.monotonic()
-    with scratch_folder() as scratch:
-        # The GPU launches from the finished artifact, which gets its final name only when that has succeeded.
-        unproven = scratch / "artifact.tar.zst" if on_gpu else Path(output)
-        packed = pack(unproven, inputs, made, compiled.cubins)
-        launching = time.monotonic()
-        if on_gpu:
+    artifact = pack(inputs, made, compiled.cubins)
+    launching = time.monotonic()
+    if on_gpu:
+        with scratch_folder() as scratch:
+            unproven = scratch / "artifact.tar.zst"  # the artifact gets its name only when the GPU has served from it
+            artifact.write(unproven)
             on_gpu.require_served(unproven)
-            packed = publish(packed, Path(output))
+    packed = artifact.write(Path(output))
     built = Built(
         inputs,
         made,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cachebuilder.artifact.archive import Tar, compress
 from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
+from cachebuilder.artifact.pack import Tar, compress
 from cachebuilder.artifact.read import Archive
 from cachebuilder.restoring.folder import own_files
 from cachebuilder.ship.description import TITLE, describe

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
-from cachebuilder.cuda import device as devices
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
@@ -55,7 +54,7 @@ def verify(
             replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
         else:
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
-        chosen = devices.choose(device, replayed[0][0].target.gpu)
+        chosen = replayed[0][0].target.choose(device)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
         replays: list[Replay] = []
         servings: list[tuple[Serving, Launches]] = []
