@@ -1,8 +1,7 @@
-"""The site's reference pages, written from the code when the site is built (a hook of MkDocs)."""
+"""Writes the site's reference pages from the code while MkDocs builds the site (it is a hook of MkDocs)."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import tempfile
@@ -28,7 +27,7 @@ from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring import environment as serving
 
 ROOT = Path(__file__).parents[1]
-#: Files of the repository's root that are pages of the site, too.
+#: Files in the repository's root that are also pages of the site.
 BESIDE = {"changes.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
@@ -38,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
     for name, path in BESIDE.items():
         text = (ROOT / path).read_text()
-        # From the root a page is docs/…; from within docs it is not.
+        # Links from the root begin with docs/; links from within docs do not.
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))
     return files
 
@@ -47,8 +46,8 @@ def command_line() -> str:
     """Every verb with its arguments and options, from click."""
     parts = [
         "# Command line\n",
-        "`cachebuilder VERB --help` prints the same. What a verb found goes to standard output, progress and remarks "
-        "to standard error; [exit codes](exit-codes.md) tell failures apart.\n",
+        "`cachebuilder VERB --help` prints the same. Results go to standard output, progress and remarks to standard "
+        "error; each kind of failure has its [exit code](exit-codes.md).\n",
     ]
     for verb in VERBS:
         command = getattr(import_module(f"cachebuilder.cli.{verb.replace('-', '_')}"), verb.replace("-", "_"))
@@ -115,13 +114,16 @@ def manifest() -> str:
 
 
 def _model(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
+    """A table of a model's fields. What a field has no description for is looked up in the model's docstring."""
     schema = model.model_json_schema()
+    _, documented = _attributes(inspect.getdoc(model) or "")
     rows = []
     for name, field in schema["properties"].items():
         if name in skip:
             continue
         required = "required" if name in schema.get("required", ()) else _json(field.get("default"))
-        rows.append((f"`{name}`", _type(field, schema.get("$defs", {})), required, field.get("description", "")))
+        description = field.get("description") or documented.get(name, "")
+        rows.append((f"`{name}`", _type(field, schema.get("$defs", {})), required, description))
     return _table(("field", "wants", "default", ""), rows)
 
 
@@ -142,7 +144,7 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"a list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0], definitions)}"
         return f"a list: {_type(field.get('items', {}), definitions)}"
     if kind == "object":
-        return "a mapping of text"
+        return "a mapping of text" if isinstance(field.get("additionalProperties"), dict) else "a mapping"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
     bounds = f" {low} to {high}" if low is not None and high is not None else f" from {low}" if low is not None else ""
     pattern = f" like `{field['pattern']}`" if "pattern" in field else ""
@@ -151,23 +153,22 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _json(value: object) -> str:
-    return (
-        {None: "left out", True: "true", False: "false", "": '""'}.get(value, str(value))
-        if _plain(value)
-        else ("none" if not value else str(value))
-    )
-
-
-def _plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | str | int | float)
+    """A default or a constant, as a person would write it."""
+    if value is None:
+        return "left out"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value or '""'
+    return str(value) if value or value == 0 else "none"
 
 
 def artifact() -> str:
-    """The index's records, from their dataclasses."""
+    """The index's records, from their pydantic models."""
     parts = [
         "# Artifact\n",
-        "`NAME.tar.zst` is one zstd frame with its content size and checksum; in it a ustar archive of regular files, in "
-        "this order:\n",
+        "`NAME.tar.zst` is one zstd frame with its content size and checksum; in it is a ustar archive of regular files, "
+        "in this order:\n",
         "| member | what it is |\n|---|---|\n"
         f"| `{index.INDEX}` | the index, below |\n"
         f"| `{index.MANIFEST}` | the manifest, byte for byte as it was given |\n"
@@ -175,27 +176,24 @@ def artifact() -> str:
         "and in the DeepJIT generation `meta.json` and `.committed` |\n",
         f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, "
         f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. Beside the artifact, under its name and `{index.REPORT_SUFFIX}`, may lie "
-        "what `verify --device cuda` saw. What a change of the schema means: [versions](../versions.md).\n",
+        "the report of `verify --device cuda`. What a change of the schema means: [versions](../versions.md).\n",
         "`cachebuilder inspect ARTIFACT --json` prints the index.\n",
     ]
     for record in (index.Index, index.Fingerprint, index.Entry, index.File, Selection, Range):
-        text, told = _attributes(inspect.getdoc(record) or "")
-        rows = [
-            (f"`{f.name}`", str(f.type).replace("|", "\\|"), told.get(f.name, "")) for f in dataclasses.fields(record)
-        ]
-        parts += [f"## {record.__name__}\n", text + "\n", _table(("field", "type", ""), rows)]
+        text, _ = _attributes(inspect.getdoc(record) or "")
+        parts += [f"## {record.__name__}\n", text + "\n", _model(record)]
     return "\n".join(parts)
 
 
 def _attributes(doc: str) -> tuple[str, dict[str, str]]:
-    """A docstring's first part, and what its section Attributes says of each."""
-    text, _, rest = doc.partition("Attributes:")
+    """A docstring's text before its section Attributes, and that section as name → text."""
+    first, _, rest = doc.partition("Attributes:")
     items = re.split(r"^ {4}(?=\w+: )", rest, flags=re.MULTILINE)[1:]
-    return text.strip(), {name: " ".join(said.split()) for name, said in (i.split(": ", 1) for i in items)}
+    return first.strip(), {name: " ".join(text.split()) for name, text in (item.split(": ", 1) for item in items)}
 
 
 def exit_codes() -> str:
-    """Exit codes with the exception behind each."""
+    """Exit codes, each with its exception."""
     kinds = {kind.exit_code: kind for kind in CacheBuilderError.__subclasses__()}
     rows = [(code, means, inspect.getdoc(kinds[code]) if code in kinds else "") for code, means in EXIT_CODES.items()]
     return (
@@ -206,26 +204,26 @@ def exit_codes() -> str:
 
 
 def environment() -> str:
-    """Variables: cachebuilder's own, those that serving sets, those that change keys."""
+    """Environment variables: cachebuilder's own, those that serving sets, those that change keys."""
     rows = [(f"`{name}`", means) for name, means in serving.OWN_VARIABLES.items()]
-    parts = ["# Environment variables\n", "## That cachebuilder reads\n", _table(("variable", ""), rows)]
+    parts = ["# Environment variables\n", "## Variables that cachebuilder reads\n", _table(("variable", ""), rows)]
     parts += [
-        "## That serving has set\n",
+        "## Variables that serving sets\n",
         "As `cachebuilder env DIR --engine …` prints them, here for `/opt/deep_gemm` and the DeepJIT generation.\n",
     ]
     for engine in serving.ENGINES:
-        found = serving.variables(
+        variables = serving.variables(
             Path("/opt/deep_gemm"), [_an_index()], engine, None, {"CUDA_HOME": tempfile.gettempdir()}
         )
         parts += [
             f"### engine: {engine}\n",
-            _table(("variable", "value", "why"), [(f"`{v.name}`", f"`{v.value}`", v.why) for v in found]),
+            _table(("variable", "value", "why"), [(f"`{v.name}`", f"`{v.value}`", v.why) for v in variables]),
         ]
     parts += [
-        "## That change DeepGEMM's keys\n",
+        "## Variables that change DeepGEMM's keys\n",
         "A cache is for one setting of these: give them in the manifest's `environment`, or leave them unset. Any other "
-        "`DG_…` variable (DeepJIT: `DJ_…` too) that is not one of where to look, what to print or what to dump counts as "
-        "one that changes kernels.\n",
+        "`DG_…` variable (DeepJIT: also `DJ_…`) counts as one that changes kernels, unless it only says where to look, "
+        "what to print or what to dump.\n",
         _table(
             ("generation", "variables"),
             [
@@ -238,9 +236,26 @@ def environment() -> str:
 
 
 def _an_index() -> index.Index:
-    fingerprint = index.Fingerprint("deepjit", "", "", "", "", "", (), {})
+    digest = "0" * 64
+    fingerprint = index.Fingerprint(
+        generation="deepjit",
+        deep_gemm="",
+        headers=digest,
+        cutlass="",
+        compiler="",
+        arch="",
+        sm_counts=(),
+        environment={},
+    )
     return index.Index(
-        name="", fingerprint=fingerprint, fingerprint_digest="", manifest="", ops=(), entries=(), recorded={}
+        schema_version=1,
+        name="",
+        fingerprint=fingerprint,
+        fingerprint_digest=digest,
+        manifest=digest,
+        ops=(),
+        entries=(),
+        recorded={},
     )
 
 
