@@ -1,6 +1,6 @@
 # make build   .venv with everything, then a first artifact: dist/quickstart.tar.zst
 # make test    the tests, on DeepGEMM and nvcc themselves; no GPU
-# make check   what a maintainer runs before each commit: lint, types, the site, the tests that compile nothing
+# make check   before each commit: lint, types, the site, the tests that compile nothing
 # make docs    the site, in build/site, its links checked
 # make clean   removes .venv, build and dist
 
@@ -28,11 +28,10 @@ lint: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-# A test spends half of its time on one core, where torch is imported: two at once per two cores, and no more than
-# four, since each holds a torch and its share of compilers in memory.
+# One process for each core, and at most four: each process holds a torch and its share of compilers in memory.
 TEST_PROCESSES := $(shell n=$$(nproc); [ $$n -lt 4 ] && echo $$n || echo 4)
 
-# PyPI's compiler is installed only where the machine has none of its own.
+# PyPI's compiler is installed only if the machine has none of its own.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "wanted Python 3.11 or newer, found $$($(PYTHON) --version); name one: make PYTHON=python3.12" >&2; exit 1; }
@@ -43,7 +42,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
 	@touch $@
 
-# A DeepGEMM of the legacy cache generation for the tests, beside the pinned one: it works with the same torch.
+# The tests also need a DeepGEMM of the legacy cache generation. This one works with the same torch as the pinned one.
 $(VENV)/legacy: $(VENV)/installed
 	rm -rf $@ $@.new
 	$(VENV)/bin/python -m pip install --quiet --target $@.new sgl-deep-gemm==0.1.7

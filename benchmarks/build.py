@@ -1,10 +1,10 @@
-"""The build's figures, whole processes, on this machine: planning, compiling, packing, rebuilding, being killed.
+"""Measure the build on this machine, in whole processes: planning, compiling, packing, rebuilding, being killed.
 
     python benchmarks/build.py plan                  # each DeepSeek-V3 manifest: kernels, calls, wall, CPU, memory
     python benchmarks/build.py build [MANIFEST]      # two builds in two folders, a rebuild, packing against zstd -19
-    python benchmarks/build.py kill [MANIFEST]       # ten SIGKILLs at random moments, then a build
+    python benchmarks/build.py kill [MANIFEST]       # ten SIGKILLs at random moments (seed 0), a build after each
 
-Prints one JSON object a figure. Ratios hold in one run on one machine; absolute times are that machine's.
+Prints one JSON object for each figure. Compare times only within one run on one machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import zstandard
 
 from cachebuilder import building
 from cachebuilder.deepgemm import installation
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 
@@ -38,9 +38,9 @@ def command(*arguments: object) -> list[str]:
 
 
 def cpu_of_children() -> float:
-    """Seconds of CPU that processes took which were waited for: what a busy machine's wall clock hides."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """The CPU seconds of all child processes that have ended; other load on the machine does not change them."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def plan() -> None:
@@ -48,22 +48,22 @@ def plan() -> None:
         walls, cpus = [], []
         for _ in range(3):
             started, before = time.monotonic(), cpu_of_children()
-            done = subprocess.run(
+            process = subprocess.run(
                 command("plan", manifest, "--no-store", "--json"), capture_output=True, text=True, check=True
             )
             walls.append(time.monotonic() - started)
             cpus.append(cpu_of_children() - before)
-        made = json.loads(done.stdout)
+        printed = json.loads(process.stdout)
         say(
             "plan",
             manifest=manifest.stem,
-            kernels=len(made["kernels"]),
-            calls=made["calls"],
+            kernels=len(printed["kernels"]),
+            calls=printed["calls"],
             deep_gemm=installation.find().version,
             cores=len(os.sched_getaffinity(0)),
             wall_seconds=sorted(round(wall, 2) for wall in walls),
             cpu_seconds=sorted(round(cpu, 2) for cpu in cpus),
-            peak_bytes=made["peak_bytes"],
+            peak_bytes=printed["peak_bytes"],
         )
 
 
@@ -73,7 +73,7 @@ def build(manifest: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("one", "two"):
             os.environ["CACHEBUILDER_CACHE_DIR"] = f"{folder}/{name}/cache"
-            built = building.build(find_inputs(manifest), Path(folder, name, "out.tar.zst"))
+            built = building.build(load_manifest(manifest), Path(folder, name, "out.tar.zst"))
             report = built.compiled
             say(
                 "build",
@@ -99,6 +99,7 @@ def build(manifest: Path) -> None:
 
 
 def kill(manifest: Path) -> None:
+    moments = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"CACHEBUILDER_CACHE_DIR": f"{folder}/cache"}
         line = command("build", manifest, "-o", f"{folder}/out.tar.zst")
@@ -114,17 +115,24 @@ def kill(manifest: Path) -> None:
 
         started = time.monotonic()
         assert run(None)
-        whole = time.monotonic() - started
+        whole_seconds = time.monotonic() - started
         expected = Path(folder, "out.tar.zst").read_bytes()
         for _ in range(10):
             shutil.rmtree(f"{folder}/cache")
             os.unlink(f"{folder}/out.tar.zst")
-            moment = random.uniform(0, whole)
+            moment = moments.uniform(0, whole_seconds)
             finished = run(moment)
             left = sorted(path.name for path in Path(folder).iterdir())
-            done = run(None)
+            then_built = run(None)
             equal = Path(folder, "out.tar.zst").read_bytes() == expected
-            say("killed", after_seconds=round(moment, 1), finished=finished, left=left, then_built=done, equal=equal)
+            say(
+                "killed",
+                after_seconds=round(moment, 1),
+                finished=finished,
+                left=left,
+                then_built=then_built,
+                equal=equal,
+            )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Grouped against separate compilation of one manifest's kernels, in one run, no store.
+"""Compare grouped with separate compilation of one manifest's kernels, in one run, without the store.
 
     python benchmarks/compile.py [MANIFEST...] [--kernels N ...] [--jobs N ...] [--separate] [--floor] [--memory]
                                  [--commit HASH] [--machine TEXT] >> benchmarks/results/compile.jsonl
 
-The first line says what was run and on what. Then one JSON object a measurement: for each count of kernels and of jobs,
-wall and CPU seconds, and the limit (CPU ÷ jobs). ``--memory`` adds the most memory that all compilers had at once
-(proportional set sizes, looked at twice a second: that slows the wall clock). ``--separate`` adds the one-by-one way and
-the ratios. ``--floor`` adds, on one core, where the CPU goes: what a front end costs, once a unit, and what LLVM and ptxas make of each kernel, which no grouping
-can share; separate ÷ that is the most that any grouping could gain. `benchmarks/plot.py` draws the results.
+The first line says what was run and on what machine. Then follows one JSON object for each measurement: for each count
+of kernels and of jobs, the wall and CPU seconds, and the limit (CPU ÷ jobs). ``--memory`` adds the most memory that all
+compilers had at once (proportional set sizes, read twice a second, which makes the run slower). ``--separate`` also
+compiles the kernels one by one, and adds the ratios. ``--floor`` adds where the CPU time goes on one core: the front
+end, which is paid once for each unit, and LLVM and ptxas, which are paid for each kernel and which no grouping can
+share. The CPU of separate compilation ÷ that of LLVM and ptxas is the most that any grouping could gain.
+`benchmarks/plot.py` draws the results.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import resource
 import threading
 from collections.abc import Sequence
@@ -25,59 +29,66 @@ import click
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.version import __version__
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import units
-from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.compiler import Compiled, CompileOptions
+from cachebuilder.compiling.front_end import FrontEnds
+from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
-from cachebuilder.cuda.toolchain import ptx_command
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.cuda.processes import Processes
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 
 DEFAULT = Path(__file__).parents[1] / "manifests" / "deepseek-v3-tp8-h200.yaml"
 
 
 class Memory:
-    """The most memory that this process's descendants had at once, in bytes."""
+    """Watches the memory of this process's descendants; ``peak`` is the most they had at once, in bytes."""
 
     peak = 0
 
     def __enter__(self) -> Memory:
-        self._done = threading.Event()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._done.set()
+        self._stop.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.5):
+        while not self._stop.wait(0.5):
             self.peak = max(self.peak, sum(map(_proportional_set, _descendants())))
 
 
 def _descendants() -> list[int]:
+    """The processes that this process started, and those that these started."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found, pending = [], children.get(int(Path("/proc/self").resolve().name), [])
+    descendants: list[int] = []
+    pending = children.get(os.getpid(), [])
     while pending:
-        found.append(pending.pop())
-        pending += children.get(found[-1], [])
-    return found
+        process = pending.pop()
+        descendants.append(process)
+        pending += children.get(process, [])
+    return descendants
 
 
 def _proportional_set(process: int) -> int:
+    """The proportional set size of a process in bytes; 0 if it has ended."""
     try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        text = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    match = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def _cpu() -> float:
@@ -86,45 +97,49 @@ def _cpu() -> float:
 
 
 def floor(kernels: Sequence[Kernel], inputs: Inputs) -> dict[str, float]:
-    """CPU seconds on one core: of all front ends, and of all kernels behind them."""
-    made: dict[str, bytes] = {}
+    """CPU seconds on one core: of the front ends for all headers, and of LLVM and ptxas for all kernels."""
     with scratch_folder() as scratch:
-        pool = Pool(
-            inputs.toolchain, inputs.installation, scratch, 1, lambda kernel, cubin: made.update({kernel.entry: cubin})
-        )
+        processes = Processes()
+        steps = Steps(FrontEnds(inputs, 1), scratch, lambda kernel, cubin: None)
         work = units.group(kernels, 1)
         before = _cpu()
         for number, unit in enumerate(work):
-            (folder := scratch / f"head-{number}").mkdir()
+            folder = scratch / f"head-{number}"
+            folder.mkdir()
             (folder / "kernel.cu").write_text(unit.head + "\n")
             (folder / "include").symlink_to(inputs.installation.include)
-            command = ptx_command(inputs.toolchain, "kernel.cu", "kernel.ptx", unit.flags, "include")
-            pool._processes.run(command, folder)
-        heads = _cpu()
+            command = inputs.toolchain.ptx_command("kernel.cu", "kernel.ptx", unit.flags, "include")
+            processes.run(command, folder)
+        after_front_ends = _cpu()
         modules = [
-            (kernel, module) for unit in work for kernel, module in zip(unit.kernels, pool.to_ptx(unit), strict=True)
+            (kernel, module) for unit in work for kernel, module in zip(unit.kernels, steps.to_ptx(unit), strict=True)
         ]
-        ptx = _cpu()
-        for kernel, module in modules:
-            pool._to_cubin(kernel, module)
+        after_ptx = _cpu()
+        for number, (kernel, module) in enumerate(modules):
+            folder = scratch / f"ptx-{number}"
+            folder.mkdir()
+            (folder / "kernel.ptx").write_text(module.text)
+            processes.run(inputs.toolchain.cubin_command("kernel.ptx", "kernel.cubin", kernel.flags), folder)
+        front_ends = after_front_ends - before
         return {
             "front_ends": len(work),
-            "front_end_cpu_seconds": round(heads - before, 1),
-            "llvm_cpu_seconds": round(ptx - heads - (heads - before), 1),
-            "ptxas_cpu_seconds": round(_cpu() - ptx, 1),
+            "front_end_cpu_seconds": round(front_ends, 1),
+            # `to_ptx` ran the front ends again, so their share is subtracted.
+            "llvm_cpu_seconds": round(after_ptx - after_front_ends - front_ends, 1),
+            "ptxas_cpu_seconds": round(_cpu() - after_ptx, 1),
         }
 
 
 @click.command()
 @click.argument("manifests", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--kernels", multiple=True, type=int, help="Random kernels of the plan; default: all.")
+@click.option("--kernels", multiple=True, type=int, help="This many random kernels of the plan; default: all.")
 @click.option("--jobs", multiple=True, type=int, help="Default: all cores.")
 @click.option("--separate", is_flag=True)
 @click.option("--floor", "with_floor", is_flag=True)
 @click.option("--memory", "with_memory", is_flag=True)
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--commit", default="")
-@click.option("--machine", default="", help="What this is, for the record.")
+@click.option("--machine", default="", help="A description of this machine, for the record.")
 def main(
     manifests: tuple[Path, ...],
     kernels: tuple[int, ...],
@@ -140,8 +155,8 @@ def main(
         print(json.dumps(figures), flush=True)
 
     for manifest in manifests or (DEFAULT,):
-        inputs = find_inputs(manifest, deep_gemm=deep_gemm)
-        plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        inputs = load_manifest(manifest, deep_gemm=deep_gemm)
+        plan = planning.make(inputs)
         say(
             what="run",
             command="python benchmarks/compile.py",
@@ -156,35 +171,33 @@ def main(
         for count in kernels or (len(plan.kernels),):
             chosen = random.Random(count).sample(plan.kernels, min(count, len(plan.kernels)))
             for job_count in jobs or (compiling.available_cores(),):
-                found = {}
-                for grouped in (True, False) if separate else (True,):
+                compiled: dict[str, Compiled] = {}
+                for way in ("grouped", "separate") if separate else ("grouped",):
                     memory = Memory()
                     with memory if with_memory else nullcontext():
-                        cubins, report = compiling.compile_all(
-                            chosen, inputs.toolchain, inputs.installation, NoStore(), job_count, grouped=grouped
-                        )
-                    found[grouped] = (cubins, report)
+                        options = CompileOptions(job_count, grouped=way == "grouped", check_code=0)
+                        compiled[way] = compiling.compile_kernels(inputs, chosen, options, NoStore())
                     say(
                         what="compile",
                         manifest=manifest.stem,
-                        way="grouped" if grouped else "separate",
+                        way=way,
                         kernels=len(chosen),
                         jobs=job_count,
-                        wall_seconds=round(report.wall_seconds, 1),
-                        cpu_seconds=round(report.cpu_seconds, 1),
-                        limit_seconds=round(report.cpu_seconds / job_count, 1),
+                        wall_seconds=round(compiled[way].wall_seconds, 1),
+                        cpu_seconds=round(compiled[way].cpu_seconds, 1),
+                        limit_seconds=round(compiled[way].cpu_seconds / job_count, 1),
                         **({"peak_memory_mb": round(memory.peak / 1e6)} if with_memory else {}),
                     )
                 if separate:
-                    (ours, grouped_report), (own, separate_report) = found[True], found[False]
+                    one, other = compiled["separate"], compiled["grouped"]
                     say(
                         what="ratio",
                         manifest=manifest.stem,
                         kernels=len(chosen),
                         jobs=job_count,
-                        cpu=round(separate_report.cpu_seconds / grouped_report.cpu_seconds, 2),
-                        wall=round(separate_report.wall_seconds / grouped_report.wall_seconds, 2),
-                        equal_bytes=ours == own,
+                        cpu=round(one.cpu_seconds / other.cpu_seconds, 2),
+                        wall=round(one.wall_seconds / other.wall_seconds, 2),
+                        equal_bytes=one.cubins == other.cubins,
                     )
         if with_floor:
             say(what="floor", manifest=manifest.stem, kernels=len(plan.kernels), **floor(plan.kernels, inputs))

@@ -1,12 +1,12 @@
-"""Kill restores at random moments, then run many at once: is there ever half an entry, and is the end always the same?
+"""Kill restores at random moments, then run many at once. Is there ever half an entry, and is the result always the same?
 
     python benchmarks/kill_restores.py ARTIFACT [--kills N] [--kernels N] [--seed N] >> benchmarks/results/kill-restores.jsonl
 
-ARTIFACT is one for the DeepGEMM installed here; its kernels are repeated with other names, as `restore.py` does, so that a
+ARTIFACT is one for the DeepGEMM installed here. Its kernels are repeated with other names, as `restore.py` does, so that a
 restore takes long enough to be killed inside. Every second restore begins with an empty DIR, the others with what the
 killed one before has left. After each kill, every entry in ``cache/`` must be one of the artifact's, whole and with its
-modes. Then ten restores at once into what was left, and ten into nothing. The steps of a restore one by one are
-`tests/test_restore.py`'s. Prints one JSON object; ends with an AssertionError at the first thing that is wrong.
+modes. Then ten restores run at once into what is left, and ten into nothing. `tests/test_restores_at_once.py` kills a
+restore at each kind of step. Prints one JSON object; ends with an AssertionError at the first thing that is wrong.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(artifact: Path, kills: int, kernels: int, seed: int) -> None:
             if number % 2 == 0:
                 shutil.rmtree(dir, ignore_errors=True)
             process = subprocess.Popen(restore(dir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            if number % 3:  # most inside the renames, which are short
+            if number % 3:  # most kills: inside the renames, which are short
                 while not (dir / CACHE).exists() and process.poll() is None:
                     time.sleep(0.0005)
                 time.sleep(chance.random() * seconds / 15)

@@ -1,10 +1,10 @@
-"""The pictures and tables of what a build costs, from the recorded results; no figure is typed by hand.
+"""Make the documentation's pictures and tables from the recorded results; no figure is typed by hand.
 
     python benchmarks/plot.py
 
-Reads benchmarks/results/compile.jsonl (one machine after the other: each ``run`` line says which), gpu/warmup.jsonl,
-sensitivity.jsonl, relaxed-vllm.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and the tables between the
-markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md and README.md.
+Reads from benchmarks/results: compile.jsonl (machine by machine; each ``run`` line names its machine), gpu/warmup.jsonl,
+sensitivity.jsonl, relaxed-vllm.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and the tables
+between the markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md and README.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def read(name: str) -> list[Row]:
-    """Every measurement, with the fields of the run that it belongs to."""
+    """Every measurement, with the fields of its run."""
     run: Row = {}
     found = []
     for line in (RESULTS / name).read_text().splitlines():
@@ -41,7 +41,7 @@ def read(name: str) -> list[Row]:
 
 
 def put(page: Path, name: str, lines: Sequence[str]) -> None:
-    """Write a table between its markers."""
+    """Write a table between its markers on a page."""
     begin, end = f"<!-- {name}: benchmarks/plot.py -->", "<!-- end -->"
     before, rest = page.read_text().split(begin)
     page.write_text(before + begin + "\n" + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1])
@@ -52,7 +52,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def compile_rows(rows: Sequence[Row]) -> list[str]:
-    """Grouped beside separate, for each manifest, machine and number of jobs."""
+    """Grouped and separate compilation, for each machine, manifest and number of jobs."""
     found: dict[tuple[str, str, int], dict[str, Row]] = {}
     for row in rows:
         if row["what"] == "compile":
@@ -68,12 +68,12 @@ def compile_rows(rows: Sequence[Row]) -> list[str]:
             row.append(f"{separate[f'{what}_seconds'] / grouped[f'{what}_seconds']:.2f} ×" if separate else "")
         memory = grouped.get("peak_memory_mb")
         lines.append([*row, f"{memory / 1000:.1f} GB" if memory else ""])
-    header = "machine,manifest,kernels,jobs,wall s,CPU s,CPU ÷ jobs s,separate: wall s,CPU s,CPU less,wall less,memory"
+    header = "machine,manifest,kernels,jobs,wall s,CPU s,CPU ÷ jobs s,separate: wall s,separate: CPU s,CPU ratio,wall ratio,memory"
     return table(header.split(","), lines)
 
 
 def floor_rows(rows: Sequence[Row]) -> list[str]:
-    """What sharing can gain at most: a front end for each kernel, against none at all."""
+    """The most that sharing a front end can gain: one for each kernel, against none at all."""
     lines = []
     for row in rows:
         if row["what"] == "floor":
@@ -87,7 +87,7 @@ def floor_rows(rows: Sequence[Row]) -> list[str]:
 
 
 def warmup_rows(rows: Sequence[Row]) -> list[str]:
-    """DeepGEMM's own warm-up beside ours, one line a run."""
+    """DeepGEMM's own warm-up and ours, one row a run."""
     lines = []
     found: dict[str, Row] = {}
     for row in rows:
@@ -113,7 +113,7 @@ def warmup_rows(rows: Sequence[Row]) -> list[str]:
 
 
 def sensitivity_rows(rows: Sequence[Row]) -> list[str]:
-    """For each property and manifest: over which values the plan stays, and what else was tried."""
+    """For each property and manifest: the values that leave the plan as it is, that change it, and that are refused."""
     lines = []
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -137,7 +137,7 @@ def shown(name: str, values: Sequence[int]) -> str:
 
 
 def readme_rows(compiled: Sequence[Row], warmed: Sequence[Row]) -> list[str]:
-    """What a reader wants to know first."""
+    """The README's table: one manifest, DeepGEMM's warm-up against each of our steps."""
     ratios = {
         row["run_generation"]: row for row in warmed if row["what"] == "ratios" and row["run_manifest"] == "eighty-one"
     }
@@ -153,11 +153,11 @@ def readme_rows(compiled: Sequence[Row], warmed: Sequence[Row]) -> list[str]:
         ("`cachebuilder restore`", "checked, into an image", f"{restore['seconds']} s", f"{ratio['cold_to_restore']:.0f} ×"),
         ("the warm-up on the restored cache", f"{cached['misses']} missed", f"{cached['seconds']} s", f"{ratio['cold_to_cached']:.0f} ×"),
     ]  # fmt: skip
-    return table((cores, "", "seconds", "less"), rows)
+    return table((cores, "", "seconds", "speed-up"), rows)
 
 
 def picture(rows: Sequence[Row]) -> alt.Chart:
-    """Wall time against the number of kernels and against compilers at once, the limit drawn in."""
+    """Wall time against the number of kernels and of compilers at once, with the lower limit."""
     runs = [
         row for row in rows if row["what"] == "compile" and row["way"] == "grouped" and row["manifest"] == "eighty-one"
     ]
@@ -188,7 +188,7 @@ def _curve(rows: Sequence[Row], field: str, title: str) -> alt.LayerChart:
 
 
 def engine_rows() -> list[str]:
-    """Engines' own warm-ups on caches of ours, each from its own file."""
+    """Engines' own warm-ups on our caches, one file each."""
     lines = []
     for file in sorted(RESULTS.glob("warmup-*.json")):
         row = json.loads(file.read_text())
@@ -207,7 +207,7 @@ def engine_rows() -> list[str]:
 
 
 def restore_rows() -> list[str]:
-    """A restore beside tar, each from its own file."""
+    """A restore and tar, one file each."""
     lines = []
     for file in sorted(RESULTS.glob("restore-*.json")):
         row = json.loads(file.read_text())
@@ -231,7 +231,7 @@ def restore_rows() -> list[str]:
 
 
 def missed_rows(rows: Sequence[Row]) -> list[str]:
-    """What vLLM's relaxed list leaves out."""
+    """Kernels that vLLM's relaxed list misses."""
     lines = [
         (row["model"], f"{row['tp']}, {row['ep']}", row["gpu"], row["kernels"], row["missed"], row["reached"])
         for row in rows

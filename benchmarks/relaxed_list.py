@@ -1,4 +1,4 @@
-"""The list of M that vLLM warms a dense layer up over by default, for the scripts beside this one."""
+"""The values of M at which vLLM warms up a dense layer by default, for the scripts beside this one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ def relaxed(max_tokens: int, n: int, sm_count: int) -> list[int]:
     """The list for a weight of ``n`` rows, in order.
 
     ``_generate_optimal_warmup_m_values`` of vllm/model_executor/warmup/deep_gemm_warmup.py, 0.32.0 (0.33.0's is the
-    same), written down again.
+    same), written again here.
     """
-    found = {1, 2, 4, *range(8, 65, 8)}
+    values = {1, 2, 4, *range(8, 65, 8)}
     for block_m in (64, 128, 256):
-        found.update(range(block_m, max_tokens + 1, block_m))
+        values.update(range(block_m, max_tokens + 1, block_m))
         for block_n in range(16, min(257, n + 1), 16):
-            found.update(wave * sm_count * block_m // ceil_div(n, block_n) for wave in range(1, 11))
-    return sorted(m for m in found if 1 <= m <= max_tokens)
+            values.update(wave * sm_count * block_m // ceil_div(n, block_n) for wave in range(1, 11))
+    return sorted(m for m in values if 1 <= m <= max_tokens)

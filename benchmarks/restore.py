@@ -1,12 +1,12 @@
-"""The restore's figures, whole processes, on this machine: 1,000 kernels against ``tar --zstd -x`` of the same file.
+"""Measure restores on this machine, as whole processes: 1,000 kernels, compared with ``tar --zstd -x`` of the same file.
 
     python benchmarks/restore.py ARTIFACT [KERNELS [DEEP_GEMM]] > benchmarks/results/restore-….json
 
 ARTIFACT is a real one, of either generation, for the DeepGEMM installed here or for the copy in DEEP_GEMM. Its kernels
-are repeated with other names, sources that differ in a comment and cubins that differ in noise. Medians of eleven
-alternating runs, wall and processor seconds of all processes; both depend on the file system of TMPDIR, which is told.
-`smallest.py` is run, too: the floor under a Python program. cachebuilder's own modules are compiled to bytecode before, as
-pip does. Ratios hold in one run on one machine.
+are repeated with other names, sources that differ in a comment and cubins that differ in noise. The figures are medians of
+eleven alternating runs: wall and processor seconds of all processes. Both depend on the file system of TMPDIR, which the
+result names. `smallest.py` shows the least time that a Python program needs. cachebuilder's modules are compiled to bytecode
+first, as pip does. Ratios are comparable within one run on one machine only.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cachebuilder.artifact.pack import Packed, pack
+from cachebuilder.artifact.pack import Packed, pack_as
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.planning.make import Kernel, Plan
+from cachebuilder.planning.plan import Kernel, Plan
 
 RUNS = 11
 Times = tuple[float, float]
 
 
 def grow(artifact: Path, count: int, output: Path) -> Packed:
-    """An artifact of ``count`` kernels out of a real one."""
+    """Make an artifact of ``count`` kernels from a real one."""
     with open_archive(artifact) as archive:
         contents: dict[str, dict[str, bytes]] = {}
         for entry, file, data in archive.files():
@@ -57,7 +57,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         else:
             entry = f"{name}.{hashlib.sha256(source.encode()).hexdigest()[:32]}"
         cubin = bytearray(files[entries.CUBIN])
-        for _ in range(len(cubin) // 64):  # about as different as one tile shape's code from another's
+        for _ in range(len(cubin) // 64):  # they differ about as much as the code of two tile shapes
             cubin[noise.randrange(64, len(cubin))] = noise.randrange(256)
         cubins[entry] = bytes(cubin)
         meta = files[entries.METADATA].decode() if entries.METADATA in files else None
@@ -78,11 +78,11 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         python=index.recorded["python"],
         peak_bytes=0,
     )
-    return pack(output, index.name, manifest, plan, cubins, fingerprint)
+    return pack_as(output, index.name, manifest, plan, cubins, fingerprint)
 
 
 def timed(command: Sequence[str | Path]) -> Times:
-    """Wall and processor seconds of a command and all that it started."""
+    """Wall and processor seconds of a command and of all processes that it started."""
     before, started = os.times(), time.perf_counter()
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     wall, after = time.perf_counter() - started, os.times()

@@ -1,21 +1,23 @@
-"""Which properties of a GPU change a plan: each one alone, over a range, on the virtual GPU.
+"""Which properties of a GPU change a plan? Each one alone, over a range, on the virtual GPU.
 
     python benchmarks/sensitivity.py [MANIFEST...] [--deep-gemm FOLDER] [--commit HASH] > benchmarks/results/sensitivity.jsonl
 
-The first line says what was run; then one JSON object for each manifest, property and value: how many kernels are
-planned, and how many of them the manifest's own GPU has not (``other``) or has beside (``gone``), or why DeepGEMM refused.
+The first line says what was run. Then follows one JSON object for each manifest, property and value: how many kernels are
+planned, how many of them the plan for the manifest's own GPU does not have (``other``), and how many only that plan has
+(``gone``); or why DeepGEMM refused.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from cachebuilder.errors import CacheBuilderError
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning import make as planning
 
@@ -31,7 +33,7 @@ VALUES = {
 
 
 def entries(manifest: Manifest, inputs: Inputs) -> set[str]:
-    return {kernel.entry for kernel in planning.make(manifest, inputs.installation, inputs.toolchain).kernels}
+    return {kernel.entry for kernel in planning.make(replace(inputs, manifest=manifest)).kernels}
 
 
 def changed(manifest: Manifest, **properties: Any) -> Manifest:
@@ -46,7 +48,7 @@ def changed(manifest: Manifest, **properties: Any) -> Manifest:
 @click.option("--commit", default="")
 def main(manifests: tuple[Path, ...], deep_gemm: Path | None, commit: str) -> None:
     for path in manifests or DEFAULT:
-        inputs = find_inputs(path, deep_gemm=deep_gemm)
+        inputs = load_manifest(path, deep_gemm=deep_gemm)
         gpu = inputs.manifest.target.gpu
         base = entries(changed(inputs.manifest), inputs)
         using = {"manifest": path.stem, "gpu": gpu.name, "deep_gemm": inputs.installation.version, "commit": commit}

@@ -1,10 +1,10 @@
-"""Push and pull beside skopeo's, whole processes, one registry on loopback, the same blob; 100 pulls at once.
+"""Push and pull compared with skopeo: whole processes, one registry on loopback, the same blob; then 100 pulls at once.
 
     python benchmarks/ship.py ARTIFACT [MEGABYTES [RESULT.json]]
 
-ARTIFACT is a real one. The throughput is that of one of MEGABYTES (default 512): its kernels repeated, with cubins of
-noise, so that packing them makes nothing smaller. Each pair of runs is one of each tool, in turn first, at the same
-registry; the ratio is the median of the pairs'. Wants docker-registry and skopeo (Debian's packages).
+ARTIFACT is a real one. Throughput is measured with an artifact of MEGABYTES (default 512): the real one's kernels repeated,
+with cubins of noise, which zstd cannot make smaller. Each pair of runs is one of each tool at the same registry; the tools
+take turns to go first, and the ratio is the median over the pairs. Needs docker-registry and skopeo (Debian's packages).
 Prints one JSON object a figure, and writes all of them to RESULT.json.
 """
 
@@ -29,7 +29,7 @@ from cachebuilder.artifact import archive, pack
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
-from cachebuilder.planning.make import Kernel, Plan
+from cachebuilder.planning.plan import Kernel, Plan
 from tests.registries import Registry, registry
 
 PAIRS = 7
@@ -41,7 +41,7 @@ Command = Sequence[str | Path]
 
 
 def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
-    """An artifact of about this size out of a real one: more of its kernels, noise for cubins."""
+    """Make an artifact of about this size from a real one: its kernels repeated, with noise for cubins."""
     with open_archive(artifact) as opened:
         contents: dict[str, dict[str, bytes]] = {}
         for entry, file, data in opened.files():
@@ -67,7 +67,7 @@ def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
         python=index.recorded["python"], peak_bytes=0,
     )  # fmt: skip
     archive._LEVEL = 1
-    pack.pack(output, index.name, manifest, plan, cubins, fingerprint)
+    pack.pack_as(output, index.name, manifest, plan, cubins, fingerprint)
 
 
 def timed(command: Command) -> tuple[float, float]:
@@ -84,14 +84,14 @@ def timed(command: Command) -> tuple[float, float]:
 
 
 def compare(ours: Callable[[int], Command], skopeos: Callable[[int], Command], size: int) -> dict[str, object]:
-    """Pairs of runs, each a fresh destination."""
+    """Pairs of runs, each into a fresh destination."""
     found: dict[str, list[tuple[float, float]]] = {"ours": [], "skopeo": []}
     for number in range(PAIRS + 1):
         pair = [("ours", ours), ("skopeo", skopeos)]
         for name, command in pair if number % 2 else reversed(pair):
             found[name].append(timed(command(number)))
     for runs in found.values():
-        runs.pop(0)  # the disk's cache is warm from now on
+        runs.pop(0)  # the first pair warmed the disk's cache
     ratios = [a[0] / b[0] for a, b in zip(found["ours"], found["skopeo"], strict=True)]
     result: dict[str, object] = {"ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios]}
     for name, runs in found.items():
@@ -105,7 +105,7 @@ def compare(ours: Callable[[int], Command], skopeos: Callable[[int], Command], s
 
 
 def at_once(command: Callable[[int], Command], count: int) -> float:
-    """Wall seconds until the last of so many processes, all started together, has ended well."""
+    """Wall seconds from the start of this many processes at once until the last has succeeded."""
     started = time.perf_counter()
     running = [
         subprocess.Popen([str(part) for part in command(n)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -159,7 +159,7 @@ def throughput(artifact: Path, megabytes: int, folder: Path, found: Registry, sa
     place = folder / "pushed"
 
     def emptied() -> str:
-        """A registry that has nothing: skopeo remembers which repositories have a blob, and would have it linked."""
+        """An empty registry: skopeo remembers which repositories have a blob, and would only link it."""
         nonlocal second
         second.stop()
         shutil.rmtree(place, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""The least that a Python program can do to unpack an artifact: the floor under a restore, for `restore.py`.
+"""The least work with which a Python program can unpack an artifact: what `restore.py` compares a restore with.
 
     python benchmarks/smallest.py ARTIFACT DIR
 
-Decompresses ahead in a thread, hashes each file, writes it, renames once, and leaves without Python's clean-up. No command
-line, no fingerprint, no check of the archive or of the index but each file's sha256, no frozen nvcc: not for use.
+It decompresses ahead in a thread, hashes each file, writes it, renames once, and ends without Python's clean-up. It has no
+command line, compares no fingerprint, checks nothing but each file's sha256 and writes no frozen nvcc: not for use.
 """
 
 from __future__ import annotations

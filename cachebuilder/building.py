@@ -1,4 +1,4 @@
-"""The whole build, in order: manifest → plan → compile → pack; on a GPU that is the target, each step confirmed."""
+"""The whole build in order: plan a manifest, compile its kernels, pack them. A target GPU can confirm each step."""
 
 from __future__ import annotations
 
@@ -7,155 +7,130 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cachebuilder.artifact.index import fingerprint
 from cachebuilder.artifact.pack import Packed, pack, publish
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
-from cachebuilder.compiling import kernels as compiling
-from cachebuilder.compiling import record as build_record
-from cachebuilder.compiling.front_end import FrontEnds
-from cachebuilder.compiling.store import CubinStore, NoStore
-from cachebuilder.errors import PlanError
+from cachebuilder.compiling import record
+from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
+from cachebuilder.cuda import device as devices
+from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
-from cachebuilder.sweep import run as sweep
-from cachebuilder.verifying import real as on_gpu
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.planning.plan import Plan
+from cachebuilder.verifying.real import Confirmation
 
 
 @dataclass(frozen=True)
 class Built:
-    """A finished build: the artifact and where the time went, in seconds."""
+    """A finished build.
+
+    Attributes:
+        packed: the artifact.
+        device: where the build ran: ``virtual``, or ``cuda`` if this machine's GPU confirmed it.
+        plan_seconds, pack_seconds, launch_seconds: how long these steps took; ``compiled`` says it of compiling.
+    """
 
     inputs: Inputs
-    plan: planning.Plan
-    compiled: compiling.Report
+    plan: Plan
+    compiled: Compiled
     packed: Packed
+    device: DeviceName
     plan_seconds: float
     pack_seconds: float
     launch_seconds: float
 
 
-def build(
-    inputs: Inputs,
-    output: Path,
-    jobs: int | None = None,
-    use_store: bool = True,
-    grouped: bool = True,
-    check_code: int = 1,
-    device: sweep.DeviceName = "virtual",
-    progress: Progress = no_progress,
-) -> Built:
-    """Build ``output`` from ``inputs``, with the record of the build beside it (`build_record`).
+def plan(inputs: Inputs, *, reuse: bool = True, progress: Progress = no_progress) -> Plan:
+    """Find every kernel that DeepGEMM will ask for, by calling DeepGEMM itself on a virtual GPU.
 
     Args:
-        jobs: compilers at once; all cores when left out.
-        grouped: let kernels share the compiler's front end; the bytes are the same either way.
-        check_code: of the kernels compiled now, compare this many random ones with what nvcc makes of them alone.
-        device: ``cuda`` to see each step confirmed by the GPU of this machine: it must ask for exactly the planned
-            kernels, and every call is then launched from the finished artifact. The bytes are the same either way.
-        use_store: keep plans and compiled kernels in the user's cache folder, and take them from there.
+        inputs: from `load_manifest`.
+        reuse: take the plan from the user's cache folder if nothing that it depends on has changed; otherwise keep the
+            new plan there.
+        progress: the step is "plan", the units are calls of DeepGEMM.
 
     Raises:
-        CacheBuilderError: of the kind that says which step failed; no artifact is written then.
+        PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
+        InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
+    return planning.make(inputs, reuse=reuse, progress=progress)
+
+
+def build(
+    inputs: Inputs,
+    output: str | Path,
+    *,
+    options: CompileOptions = CompileOptions(),
+    device: DeviceChoice = "virtual",
+    progress: Progress = no_progress,
+) -> Built:
+    """Plan a manifest, compile every kernel, and pack them into one artifact.
+
+    Also writes the record of the build, ``OUTPUT.build.json``. Equal inputs give an artifact of equal bytes, regardless
+    of the options and the device.
+
+    Args:
+        inputs: from `load_manifest`.
+        output: the artifact's file; it is written whole or not at all.
+        options: how to compile.
+        device: ``virtual`` needs no GPU. ``cuda`` lets the GPU of this machine confirm each step: DeepGEMM must ask for
+            exactly the planned kernels on it, and then every call must be served from the finished artifact. ``auto``
+            is ``cuda`` if that GPU is the manifest's target.
+        progress: the steps are "plan" (calls), "compile" (kernels), and on a GPU "plan on the GPU" and "launch".
+
+    Raises:
+        PlanError: DeepGEMM refuses a shape, or asks for other kernels on the GPU than on the virtual one.
+        CompileError: nvcc refuses a kernel, or a kernel's code differs from what nvcc makes of it alone.
+        ArtifactError: the artifact cannot be written.
+        DeviceError: the GPU is not the target, or a call on it is not served from the artifact.
+        InstallationError, ToolchainError: something that is needed is missing on this machine.
+    """
+    chosen = devices.choose(device, inputs.manifest.target.gpu)
+    on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
     started = time.monotonic()
-    store = CubinStore() if use_store else NoStore()
-    jobs = jobs or compiling.available_cores()
-    key_of = compiling.StoreKeys(inputs.toolchain, inputs.installation)
-    with FrontEnds(inputs.toolchain, inputs.installation, jobs) as front_ends:
-
-        def expect(source: str, flags: tuple[str, ...]) -> None:
-            if grouped and store.get(key_of(source, flags)) is None:
-                front_ends.expect(source, flags)
-
-        plan = planning.make(
-            inputs.manifest,
-            inputs.installation,
-            inputs.toolchain,
-            lambda done, total: progress("plan", done, total),
-            reuse=use_store,
-            found=expect,
-        )
-        if device == "cuda":
-            _confirm_plan(inputs, plan, progress)
+    with Compiler(inputs, options) as compiler:
+        made = planning.make(inputs, reuse=options.use_store, progress=progress, on_kernel=compiler.expect)
+        if on_gpu:
+            on_gpu.require_same_plan(made)
         planned = time.monotonic()
-        cubins, report = compiling.compile_all(
-            plan.kernels,
-            inputs.toolchain,
-            inputs.installation,
-            store,
-            jobs,
-            lambda done, total, share: progress("compile", done, total, share),
-            grouped,
-            check_code,
-            front_ends,
-        )
-    compiled = time.monotonic()
+        compiled = compiler.compile(made.kernels, progress)
+    packing = time.monotonic()
     with scratch_folder() as scratch:
-        # On the GPU, what is launched is the finished artifact; it gets its name only afterwards.
-        unproven = scratch / "artifact.tar.zst"
-        packed = pack(
-            unproven if device == "cuda" else output,
-            inputs.manifest.name,
-            inputs.manifest_bytes,
-            plan,
-            cubins,
-            fingerprint(plan, inputs.installation, inputs.toolchain, inputs.manifest.environment),
-        )
-        done = time.monotonic()
-        if device == "cuda":
-            _launch(inputs, unproven, scratch, progress)
-            packed = publish(packed, output)
-    _record(report, packed, planned - started, done - compiled)
-    return Built(inputs, plan, report, packed, planned - started, done - compiled, time.monotonic() - done)
+        # The GPU launches from the finished artifact, which gets its final name only when that has succeeded.
+        unproven = scratch / "artifact.tar.zst" if on_gpu else Path(output)
+        packed = pack(unproven, inputs, made, compiled.cubins)
+        launching = time.monotonic()
+        if on_gpu:
+            on_gpu.require_served(unproven)
+            packed = publish(packed, Path(output))
+    built = Built(
+        inputs,
+        made,
+        compiled,
+        packed,
+        chosen,
+        plan_seconds=planned - started,
+        pack_seconds=launching - packing,
+        launch_seconds=time.monotonic() - launching,
+    )
+    record.write(packed.path, _record_of(built))
+    return built
 
 
-def _record(report: compiling.Report, packed: Packed, plan_seconds: float, pack_seconds: float) -> None:
-    """Write down beside the artifact how it was built."""
-    record = build_record.BuildRecord(
-        artifact=packed.sha256,
+def _record_of(built: Built) -> record.BuildRecord:
+    compiled = built.compiled
+    return record.BuildRecord(
+        schema_version=1,
+        artifact=built.packed.sha256,
         cachebuilder=__version__,
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
-        jobs=report.jobs,
-        compiled=len(report.compiled),
-        reused=report.reused,
-        plan_seconds=round(plan_seconds, 3),
-        compile_seconds=round(report.wall_seconds, 3),
-        pack_seconds=round(pack_seconds, 3),
-        cpu_seconds=round(report.cpu_seconds, 3),
-        runs=tuple(map(build_record.run_of, report.tasks)),
+        jobs=compiled.jobs,
+        compiled=len(compiled.compiled),
+        reused=compiled.reused,
+        plan_seconds=round(built.plan_seconds, 3),
+        compile_seconds=round(compiled.wall_seconds, 3),
+        pack_seconds=round(built.pack_seconds, 3),
+        cpu_seconds=round(compiled.cpu_seconds, 3),
+        runs=tuple(compiled.calls),
     )
-    build_record.write(packed.path, record)
-
-
-def _confirm_plan(inputs: Inputs, plan: planning.Plan, progress: Progress) -> None:
-    """Raises `PlanError` where the real GPU asks for other kernels than the virtual one."""
-    asked = sweep.entries_on_gpu(
-        inputs.manifest,
-        inputs.installation,
-        inputs.toolchain,
-        lambda done, total: progress("plan on the GPU", done, total),
-    )
-    wanted = {kernel.entry for kernel in plan.kernels if kernel.selected_by}
-    if asked != wanted:
-        raise PlanError(
-            "the GPU does not ask for the kernels that the virtual one does: "
-            f"{len(asked - wanted)} more ({', '.join(sorted(asked - wanted)[:3])}), "
-            f"{len(wanted - asked)} fewer ({', '.join(sorted(wanted - asked)[:3])})",
-            hint="a property of this card is not what cachebuilder knows of it: report it with cachebuilder doctor",
-        )
-
-
-def _launch(inputs: Inputs, artifact: Path, scratch: Path, progress: Progress) -> None:
-    """Raises `DeviceError` where a call is not served from the artifact on the real GPU."""
-    with verify.opened(artifact, inputs.installation) as folder:
-        replay = on_gpu.serve(
-            folder,
-            inputs.manifest,
-            inputs.installation,
-            scratch,
-            lambda name, done, total: progress("launch", done, total),
-        )
-    on_gpu.require_right(inputs.manifest.name, [replay])

@@ -1,13 +1,17 @@
-"""Every expected failure: one exception tree, one exit code for each kind.
+"""Every expected failure: one exception for each kind, each with an exit code of its own.
 
-An error's text says what was wanted and what was found; its ``hint`` says what to do next.
+An error's text says what was wanted and what was found. Its ``hint`` says what to do next.
 """
 
 from __future__ import annotations
 
 
 class CacheBuilderError(Exception):
-    """Base of every failure that the command line reports in one sentence."""
+    """Base of every failure that the command line reports as a message, without a traceback.
+
+    Attributes:
+        hint: what to do next, in one sentence; None if nothing is known to help.
+    """
 
     exit_code = 1
 
@@ -17,61 +21,61 @@ class CacheBuilderError(Exception):
 
 
 class ManifestError(CacheBuilderError):
-    """The manifest cannot be read, or does not describe something that can be built."""
+    """The manifest cannot be read, or it describes nothing that can be built."""
 
     exit_code = 3
 
 
 class InstallationError(CacheBuilderError):
-    """This machine lacks something needed here: torch, DeepGEMM, a C compiler."""
+    """Something that is needed is missing on this machine or does not work: torch, DeepGEMM, a C compiler, a folder."""
 
     exit_code = 4
 
 
 class ToolchainError(CacheBuilderError):
-    """No nvcc, or not the one asked for."""
+    """There is no nvcc, or not the release that was asked for."""
 
     exit_code = 5
 
 
 class PlanError(CacheBuilderError):
-    """DeepGEMM refused a shape, or the sweep could not be trusted."""
+    """DeepGEMM refused a shape, or what it asked for cannot be trusted."""
 
     exit_code = 6
 
 
 class CompileError(CacheBuilderError):
-    """nvcc refused at least one kernel."""
+    """nvcc refused at least one kernel, or made other code of it than DeepGEMM's own call would."""
 
     exit_code = 7
 
 
 class ArtifactError(CacheBuilderError):
-    """An artifact is damaged, hostile, or of a schema this version does not read."""
+    """An artifact cannot be read or written, is damaged or hostile, or has a schema that this version cannot read."""
 
     exit_code = 8
 
 
 class CompatibilityError(CacheBuilderError):
-    """The artifact was built for something else than what serves here: DeepGEMM would not find its kernels."""
+    """The artifact was built for another environment than the one that serves: DeepGEMM would not find its kernels."""
 
     exit_code = 9
 
 
 class RestoreError(CacheBuilderError):
-    """The destination holds something different, or cannot be written."""
+    """The destination holds a different entry, or cannot be written."""
 
     exit_code = 10
 
 
 class VerifyError(CacheBuilderError):
-    """Serving from this cache would compile: a kernel is missing, or an entry is damaged."""
+    """Serving from this cache would compile a kernel: one is missing, or an entry is damaged."""
 
     exit_code = 11
 
 
 class DeviceError(CacheBuilderError):
-    """There is no GPU here, not the one that was asked for, or it cannot do what was asked of it."""
+    """There is no GPU or another one than was asked for, or a kernel fails or computes something wrong on it."""
 
     exit_code = 12
 
@@ -83,48 +87,48 @@ class ModelError(CacheBuilderError):
 
 
 class SignatureError(CacheBuilderError):
-    """An artifact without a signature by a key that is trusted here, or a key that cannot be used."""
+    """An artifact has no valid signature by a trusted key, or a key cannot be used."""
 
     exit_code = 14
 
 
 class TransferError(CacheBuilderError):
-    """A registry or a store cannot be reached, refuses, or gives something else than what was asked for."""
+    """A registry or an object store cannot be reached, refuses a request, or sends something that was not asked for."""
 
     exit_code = 15
 
 
 class RecordingError(CacheBuilderError):
-    """The recorded program asked DeepGEMM's compiler for nothing, or cannot be recorded as it is set up."""
+    """The recorded program asked for no kernel, or its setup makes a recording impossible."""
 
     exit_code = 16
 
 
 class CommandError(CacheBuilderError):
-    """The command that was to serve cannot be run; the code is the one of env(1) and of shells."""
+    """The program that `run` should start cannot be run. env(1) and shells exit with the same code."""
 
     exit_code = 127
 
 
 #: What ``cachebuilder --help`` prints; click itself exits with 2 on a wrong command line.
 EXIT_CODES: dict[int, str] = {
-    0: "done",
+    0: "success",
     1: "diff: the two differ",
     2: "wrong command line",
     ManifestError.exit_code: "bad manifest",
-    InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or unusable",
-    ToolchainError.exit_code: "no nvcc, or not the one asked for",
-    PlanError.exit_code: "DeepGEMM refused a shape, or the plan could not be trusted",
-    CompileError.exit_code: "a kernel did not compile",
-    ArtifactError.exit_code: "bad artifact",
-    CompatibilityError.exit_code: "this environment would miss: fingerprint mismatch",
-    RestoreError.exit_code: "a different entry is already there, or the destination cannot be written",
-    VerifyError.exit_code: "the cache would miss, or is damaged",
+    InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or does not work",
+    ToolchainError.exit_code: "no nvcc, or not the release that was asked for",
+    PlanError.exit_code: "DeepGEMM refused a shape, or its answers cannot be trusted",
+    CompileError.exit_code: "a kernel did not compile, or compiled to the wrong code",
+    ArtifactError.exit_code: "an artifact is damaged, or cannot be read or written",
+    CompatibilityError.exit_code: "the artifact does not fit this environment: kernels would not be found",
+    RestoreError.exit_code: "the destination holds a different entry, or cannot be written",
+    VerifyError.exit_code: "a kernel is missing from the cache, or an entry is damaged",
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
-    ModelError.exit_code: "a bad config.json, or a model that the engine does not serve with DeepGEMM",
-    SignatureError.exit_code: "no valid signature by a trusted key, or a key that cannot be used",
-    TransferError.exit_code: "a registry or store cannot be reached, refuses, or gives something else than asked for",
+    ModelError.exit_code: "bad config.json, or the engine does not serve the model with DeepGEMM",
+    SignatureError.exit_code: "no valid signature by a trusted key, or a key cannot be used",
+    TransferError.exit_code: "a registry or store cannot be reached, refuses, or sends the wrong thing",
     RecordingError.exit_code: "nothing was recorded",
-    CommandError.exit_code: "run: CMD was not found or cannot be run; else CMD's own code",
+    CommandError.exit_code: "run: CMD cannot be run; otherwise CMD's own exit code",
     130: "interrupted",
 }

@@ -1,7 +1,7 @@
-"""A program that uses DeepGEMM, for the tests of `record`: ``python -m tests.asking FOLDER WHAT…`` on a virtual H200.
+"""A program that uses DeepGEMM, for the tests of `record`: ``python -m tests.asking FOLDER STEP…`` on a virtual H200.
 
-FOLDER holds the deep_gemm package. WHAT: ``layout4`` and ``layout5`` ask for a small kernel each, ``dense`` for a GEMM, ``refused``
-for one that nvcc refuses, ``stay`` waits to be ended, a number is the exit code.
+FOLDER holds the deep_gemm package. The steps: ``layout4`` and ``layout5`` ask for one small kernel each, ``dense`` for a
+GEMM, ``refused`` for a kernel that nvcc refuses; ``stay`` waits until the program is ended; a number is the exit code.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cachebuilder.cuda import gpus
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
 
-def main(folder: str, *wanted: str) -> None:
-    if "LD_PRELOAD" not in os.environ:  # the linker reads it at the start of a program
+def main(folder: str, *steps: str) -> None:
+    if "LD_PRELOAD" not in os.environ:  # the linker reads it when a program starts
         os.environ |= virtual_gpu.environment(gpus.find("H200")) | {"VIRTUAL_GPU_CHECK_CUBINS": "1"}
-        os.execv(sys.executable, [sys.executable, "-m", "tests.asking", folder, *wanted])
+        os.execv(sys.executable, [sys.executable, "-m", "tests.asking", folder, *steps])
     sys.path.insert(0, folder)
     import deep_gemm
     import torch
@@ -30,24 +30,24 @@ def main(folder: str, *wanted: str) -> None:
     def operands(rows: int, scale_rows: int) -> Any:
         return empty(rows, 512, dtype=torch.float8_e4m3fn), empty(scale_rows, 4)
 
-    for what in wanted:
-        if what.startswith("layout"):
-            get_mn_major_tma_aligned_tensor(empty(64, int(what[-1])))
-        elif what == "dense":
+    for step in steps:
+        if step.startswith("layout"):
+            get_mn_major_tma_aligned_tensor(empty(64, int(step[-1])))
+        elif step == "dense":
             out = empty(16, 256, dtype=torch.bfloat16)
             deep_gemm.fp8_gemm_nt(operands(16, 16), operands(256, 2), out, compiled_dims="nk")
-        elif what == "refused":  # ops/scaled.py, ScaledGemm.points, says why
+        elif step == "refused":  # ops/dense.py, ScaledGemm.points, says why
             out = empty(16, 256)
             try:
                 deep_gemm.fp8_gemm_nt(operands(16, 16), operands(256, 256), out, c=out, recipe=(1, 1, 128))
             except Exception as error:
                 print("refused:", error)
-        elif what == "stay":
+        elif step == "stay":
             print("asked", flush=True)
             time.sleep(600)
         else:
             sys.stdout.flush()
-            os._exit(int(what))  # DeepGEMM's destructors have nothing to tidy on a GPU that is not there
+            os._exit(int(step))  # DeepGEMM's destructors would clean up a GPU that does not exist
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Model configurations as data: the fields that shapes follow from, each with its source.
 
 The sources are the classes' own defaults in transformers (``CONFIG_MAPPING[model_type]()``), whose DeepSeek-V3, V3.2,
-V4 and Qwen3-Next defaults are the released models'; public training scripts; and MODEL_SHAPES.md. ``quantization_config``
-of each is block FP8 as the released FP8 checkpoints have it, but for GLM-4.5: see there.
+V4 and Qwen3-Next defaults are the released models'; public training scripts; and MODEL_SHAPES.md. Each has the
+``quantization_config`` of the released block-FP8 checkpoint, except GLM-4.5: see its comment.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DEEPSEEK_V32: dict[str, Any] = {
     "index_topk": 2048,
 }
 
-#: transformers' DeepseekV4Config defaults: V4-Flash. compress_ratios is made up here (the released list was not found).
+#: transformers' DeepseekV4Config defaults: V4-Flash. compress_ratios is invented (the released list was not found).
 DEEPSEEK_V4_FLASH: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
@@ -79,8 +79,8 @@ DEEPSEEK_V4_FLASH: dict[str, Any] = {
     "quantization_config": {**BLOCK_FP8, "scale_fmt": "ue8m0"},
 }
 
-#: Hidden size, heads, experts and the one dense layer as the table of model shapes that the tests compare with; the rest as
-#: DeepSeek V3. Not checked against a published config.json.
+#: Hidden size, heads, experts and the one dense layer are those of MODEL_SHAPES.md; the rest is DeepSeek V3's. Not checked
+#: against a published config.json.
 KIMI_K2: dict[str, Any] = {
     **DEEPSEEK_V3,
     "model_type": "kimi_k2",
@@ -148,8 +148,8 @@ QWEN3_NEXT: dict[str, Any] = {
     "quantization_config": BLOCK_FP8,
 }
 
-#: slime, scripts/models/glm4.5-355B-A32B.sh. The released GLM-4.5-FP8 was not at hand: block FP8 stands for it here so
-#: that the shapes can be tested; a checkpoint with a scale for each channel is refused (test_models.py).
+#: slime, scripts/models/glm4.5-355B-A32B.sh. The released GLM-4.5-FP8 was not at hand. Block FP8 stands in for it,
+#: so that the shapes can be tested; a checkpoint with one scale for each channel is refused (test_models.py).
 GLM_45: dict[str, Any] = {
     "architectures": ["Glm4MoeForCausalLM"],
     "model_type": "glm4_moe",
@@ -169,7 +169,7 @@ GLM_45: dict[str, Any] = {
     "quantization_config": BLOCK_FP8,
 }
 
-#: A decoder that no family knows.
+#: A decoder whose architecture has no rule.
 UNKNOWN: dict[str, Any] = {
     "architectures": ["SomethingNewForCausalLM"],
     "model_type": "something_new",

@@ -1,11 +1,10 @@
-"""One small plan, one store of compiled kernels and one artifact of each generation, shared by all tests.
+"""What all tests share: one small plan, one store of compiled kernels, and one artifact of each generation.
 
-DeepGEMM and nvcc are the real ones. The legacy generation's copy is installed beside the environment by `make`.
+DeepGEMM and nvcc are the real ones. `make` installs the legacy generation's DeepGEMM inside the environment's folder.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -18,18 +17,20 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.locks import lock
 from cachebuilder.compiling import check as code
 from cachebuilder.compiling import record as build_record
 from cachebuilder.cuda.processes import Processes
-from cachebuilder.manifest.inputs import Inputs, find_inputs
-from cachebuilder.planning.make import Kernel
+from cachebuilder.manifest.inputs import Inputs, load_manifest
+from cachebuilder.planning.plan import Kernel
+from cachebuilder.restoring.machine import Machine
 from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 LEGACY = Path(os.environ.get("CACHEBUILDER_TEST_LEGACY", f"{sys.prefix}/legacy")) / "deep_gemm"
 
-#: What the manifests of the tests are for; `tests/gpu/run.sh` names the card that is there.
+#: The GPU in the tests' manifests; `tests/gpu/run.sh` sets it to the card of the machine.
 TARGET = os.environ.get("CACHEBUILDER_TEST_GPU", "H200")
 SMALL = f"""\
 name: small
@@ -42,10 +43,10 @@ ops:
 
 
 def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: Inputs) -> None:
-    """Each kernel's code must be what nvcc makes of it alone, called as DeepGEMM calls it."""
+    """Raise `CompileError` if a kernel's code is not what nvcc makes of it alone, called as DeepGEMM calls it."""
     with scratch_folder() as scratch:
         for kernel in kernels:
-            own = code.compile_alone(kernel, inputs.toolchain, inputs.installation, Processes(), scratch)
+            own = code.compile_alone(kernel, inputs, Processes(), scratch)
             code.require_equal(kernel, own, cubins[kernel.entry])
 
 
@@ -54,22 +55,22 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all of pytest-xdist's processes, or for the only one."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    """One folder for all processes of pytest-xdist; without pytest-xdist, this process's folder."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @contextmanager
 def one_at_a_time(folder: Path, name: str) -> Iterator[None]:
-    """Of the processes that share ``folder`` only one is inside; the others wait, and then find what it made."""
+    """Let only one of the processes that share ``folder`` into the context at a time."""
     with (folder / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        assert lock(file.fileno(), wait=True)
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(shared_folder: Path) -> Path:
-    """The user's cache folder, for this session only: tests neither use nor leave anything of the user's."""
+    """A cache folder for this session only: tests neither use nor change the user's own."""
     folder = shared_folder / "cache"
     folder.mkdir(exist_ok=True)
     os.environ["CACHEBUILDER_CACHE_DIR"] = str(folder)
@@ -86,7 +87,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Run the command line as a person does."""
+    """Run the command line in a process of its own, as a user does."""
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
@@ -96,7 +97,10 @@ def run() -> Run:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What takes a DeepGEMM takes each generation's, or those of its module's GENERATIONS, or those of its own mark."""
+    """Run each test that uses a DeepGEMM with every generation.
+
+    A module's ``GENERATIONS`` or a test's own ``parametrize`` mark may name other generations.
+    """
     marked = any("deep_gemm" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "deep_gemm" in metafunc.fixturenames and not marked:
         generations = getattr(metafunc.module, "GENERATIONS", ("deepjit", "legacy"))
@@ -105,7 +109,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
-    """A copy of each generation: the installed one (None) unless another is named, and the legacy one."""
+    """The DeepGEMM of a generation. None stands for the installed one, which is DeepJIT."""
     if request.param == "deepjit":
         named = os.environ.get("CACHEBUILDER_TEST_DEEPJIT")
         return Path(named) if named else None
@@ -117,23 +121,32 @@ def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
 def built(
     small: Path, deep_gemm: Path | None, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> building.Built:
-    """The small manifest, built for one generation; another process takes plan and kernels from the cache folder."""
+    """The small manifest, built with one generation of DeepGEMM.
+
+    The first process compiles; every other process takes the plan and the kernels from the shared cache folder.
+    """
     output = tmp_path_factory.mktemp("built") / "small.tar.zst"
-    inputs = find_inputs(small, deep_gemm=deep_gemm)
-    # The record of the build that compiled: the other processes' builds are all from the store.
-    record = shared_folder / f"{inputs.installation.generation}.build.json"
+    inputs = load_manifest(small, deep_gemm=deep_gemm)
+    # All processes use the record of the first build, because only that build ran compilers.
+    first_record = shared_folder / f"{inputs.installation.generation}.build.json"
     with one_at_a_time(shared_folder, "built"):
-        done = building.build(inputs, output)
-        if record.exists():
-            shutil.copy(record, build_record.path_for(output))
+        artifact = building.build(inputs, output)
+        if first_record.exists():
+            shutil.copy(first_record, build_record.path_for(output))
         else:
-            shutil.copy(build_record.path_for(output), record)
-        return done
+            shutil.copy(build_record.path_for(output), first_record)
+        return artifact
+
+
+@pytest.fixture
+def machine(built: building.Built) -> Machine:
+    """The machine that the small artifact was built for: its DeepGEMM, no GPU in sight, no variables."""
+    return Machine(built.inputs.installation)
 
 
 @pytest.fixture
 def artifact(built: building.Built, tmp_path: Path) -> Path:
-    """A copy of the small artifact, for a test that puts something beside it or sends it somewhere."""
+    """A copy of the small artifact, for a test that adds a file beside it or sends it somewhere."""
     path = tmp_path / "small.tar.zst"
     path.write_bytes(built.packed.path.read_bytes())
     return path
@@ -142,5 +155,5 @@ def artifact(built: building.Built, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """A registry on loopback, for one module's tests."""
-    with registry(tmp_path_factory.mktemp("registry")) as found:
-        yield found
+    with registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running

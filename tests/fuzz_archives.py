@@ -40,7 +40,8 @@ from cachebuilder.artifact.index import CACHE
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CacheBuilderError
-from cachebuilder.restoring.entries import Restored, restore
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import Restored, restore
 from tests.archives import Member, compress, edit_index, join, member, replace, snapshot, tar_of, unpack
 
 _MEMORY_BYTES = 2 << 30
@@ -210,7 +211,7 @@ class Fuzz:
         self.headers = [m.start() for m in re.finditer(rb"ustar\x0000", self.tar)]
         self.input, self.empty, self.filled = folder / "in.tar.zst", folder / "empty" / "dir", folder / "filled"
         self.empty.parent.mkdir()
-        restore([artifact], self.filled, installation, force=True)
+        restore([artifact], self.filled, machine=Machine(installation), force=True)
         shutil.rmtree(sorted((self.filled / "cache").iterdir())[0])
         self.before = snapshot(self.filled)
         self.input.touch()
@@ -256,7 +257,7 @@ class Fuzz:
         self.input.write_bytes(self.mutation(number % 5))
         to = self.filled if number % 2 else self.empty
         try:
-            done = restore([self.input], to, self.installation, force=True)
+            done = restore([self.input], to, machine=Machine(self.installation), force=True)
         except CacheBuilderError as error:
             self.outcomes[type(error).__name__] += 1
             sentence = str(error).replace(str(self.input), "")

@@ -1,4 +1,4 @@
-"""A real registry on loopback, and somebody between it and us who does what a network does on a bad day."""
+"""A real registry on loopback, and a proxy before it that makes it fail as networks and registries do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -28,10 +27,15 @@ http: {{addr: "127.0.0.1:{port}"}}
 
 
 def program(name: str) -> str:
-    """The path of one of Debian's programs: this machine's, else installed where that can be done."""
+    """The path of a program of Debian's; it is installed first where it is missing and this process may."""
     if shutil.which(name) is None and os.geteuid() == 0 and shutil.which("apt-get"):
         for command in (["update", "-q"], ["install", "-yq", "--no-install-recommends", name]):
-            apt = ["apt-get", "-o", "DPkg::Lock::Timeout=200", *command]  # other processes' tests want it, too
+            apt = [
+                "apt-get",
+                "-o",
+                "DPkg::Lock::Timeout=200",
+                *command,
+            ]  # other test processes install it at the same time
             subprocess.run(apt, capture_output=True, check=False, timeout=240)
     return shutil.which(name) or pytest.skip(f"no {name} on PATH, and apt-get did not install one")
 
@@ -44,7 +48,7 @@ def free_port() -> int:
 
 
 class Registry:
-    """docker-registry; it can be stopped, and started again with what it had."""
+    """docker-registry. It can be stopped, and started again with the same contents."""
 
     def __init__(self, folder: Path, more: str = "") -> None:
         self.storage, self.port = folder / "storage", free_port()
@@ -70,7 +74,7 @@ class Registry:
             self._process = None
 
     def blob(self, digest: str) -> Path:
-        """Where it keeps a blob."""
+        """The file in which it keeps a blob."""
         kind, _, digits = digest.partition(":")
         return self.storage / "docker/registry/v2/blobs" / kind / digits[:2] / digits / "data"
 
@@ -78,17 +82,17 @@ class Registry:
 @contextlib.contextmanager
 def registry(folder: Path, more: str = "") -> Iterator[Registry]:
     folder.mkdir(parents=True, exist_ok=True)
-    found = Registry(folder, more)
-    found.start()
+    running = Registry(folder, more)
+    running.start()
     try:
-        yield found
+        yield running
     finally:
-        found.stop()
+        running.stop()
 
 
 @dataclass
 class Asked:
-    """A request as it came in."""
+    """A request that the proxy received."""
 
     method: str
     path: str
@@ -97,7 +101,7 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What goes back. ``cut``: the connection is closed after so many bytes of the body."""
+    """What the proxy answers. ``cut``: the connection closes after so many bytes of the body."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -105,12 +109,12 @@ class Answer:
     cut: int | None = None
 
 
-#: Told each request and the registry's own answer; what it returns goes back to who asked.
+#: Takes a request and the registry's own answer, and returns the answer to send.
 Change = Callable[[Asked, Answer], Answer]
 
 
 class Middleman:
-    """Hands all on to a registry, and what comes back through ``change``."""
+    """A proxy before a registry. It passes each answer through ``change``, and records the requests in ``asked``."""
 
     def __init__(self, upstream: str, change: Change = lambda asked, answer: answer) -> None:
         self.change = change
@@ -125,17 +129,17 @@ class Middleman:
                 body = self.rfile.read(length)
                 asked = Asked(self.command, self.path, dict(self.headers))
                 middleman.asked.append(asked)
-                there = HTTPConnection(upstream, timeout=30)
+                connection = HTTPConnection(upstream, timeout=30)
                 kept = {n: v for n, v in asked.headers.items() if n.lower() not in ("connection", "authorization")}
                 try:
-                    there.request(self.command, self.path, body, kept)
-                    got = there.getresponse()
+                    connection.request(self.command, self.path, body, kept)
+                    got = connection.getresponse()
                     headers = {n: v for n, v in got.getheaders() if n.lower() not in ("connection", "content-length")}
                     answer = Answer(got.status, headers, got.read())
                     if self.command == "HEAD":
                         headers["Content-Length"] = got.headers.get("Content-Length", "0")
                 finally:
-                    there.close()
+                    connection.close()
                 answer = middleman.change(asked, answer)
                 self.send_response(answer.status)
                 for name, value in answer.headers.items():
@@ -155,7 +159,7 @@ class Middleman:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # who asked has gone
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the client has closed the connection
         self._server.daemon_threads = True
         self.host = f"127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
@@ -170,11 +174,3 @@ class Middleman:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def tagged(host: str, name: str, tag: str, data: bytes, media_type: str) -> None:
-    """Put a manifest under a tag, whatever it says."""
-    url = f"http://{host}/v2/{name}/manifests/{tag}"
-    request = urllib.request.Request(url, data, {"Content-Type": media_type}, method="PUT")
-    with urllib.request.urlopen(request, timeout=30):
-        pass

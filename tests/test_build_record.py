@@ -1,4 +1,4 @@
-"""The record of a build, beside the artifact and not in it."""
+"""The record of a build, a file beside the artifact."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,35 +8,36 @@ import pytest
 from cachebuilder import building
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.building import Built
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import record as build_record
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.store import NoStore
 
 
-def test_the_record_tells_which_compiler_made_what_and_when(built: Built) -> None:
+def test_the_record_says_which_compiler_ran_when_and_on_what(built: Built) -> None:
     record = build_record.read(built.packed.path, built.packed.sha256)
     assert record is not None and record.jobs >= 1
-    made = [entry for run in record.runs if run.step == "cubin" for entry in run.entries]
-    assert set(made) <= {kernel.entry for kernel in built.plan.kernels}
-    assert len(made) == len(set(made)) == record.compiled > 0
+    compiled_entries = [entry for call in record.runs if call.step == "cubin" for entry in call.entries]
+    assert set(compiled_entries) <= {kernel.entry for kernel in built.plan.kernels}
+    assert len(compiled_entries) == len(set(compiled_entries)) == record.compiled > 0
     assert record.compiled + record.reused == len(built.plan.kernels)
-    assert {run.job for run in record.runs} <= set(range(record.jobs))
+    assert {call.job for call in record.runs} <= set(range(record.jobs))
     for job in range(record.jobs):  # a job runs one compiler at a time
-        mine = sorted((run.start, run.start + run.seconds) for run in record.runs if run.job == job)
-        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(mine))
+        times = sorted((call.start, call.start + call.seconds) for call in record.runs if call.job == job)
+        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(times))
 
 
 @pytest.mark.slow
-def test_each_call_of_nvcc_is_noted_with_its_phases(built: Built) -> None:
+def test_each_call_of_nvcc_is_recorded_with_its_phases(built: Built) -> None:
     inputs = built.inputs
-    _, report = compiling.compile_all(built.plan.kernels[:1], inputs.toolchain, inputs.installation, NoStore(), jobs=2)
-    ptx, cubin = map(build_record.run_of, report.tasks)
+    options = CompileOptions(jobs=2, check_code=0)
+    ptx, cubin = compiling.compile_kernels(inputs, built.plan.kernels[:1], options, NoStore()).calls
     assert (ptx.step, cubin.step) == ("ptx", "cubin") and ptx.entries == cubin.entries == (built.plan.kernels[0].entry,)
     assert "cicc" in {phase.name for phase in ptx.phases} and "ptxas" in {phase.name for phase in cubin.phases}
     assert 0 < sum(phase.seconds for phase in ptx.phases) <= ptx.seconds < cubin.start + cubin.seconds
 
 
-def test_the_artifact_holds_nothing_of_the_record(built: Built, tmp_path: Path) -> None:
+def test_the_record_is_not_part_of_the_artifact(built: Built, tmp_path: Path) -> None:
     again = building.build(built.inputs, tmp_path / built.packed.path.name)
     assert again.packed.path.read_bytes() == built.packed.path.read_bytes()
     record = build_record.read(again.packed.path, again.packed.sha256)
@@ -45,7 +46,7 @@ def test_the_artifact_holds_nothing_of_the_record(built: Built, tmp_path: Path) 
         assert not [file for _, file, _ in archive.files() if "build" in file.name]
 
 
-def test_a_record_of_other_bytes_or_none_is_not_read(built: Built, tmp_path: Path) -> None:
+def test_a_record_that_is_missing_damaged_or_of_another_artifact_is_not_read(built: Built, tmp_path: Path) -> None:
     assert build_record.read(built.packed.path, "0" * 64) is None
     assert build_record.read(tmp_path / "none.tar.zst", built.packed.sha256) is None
     (tmp_path / "bad.tar.zst.build.json").write_text("{")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,17 @@ main()
 """
 
 
-def light(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_inspect_needs_no_torch(built: building.Built) -> None:
-    done = light("inspect", built.packed.path)
-    assert done.returncode == 0, done.stderr
-    assert built.packed.sha256 in done.stdout
-    assert f"{len(built.plan.kernels)} kernels" in done.stdout
-    assert json.loads(light("inspect", built.packed.path, "--json").stdout)["name"] == "small"
+    process = run_without_torch("inspect", built.packed.path)
+    assert process.returncode == 0, process.stderr
+    assert built.packed.sha256 in process.stdout
+    assert f"{len(built.plan.kernels)} kernels" in process.stdout
+    assert json.loads(run_without_torch("inspect", built.packed.path, "--json").stdout)["name"] == "small"
 
 
 @pytest.mark.parametrize(
@@ -47,12 +48,14 @@ def test_inspect_needs_no_torch(built: building.Built) -> None:
         pytest.param(lambda data: b"PK" + data, "wanted a zstd-compressed artifact", id="not-zstd"),
     ],
 )
-def test_a_damaged_artifact_is_one_sentence(built: building.Built, change: object, words: str, tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_an_error_without_a_traceback(
+    built: building.Built, change: Callable[[bytes], bytes], words: str, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged.tar.zst"
-    damaged.write_bytes(change(built.packed.path.read_bytes()))  # type: ignore[operator]
-    done = light("inspect", damaged)
-    assert done.returncode == 8
-    assert words in done.stderr and "Traceback" not in done.stderr
+    damaged.write_bytes(change(built.packed.path.read_bytes()))
+    process = run_without_torch("inspect", damaged)
+    assert process.returncode == 8
+    assert words in process.stderr and "Traceback" not in process.stderr
 
 
 def test_each_kind_of_failure_has_its_exit_code(run: Run, small: Path, tmp_path: Path) -> None:
@@ -64,20 +67,20 @@ def test_each_kind_of_failure_has_its_exit_code(run: Run, small: Path, tmp_path:
     assert run("plan", small, "--deep-gemm", tmp_path / "empty").returncode == 4
     assert run("plan", small, "--nvcc", tmp_path / "none").returncode == 5
     assert run("inspect", tmp_path / "none").returncode == 8
-    told = run("--help").stdout
-    assert all(f"{code}  " in told for code in EXIT_CODES)
+    listed = run("--help").stdout.partition("Exit codes:")[2].strip().splitlines()
+    assert [line.split(maxsplit=1) for line in listed] == [[str(code), text] for code, text in EXIT_CODES.items()]
 
 
-def test_an_output_that_cannot_be_written_is_said(run: Run, built: building.Built, small: Path) -> None:
-    done = run("build", small, "-o", "/proc/none/a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
-    assert done.returncode == 8
-    assert "/proc/none/a.tar.zst: cannot be written" in done.stderr
+def test_an_output_that_cannot_be_written_is_an_error(run: Run, built: building.Built, small: Path) -> None:
+    process = run("build", small, "-o", "/proc/none/a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
+    assert process.returncode == 8
+    assert "/proc/none/a.tar.zst: cannot be written" in process.stderr
 
 
-def test_the_summary_says_what_was_used_and_what_to_do_next(
+def test_the_summary_names_what_was_used_and_what_to_do_next(
     run: Run, built: building.Built, small: Path, tmp_path: Path
 ) -> None:
-    done = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
+    process = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", built.inputs.installation.imported_as)
     for words in (
         f"DeepGEMM {built.inputs.installation.version}",
         f"nvcc {built.inputs.toolchain.release}",
@@ -85,13 +88,13 @@ def test_the_summary_says_what_was_used_and_what_to_do_next(
         f"sha256    {built.packed.sha256}",
         f"cachebuilder inspect {tmp_path}/a.tar.zst",
     ):
-        assert words in done.stdout
+        assert words in process.stdout
 
 
 def test_output_into_a_closed_pipe_is_no_error(built: building.Built) -> None:
     command = f"{sys.executable} -m cachebuilder inspect --json {built.packed.path} | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ, check=False)
-    assert done.stderr == ""
+    process = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ, check=False)
+    assert process.stderr == ""
 
 
 @pytest.mark.parametrize(

@@ -3,45 +3,43 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
 from cachebuilder.common.cache import scratch_folder
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import units
-from cachebuilder.compiling.pool import Pool, check_order
+from cachebuilder.compiling.compiler import CompileOptions
+from cachebuilder.compiling.front_end import FrontEnds
+from cachebuilder.compiling.schedule import Schedule
+from cachebuilder.compiling.steps import Steps, check_order
 from cachebuilder.compiling.store import CubinStore, NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.cuda import ptx
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
-from cachebuilder.planning.make import Kernel
-from tests.conftest import MANIFESTS, check_code
+from cachebuilder.planning.plan import Kernel, Plan
+from tests.conftest import LEGACY, MANIFESTS, check_code
 from tests.test_plan import EVERY_OP
 
 
-def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, planning.Plan]:
+def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, Plan]:
     (folder / "m.yaml").write_text(text)
-    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
-    return inputs, planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(folder / "m.yaml", deep_gemm=deep_gemm)
+    return inputs, planning.make(inputs)
 
 
 def compile_units(work: Sequence[Unit], inputs: Inputs) -> dict[str, bytes]:
     cubins: dict[str, bytes] = {}
-    with scratch_folder() as scratch:
-        pool = Pool(
-            inputs.toolchain,
-            inputs.installation,
-            scratch,
-            2,
-            lambda kernel, cubin: cubins.update({kernel.entry: cubin}),
-        )
-        pool.run(work)
-        assert pool.failures == []
+    with scratch_folder() as scratch, FrontEnds(inputs, 2) as front_ends:
+        steps = Steps(front_ends, scratch, lambda kernel, cubin: cubins.update({kernel.entry: cubin}), hold=False)
+        steps.run(work)
+        assert steps.failures == []
     return cubins
 
 
@@ -52,102 +50,133 @@ def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
 ) -> None:
     inputs, plan = plan_of(EVERY_OP.format(gpu=gpu), tmp_path, deep_gemm)
     kernels = list(plan.kernels)
-    cubins, _ = compiling.compile_all(kernels, inputs.toolchain, inputs.installation, NoStore())
-    one_of_each = {kernel.name: kernel for kernel in random.sample(kernels, len(kernels))}
+    cubins = compiling.compile_kernels(inputs, kernels, store=NoStore()).cubins
+    one_of_each = {kernel.name: kernel for kernel in random.Random(0).sample(kernels, len(kernels))}
     assert len(one_of_each) >= 6
     check_code(one_of_each.values(), cubins, inputs)
 
 
+@dataclass(frozen=True)
+class TwoCompiled:
+    """Two kernels that were compiled together, and each report of the progress."""
+
+    kernels: list[Kernel]
+    cubins: dict[str, bytes]
+    reports: list[tuple[str, int, int, float | None]]
+
+
+@pytest.fixture(scope="module")
+def two_compiled(built: building.Built) -> TwoCompiled:
+    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    reports: list[tuple[str, int, int, float | None]] = []
+
+    def watch(step: str, done: int, total: int, share: float | None = None) -> None:
+        reports.append((step, done, total, share))
+
+    cubins = compiling.compile_kernels(built.inputs, kernels, store=NoStore(), progress=watch).cubins
+    return TwoCompiled(kernels, cubins, reports)
+
+
 @pytest.mark.slow
-def test_a_difference_in_code_is_found(built: building.Built) -> None:
-    one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
-    told: list[tuple[int, int, float]] = []
-    cubins, _ = compiling.compile_all(
-        [one, two],
-        built.inputs.toolchain,
-        built.inputs.installation,
-        NoStore(),
-        progress=lambda *report: told.append(report),
-    )
-    assert [share for *_, share in told] == sorted(share for *_, share in told), "work that is done stays done"
-    assert told[0] == (0, 2, 0.0) and told[-1] == (2, 2, 1.0)
-    assert 0.3 < told[1][2] < 0.7 and told[1][0] == 0, (
-        "the front end is about half of the work, with no kernel done yet"
-    )
-    swapped = {one.entry: cubins[two.entry]}
-    with pytest.raises(CompileError, match=f"{one.entry}: the code is not what nvcc makes of it alone, in .*text"):
+def test_compiling_reports_its_first_and_its_last_kernel(two_compiled: TwoCompiled) -> None:
+    assert two_compiled.reports[0] == ("compile", 0, 2, 0.0)
+    assert two_compiled.reports[-1] == ("compile", 2, 2, 1.0)
+
+
+@pytest.mark.slow
+def test_a_difference_in_code_is_found(two_compiled: TwoCompiled, built: building.Built) -> None:
+    one, two = two_compiled.kernels
+    check_code([one], two_compiled.cubins, built.inputs)
+    swapped = {one.entry: two_compiled.cubins[two.entry]}
+    with pytest.raises(CompileError, match=f"{one.entry}: the code differs from what nvcc makes .* alone, in .*text"):
         check_code([one], swapped, built.inputs)
 
 
 @pytest.mark.slow
-def test_a_cubin_does_not_depend_on_what_shared_its_unit() -> None:
-    inputs = find_inputs(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit() -> None:
+    inputs = load_manifest(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
+    plan = planning.make(inputs)
     family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
-    five, twenty = random.sample(family, 5), random.sample(family, 20)
-    kernel = five[2]
-    twenty[17:18] = [kernel] if kernel not in twenty else twenty[17:18]
+    kernel, *others = random.Random(0).sample(family, 24)
 
     def module(members: Sequence[Kernel]) -> str:
         with scratch_folder() as scratch:
-            pool = Pool(inputs.toolchain, inputs.installation, scratch, 1, lambda *_: None)
-            return pool.to_ptx(Unit(tuple(members)))[list(members).index(kernel)].text
+            modules = Steps(FrontEnds(inputs, 1), scratch, lambda *_: None).to_ptx(Unit(tuple(members)))
+            return modules[list(members).index(kernel)].text
 
+    five = [*others[:2], kernel, *others[2:4]]
+    twenty = [*others[4:21], kernel, *others[21:]]
     assert module([kernel]) == module(five) == module(twenty)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "legacy"), [("B200", True), ("RTX-PRO-6000", False)])
-def test_kernels_with_strings_do_not_depend_on_their_unit_either(
-    gpu: str, legacy: bool, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    from tests.conftest import LEGACY
-
+def test_the_cubin_of_a_kernel_with_strings_does_not_depend_on_its_unit(gpu: str, legacy: bool, tmp_path: Path) -> None:
     text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 64\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168}}, {{op: fp8_gemm_nt, n: 576, k: 512}}]"
     inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
     kernels = list(plan.kernels)
-    apart = compile_units(units.separate(kernels), inputs)
-    random.shuffle(kernels)
-    assert compile_units(units.group(kernels, 1), inputs) == compile_units(units.group(kernels, 2), inputs) == apart
-    check_code([k for k in kernels if "transpose" in k.name], apart, inputs)
+    separately = compile_units(units.separate(kernels), inputs)
+    random.Random(0).shuffle(kernels)
+    for jobs in (1, 2):
+        assert compile_units(units.group(kernels, jobs), inputs) == separately
+    check_code([kernel for kernel in kernels if "transpose" in kernel.name], separately, inputs)
 
 
 @pytest.mark.slow
-def test_one_bad_kernel_does_not_take_its_unit_down(built: building.Built, tmp_path: Path) -> None:
+def test_one_bad_kernel_does_not_fail_the_others_of_its_unit(built: building.Built, tmp_path: Path) -> None:
     kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name]
     bad = kernels[1].model_copy(update={"source": kernels[1].source + '\nstatic_assert(false, "not today");\n'})
     members = [kernels[0], bad, *kernels[2:]]
     store = CubinStore(tmp_path / "store")
     with pytest.raises(CompileError) as error:
-        compiling.compile_all(members, built.inputs.toolchain, built.inputs.installation, store, jobs=1)
+        compiling.compile_kernels(built.inputs, members, CompileOptions(jobs=1), store)
     assert f"1 of {len(members)} kernels did not compile" in str(error.value)
     assert f"{bad.entry}:" in str(error.value) and "not today" in str(error.value)
     good = [kernel for kernel in members if kernel is not bad]
-    _, report = compiling.compile_all(good, built.inputs.toolchain, built.inputs.installation, store)
-    assert (report.compiled, report.reused) == ([], len(good))
+    again = compiling.compile_kernels(built.inputs, good, store=store)
+    assert (again.compiled, again.reused) == ([], len(good))
 
 
-def test_what_nvcc_says_of_several_kernels_is_said_once(built: building.Built, tmp_path: Path) -> None:
+def test_an_error_that_several_kernels_share_is_printed_once(built: building.Built, tmp_path: Path) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
     bad = [kernel.model_copy(update={"source": "#include <no_such.h>\n" + kernel.source}) for kernel in (one, two)]
     with pytest.raises(CompileError) as error:
-        compiling.compile_all(bad, built.inputs.toolchain, built.inputs.installation, CubinStore(tmp_path / "store"))
-    said = str(error.value)
-    assert "2 of 2 kernels did not compile" in said and one.entry in said and two.entry in said
-    assert said.count("fatal error: no_such.h") == 1
-    assert error.value.hint and "nvcc finds no no_such.h: install that part of its CUDA toolkit" in error.value.hint
+        compiling.compile_kernels(built.inputs, bad, store=CubinStore(tmp_path / "store"))
+    message = str(error.value)
+    assert "2 of 2 kernels did not compile" in message and one.entry in message and two.entry in message
+    assert message.count("fatal error: no_such.h") == 1
+    assert error.value.hint and "nvcc cannot find no_such.h: install that part of its CUDA toolkit" in error.value.hint
 
 
-def test_a_source_that_makes_another_kernel_than_it_names_is_refused(built: building.Built) -> None:
+def test_the_share_of_the_work_never_falls_and_ends_at_one_even_if_a_failure_adds_work() -> None:
+    shares: list[float] = []
+    results: list[str] = []
+    schedule = Schedule(1, shares.append, stop=lambda: None)
+
+    def fail() -> str:
+        raise CompileError("too large")
+
+    def add_halves(message: str) -> None:
+        schedule.add(3.0, lambda: "left", results.append, pytest.fail)
+        schedule.add(2.0, lambda: "right", results.append, pytest.fail)
+
+    schedule.add(0.1, fail, pytest.fail, add_halves)
+    schedule.add(4.0, lambda: "longest", results.append, pytest.fail)
+    schedule.run()
+    assert results == ["longest", "left", "right"]
+    assert len(shares) == 4 and shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_a_compiled_source_with_other_kernels_than_it_names_is_refused(built: building.Built) -> None:
     one, two = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    modules = [ptx.KernelPtx("_Z3fooILi3EEvv", "", ()), ptx.KernelPtx("_Z3fooILi4EEvv", "", ())]
     with pytest.raises(CompileError, match="wanted a kernel with template arguments"):
-        modules = [ptx.KernelPtx("_Z3fooILi3EEvv", "", ()), ptx.KernelPtx("_Z3fooILi4EEvv", "", ())]
         check_order(Unit((one, two)), modules)
     with pytest.raises(CompileError, match="wanted 2 kernels in the compiled source, found 1"):
         check_order(Unit((one, two)), modules[:1])
 
 
-def test_units_hold_every_kernel_once_and_only_with_its_like() -> None:
+def test_units_hold_every_kernel_once_and_share_headers_and_flags() -> None:
     kernels = [
         Kernel(entry=f"{name}.{number}", name=name, source=f"#include <{name}.cuh>\n&{name}<{number}>", flags=flags, selected_by=())
         for name in ("a", "b")
@@ -156,13 +185,16 @@ def test_units_hold_every_kernel_once_and_only_with_its_like() -> None:
     ]  # fmt: skip
     for jobs in (1, 2, 16, 64):
         work = units.group(kernels, jobs)
-        assert sorted(k.entry for u in work for k in u.kernels) == sorted(k.entry for k in kernels)
-        assert all(len({(k.name, k.flags) for k in u.kernels}) == 1 for u in work)
+        grouped = [kernel.entry for unit in work for kernel in unit.kernels]
+        assert sorted(grouped) == sorted(kernel.entry for kernel in kernels)
+        assert all(len({(kernel.name, kernel.flags) for kernel in unit.kernels}) == 1 for unit in work)
         assert len(work) <= max(jobs, 4) + 2
     assert max(len(unit.kernels) for unit in units.group(kernels * 20, 1)) <= units.MAX_KERNELS
 
 
-def test_shared_memory_of_template_dependent_alignment_keeps_kernels_apart(deep_gemm: Path | None) -> None:
+def test_kernels_whose_shared_memory_alignment_depends_on_the_template_are_compiled_alone(
+    deep_gemm: Path | None,
+) -> None:
     include = installation.find(deep_gemm).include / "deep_gemm"
     dependent = [
         file.stem
@@ -177,13 +209,13 @@ def test_shared_memory_of_template_dependent_alignment_keeps_kernels_apart(deep_
     assert all(len(unit.kernels) == 1 for unit in units.group(kernels, 1))
 
 
-def test_template_arguments_are_those_of_the_kernel_and_no_floats() -> None:
+def test_template_arguments_are_those_of_the_kernel_without_floats() -> None:
     source = "#include <a.cuh>\nstatic_assert(sizeof(s::S<\n1, 2>) == 3);\nauto p = &k::a<4, true, 0x0p+0f, T, 0x1.9p+4f, 5>;"
     assert units.literals(source) == ("4", "1", "5")
     assert ptx.KernelPtx("_Z1aILj4ELb1ELf00000000ELf41c80000ELj5EEvv", "", ()).literals == ("4", "1", "5")
 
 
-def test_line_information_keeps_kernels_apart() -> None:
+def test_kernels_with_line_information_are_compiled_alone() -> None:
     kernels = [
         Kernel(entry=str(n), name="a", source=f"&a<{n}>", flags=("-lineinfo",), selected_by=()) for n in range(3)
     ]
@@ -191,7 +223,7 @@ def test_line_information_keeps_kernels_apart() -> None:
 
 
 MODULE = """\
-// made up
+// not from a compiler
 .version 9.0
 .target sm_90a
 .address_size 64
@@ -226,7 +258,7 @@ $L__BB1_1:
 """
 
 
-def test_a_module_is_taken_apart_into_canonical_ones() -> None:
+def test_a_module_is_split_into_one_canonical_module_for_each_kernel() -> None:
     one, two = ptx.split(MODULE)
     assert (one.name, one.literals, one.strings) == ("_Z3oneILi1EEvv", ("1",), ("[2] = {97, 0};",))
     assert two.strings == ("[2] = {98, 0};",)
@@ -236,13 +268,13 @@ def test_a_module_is_taken_apart_into_canonical_ones() -> None:
     assert "BB1_" not in two.text.replace("$L__BB3_", "") and "//" not in two.text
 
 
-def test_taking_apart_what_is_apart_changes_nothing() -> None:
+def test_splitting_a_canonical_module_changes_nothing() -> None:
     for kernel in ptx.split(MODULE):
         (again,) = ptx.split(kernel.text)
         assert again.text == kernel.text
 
 
 @pytest.mark.parametrize("cut", [40, 320, 600])
-def test_text_that_is_not_understood_is_refused_not_guessed(cut: int) -> None:
+def test_text_of_an_unknown_form_is_refused(cut: int) -> None:
     with pytest.raises(ptx.PtxError):
         ptx.split(MODULE[:cut] + "\n.strange thing\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cachebuilder import building
 from cachebuilder.inspecting import diff
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from tests.conftest import LEGACY, Run
 from tests.restored import unpack
 
@@ -42,7 +42,7 @@ def test_every_field_that_differs_is_shown_with_both_values(built: building.Buil
     other = index.model_copy(update={"sm_counts": (100, 132), "compiler": index.compiler.replace("Cuda", "Other", 1)})
     a = diff.Side(tmp_path, (index,), {})
     comparison = diff.compare(a, diff.Side(tmp_path, (other,), {}))
-    assert json.loads(comparison.text())["fingerprint"] == [
+    assert json.loads(comparison.to_json())["fingerprint"] == [
         {"field": "compiler", "a": index.compiler, "b": other.compiler},
         {"field": "sm_counts", "a": [132], "b": [100, 132]},
     ]
@@ -52,7 +52,7 @@ def test_every_field_that_differs_is_shown_with_both_values(built: building.Buil
 def test_both_generations_differ_in_everything_that_a_key_holds(small: Path, run: Run, tmp_path: Path) -> None:
     artifacts = [tmp_path / "deepjit.tar.zst", tmp_path / "legacy.tar.zst"]
     for artifact, deep_gemm in zip(artifacts, (None, LEGACY), strict=True):
-        building.build(find_inputs(small, deep_gemm=deep_gemm), artifact)
+        building.build(load_manifest(small, deep_gemm=deep_gemm), artifact)
     done = run("diff", *artifacts)
     assert done.returncode == 1
     assert "fingerprint  generation\n  A: deepjit\n  B: legacy\n" in done.stdout

@@ -1,4 +1,4 @@
-"""Every command in the documentation is one that works, and the site's generated pages build."""
+"""Every command and every program in the documentation works, and the site's generated pages build."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ import click
 import pytest
 from ruamel.yaml import YAML
 
+import cachebuilder
 from cachebuilder.cli.main import VERBS, cli
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"
-#: A fenced block of shell, and the reason where the page says that it cannot be run here.
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-#: What a person reads first comes first: later pages use what the tutorial made.
+#: A fenced block of shell or Python, and the reason if the page says that it cannot be run here.
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>sh|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+#: How a block's language is run; the block's text follows.
+RUNNERS = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+#: The pages that a person reads first: later pages use what these made.
 FIRST = ["tutorial.md", "howto/many-gpus.md"]
 PAGES = [DOCS / name for name in FIRST] + sorted({*DOCS.rglob("*.md")} - {DOCS / name for name in FIRST})
 RUN = [path for path in PAGES if any(not block["reason"] for block in BLOCK.finditer(path.read_text()))]
@@ -29,17 +35,17 @@ TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 
 
 def commands(text: str) -> list[list[str]]:
-    """Every command line of cachebuilder in a page's fenced and indented blocks, without what a shell does with it."""
+    """Every command line of cachebuilder in a page's fenced and indented blocks, without pipes and redirections."""
     blocks = re.findall(r"^```(?:sh|console|bash|dockerfile)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     blocks += re.findall(r"(?:^ {4}[^\n]*\n)+", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.MULTILINE)
-    found = []
+    lines = []
     for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|\|\||[;|]", line.partition(" # ")[0]):
                 part = re.sub(r"\$\(\S*\)|[12]?>.*", "", part)
                 if match := re.match(r"(?:\s|\$ |do |\.venv/bin/|RUN )*cachebuilder(\s+[a-z].*)", part):
-                    found.append(shlex.split(match[1]))
-    return found
+                    lines.append(shlex.split(match[1]))
+    return lines
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -48,13 +54,27 @@ def test_every_command_of_a_page_is_one_that_cachebuilder_takes(path: Path) -> N
         if any(c in " ".join(arguments) for c in "…[]"):
             continue  # a synopsis
         command = cli.get_command(click.Context(cli), verb)
+        while isinstance(command, click.Group):  # cache dir
+            verb, *arguments = arguments
+            command = command.get_command(click.Context(command), verb)
         assert command is not None, f"no verb {verb}"
         command.make_parser(click.Context(command)).parse_args(arguments)  # raises on an unknown option
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if "```python" in path.read_text()], ids=lambda path: path.name
+)
+def test_every_program_of_a_page_uses_public_names_only(path: Path) -> None:
+    for block in BLOCK.finditer(path.read_text()):
+        if block["language"] == "python":
+            compile(block["text"], str(path), "exec")
+            assert set(re.findall(r"\bcachebuilder\.(\w+)", block["text"])) <= set(cachebuilder.__all__)
+            assert not re.search(r"from cachebuilder|import cachebuilder\.", block["text"])
+
+
 @pytest.mark.slow
-def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path: Path) -> None:
-    """In one folder, as a person goes through the site; with the same Python, whose folder of commands is on PATH."""
+def test_the_commands_and_programs_of_the_pages_work_one_after_the_other(tmp_path: Path) -> None:
+    """In one folder, as a person goes through the site, with this Python and its folder of commands on PATH."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "cachebuilder").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cachebuilder "$@"\n')
@@ -69,17 +89,17 @@ def test_the_commands_of_the_pages_work_one_after_the_other(tmp_path: Path) -> N
         for block in BLOCK.finditer(page.read_text()):
             if block["reason"]:
                 continue
-            done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", block["text"]],
+            ran = subprocess.run(
+                [*RUNNERS[block["language"]], block["text"]],
                 cwd=folder, env=environment, capture_output=True, text=True, check=False,
             )  # fmt: skip
-            said = f"{page.relative_to(ROOT)}:\n{block['text']}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            assert done.returncode == 0, said
-            # The output that the page shows below a block is this output.
+            report = f"{page.relative_to(ROOT)}:\n{block['text']}\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
+            assert ran.returncode == 0, report
+            # If the page shows an output below the block, it is this output. Digests differ by machine.
             shown = re.match(r"\n\n```text\n(.*?)^```$", page.read_text()[block.end() :], re.MULTILINE | re.DOTALL)
             for line in shown[1].splitlines() if shown else []:
                 words = re.sub(r"\.[0-9a-f]{8}\b", "", line)
-                assert words in re.sub(r"\.[0-9a-f]{8}\b", "", done.stdout), said
+                assert words in re.sub(r"\.[0-9a-f]{8}\b", "", ran.stdout), report
 
 
 def test_the_tutorial_runs_its_commands() -> None:
@@ -91,8 +111,7 @@ def test_the_tutorial_runs_its_commands() -> None:
 def test_each_verb_has_help_and_is_in_the_reference(verb: str) -> None:
     command = cli.get_command(click.Context(cli), verb)
     assert command is not None
-    told = command.get_help(click.Context(command, info_name=verb))
-    assert command.help and "Usage:" in told
+    assert command.help and "Usage:" in command.get_help(click.Context(command, info_name=verb))
     pytest.importorskip("mkdocs")
     assert f"\n## {verb}\n" in import_module("tools.reference").command_line()
 
@@ -104,8 +123,13 @@ def test_the_pages_of_the_reference_build(name: str) -> None:
     assert page.startswith("# ") and " object at 0x" not in page
 
 
+def test_the_page_on_the_python_api_names_every_public_name() -> None:
+    page = (DOCS / "api.md").read_text()
+    assert [name for name in cachebuilder.__all__ if not re.search(rf"\b{name}\b", page)] == []
+
+
 def test_every_page_is_in_the_sites_navigation() -> None:
-    """mkdocs says so, too, but only where it is installed."""
+    """mkdocs checks this as well, but only if it is installed."""
     text = (ROOT / "mkdocs.yml").read_text()
     nav = YAML(typ="safe").load(text)["nav"]
     named = {page for item in nav for value in item.values() for page in ([value] if isinstance(value, str) else [

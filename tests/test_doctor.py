@@ -12,7 +12,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.deepgemm.environment import cache_roots, kernel_variables
 from cachebuilder.deepgemm.installation import Generation
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from tests.conftest import LEGACY
 from tests.restored import unpack
 from tests.test_cli import WITHOUT_TORCH
@@ -137,8 +137,8 @@ def test_deepgemm_itself_agrees_which_variables_change_keys(
 
     value = "17" if variable.endswith("STANDARD") else "1"
     (tmp_path / "m.yaml").write_text(built.inputs.manifest_bytes.decode() + f'environment: {{{variable}: "{value}"}}\n')
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    plan = planning.make(inputs)
     kept = {kernel.entry for kernel in plan.kernels} == {kernel.entry for kernel in built.plan.kernels}
     assert kept == (not kernel_variables(plan.generation, {variable: value}))
 

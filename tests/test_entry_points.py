@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,16 @@ from typing import Any
 
 import pytest
 
-from cachebuilder.compiling import kernels as compiling
+import cachebuilder
+from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import ManifestError, PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning import make as planning
-from cachebuilder.sweep import process
-from cachebuilder.sweep import run as sweep
+from cachebuilder.sweep import process, recorder
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests import entry_points
 from tests.conftest import LEGACY, MANIFESTS, ROOT, check_code
@@ -31,23 +32,23 @@ from tests.test_plan import make
 @pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
 def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, generation: str, tmp_path: Path) -> None:
     manifest = entry_points.write_manifest(tmp_path / "m.yaml", arch, generation)
-    inputs = find_inputs(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(manifest, deep_gemm=LEGACY if generation == "legacy" else None)
+    plan = planning.make(inputs)
     assert plan.generation == generation
     planned = {selection.op for kernel in plan.kernels for selection in kernel.selected_by}
     assert planned == set(range(len(plan.ops))), "each op asks for a kernel"
-    cubins, _ = compiling.compile_all(list(plan.kernels), inputs.toolchain, inputs.installation, CubinStore())
+    cubins = compiling.compile_kernels(inputs, plan.kernels, store=CubinStore()).cubins
     assert cubins.keys() == {kernel.entry for kernel in plan.kernels}
-    # test_compile.py holds one kernel of every family of the engines' six GEMMs; here two of the others, at random.
+    # test_compile.py compares one kernel of every family of the engines' six GEMMs; here two of the others, at random.
     others = [kernel for kernel in plan.kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
-    check_code(random.sample(others, 2), cubins, inputs)
+    check_code(random.Random(f"{arch} {generation}").sample(others, 2), cubins, inputs)
 
 
 def test_every_op_has_a_case() -> None:
     assert {fields["op"] for fields, _, _ in entry_points.CASES} == OPS.keys()
 
 
-def test_the_docs_tables_are_what_was_done() -> None:
+def test_the_docs_tables_are_current() -> None:
     text = entry_points.DOCS.read_text()
     assert entry_points.with_tables(text) == text, "run python -m tests.entry_points"
 
@@ -59,26 +60,27 @@ def test_what_was_run_is_an_op() -> None:
 
 
 def on_virtual_gpu(gpu: str, folder: Path, *arguments: str | Path) -> Any:
-    """What Python, called with ``arguments``, prints last, as JSON; its GPU is virtual, and so is its compiler."""
-    compiler = sweep.recording_compiler(folder, toolchain.find().version_text)
+    """The JSON that Python prints last when it runs ``arguments`` with a virtual GPU and the recording compiler."""
+    compiler = recorder.recording_compiler(folder, toolchain.find().version_text)
     environment = os.environ | virtual_gpu.environment(gpus.find(gpu)) | compiler.environment
     environment |= {
         "DG_JIT_CACHE_DIR": str(folder / "root"),
         "DG_JIT_NVCC_COMPILER": str(compiler.nvcc),
         "CUDA_HOME": str(compiler.home),
     }
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    assert completed.returncode == 0, completed.stderr
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
 FUNCTIONS = """
 import json, os, sys
-from cachebuilder.ops import OPS, without_op
-from cachebuilder.sweep.child import _import_deep_gemm
-deep_gemm = _import_deep_gemm(sys.argv[1])
+from cachebuilder.ops import without_op
+from cachebuilder.ops.catalog import OPS
+from cachebuilder.sweep.child import import_deep_gemm
+deep_gemm = import_deep_gemm(sys.argv[1])
 print(json.dumps([without_op.functions(deep_gemm), without_op.unexplained(deep_gemm, OPS)]), flush=True)
 os._exit(0)
 """
@@ -94,13 +96,13 @@ def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "generation"), entry_points.PAIRS)
 def test_every_ops_trial_runs_through_deepgemms_own_host_code(arch: str, generation: str, tmp_path: Path) -> None:
-    """No kernel runs, so every result is found wrong; what is expected is computed all the same."""
+    """No kernel runs, so every result is found wrong; the expected results are computed all the same."""
     copy = installation.find(LEGACY if generation == "legacy" else None)
     cases = [fields | ({"ranks": 1} if "ranks" in fields else {}) for fields in entry_points.ops(arch, generation)]
-    found = on_virtual_gpu(
+    trials = on_virtual_gpu(
         entry_points.GPUS[arch], tmp_path, "-m", "tests.trials_on_virtual_gpu", copy.path, json.dumps(cases)
     )
-    for fields, outputs in zip(cases, found, strict=True):
+    for fields, outputs in zip(cases, trials, strict=True):
         if "weight_layout" in fields or (fields["op"] == "nvfp4_mega_moe" and "shared_experts" in fields):
             assert outputs is None, "docs/entry-points.md says why"
             continue
@@ -122,10 +124,7 @@ def test_every_ops_trial_runs_through_deepgemms_own_host_code(arch: str, generat
 )  # fmt: skip
 def test_an_op_that_the_arch_lacks_is_refused_with_the_reason(gpu: str, op: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=rf"m\.yaml:4: ops\[0\]: not on {gpu}: .*{words}"):
-        make(
-            tmp_path / "m.yaml",
-            f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 8\nops: [{{{op}}}]".replace("\nops", "\nops"),
-        )
+        make(tmp_path / "m.yaml", f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 8\nops: [{{{op}}}]")
 
 
 MEGA_MOE = "op: bf16_mega_moe, ranks: 2, experts: 16, topk: 4, hidden: 1024, intermediate: 512"
@@ -153,7 +152,7 @@ MEGA_MOE = "op: bf16_mega_moe, ranks: 2, experts: 16, topk: 4, hidden: 1024, int
     ],
     ids=["mega_mhc", "fp4_fp4_mega_moe", "activation_alpha", "post_expert_norm"],
 )
-def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(
+def test_an_op_that_the_installed_deepgemm_lacks_is_refused_with_the_copies_that_have_it(
     op: str, copy: Path | None, words: str, tmp_path: Path
 ) -> None:
     text = f"name: x\ntarget: {{gpu: B200}}\nmax_tokens: 8\nops: [{{{op}}}]"
@@ -161,46 +160,60 @@ def test_an_op_that_the_installed_deepgemm_lacks_is_refused_naming_who_has_it(
         make(tmp_path / "m.yaml", text, copy)
 
 
+ONE_PIECE = "- {op: fp8_mqa_logits, heads: 64}\n- {op: fp8_fp4_mqa_logits, heads: 32, compressed: true}\n"
+PAGED = "- {op: fp8_paged_mqa_logits, heads: 64, max_batch: 600, next_n: 2}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["H200", "B200"])
+@pytest.mark.parametrize(
+    ("ops", "kernels", "numbers_of_keys"),
+    [
+        pytest.param(ONE_PIECE, 2, (1, 1024, 65536), id="one-piece"),
+        pytest.param(PAGED, 1, (1024, 65536), id="paged"),
+    ],
+)
 def test_numbers_of_rows_and_keys_select_no_logits_kernel(
-    gpu: str, deep_gemm: Path | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: str,
+    ops: str,
+    kernels: int,
+    numbers_of_keys: tuple[int, ...],
+    deep_gemm: Path | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The sweep's calls have 1024 keys, and batches up to the manifest's; any others give equal kernels."""
-    found = []
-    for keys in (1, 257, 1024, 65536):
+    monkeypatch.chdir(tmp_path)  # Python looks for the package in the working directory first
+    entries = []
+    for keys in numbers_of_keys:
         # The child imports the package anew: the number of keys is changed in a copy of it.
-        package = tmp_path / f"{gpu}-{keys}"
-        copy_package(package, keys)
+        package = tmp_path / str(keys)
+        imported = copy_package(package, keys)
         monkeypatch.setattr(process, "_PACKAGE_ROOT", package)
-        text = (
-            f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 600\nops:\n"
-            "- {op: fp8_mqa_logits, heads: 64}\n- {op: fp8_fp4_mqa_logits, heads: 32, compressed: true}\n"
-            "- {op: fp8_paged_mqa_logits, heads: 64, max_batch: 600, next_n: 2}\n"
-        )
+        text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 600\nops:\n{ops}"
         plan = make(tmp_path / "m.yaml", text, deep_gemm)
+        assert imported.exists(), "the child took another package"
         assert all(r.first == 1 and r.last == 600 for k in plan.kernels for s in k.selected_by for r in s.ranges)
-        found.append([kernel.entry for kernel in plan.kernels])
-    assert all(entries == found[0] for entries in found) and len(found[0]) == 3
+        entries.append([kernel.entry for kernel in plan.kernels])
+    assert all(one == entries[0] for one in entries) and len(entries[0]) == kernels
 
 
-def copy_package(folder: Path, keys: int) -> None:
-    import shutil
-
-    import cachebuilder
-
+def copy_package(folder: Path, keys: int) -> Path:
+    """A copy of the package with another number of keys; returns a file that exists once the copy was imported."""
     shutil.copytree(Path(cachebuilder.__file__).parent, folder / "cachebuilder")
     file = folder / "cachebuilder" / "ops" / "attention.py"
     text = file.read_text()
     assert "\nKEYS = 1024\n" in text
-    file.write_text(text.replace("\nKEYS = 1024\n", f"\nKEYS = {keys}\n"))
+    imported = folder / "imported"
+    marked = text.replace("\nKEYS = 1024\n", f"\nKEYS = {keys}\n") + f"open({str(imported)!r}, 'w').close()\n"
+    file.write_text(marked)
+    return imported
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "scales"), [("B200", "packed")])
-def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: str, tmp_path: Path) -> None:
-    head = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168"
-    plain, packed = (make(tmp_path / "m.yaml", f"{head}{more}}}]") for more in ("", f", scales: {scales}"))
+def test_scales_in_their_final_layout_select_the_same_gemms(tmp_path: Path) -> None:
+    head = "name: x\ntarget: {gpu: B200}\nmax_tokens: 300\nops: [{op: fp8_gemm_nt, n: 576, k: 7168"
+    plain, packed = (make(tmp_path / "m.yaml", f"{head}{more}}}]") for more in ("", ", scales: packed"))
     gemms = [{k.entry: k.selected_by for k in plan.kernels if "gemm" in k.name} for plan in (plain, packed)]
     assert gemms[0] == gemms[1] and len(packed.kernels) == len(gemms[1])
 
@@ -208,7 +221,7 @@ def test_scales_in_their_final_layout_select_the_same_gemms(gpu: str, scales: st
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "kernels"), [("h200", 233), ("b200", 213)])
 def test_deepseek_v32_is_planned_with_all_its_ops(gpu: str, kernels: int) -> None:
-    inputs = find_inputs(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(MANIFESTS / f"deepseek-v3.2-tp8-{gpu}.yaml")
+    plan = planning.make(inputs)
     assert {selection.op for kernel in plan.kernels for selection in kernel.selected_by} == set(range(len(plan.ops)))
     assert len(plan.kernels) == kernels

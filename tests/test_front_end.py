@@ -1,4 +1,4 @@
-"""A front end that is held behind the headers and forked for each source."""
+"""A front end that is held at the end of the headers and forks for each source."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.building import Built
-from cachebuilder.compiling import kernels as compiling
+from cachebuilder.compiling import compiler as compiling
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.front_end import FrontEnd, FrontEnds
-from cachebuilder.compiling.pool import Pool
+from cachebuilder.compiling.steps import Steps
 from cachebuilder.compiling.store import NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
-from cachebuilder.manifest.inputs import find_inputs
-from cachebuilder.planning.make import Kernel
+from cachebuilder.manifest.inputs import load_manifest
+from cachebuilder.planning.plan import Kernel
 
 pytestmark = pytest.mark.slow
 
@@ -36,26 +37,26 @@ def family(built: Built) -> tuple[Kernel, ...]:
 
 @pytest.fixture(scope="module")
 def held(built: Built, family: tuple[Kernel, ...]) -> Iterator[FrontEnd]:
-    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 2) as front_ends:
+    with FrontEnds(built.inputs, 2) as front_ends:
         held = front_ends.of(family[0].source, family[0].flags)
         assert held.open(), "this nvcc's front end cannot be held"
         yield held
 
 
-def test_it_makes_the_ptx_of_an_nvcc_that_reads_all_itself(
+def test_a_held_front_end_makes_the_same_ptx_as_nvcc(
     built: Built, family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
 ) -> None:
-    pool = Pool(built.inputs.toolchain, built.inputs.installation, tmp_path, 2, lambda *_: None)
+    steps = Steps(FrontEnds(built.inputs, 2), tmp_path, lambda *_: None)
     for unit in (Unit(family), Unit(family[:1])):
         assert held.takes(unit.body)
-        assert pool.to_ptx(unit, held) == pool.to_ptx(unit)
+        assert steps.to_ptx(unit, held) == steps.to_ptx(unit)
 
 
-def test_a_bad_source_is_refused_with_its_own_line_and_the_next_one_compiled(
+def test_a_bad_source_is_refused_with_its_line_number_and_the_next_source_compiles(
     family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
 ) -> None:
     unit = Unit(family[:1])
-    (bad, good) = (tmp_path / "bad", tmp_path / "good")
+    bad, good = tmp_path / "bad", tmp_path / "good"
     bad.mkdir()
     good.mkdir()
     line = unit.source.count("\n") + 1
@@ -65,82 +66,81 @@ def test_a_bad_source_is_refused_with_its_own_line_and_the_next_one_compiled(
     assert ".entry" in (good / "kernel.ptx").read_text()
 
 
-def test_what_the_preprocessor_would_change_is_left_to_it(held: FrontEnd, family: tuple[Kernel, ...]) -> None:
-    body = Unit(family).body
-    for text in ("int x = __LINE__;", "#pragma once", "auto x = INT_MAX;", "int x = __COUNTER__;"):
-        assert held.takes(body) and not held.takes(body + text)
-
-
-def test_one_that_is_killed_is_an_error_and_nobody_waits_for_it(
-    built: Built, family: tuple[Kernel, ...], tmp_path: Path
+@pytest.mark.parametrize("text", ["int x = __LINE__;", "#pragma once", "auto x = INT_MAX;", "int x = __COUNTER__;"])
+def test_a_source_that_the_preprocessor_would_change_is_not_taken(
+    text: str, held: FrontEnd, family: tuple[Kernel, ...]
 ) -> None:
-    with FrontEnds(built.inputs.toolchain, built.inputs.installation, 1) as front_ends:
-        killed = front_ends.of(family[0].source, family[0].flags)
-        assert killed.open() and killed._process is not None
-        os.killpg(killed._process.pid, signal.SIGKILL)
-        with pytest.raises(CompileError, match="front end ended"):
-            killed.compile("", tmp_path)
+    body = Unit(family).body
+    assert held.takes(body) and not held.takes(body + text)
 
 
-def test_a_compiler_that_cannot_be_held_compiles_as_ever(
+def test_a_killed_front_end_is_an_error_and_does_not_block(
+    built: Built, family: tuple[Kernel, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(cache))
+    with FrontEnds(built.inputs, 1) as front_ends:
+        front_end = front_ends.of(family[0].source, family[0].flags)
+        assert front_end.open()
+        for process in _processes_in(cache):
+            os.kill(process, signal.SIGKILL)
+        with pytest.raises(CompileError, match="front end was killed"):
+            front_end.compile("", tmp_path)
+
+
+def test_a_compiler_that_cannot_be_held_makes_the_same_cubin(
     built: Built, family: tuple[Kernel, ...], tmp_path: Path
 ) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {built.inputs.toolchain.nvcc} "$@"\n')
     nvcc.chmod(0o755)
     inputs = dataclasses.replace(built.inputs, toolchain=dataclasses.replace(built.inputs.toolchain, nvcc=nvcc))
-    with FrontEnds(inputs.toolchain, inputs.installation, 2) as front_ends:
+    with FrontEnds(inputs, 2) as front_ends:
         front_ends.expect(family[0].source, family[0].flags)
         assert not front_ends.of(family[0].source, family[0].flags).open()
-        cubins, _ = compiling.compile_all(
-            family[:1], inputs.toolchain, inputs.installation, NoStore(), front_ends=front_ends
-        )
-    assert cubins == compiling.compile_all(family[:1], inputs.toolchain, inputs.installation, NoStore())[0]
+    not_held = compiling.compile_kernels(inputs, family[:1], store=NoStore())
+    held = compiling.compile_kernels(built.inputs, family[:1], store=NoStore())
+    assert not_held.cubins == held.cubins
 
 
-def test_a_build_starts_it_before_the_plan_is_done_and_leaves_none_behind(
+def test_a_build_starts_a_front_end_while_it_plans_and_leaves_none_running(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected: list[str] = []
-    before = FrontEnds.expect
-
-    def expect(self: FrontEnds, source: str, flags: tuple[str, ...]) -> None:
-        expected.append(source)
-        before(self, source, flags)
-
-    monkeypatch.setattr(FrontEnds, "expect", expect)
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
-    done = building.build(find_inputs(small), tmp_path / "a.tar.zst", use_store=False)
-    assert {kernel.source for kernel in done.plan.kernels} <= set(expected)
-    steps = [task.step for task in done.compiled.tasks]
-    assert steps.count("headers") >= 1 and steps.count("check") == 1
-    assert _running_in(tmp_path) == []
+    options = CompileOptions(jobs=1, use_store=False)
+    built = building.build(load_manifest(small), tmp_path / "a.tar.zst", options=options)
+    steps = [call.step for call in built.compiled.calls]
+    # With one job there is one unit for each set of headers, and such a unit starts no front end itself.
+    assert steps.count("headers") == 1 and steps.count("check") == 1
+    assert _processes_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("moment", ["reading the headers", "held"])
-def test_it_ends_with_a_build_that_is_killed(
+def test_a_front_end_ends_when_its_build_is_killed(
     built: Built, family: tuple[Kernel, ...], tmp_path: Path, moment: str
 ) -> None:
     inputs, kernel = built.inputs, family[0]
+    manifest, cache = tmp_path / "m.yaml", tmp_path / "cache"
+    manifest.write_bytes(inputs.manifest_bytes)
+    cache.mkdir()
     code = f"""
-import json, sys, time
-from pathlib import Path
-from cachebuilder import toolchain
-from cachebuilder.deepgemm import installation
-from cachebuilder.front_end import FrontEnds
-with FrontEnds(toolchain.find(), installation.find(Path({str(inputs.installation.imported_as)!r})), 1) as front_ends:
+import time
+import cachebuilder
+from cachebuilder.compiling.front_end import FrontEnds
+inputs = cachebuilder.load_manifest({str(manifest)!r}, deep_gemm={str(inputs.installation.imported_as)!r})
+with FrontEnds(inputs, 1) as front_ends:
     front_ends.expect({kernel.source!r}, {kernel.flags!r})
     if {moment!r} == "held":
         front_ends.of({kernel.source!r}, {kernel.flags!r}).open()
-    print("there", flush=True)
+    print("started", flush=True)
     time.sleep(60)
 """
-    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(cache)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"there\n"
-        _wait_for(lambda: bool(_running_in(tmp_path)))
+        assert process.stdout is not None and process.stdout.readline() == b"started\n"
+        _wait_for(lambda: bool(_processes_in(cache)))
         process.kill()
-    _wait_for(lambda: not _running_in(tmp_path))
+    _wait_for(lambda: not _processes_in(cache))
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
@@ -151,11 +151,11 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     raise AssertionError("waited a minute")
 
 
-def _running_in(folder: Path) -> list[str]:
-    """Commands of the processes whose working folder is inside ``folder``."""
-    found = []
+def _processes_in(folder: Path) -> list[int]:
+    """The processes whose working folder is inside ``folder``."""
+    processes = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (process / "cwd").resolve().is_relative_to(folder):
-                found.append((process / "comm").read_text())
-    return found
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or it is another user's
+            if (process / "cwd").readlink().is_relative_to(folder):
+                processes.append(int(process.name))
+    return processes

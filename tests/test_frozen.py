@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import building
+from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.errors import ArtifactError, VerifyError
 from cachebuilder.restoring import environment, frozen
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from tests.conftest import Run
 
 TEXT = 'nvcc: NVIDIA (R) Cuda compiler driver\nit\'s "quoted" \\n $HOME `id` @ARTIFACT@\n\n'
@@ -75,7 +77,7 @@ def test_the_version_needs_no_other_program(path: str, dir: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", [None, *SHELLS])
-def test_a_compilation_is_refused_and_written_down(shell: str | None, dir: Path, kernel: Path) -> None:
+def test_a_compilation_is_refused_and_logged(shell: str | None, dir: Path, kernel: Path) -> None:
     odd = 'a"b\\c\td\ne\u00e9'
     done = ask(dir, kernel, "--cubin", "-o", odd, shell=shell)
     assert done.returncode == 1 and done.stdout == ""
@@ -89,7 +91,7 @@ def test_a_compilation_is_refused_and_written_down(shell: str | None, dir: Path,
     assert Path(str(miss["source"])).read_text() == KERNEL
 
 
-def test_a_miss_is_told_and_written_down_with_no_program_at_all(dir: Path, kernel: Path, tmp_path: Path) -> None:
+def test_a_miss_is_reported_and_logged_with_no_program_at_all(dir: Path, kernel: Path, tmp_path: Path) -> None:
     """In a folder tree without any program but the shell's own."""
     script = frozen.frozen_nvcc(dir)
     bare = script.read_text().replace("/usr/local/bin:/usr/bin:/bin", "/nonexistent")
@@ -105,13 +107,8 @@ def test_the_kernels_of_a_real_cache_are_named(built: building.Built, dir: Path,
     for plan_kernel in built.plan.kernels:
         (tmp_path / "kernel.cu").write_text(plan_kernel.source)
         ask(dir, tmp_path / "kernel.cu")
-        assert str(misses(dir)[-1]["kernel"]).removesuffix("_impl") in (
-            plan_kernel.name,
-            f"sm90_{plan_kernel.name}",
-        ) or (
-            plan_kernel.name.removeprefix("sm90_m_grouped_") in str(misses(dir)[-1]["kernel"])
-            or "fp8_gemm_1d2d" in str(misses(dir)[-1]["kernel"])
-        )
+        template = kernel_template(plan_kernel.source)
+        assert template is not None and misses(dir)[-1]["kernel"] == template.removesuffix("_impl")
 
 
 def test_every_miss_is_a_whole_line_with_many_writers(dir: Path, kernel: Path) -> None:
@@ -211,7 +208,7 @@ def test_the_script_is_what_every_user_may_run(dir: Path) -> None:
 
 @pytest.fixture
 def restored(built: building.Built, tmp_path: Path) -> Path:
-    restore([built.packed.path], tmp_path / "root", built.inputs.installation)
+    restore([built.packed.path], tmp_path / "root", machine=Machine(built.inputs.installation))
     return tmp_path / "root"
 
 
@@ -335,7 +332,7 @@ def call_deepgemm(
 def test_deepgemm_itself_takes_the_frozen_nvccs_word_and_its_refusal(built: building.Built, tmp_path: Path) -> None:
     """From an empty cache: asks the version, asks to compile, and is told."""
     dir = tmp_path / "dir"
-    restore([built.packed.path], dir, built.inputs.installation)
+    restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
     shutil.rmtree(dir / "cache")
     (dir / "cache").mkdir()
     done = call_deepgemm(built, dir, tmp_path, 64)
@@ -351,7 +348,7 @@ def test_with_a_compiling_policy_deepgemm_gets_the_missing_kernel_under_the_name
 ) -> None:
     """The real nvcc compiles it, the process goes on, and the miss is still an event."""
     dir, dense = tmp_path / "dir", [k for k in built.plan.kernels if k.name == "sm90_fp8_gemm_1d2d"]
-    restore([built.packed.path], dir, built.inputs.installation)
+    restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
     for kernel in dense:
         shutil.rmtree(dir / "cache" / kernel.entry)
     real = {"CACHEBUILDER_REAL_NVCC": str(built.inputs.toolchain.nvcc), "CACHEBUILDER_ON_MISS": "compile-and-warn"}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
-from cachebuilder.planning.make import Range, Selection
-from cachebuilder.sweep.run import Point
-from cachebuilder.verifying import real as on_gpu
-from cachebuilder.verifying import report as verified
+from cachebuilder.errors import DeviceError
+from cachebuilder.planning.selection import Range, Selection
+from cachebuilder.sweep.protocol import Point
+from cachebuilder.verifying import real
+from cachebuilder.verifying import report as reports
 from tests.conftest import Run
+from tests.test_report import report_on
 
 
 @pytest.mark.slow
@@ -26,9 +30,9 @@ def test_without_a_gpu_cuda_is_one_sentence_and_auto_is_virtual(
     output = tmp_path / "out.tar.zst"
     what = [small, "-o", output] if verb == "build" else [built.packed.path]
     done = run(verb, *what, *here, "--device", "cuda")
-    assert done.returncode == 12 and "wanted a H200, found no GPU to use" in done.stderr
+    assert done.returncode == 12 and "wanted the GPU H200, found no GPU to use" in done.stderr
     assert "--device virtual" in done.stderr and "Traceback" not in done.stderr
-    assert not output.exists() and not verified.path_for(built.packed.path).exists()
+    assert not output.exists() and not reports.path_for(built.packed.path).exists()
     assert run(verb, *what, *here, "--device", "auto").returncode == 0
 
 
@@ -36,12 +40,29 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     ranges = tuple(Range(first=first, last=last, step=1) for first, last in ((1, 8), (20, 30), (40, 40)))
     one = Selection(op=0, sm_count=132, ranges=ranges)
     two = Selection(op=0, sm_count=132, ranges=(Range(first=8, last=19, step=1),))
-    assert on_gpu.points({"a": [one], "b": [two]}) == {
-        Point(0, 132, 1): ("a",),
-        Point(0, 132, 8): ("a", "b"),
-        Point(0, 132, 19): ("b",),
-        Point(0, 132, 40): ("a",),
+    assert real.points({"a": [one], "b": [two]}) == {
+        Point(op=0, sm_count=132, value=1): ("a",),
+        Point(op=0, sm_count=132, value=8): ("a", "b"),
+        Point(op=0, sm_count=132, value=19): ("b",),
+        Point(op=0, sm_count=132, value=40): ("a",),
     }
+
+
+def test_a_nan_is_a_wrong_result_in_the_written_report_and_no_reference_is_none(tmp_path: Path) -> None:
+    """Both could become null in JSON, and then a wrong kernel would look like one that was only launched."""
+    report = json.loads(json.dumps(report_on("0" * 64, "kernel")))
+    [nan] = report["replays"][0]["trials"]
+    nan |= {"relative_error": math.nan, "problems": ["d: relative error nan"]}
+    report["replays"][0]["trials"].append(nan | {"relative_error": None, "problems": []})
+    written = reports.GpuReport.model_validate_json(json.dumps(report)).to_json()
+    (tmp_path / "report.json").write_text(written)
+    read = reports.read(tmp_path / "report.json", "0" * 64)
+    assert read is not None and json.loads(written).keys() == report.keys()
+    [replay] = read.replays
+    assert [trial.value for trial in replay.wrong] == [1] and replay.worst == replay.wrong[0]
+    assert replay.trials[1].relative_error is None and not replay.right
+    with pytest.raises(DeviceError, match="at m 1: d: relative error nan"):
+        replay.require_right("small.tar.zst", [])
 
 
 @pytest.mark.parametrize(
@@ -59,4 +80,4 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     ],
 )
 def test_a_card_is_known_by_the_name_that_its_driver_says(card: str, gpu: str) -> None:
-    assert [known.name for known in gpus.GPUS.values() if gpus.is_called(known, card)] == [gpu]
+    assert [known.name for known in gpus.GPUS.values() if known.is_called(card)] == [gpu]

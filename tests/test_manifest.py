@@ -13,7 +13,8 @@ HEAD = "name: x\ntarget: {gpu: H200}\nmax_tokens: 64\n"
 OP = "{op: fp8_gemm_nt, n: 576, k: 512}"
 
 
-def refused(text: str) -> str:
+def refusal(text: str) -> str:
+    """The message of the error that a manifest raises."""
     with pytest.raises(ManifestError) as error:
         manifest.parse(text.encode(), "m.yaml")
     return str(error.value)
@@ -31,13 +32,13 @@ def test_max_tokens_is_the_manifests_unless_an_op_has_its_own() -> None:
     assert [op.max_tokens for op in model.ops] == [64, 3]
 
 
-def test_an_ops_own_sm_counts_stand_for_the_targets() -> None:
+def test_an_ops_own_sm_counts_replace_the_targets() -> None:
     model = manifest.parse(f"{HEAD}ops: [{OP}, {OP.replace('k:', 'sm_counts: [130, 64], k:')}]".encode())
     assert [model.sm_counts_of(op) for op in model.ops] == [[132], [64, 130]]
     assert model.all_sm_counts == [64, 130, 132]
 
 
-def test_an_op_without_sm_counts_of_its_own_is_written_as_before_there_were_any() -> None:
+def test_an_op_without_sm_counts_of_its_own_is_written_without_that_field() -> None:
     model = manifest.parse(f"{HEAD}ops: [{OP}, {OP.replace('k:', 'sm_counts: [64], k:')}]".encode())
     assert ["sm_counts" in op.model_dump() for op in model.ops] == [False, True]
     assert "sm_counts" not in model.ops[0].model_dump_json()
@@ -73,28 +74,29 @@ def test_explicit_gpu_fields_are_taken() -> None:
         pytest.param(f"{HEAD}ops:\n- {OP}\n- {OP.replace('k:', 'sm_counts: [9, 132], k:')}", 6, "the same shape as ops[0]", id="op-sms-of-the-target"),
         pytest.param(HEAD.replace("name: x", "name: ../x") + f"ops: [{OP}]", 1, "name: wanted", id="name-is-a-path"),
         pytest.param(f"{HEAD}environment: {{PATH: x}}\nops: [{OP}]", 4, "DeepGEMM reads", id="foreign-variable"),
-        pytest.param(f"{HEAD}environment: {{DG_JIT_CACHE_DIR: x}}\nops: [{OP}]", 4, "set by cachebuilder", id="our-variable"),
+        pytest.param(f"{HEAD}environment: {{DG_JIT_CACHE_DIR: x}}\nops: [{OP}]", 4, "cachebuilder sets DG_JIT_CACHE_DIR itself", id="our-variable"),
         pytest.param(f"{HEAD}toolchain: {{nvcc: 13}}\nops: [{OP}]", 4, "wanted string, found 13", id="release-as-number"),
         pytest.param("name: x\nname: y\n", 2, "duplicate key", id="duplicate-key"),
         pytest.param("name: [", 1, "not YAML", id="not-yaml"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_file_line_and_what_was_wanted(text: str, line: int, words: str) -> None:
-    message = refused(text)
+    message = refusal(text)
     assert words in message
     assert f"m.yaml:{line}: " in message
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "1", "&a [*a]", "\x00", "a: !!python/object:os.system {}"])
-def test_what_is_no_manifest_is_refused(text: str) -> None:
-    assert refused(text).startswith("m.yaml")
+def test_a_file_that_is_no_manifest_is_refused_by_name(text: str) -> None:
+    assert refusal(text).startswith("m.yaml")
 
 
-def test_every_error_is_listed_not_only_the_first() -> None:
-    assert len(refused(f"name: ../x\ntarget: {{gpu: H2OO}}\nops:\n- {OP.replace('576', '577')}").splitlines()) == 3
+def test_every_wrong_value_is_listed() -> None:
+    message = refusal(f"name: ../x\ntarget: {{gpu: H2OO}}\nops:\n- {OP.replace('576', '577')}")
+    assert len(message.splitlines()) == 3
 
 
-def test_a_manifest_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="cannot be read: No such file"):
         manifest.load(tmp_path / "none.yaml")
 

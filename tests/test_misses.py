@@ -10,7 +10,7 @@ from cachebuilder.authoring import sources
 from cachebuilder.authoring.sources import NewSource
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.restoring import misses
 from tests.conftest import SMALL, Run
@@ -36,8 +36,8 @@ def log_of(folder: Path, *entries: tuple[str, int | None, str | None]) -> Path:
 
 def check_sources(gpu: str, deep_gemm: Path | None, folder: Path) -> None:
     (folder / "m.yaml").write_text(EVERY_OP.format(gpu=gpu))
-    inputs = find_inputs(folder / "m.yaml", deep_gemm=deep_gemm)
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+    inputs = load_manifest(folder / "m.yaml", deep_gemm=deep_gemm)
+    plan = planning.make(inputs)
     for kernel in plan.kernels:
         shape = read_shape(kernel.source)
         if "GemmType" not in kernel.source:
@@ -70,18 +70,18 @@ def test_equal_sources_are_one_kernel_with_a_count_and_two_times(
     dense = by_name["sm90_fp8_gemm_1d2d"]
     kernel = "sm90_fp8_gemm_1d2d"
     log = log_of(tmp_path, (kernel, 1_700_000_000, grouped), (kernel, None, dense), (kernel, 1_700_000_060, grouped))
-    done = run("misses", log)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(
+    result = run("misses", log)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(
         "sm90_fp8_gemm_1d2d: 2 times, 2023-11-14 22:13:20Z to 2023-11-14 22:14:20Z\n"
         "  not in small\n"
         "  - {op: m_grouped_fp8_gemm_nt_contiguous, experts: 2, topk: ?, n: 256, k: 512}\n"
         "  under target.sm_counts, or the op's own: 132\n"
         "sm90_fp8_gemm_1d2d: 1 time, at an unknown time\n"
     )
-    assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in done.stdout and "serves many shapes" in done.stdout
-    assert "kernels missed: 2, requests: 3" in done.stdout
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "- {" not in line)
+    assert "- {op: fp8_gemm_nt, n: ?, k: ?}" in result.stdout and "serves many shapes" in result.stdout
+    assert "kernels missed: 2, requests: 3" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if "- {" not in line)
     document = json.loads(run("misses", log, "--json").stdout)
     assert [miss["count"] for miss in document["misses"]] == [2, 1]
     assert document["misses"][0]["shape"]["op"] == "m_grouped_fp8_gemm_nt_contiguous"
@@ -100,14 +100,13 @@ def test_a_kernel_that_no_op_asks_for_is_not_given_one(built: building.Built, ol
     assert old in source
     shape = read_shape(source.replace(old, new))
     assert shape is not None and shape.op is None and (shape.n, shape.k) == (256, 512)
-    assert "its op cannot be told" in misses.advice(shape) and "--add-to" in misses.advice(shape)
+    assert "names no op" in misses.advice(shape) and "--add-to" in misses.advice(shape)
 
 
 def test_a_kernel_whose_source_was_not_kept_is_still_counted(tmp_path: Path) -> None:
-    found = misses.read(log_of(tmp_path, ("transpose_fp32", 5, None), ("transpose_fp32", 4, None)))
-    [miss] = found.misses
+    [miss] = misses.read(log_of(tmp_path, ("transpose_fp32", 5, None), ("transpose_fp32", 4, None))).misses
     assert (miss.kernel, miss.count, miss.first, miss.last, miss.source) == ("transpose_fp32", 2, 4, 5, None)
-    assert "does not tell a shape" in misses.advice(miss.shape)
+    assert "names no shape" in miss.advice
 
 
 def test_a_log_that_was_moved_with_its_sources_is_read(built: building.Built, tmp_path: Path) -> None:
@@ -118,20 +117,20 @@ def test_a_log_that_was_moved_with_its_sources_is_read(built: building.Built, tm
     assert miss.source == built.plan.kernels[0].source
 
 
-def test_lines_that_are_none_of_ours_are_counted_not_fatal(run: Run, tmp_path: Path) -> None:
+def test_lines_that_the_frozen_nvcc_did_not_write_are_counted_and_not_fatal(run: Run, tmp_path: Path) -> None:
     log = log_of(tmp_path, ("x", 1, None))
     garbage = (
         b'\n{"time":\n\xff\xfe\n[]\n"x"\n' + b"[" * 100_000 + b"\n" + b'{"kernel": null, "time": 1e99, "source": 5}\n'
     )
     log.write_bytes(log.read_bytes() + garbage)
-    done = run("misses", log)
-    assert done.returncode == 0, done.stderr
-    assert "kernels missed: 2, requests: 2" in done.stdout and "unknown: 1 time" in done.stdout
-    assert "lines of the log are none of the frozen nvcc's" in done.stdout
+    result = run("misses", log)
+    assert result.returncode == 0, result.stderr
+    assert "kernels missed: 2, requests: 2" in result.stdout and "unknown: 1 time" in result.stdout
+    assert "lines of the log are not the frozen nvcc's" in result.stdout
 
 
 def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(run: Run, tmp_path: Path) -> None:
-    """A log comes from serving machines; what it names could end in a manifest that is shown around."""
+    """A log comes from serving machines, and the sources that it names may end in a manifest that others see."""
     log = log_of(tmp_path, ("x", 1, None))
     secret, beside = tmp_path / "secret.d" / "key", tmp_path / "other" / "k.cu"
     for file in (secret, beside):
@@ -143,13 +142,13 @@ def test_a_line_cannot_make_misses_read_another_file_or_write_to_the_terminal(ru
         log.write_text(json.dumps(line) + "\n")
         [miss] = misses.read(log).misses
         assert (miss.kernel, miss.artifacts, miss.source, miss.first) == ("unknown", (), None, None), named
-        done = run("misses", log)
-        assert done.returncode == 0 and "\x1b" not in done.stdout and "\x07" not in done.stdout
+        result = run("misses", log)
+        assert result.returncode == 0 and "\x1b" not in result.stdout and "\x07" not in result.stdout
 
 
-def test_a_log_that_is_not_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
-    done = run("misses", tmp_path / "none")
-    assert done.returncode == 8 and "cannot be read" in done.stderr
+def test_a_missing_log_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    result = run("misses", tmp_path / "none")
+    assert result.returncode == 8 and "cannot be read" in result.stderr
 
 
 @pytest.mark.slow
@@ -158,26 +157,26 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
 ) -> None:
     here = built.inputs.installation
     (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
-    wide = find_inputs(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
+    wide = load_manifest(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
-    asked = planning.make(wide.manifest, wide.installation, wide.toolchain).kernels
+    asked = planning.make(wide).kernels
     missed = {kernel.entry: kernel.source for kernel in asked if kernel.entry not in known}
     assert len(missed) >= 2
     log = log_of(tmp_path, *((entry, 1_700_000_000, source) for entry, source in missed.items()))
 
     manifest = tmp_path / "small.yaml"
     manifest.write_text(f"# what we serve\n{SMALL}")
-    done = run("misses", log, "--add-to", manifest)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(missed)} sources added, 0 there already" in done.stderr
+    result = run("misses", log, "--add-to", manifest)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(missed)} sources added, 0 were in it already" in result.stderr
     text = manifest.read_text()
     assert text.startswith(f"# what we serve\n{SMALL.splitlines()[0]}\n")
     assert "# sm90_fp8_gemm_1d2d: missed 1 time, 2023-11-14 22:13:20Z, not in small" in text
-    assert f"0 sources added, {len(missed)} there already" in run("misses", log, "--add-to", manifest).stderr
+    assert f"0 sources added, {len(missed)} were in it already" in run("misses", log, "--add-to", manifest).stderr
     assert manifest.read_text() == text
 
     output = tmp_path / "more.tar.zst"
-    more = building.build(find_inputs(manifest, deep_gemm=here.imported_as), output)
+    more = building.build(load_manifest(manifest, deep_gemm=here.imported_as), output)
     assert {kernel.entry for kernel in more.plan.kernels} == known | missed.keys()
     assert check(output, here, tmp_path / "wide.yaml").complete
     assert check(output, here).complete
@@ -198,7 +197,7 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     built: building.Built, change: tuple[str, str], words: list[str], tmp_path: Path
 ) -> None:
     if built.plan.generation == "legacy" and "#include" in change[0]:
-        words = []  # no header is read for a legacy key: nvcc would say it
+        words = []  # a legacy key needs no header: nvcc would report it
     source = next(kernel.source for kernel in built.plan.kernels if "GemmType::Normal" in kernel.source)
     (tmp_path / "m.yaml").write_text(SMALL)
     kernel = "sm90_fp8_gemm_1d2d" if "GemmType" not in change[0] else None
@@ -206,12 +205,12 @@ def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
     text = (tmp_path / "m.yaml").read_text()
     if kernel:
         (tmp_path / "m.yaml").write_text(text.replace("  - source: |", f"  - kernel: {kernel}\n    source: |"))
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     if not words:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
         return
     with pytest.raises(PlanError) as error:
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)
     for word in ["sources[0]", *words]:
         assert word in f"{error.value} {error.value.hint}"
 
@@ -223,6 +222,6 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     (tmp_path / "m.yaml").write_text(SMALL)
     text = f"// of other headers\n{source.partition(chr(10))[2]}"
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
-    inputs = find_inputs(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
+    inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
-        planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+        planning.make(inputs)

@@ -17,9 +17,10 @@ from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.restoring.folder import RestoredFolder
 from cachebuilder.ship import image
 from cachebuilder.ship.documents import digest_of
-from cachebuilder.sweep import run as sweep
-from cachebuilder.verifying import virtual as verify
-from tests.test_registry import apply
+from cachebuilder.sweep.process import Compiler
+from cachebuilder.verifying import virtual
+from cachebuilder.verifying.verify import verify
+from tests.shipping import apply
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_deep_gemm_serves_from_the_volume_with_the_frozen_nvcc_copied_out_of_it(
 ) -> None:
     """The replay of `verify`, with the volume itself for the cache root; a copy of bin/ is all that it lacks."""
     shutil.copytree(volume / "cachebuilder" / "bin", tmp_path / "frozen" / "bin")
-    roots, compiler = verify.linked_roots, verify.frozen_compiler
+    roots, compiler = virtual.linked_roots, virtual.frozen_compiler
     served: list[Path] = []
 
     def linked_roots(
@@ -63,15 +64,14 @@ def test_deep_gemm_serves_from_the_volume_with_the_frozen_nvcc_copied_out_of_it(
         served.append(volume)
         return [volume] if installation.generation == "legacy" else [found[0], volume]
 
-    def copied(folder: RestoredFolder, work: Path) -> sweep.Compiler:
+    def copied(folder: RestoredFolder, work: Path) -> Compiler:
         return replace(compiler(folder, work), nvcc=tmp_path / "frozen" / "bin" / "nvcc")
 
     text = json.loads((volume / "artifact.json").read_bytes())["fingerprint"]["compiler"]
-    monkeypatch.setattr(verify, "linked_roots", linked_roots)
-    monkeypatch.setattr(verify, "frozen_compiler", copied)
+    monkeypatch.setattr(virtual, "linked_roots", linked_roots)
+    monkeypatch.setattr(virtual, "frozen_compiler", copied)
     monkeypatch.setattr(RestoredFolder, "compiler_text", lambda self: text)
-    with verify.opened(volume, built.inputs.installation) as folder:
-        report = verify.check(folder, built.inputs.installation)
+    report = verify(volume, deep_gemm=built.inputs.installation.imported_as)
     assert served and report.complete, report
     assert [len(replay.hits) for replay in report.replays] == [len(built.plan.kernels)]
     with pytest.raises(PermissionError):

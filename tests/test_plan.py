@@ -10,8 +10,9 @@ import pytest
 
 from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
-from cachebuilder.manifest.inputs import find_inputs
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel, Plan
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests.conftest import MANIFESTS, ROOT, Run
 
@@ -29,20 +30,16 @@ ops:
 """
 
 
-def make(path: Path, text: str, deep_gemm: Path | None = None) -> planning.Plan:
+def make(path: Path, text: str, deep_gemm: Path | None = None) -> Plan:
     path.write_text(text)
-    inputs = find_inputs(path, deep_gemm=deep_gemm)
-    return planning.make(inputs.manifest, inputs.installation, inputs.toolchain, reuse=False)
+    inputs = load_manifest(path, deep_gemm=deep_gemm)
+    return planning.make(inputs, reuse=False)
 
 
-def points(kernel: planning.Kernel, op: int) -> list[int]:
-    return [
-        value
-        for selection in kernel.selected_by
-        if selection.op == op
-        for r in selection.ranges
-        for value in range(r.first, r.last + 1, r.step)
-    ]
+def points(kernel: Kernel, op: int) -> list[int]:
+    """The values of the op's variable that select the kernel."""
+    ranges = [part for selection in kernel.selected_by if selection.op == op for part in selection.ranges]
+    return [value for part in ranges for value in range(part.first, part.last + 1, part.step)]
 
 
 @pytest.mark.slow
@@ -52,19 +49,19 @@ def test_every_point_of_every_op_selects_exactly_one_gemm_kernel(
 ) -> None:
     plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu=gpu), deep_gemm)
     assert plan.generation == ("deepjit" if deep_gemm is None else "legacy")
-    wanted = {0: range(1, 301), 1: range(1, 301), 4: range(1, 513), 5: range(1, 513)}
-    wanted |= {op: range(128, 1665, 128) for op in (2, 3)}  # round_up(300·2 + 8·127, 128) = 1664
-    for op, expected in wanted.items():
-        found = sorted(value for kernel in plan.kernels if "gemm" in kernel.name for value in points(kernel, op))
-        if op == 1 and not found:
-            assert plan.generation == "deepjit"  # its dense BF16 GEMM is cuBLASLt's
+    swept = {0: range(1, 301), 1: range(1, 301), 4: range(1, 513), 5: range(1, 513)}
+    swept |= {op: range(128, 1665, 128) for op in (2, 3)}  # round_up(300·2 + 8·127, 128) = 1664
+    for op, expected in swept.items():
+        selecting = sorted(value for kernel in plan.kernels if "gemm" in kernel.name for value in points(kernel, op))
+        if op == 1 and not selecting:
+            assert plan.generation == "deepjit"  # cuBLASLt serves its dense BF16 GEMM
             continue
-        assert found == list(expected), plan.ops[op]
-    assert plan.calls == sum(map(len, wanted.values()))
+        assert selecting == list(expected), plan.ops[op]
+    assert plan.calls == sum(map(len, swept.values()))
 
 
 @pytest.mark.slow
-def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
+def test_a_blackwell_workstation_gpu_can_be_planned_for(tmp_path: Path) -> None:
     plan = make(tmp_path / "m.yaml", EVERY_OP.format(gpu="RTX-PRO-6000"))
     assert plan.arch == "sm_120f"
 
@@ -78,9 +75,9 @@ def test_blackwell_workstation_gpus_are_planned(tmp_path: Path) -> None:
         ("deepseek-v3-tp8-b200", 171, "sm_100f"),
     ],
 )
-def test_deepseek_v3_needs_as_many_kernels_as_deepgemm_was_seen_to_make(name: str, kernels: int, arch: str) -> None:
-    inputs = find_inputs(MANIFESTS / f"{name}.yaml")
-    plan = planning.make(inputs.manifest, inputs.installation, inputs.toolchain)
+def test_deepseek_v3_needs_the_known_number_of_kernels(name: str, kernels: int, arch: str) -> None:
+    inputs = load_manifest(MANIFESTS / f"{name}.yaml")
+    plan = planning.make(inputs)
     assert (len(plan.kernels), plan.calls, plan.arch) == (kernels, 66_624, arch)
     assert plan.peak_bytes < 2e9
 
@@ -91,13 +88,14 @@ def test_an_sm_count_changes_the_kernels(tmp_path: Path) -> None:
         "name: x\ntarget: {gpu: H200, sm_counts: [132, 100]}\nmax_tokens: 64\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
     )
     plan = make(tmp_path / "m.yaml", text)
-    kernels = {
-        count: {k.entry for k in plan.kernels if "gemm" in k.name and any(s.sm_count == count for s in k.selected_by)}
-        for count in plan.sm_counts
-    }
+    entries: dict[int, set[str]] = {100: set(), 132: set()}
+    for kernel in plan.kernels:
+        for selection in kernel.selected_by:
+            if "gemm" in kernel.name:
+                entries[selection.sm_count].add(kernel.entry)
     assert plan.sm_counts == (100, 132)
-    assert kernels[100] and kernels[132] and not kernels[100] & kernels[132]
-    assert all("100, GemmType" in k.source for k in plan.kernels if k.entry in kernels[100])
+    assert entries[100] and entries[132] and entries[100].isdisjoint(entries[132])
+    assert all("100, GemmType" in kernel.source for kernel in plan.kernels if kernel.entry in entries[100])
 
 
 @pytest.mark.slow
@@ -108,12 +106,13 @@ def test_an_ops_own_sm_count_changes_its_kernels_alone(tmp_path: Path, run: Run)
     )
     plan = make(tmp_path / "m.yaml", text)
     assert (plan.sm_counts, plan.calls) == ((98, 100, 132), 64 + 2 * 64)
-    found = {(s.op, s.sm_count) for kernel in plan.kernels if "gemm" in kernel.name for s in kernel.selected_by}
-    assert found == {(0, 132), (1, 98), (1, 100)}
-    shown = run("plan", tmp_path / "m.yaml").stdout
-    titles = [line for line in shown.splitlines() if line.startswith("ops[")]
+    gemm_kernels = [kernel for kernel in plan.kernels if "gemm" in kernel.name]
+    swept = {(selection.op, selection.sm_count) for kernel in gemm_kernels for selection in kernel.selected_by}
+    assert swept == {(0, 132), (1, 98), (1, 100)}
+    output = run("plan", tmp_path / "m.yaml").stdout
+    titles = [line for line in output.splitlines() if line.startswith("ops[")]
     assert [title.partition(", ")[2] for title in titles] == ["132 SMs: m", "98 SMs: m", "100 SMs: m"]
-    assert "nothing to compile" not in shown
+    assert "nothing to compile" not in output
 
 
 @pytest.mark.slow
@@ -122,7 +121,7 @@ def test_the_environment_of_the_manifest_reaches_deepgemm(tmp_path: Path) -> Non
     plain = make(tmp_path / "m.yaml", text)
     info = make(tmp_path / "m.yaml", text + 'environment: {DG_JIT_WITH_LINEINFO: "1"}')
     assert "--generate-line-info" in info.kernels[0].flags
-    assert {k.entry for k in plain.kernels}.isdisjoint(k.entry for k in info.kernels)
+    assert {kernel.entry for kernel in plain.kernels}.isdisjoint(kernel.entry for kernel in info.kernels)
 
 
 @pytest.mark.slow
@@ -149,7 +148,7 @@ def test_a_shape_that_deepgemm_refuses_names_the_op_and_the_point(tmp_path: Path
 
 
 def fake_deep_gemm(folder: Path, body: str) -> Path:
-    """A package that looks like DeepGEMM from outside and does what ``body`` says: for our own error paths only."""
+    """A package that looks like DeepGEMM from outside and runs ``body``, to reach our own error paths only."""
     package = folder / "deep_gemm"
     (package / "include" / "deep_gemm").mkdir(parents=True)
     (package / "utils").mkdir()
@@ -182,7 +181,7 @@ def fake_deep_gemm(folder: Path, body: str) -> Path:
         pytest.param("def fp8_gemm_nt(a, b, d): pass", PlanError, "nothing to build", id="no-kernel"),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_in_the_sweep_is_one_error(
+def test_a_failure_in_the_sweep_is_an_error_that_names_it(
     body: str, kind: type[Exception], words: str, tmp_path: Path
 ) -> None:
     text = "name: x\ntarget: {gpu: H200}\nmax_tokens: 8\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
@@ -210,7 +209,9 @@ for m in range(1, 301):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpu", "mode"), [("H200", "aligned"), ("B200", "packed")])
-def test_scales_as_serving_passes_them_ask_for_no_kernel_outside_the_plan(gpu: str, mode: str, tmp_path: Path) -> None:
+def test_scales_in_the_layout_of_serving_ask_for_no_kernel_outside_the_plan(
+    gpu: str, mode: str, tmp_path: Path
+) -> None:
     text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 300\nops: [{{op: fp8_gemm_nt, n: 576, k: 1024}}]"
     plan = make(tmp_path / "m.yaml", text)
     bin_folder = tmp_path / "cuda" / "bin"
@@ -226,14 +227,15 @@ def test_scales_as_serving_passes_them_ask_for_no_kernel_outside_the_plan(gpu: s
 
 
 def test_plan_prints_the_ranges_of_each_kernel_within_80_columns(run: Run, small: Path) -> None:
-    done = run("plan", small)
-    assert done.returncode == 0, done.stderr
-    assert "ops[0] fp8_gemm_nt n=576 k=512, 132 SMs: m" in done.stdout
-    assert "1–16" in done.stdout
-    *lines, _ = done.stdout.splitlines()  # the last holds a path
+    process = run("plan", small)
+    assert process.returncode == 0, process.stderr
+    assert "ops[0] fp8_gemm_nt n=576 k=512, 132 SMs: m" in process.stdout
+    assert "1–16" in process.stdout
+    *lines, _ = process.stdout.splitlines()  # the last holds a path
     assert all(len(line) <= 80 for line in lines if line.startswith(" "))
 
 
 def test_plan_as_json_is_the_plan(run: Run, small: Path) -> None:
-    done = run("plan", small, "--json")
-    assert planning.Plan.model_validate_json(done.stdout).calls == 43
+    printed = Plan.model_validate_json(run("plan", small, "--json").stdout)
+    plan = planning.make(load_manifest(small))
+    assert (printed.kernels, printed.calls) == (plan.kernels, plan.calls)

@@ -1,11 +1,7 @@
-"""What a run says while it works: a bar on a terminal, lines elsewhere, nothing where --quiet was given."""
+"""The progress of a run: a bar on a terminal, lines in a log, nothing with --quiet."""
 
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,33 +11,16 @@ from hypothesis import strategies as st
 from cachebuilder.building import Built
 from cachebuilder.cli.progress import Lines, Meter, duration
 from tests.conftest import Run
+from tests.terminals import on_a_terminal
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
-
-
-def on_a_terminal(*arguments: str | Path) -> str:
-    """Standard error of a command that has a terminal there."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
-    environment = os.environ | {"TERM": "xterm"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
-    os.close(theirs)
-    text = b""
-    try:
-        while part := os.read(ours, 4096):
-            text += part
-    except OSError:  # the other end was closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0, text
-    return text.decode()
 
 
 @pytest.mark.slow
@@ -54,7 +33,7 @@ def test_a_log_gets_lines_without_control_characters(small: Path, run: Run) -> N
 
 @pytest.mark.slow
 def test_a_terminal_gets_a_bar_that_goes_away(small: Path) -> None:
-    text = on_a_terminal("plan", small, "--no-store")
+    text = on_a_terminal(2, "plan", small, "--no-store")
     assert "plan" in text and "━" in text
     assert text.rstrip().endswith("\x1b[2K"), "the bar's line is cleared"
 
@@ -81,14 +60,13 @@ def test_quiet_keeps_warnings_and_errors(built: Built, run: Run, tmp_path: Path)
 
 @given(
     st.floats(0.05, 0.9), st.floats(10, 10_000), st.integers(100, 10_000), st.floats(0, 0.5)
-)  # done so far, seconds in all, how much there is, what the store had already
+)  # share worked so far, seconds in all, units in all, share that the store already had
 def test_the_time_left_of_steady_work_is_what_it_will_take(
     worked: float, seconds: float, total: int, stored: float
 ) -> None:
     clock = Clock()
-    meter = Meter(clock)
     begun = int(total * stored)
-    meter.update(begun, total)
+    meter = Meter(begun, total, clock=clock)
     clock.now = seconds * worked
     meter.update(begun + round((total - begun) * worked), total)
     if meter.left is None:
@@ -99,8 +77,7 @@ def test_the_time_left_of_steady_work_is_what_it_will_take(
 
 def test_what_the_store_had_counts_for_no_speed() -> None:
     clock = Clock()
-    meter = Meter(clock)
-    meter.update(160, 169)
+    meter = Meter(160, 169, clock=clock)
     assert meter.rate is None and meter.left is None
     clock.now = 10.0
     meter.update(163, 169)
@@ -109,8 +86,7 @@ def test_what_the_store_had_counts_for_no_speed() -> None:
 
 def test_no_time_left_is_said_before_it_can_be_known() -> None:
     clock = Clock()
-    meter = Meter(clock)
-    meter.update(0, 1000)
+    meter = Meter(0, 1000, clock=clock)
     clock.now = 1.0
     meter.update(500, 1000)
     assert "left" not in str(meter), "too short a time"
@@ -121,8 +97,7 @@ def test_no_time_left_is_said_before_it_can_be_known() -> None:
 
 def test_bytes_are_told_as_bytes() -> None:
     clock = Clock()
-    meter = Meter(clock, in_bytes=True)
-    meter.update(0, 10_000_000)
+    meter = Meter(0, 10_000_000, in_bytes=True, clock=clock)
     clock.now = 4.0
     meter.update(2_000_000, 10_000_000)
     assert str(meter) == "2.0 MB of 10.0 MB, 500.0 kB/s, about 15 s left"
@@ -130,21 +105,20 @@ def test_bytes_are_told_as_bytes() -> None:
 
 def test_a_long_step_does_not_fill_a_log() -> None:
     clock, lines = Clock(), []
-    log = Lines(lines.append, clock)
+    log = Lines(lines.append, clock=clock)
     for second in range(3600):
         clock.now = float(second)
-        log.show("compile", second, 3600)
-    log.show("compile", 3600, 3600)
+        log("compile", second, 3600)
+    log("compile", 3600, 3600)
     assert lines[0] == "compile: 5 of 3600, 1/s"
     assert lines[1] == "compile: 15 of 3600, 1/s" and len(lines) < 70
     assert lines[-1] == "compile: 3600 of 3600, 60 min"
 
 
 def test_work_whose_units_come_late_is_told_by_its_share() -> None:
-    """A compilation's kernels all come after the front end: their rate would say an hour where minutes are left."""
+    """A compilation's kernels all come after the front end: by their rate, minutes of work would look like an hour."""
     clock = Clock()
-    meter = Meter(clock)
-    meter.update(0, 100, 0.0)
+    meter = Meter(0, 100, 0.0, clock=clock)
     clock.now = 100.0
     meter.update(1, 100, 0.5)
     assert str(meter) == "1 of 100, 50%, about 2 min left"
@@ -155,20 +129,20 @@ def test_work_whose_units_come_late_is_told_by_its_share() -> None:
 
 def test_nothing_is_said_before_it_is_known_how_much_there_is() -> None:
     clock, lines = Clock(), []
-    log = Lines(lines.append, clock, every=1.0)
+    log = Lines(lines.append, every=1.0, clock=clock)
     for clock.now in (0.0, 3.0, 6.0):
-        log.show("plan", 0, 0)
+        log("plan", 0, 0)
     assert lines == []
-    log.show("plan", 1, 40)
+    log("plan", 1, 40)
     assert len(lines) == 1
 
 
 def test_a_short_step_says_nothing_in_a_log_and_its_end_when_verbose() -> None:
     for every, said in ((None, []), (1.0, ["pack: 3 of 3, 1 s"])):
         lines: list[str] = []
-        log = Lines(lines.append, Clock(), every)
+        log = Lines(lines.append, every, clock=Clock())
         for done in (0, 1, 2, 3):
-            log.show("pack", done, 3)
+            log("pack", done, 3)
         assert lines == said
 
 

@@ -90,9 +90,9 @@ def test_what_is_written_follows_its_schema(built: Built) -> None:
         ("plan", json.loads(built.plan.model_dump_json(exclude_none=True))),
         ("report", report_on(built.packed.sha256, entry)),
         ("build", json.loads(build_record.path_for(artifact).read_text())),
-        ("diff", json.loads(diff.compare(diff.read(artifact), diff.read(artifact)).text())),
-        ("doctor", json.loads(doctor.examine(artifact).text())),
-        ("explain", json.loads(explain.explain(entry, artifact).text())),
+        ("diff", json.loads(diff.compare(diff.read(artifact), diff.read(artifact)).to_json())),
+        ("doctor", json.loads(doctor.examine(artifact).to_json())),
+        ("explain", json.loads(explain.explain(entry, artifact).to_json())),
     ):
         validator(name).validate(document)
         with pytest.raises(jsonschema.ValidationError):

@@ -1,28 +1,31 @@
-"""A folder kept at what a source stands for: never half, never worse than before, whoever else is at it."""
+"""A folder kept at what a source stands for: never half of it, never worse than before, whoever else writes it."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cachebuilder import building
+from cachebuilder.artifact.trust import Trust
 from cachebuilder.errors import RestoreError, TransferError
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.machine import Machine
 from cachebuilder.ship import fetch
-from cachebuilder.ship.fetch import Found, Wish
-from cachebuilder.ship.retry import Retries
-from cachebuilder.ship.sync import current, sync
+from cachebuilder.ship.fetch import Located
+from cachebuilder.ship.sync import SyncedFolder
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port
-from tests.test_registry import FEW, for_another, push_to
+from tests.shipping import FEW, for_another, push_to
 from tests.test_signature import keys, sign
 
 __all__ = ["keys"]
@@ -40,12 +43,30 @@ def versions(artifact: Path) -> list[Path]:
     return [artifact, *(for_another(artifact, f"v{number}", "H200") for number in (2, 3, 4))]
 
 
-def put(artifact: Path, folder: Path) -> None:
-    restore([artifact], folder, None, force=True)
+@pytest.fixture
+def folder(machine: Machine, tmp_path: Path) -> SyncedFolder:
+    """DIR, which no sync has been in."""
+    return SyncedFolder(tmp_path / "dir", machine)
 
 
-def source(location: str, retries: Retries = FEW) -> Callable[[], Found]:
-    return lambda: fetch.look_up(location, Wish(lambda index: []), retries)
+def source(location: str) -> Callable[[], Located]:
+    return lambda: fetch.look_up(location, Machine(None), FEW)
+
+
+def after_fetch(look_up: Callable[[], Located], action: Callable[[], object]) -> Callable[[], Located]:
+    """The same source; something happens each time that its artifact has been fetched."""
+
+    def changed() -> Located:
+        located = look_up()
+
+        def get(to: Callable[[str], Path], trust: Trust | None) -> Path:
+            path = located.get(to, trust)
+            action()
+            return path
+
+        return replace(located, get=get)
+
+    return changed
 
 
 def generations(to: Path) -> list[str]:
@@ -57,44 +78,40 @@ def name_in(folder: Path) -> str:
     return index.name
 
 
-def test_it_fetches_only_what_changed(there: Registry, versions: list[Path], tmp_path: Path) -> None:
+def test_it_fetches_only_what_changed(there: Registry, versions: list[Path], folder: SyncedFolder) -> None:
     push_to(there.host, "fleet", versions[0])
     with Middleman(there.host) as between:
-        look_up, to = source(f"oci://{between.host}/fleet:v1"), tmp_path / "dir"
-        first = sync(look_up, to, put)
-        assert first.changed and name_in(to / "current") == "small"
+        look_up, to = source(f"oci://{between.host}/fleet:v1"), folder.path
+        first = folder.sync(look_up)
+        assert first.changed and first.restored is not None and name_in(to / "current") == "small"
         assert sorted(os.listdir(to)) == ["current", "generations"]
         before = snapshot(to)
         between.asked.clear()
-        again = sync(look_up, to, put)
-        assert not again.changed and again.generation == first.generation
+        again = folder.sync(look_up)
+        assert not again.changed and again.restored is None and again.generation == first.generation
         assert not [asked for asked in between.asked if "/blobs/" in asked.path]
         assert snapshot(to) == before
         push_to(there.host, "fleet", versions[1])
-        assert sync(look_up, to, put).changed and name_in(to / "current") == "v2"
+        assert folder.sync(look_up).changed and name_in(to / "current") == "v2"
         assert (to / "current").readlink() == Path("generations") / generations(to)[-1]
 
 
 def test_the_last_n_generations_stay_and_going_back_takes_the_one_that_is_there(
-    there: Registry, versions: list[Path], tmp_path: Path
+    there: Registry, versions: list[Path], folder: SyncedFolder
 ) -> None:
-    to, made = tmp_path / "dir", []
-
-    def counted(artifact: Path, folder: Path) -> None:
-        made.append(artifact)
-        put(artifact, folder)
-
+    to, look_up = folder.path, source(f"oci://{there.host}/last:v1")
     for version in versions:
         push_to(there.host, "last", version)
-        done = sync(source(f"oci://{there.host}/last:v1"), to, counted, keep=2)
+        done = folder.sync(look_up, keep=2)
+        assert done.restored is not None
     assert [name_in(to / "generations" / name) for name in generations(to)] == ["v3", "v4"]
-    assert len(done.removed) == 1 and len(made) == 4
+    assert len(done.removed) == 1
     push_to(there.host, "last", versions[2])
-    sync(source(f"oci://{there.host}/last:v1"), to, counted, keep=2)
-    assert name_in(to / "current") == "v3" and len(made) == 4
+    assert folder.sync(look_up, keep=2).restored is None
+    assert name_in(to / "current") == "v3"
     push_to(there.host, "last", versions[0])
-    sync(source(f"oci://{there.host}/last:v1"), to, counted, keep=1)
-    assert [name_in(to / "generations" / name) for name in generations(to)] == ["small"] and len(made) == 5
+    assert folder.sync(look_up, keep=1).restored is not None
+    assert [name_in(to / "generations" / name) for name in generations(to)] == ["small"]
 
 
 @pytest.mark.parametrize("what", ["down", "broken-blob", "wrong-blob", "does-not-fit"])
@@ -140,22 +157,31 @@ def test_allow_stale_is_no_excuse_where_nothing_is_there(run: Run, tmp_path: Pat
     assert done.returncode == 15 and not (tmp_path / "dir" / "current").exists()
 
 
-def test_a_damaged_current_generation_is_made_anew(there: Registry, artifact: Path, tmp_path: Path) -> None:
+def test_a_damaged_current_generation_is_made_anew(there: Registry, artifact: Path, folder: SyncedFolder) -> None:
     push_to(there.host, "damaged", artifact)
-    look_up, to = source(f"oci://{there.host}/damaged:v1"), tmp_path / "dir"
-    first = sync(look_up, to, put).generation
+    look_up = source(f"oci://{there.host}/damaged:v1")
+    first = folder.sync(look_up).generation
     next(first.glob("cache/*/kernel.cubin")).write_bytes(b"")  # as a power cut leaves it
-    assert current(to) is None
-    done = sync(look_up, to, put)
-    assert done.changed and done.generation != first and current(to) == done.generation
+    assert folder.current() is None
+    done = folder.sync(look_up)
+    assert done.changed and done.generation != first and folder.current() == done.generation
 
 
-def test_what_is_in_the_way_is_left_alone(there: Registry, artifact: Path, tmp_path: Path) -> None:
+def test_a_generation_that_does_not_fit_the_deepgemm_of_now_is_not_current(
+    there: Registry, artifact: Path, folder: SyncedFolder
+) -> None:
+    push_to(there.host, "upgraded", artifact)
+    assert folder.sync(source(f"oci://{there.host}/upgraded:v1")).changed
+    assert folder.current() is not None
+    assert SyncedFolder(folder.path, Machine(None)).current() is None
+
+
+def test_what_is_in_the_way_is_left_alone(there: Registry, artifact: Path, folder: SyncedFolder) -> None:
     push_to(there.host, "way", artifact)
-    (tmp_path / "dir" / "current").mkdir(parents=True)
+    (folder.path / "current").mkdir(parents=True)
     with pytest.raises(RestoreError, match="wanted a link of an earlier sync"):
-        sync(source(f"oci://{there.host}/way:v1"), tmp_path / "dir", put)
-    assert os.listdir(tmp_path / "dir") == ["current"]
+        folder.sync(source(f"oci://{there.host}/way:v1"))
+    assert os.listdir(folder.path) == ["current"]
 
 
 def test_with_trust_a_generation_that_was_not_checked_does_not_count(
@@ -179,11 +205,11 @@ def test_with_trust_a_generation_that_was_not_checked_does_not_count(
 
 
 def test_syncs_at_once_into_one_folder_all_end_well_and_no_reader_sees_half(
-    there: Registry, versions: list[Path], tmp_path: Path
+    there: Registry, versions: list[Path], folder: SyncedFolder
 ) -> None:
     push_to(there.host, "crowd", versions[0])
-    to = tmp_path / "dir"
-    sync(source(f"oci://{there.host}/crowd:v1"), to, put)
+    to, look_up = folder.path, source(f"oci://{there.host}/crowd:v1")
+    folder.sync(look_up)
     failed: list[BaseException] = []
     over = threading.Event()
 
@@ -200,13 +226,12 @@ def test_syncs_at_once_into_one_folder_all_end_well_and_no_reader_sees_half(
 
     def read() -> None:
         while not over.is_set():
-            folder = open_folder(Path(os.path.realpath(to / "current")))
-            assert not folder.damage()
+            assert not open_folder(Path(os.path.realpath(to / "current"))).damage()
 
     reader = guarded(read)
     for version in versions[1:]:
         push_to(there.host, "crowd", version)
-        syncs = [guarded(lambda: sync(source(f"oci://{there.host}/crowd:v1"), to, put, keep=4)) for _ in range(6)]
+        syncs = [guarded(lambda: folder.sync(look_up, keep=4)) for _ in range(6)]
         for thread in syncs:
             thread.join()
     over.set()
@@ -217,58 +242,67 @@ def test_syncs_at_once_into_one_folder_all_end_well_and_no_reader_sees_half(
 
 
 def test_the_slower_of_two_does_not_put_the_older_one_back(
-    there: Registry, versions: list[Path], tmp_path: Path
+    there: Registry, versions: list[Path], folder: SyncedFolder
 ) -> None:
     push_to(there.host, "slow", versions[0])
-    location, to = f"oci://{there.host}/slow:v1", tmp_path / "dir"
+    look_up = source(f"oci://{there.host}/slow:v1")
+    overtaken: list[str] = []
 
-    def slow(artifact: Path, folder: Path) -> None:
-        put(artifact, folder)
-        if name_in(folder) == "small":  # meanwhile the tag moves, and another sync overtakes
+    def overtake() -> None:
+        """Once: the tag moves, and another sync is faster."""
+        if not overtaken:
             push_to(there.host, "slow", versions[1])
-            sync(source(location), to, put)
-            assert name_in(to / "current") == "v2"
+            folder.sync(look_up)
+            overtaken.append(name_in(folder.path / "current"))
 
-    sync(source(location), to, slow)
-    assert name_in(to / "current") == "v2"
+    folder.sync(after_fetch(look_up, overtake))
+    assert overtaken == ["v2"] and name_in(folder.path / "current") == "v2"
+
+
+#: A sync that is killed when it has made a generation, right before the rename that puts it in place.
+KILLED_BEFORE_THE_RENAME = """
+import os, signal, sys
+def kill(event, arguments):
+    if event == "os.rename" and os.path.dirname(str(arguments[1])).endswith("/generations"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+from cachebuilder.cli.main import main
+main()
+"""
 
 
 def test_one_that_was_killed_leaves_nothing_that_counts_and_its_rest_goes_after_a_day(
-    there: Registry, artifact: Path, tmp_path: Path
+    there: Registry, built: building.Built, artifact: Path, folder: SyncedFolder
 ) -> None:
     push_to(there.host, "killed", artifact)
-    to, location = tmp_path / "dir", f"oci://{there.host}/killed:v1"
-    code = (
-        "import os, sys\nfrom pathlib import Path\n"
-        "from tests.test_sync import put, source, sync\n"
-        "def die(artifact, folder):\n    put(artifact, folder)\n    os._exit(9)\n"
-        "sync(source(sys.argv[1]), Path(sys.argv[2]), die)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, location, str(to)], cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 9 and not (to / "current").exists()
+    to, location = folder.path, f"oci://{there.host}/killed:v1"
+    command = ["sync", location, "--to", to, "--deep-gemm", built.inputs.installation.imported_as]
+    code = [sys.executable, "-c", KILLED_BEFORE_THE_RENAME]
+    done = subprocess.run([*code, *map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL and not (to / "current").exists(), done.stderr
     [left] = generations(to)
     assert left.startswith(".aside-")
-    assert sync(source(location), to, put).changed and left in generations(to)
+    assert folder.sync(source(location)).changed and left in generations(to)
     old = (to / "generations" / left).stat().st_mtime - 2 * 86400
     os.utime(to / "generations" / left, (old, old))
-    sync(source(location), to, put)
+    folder.sync(source(location))
     assert left not in generations(to)
 
 
 def test_a_registry_that_goes_away_right_after_the_fetch_does_not_spoil_it(
-    there: Registry, artifact: Path, tmp_path: Path
+    there: Registry, artifact: Path, folder: SyncedFolder
 ) -> None:
     push_to(there.host, "gone", artifact)
     asked: list[int] = []
     real = source(f"oci://{there.host}/gone:v1")
 
-    def look_up() -> Found:
+    def look_up() -> Located:
         asked.append(1)
         if len(asked) > 1:
             raise TransferError("gone")
         return real()
 
-    assert sync(look_up, tmp_path / "dir", put).changed
+    assert folder.sync(look_up).changed
 
 
 def test_a_file_is_a_source_too(versions: list[Path], run: Run, tmp_path: Path) -> None:

@@ -1,11 +1,7 @@
-"""What a person sees: 80 columns, and colour on a terminal only."""
+"""Tables of 80 columns, colour on a terminal only, and JSON that follows its schema."""
 
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +10,19 @@ from cachebuilder.building import Built
 from cachebuilder.cli import table
 from tests.conftest import ROOT, Run
 from tests.restored import unpack
+from tests.terminals import on_a_terminal
 from tests.test_misses import log_of
 from tests.test_schemas import validator
 
 
 def too_wide(text: str) -> list[str]:
-    """Lines over 80 columns, but for those with a path, which nobody can wrap."""
+    """Lines over 80 columns, except those with a path, which cannot be wrapped."""
     return [line for line in text.splitlines() if len(line) > 80 and "/" not in line]
 
 
 @pytest.fixture(scope="session")
 def folder(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A restored folder with one kernel gone and one changed."""
+    """A restored folder in which one kernel is missing and one is damaged."""
     to = unpack(built.packed.path, tmp_path_factory.mktemp("terminal") / "to")
     gemms = sorted((path for path in (to / "cache").iterdir() if "gemm" in path.name), key=lambda path: len(path.name))
     changed, gone = gemms[0], gemms[-1]  # the longest name is the missing one's
@@ -59,22 +56,9 @@ def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path,
 
 @pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
 def test_colour_is_for_terminals_without_no_color(built: Built, no_color: str | None, coloured: bool) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
-    if no_color is not None:
-        environment["NO_COLOR"] = no_color
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cachebuilder", "inspect", str(built.packed.path)]
-    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.STDOUT, env=environment)
-    os.close(theirs)
-    text = b""
-    try:
-        while part := os.read(ours, 4096):
-            text += part
-    except OSError:  # the other end was closed
-        pass
-    os.close(ours)
-    assert process.wait() == 0 and b"sm90_fp8_gemm_1d2d" in text
-    assert (b"\x1b[" in text) is coloured
+    environment = {} if no_color is None else {"NO_COLOR": no_color}
+    text = on_a_terminal(1, "inspect", built.packed.path, **environment)
+    assert "sm90_fp8_gemm_1d2d" in text and ("\x1b[" in text) is coloured
 
 
 @pytest.mark.parametrize("name", ["", "missing", "  headers"])
@@ -102,8 +86,10 @@ def test_json_follows_its_schema_and_has_the_documented_fields(
         "explain": [built.plan.kernels[0].entry, "--in", built.packed.path],
         "gpus": [],
     }
-    document = json.loads(run(verb, *arguments[verb], "--json").stdout)
+    done = run(verb, *arguments[verb], "--json")
+    assert done.stdout, done.stderr
+    document = json.loads(done.stdout)
     validator(verb).validate(document)
     [row] = re.findall(rf"^\| `{verb} --json` \|(.*)\|$", (ROOT / "docs" / "report.md").read_text(), re.MULTILINE)
-    told = re.findall(r"`(\w+)`", row.partition(";")[0])
-    assert told == list(document[0] if verb == "gpus" else document)
+    documented = re.findall(r"`(\w+)`", row.partition(";")[0])
+    assert documented == list(document[0] if verb == "gpus" else document)

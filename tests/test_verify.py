@@ -12,10 +12,11 @@ from cachebuilder.artifact.index import File
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring import frozen
-from cachebuilder.restoring.entries import restore
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.frozen import frozen_nvcc
-from cachebuilder.verifying import virtual as verify
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
+from cachebuilder.verifying.report import Report
 from tests.conftest import SMALL, Run
 from tests.restored import check, unpack
 
@@ -51,11 +52,11 @@ def a_gemm(folder: Path) -> Path:
     return gemms(folder)[0]
 
 
-def missing(report: verify.Report) -> set[str]:
+def missing(report: Report) -> set[str]:
     return {kernel.entry for replay in report.replays for kernel in replay.missing}
 
 
-def different(report: verify.Report) -> set[str]:
+def different(report: Report) -> set[str]:
     return {difference.field for replay in report.replays for difference in replay.differences}
 
 
@@ -214,7 +215,7 @@ def test_a_cache_for_a_copy_behind_a_link_is_the_one_that_the_copy_asks_for(
 ) -> None:
     (tmp_path / "deep_gemm").symlink_to(built.inputs.installation.imported_as)
     linked = installations.find(tmp_path / "deep_gemm")
-    restored = restore([built.packed.path], tmp_path / "to", linked)
+    restored = restore([built.packed.path], tmp_path / "to", machine=Machine(linked))
     assert restored.relocated and check(tmp_path / "to", linked).complete
 
 

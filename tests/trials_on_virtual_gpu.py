@@ -1,8 +1,8 @@
 """Every op's trial on the virtual GPU: DeepGEMM's own host code, and torch on the CPU.
 
-``python -m tests.trials_on_virtual_gpu DEEP_GEMM FIELDS`` tries each op of FIELDS (JSON) once and prints what its outputs
-are. The virtual GPU's memory is the host's, and no kernel runs there: `OnCpu` has torch's operations done on the CPU in
-the same memory, so that inputs and expected results are real ones, and what DeepGEMM's kernels would write is not.
+``python -m tests.trials_on_virtual_gpu DEEP_GEMM FIELDS`` tries each op of FIELDS (JSON) once and prints a summary of its
+outputs. The virtual GPU's memory is the host's, and no kernel runs there: `OnCpu` runs torch's operations on the CPU in
+that memory. Inputs and expected results are therefore real; DeepGEMM's kernels write nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
-from cachebuilder.sweep.child import _import_deep_gemm
+from cachebuilder.sweep.child import import_deep_gemm
 
 
 def shared(value: Any) -> Any:
-    """The tensor on the CPU that is in the memory of ``value``, where that is one on the virtual GPU."""
+    """A CPU tensor in the same memory, if ``value`` is a tensor on the virtual GPU; else ``value``."""
     if not isinstance(value, torch.Tensor) or not value.is_cuda:
         return value
     storage = value.untyped_storage()
@@ -35,7 +35,7 @@ def shared(value: Any) -> Any:
 
 
 class OnCpu(TorchDispatchMode):
-    """Operations on tensors of the virtual GPU are done on the CPU; views and allocations are torch's own there."""
+    """Runs operations on the virtual GPU's tensors on the CPU; leaves views and allocations to torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,16 +51,18 @@ class OnCpu(TorchDispatchMode):
             or (aliased is not None and not aliased.is_write)
         ):
             return function(*arguments, **options)
-        given = [value for value in tree_leaves((arguments, options)) if isinstance(value, torch.Tensor)]
+        tensors = [value for value in tree_leaves((arguments, options)) if isinstance(value, torch.Tensor)]
         device = options.get("device")
-        here = any(value.is_cuda for value in given) if device is None else torch.device(device).type == "cuda"
+        on_gpu = any(value.is_cuda for value in tensors) if device is None else torch.device(device).type == "cuda"
         options = tree_map(self.on_cpu, options)
         if device is not None:
             options["device"] = "cpu"
-        found = function(*tree_map(self.on_cpu, arguments), **options)
-        if aliased is not None:
-            return next(value for value in given if value.is_cuda) if here else found
-        return tree_map(moved, found) if here else found
+        result = function(*tree_map(self.on_cpu, arguments), **options)
+        if not on_gpu:
+            return result
+        if aliased is not None:  # it wrote into one of its arguments
+            return next(value for value in tensors if value.is_cuda)
+        return tree_map(moved, result)
 
     def on_cpu(self, value: Any) -> Any:
         if isinstance(value, torch.Generator) and value.device.type == "cuda":
@@ -69,16 +71,16 @@ class OnCpu(TorchDispatchMode):
 
 
 def moved(value: Any) -> Any:
-    """A tensor of the virtual GPU with what ``value`` holds."""
+    """A copy of ``value`` on the virtual GPU, if it is a tensor elsewhere; else ``value``."""
     if not isinstance(value, torch.Tensor) or value.is_cuda:
         return value
-    there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
-    shared(there).copy_(value)
-    return there
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    shared(copy).copy_(value)
+    return copy
 
 
-def tried(device: Device, fields: dict[str, Any]) -> Any:
-    """What each output of one trial is; None for an op that has no reference."""
+def summary(device: Device, fields: dict[str, Any]) -> Any:
+    """Facts of each output of one trial; None for an op that has no reference."""
     model = OPS[fields["op"]]
     op = model.model_validate(({"max_tokens": 16} if "max_tokens" in model.model_fields else {}) | fields)
     points = op.points(device)
@@ -99,13 +101,11 @@ def tried(device: Device, fields: dict[str, Any]) -> Any:
     ]
 
 
-def main(deep_gemm: str, wanted: str) -> None:
-    device = Device(torch, _import_deep_gemm(deep_gemm))
-    results = []
+def main(deep_gemm: str, ops: str) -> None:
+    device = Device(torch, import_deep_gemm(deep_gemm))
     with torch.no_grad(), OnCpu():
-        for fields in json.loads(wanted):
-            results.append(tried(device, fields))
-    print(json.dumps(results), flush=True)
+        summaries = [summary(device, fields) for fields in json.loads(ops)]
+    print(json.dumps(summaries), flush=True)
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Writes the site's reference pages from the code while MkDocs builds the site (it is a hook of MkDocs)."""
+"""Write the site's reference pages from the code, when the site is built (a hook of MkDocs)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from cachebuilder.artifact import index
 from cachebuilder.cli.main import VERBS, cli
+from cachebuilder.cli.variables import OWN_VARIABLES
 from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
@@ -27,7 +28,7 @@ from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring import environment as serving
 
 ROOT = Path(__file__).parents[1]
-#: Files in the repository's root that are also pages of the site.
+#: Files of the repository's root that are also pages of the site.
 BESIDE = {"changes.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 
 
@@ -37,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"reference/{name}.md", content=page()))
     for name, path in BESIDE.items():
         text = (ROOT / path).read_text()
-        # Links from the root begin with docs/; links from within docs do not.
+        # Links in these files start at the root; links on the site start in docs/.
         files.append(File.generated(config, name, content=text.replace("](docs/", "](")))
     return files
 
@@ -47,23 +48,30 @@ def command_line() -> str:
     parts = [
         "# Command line\n",
         "`cachebuilder VERB --help` prints the same. Results go to standard output, progress and remarks to standard "
-        "error; each kind of failure has its [exit code](exit-codes.md).\n",
+        "error. [Exit codes](exit-codes.md) distinguish failures.\n",
     ]
     for verb in VERBS:
         command = getattr(import_module(f"cachebuilder.cli.{verb.replace('-', '_')}"), verb.replace("-", "_"))
-        context = click.Context(command, info_name=f"cachebuilder {verb}", parent=None)
-        usage = " ".join(command.collect_usage_pieces(context))
-        parts += [f"## {verb}\n", f"```text\ncachebuilder {verb} {usage}\n```\n", _paragraphs(command.help or "")]
-        rows = [
-            (f"`{', '.join(p.opts + p.secondary_opts)}`{_value(p, context)}", (p.help or "") + _default(p))
-            for p in command.get_params(context)
-            if isinstance(p, click.Option) and "--help" not in p.opts
-        ]
-        parts += [_table(("option", ""), rows)] if rows else []
+        parts += _command(command, verb, "##")
+        if isinstance(command, click.Group):
+            for name, child in command.commands.items():
+                parts += _command(child, f"{verb} {name}", "###")
     parts += [
         f"## Options of cachebuilder itself\n\n```text\n{cli.get_help(click.Context(cli, info_name='cachebuilder'))}\n```\n"
     ]
     return "\n".join(parts)
+
+
+def _command(command: click.Command, name: str, heading: str) -> list[str]:
+    context = click.Context(command, info_name=f"cachebuilder {name}", parent=None)
+    usage = " ".join(command.collect_usage_pieces(context))
+    rows = [
+        (f"`{', '.join(p.opts + p.secondary_opts)}`{_value(p, context)}", (p.help or "") + _default(p))
+        for p in command.get_params(context)
+        if isinstance(p, click.Option) and "--help" not in p.opts
+    ]
+    text = [f"{heading} {name}\n", f"```text\ncachebuilder {name} {usage}\n```\n", _paragraphs(command.help or "")]
+    return [*text, _table(("option", ""), rows)] if rows else text
 
 
 def _value(option: click.Option, context: click.Context) -> str:
@@ -83,8 +91,8 @@ def manifest() -> str:
     """Every field of the manifest, from its pydantic models."""
     parts = [
         "# Manifest\n",
-        "YAML, of at most 4 MiB, read strictly: an unknown field, a duplicate key or a value of another type is an error "
-        "with file and line. A small one:\n",
+        "A manifest is YAML of at most 4 MiB, and is read strictly: an unknown field, a duplicate key or a value of "
+        "another type is an error with file and line. A small one:\n",
         '```yaml\n--8<-- "manifests/quickstart.yaml"\n```\n',
         "## The manifest\n",
         _model(Manifest),
@@ -105,8 +113,8 @@ def manifest() -> str:
         "## sources\n",
         _model(Source),
         "## ops\n",
-        "One mapping an op. Which of them exist on which GPU and in which DeepGEMM: [entry points](../entry-points.md). "
-        "N, K and experts are those of one rank.\n",
+        "One mapping for each op. [Entry points](../entry-points.md) says which ops exist on which GPU and in which "
+        "DeepGEMM. N, K and experts are those of one rank.\n",
     ]  # fmt: skip
     for name, model in OPS.items():
         parts += [f"### {name}\n", _paragraphs(inspect.getdoc(model) or ""), _model(model, skip=("op",))]
@@ -114,16 +122,13 @@ def manifest() -> str:
 
 
 def _model(model: type[BaseModel], skip: tuple[str, ...] = ()) -> str:
-    """A table of a model's fields. What a field has no description for is looked up in the model's docstring."""
     schema = model.model_json_schema()
-    _, documented = _attributes(inspect.getdoc(model) or "")
     rows = []
     for name, field in schema["properties"].items():
         if name in skip:
             continue
         required = "required" if name in schema.get("required", ()) else _json(field.get("default"))
-        description = field.get("description") or documented.get(name, "")
-        rows.append((f"`{name}`", _type(field, schema.get("$defs", {})), required, description))
+        rows.append((f"`{name}`", _type(field, schema.get("$defs", {})), required, field.get("description", "")))
     return _table(("field", "wants", "default", ""), rows)
 
 
@@ -144,86 +149,89 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
             return f"a list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0], definitions)}"
         return f"a list: {_type(field.get('items', {}), definitions)}"
     if kind == "object":
-        return "a mapping of text" if isinstance(field.get("additionalProperties"), dict) else "a mapping"
+        return "a mapping of text" if field.get("additionalProperties") == {"type": "string"} else "a mapping"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
     bounds = f" {low} to {high}" if low is not None and high is not None else f" from {low}" if low is not None else ""
-    pattern = f" like `{field['pattern']}`" if "pattern" in field else ""
+    pattern = f" that matches `{field['pattern']}`" if "pattern" in field else ""
     names = {"integer": "whole number", "string": "text", "boolean": "true or false", "number": "number"}
     return f"{names.get(str(kind), str(kind))}{bounds}{pattern}"
 
 
 def _json(value: object) -> str:
-    """A default or a constant, as a person would write it."""
-    if value is None:
-        return "left out"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):
-        return value or '""'
-    return str(value) if value or value == 0 else "none"
+    if value is None:
+        return "left out"
+    return '""' if value == "" else "none" if value in ([], {}) else str(value)
 
 
 def artifact() -> str:
     """The index's records, from their pydantic models."""
     parts = [
         "# Artifact\n",
-        "`NAME.tar.zst` is one zstd frame with its content size and checksum; in it is a ustar archive of regular files, "
-        "in this order:\n",
+        "`NAME.tar.zst` is one zstd frame with its content size and checksum; in it a ustar archive of regular files, in "
+        "this order:\n",
         "| member | what it is |\n|---|---|\n"
         f"| `{index.INDEX}` | the index, below |\n"
         f"| `{index.MANIFEST}` | the manifest, byte for byte as it was given |\n"
         f"| `{index.CACHE}/ENTRY/FILE` | each kernel as DeepGEMM reads it: all entries' `kernel.cu`, then all `kernel.cubin`, "
         "and in the DeepJIT generation `meta.json` and `.committed` |\n",
         f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, "
-        f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. Beside the artifact, under its name and `{index.REPORT_SUFFIX}`, may lie "
-        "the report of `verify --device cuda`. What a change of the schema means: [versions](../versions.md).\n",
+        f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. `verify --device cuda` writes what it "
+        f"saw beside the artifact, under its name and `{index.REPORT_SUFFIX}`. What a change of the schema means: "
+        "[versions](../versions.md).\n",
         "`cachebuilder inspect ARTIFACT --json` prints the index.\n",
     ]
     for record in (index.Index, index.Fingerprint, index.Entry, index.File, Selection, Range):
-        text, _ = _attributes(inspect.getdoc(record) or "")
-        parts += [f"## {record.__name__}\n", text + "\n", _model(record)]
+        text, described = _attributes(inspect.getdoc(record) or "")
+        schema = record.model_json_schema()
+        rows = [
+            (f"`{name}`", _type(field, schema.get("$defs", {})), described.get(name, ""))
+            for name, field in schema["properties"].items()
+        ]
+        parts += [f"## {record.__name__}\n", text + "\n", _table(("field", "type", ""), rows)]
     return "\n".join(parts)
 
 
 def _attributes(doc: str) -> tuple[str, dict[str, str]]:
-    """A docstring's text before its section Attributes, and that section as name → text."""
-    first, _, rest = doc.partition("Attributes:")
+    """A docstring's first part, and what its section Attributes says of each."""
+    text, _, rest = doc.partition("Attributes:")
     items = re.split(r"^ {4}(?=\w+: )", rest, flags=re.MULTILINE)[1:]
-    return first.strip(), {name: " ".join(text.split()) for name, text in (item.split(": ", 1) for item in items)}
+    return text.strip(), {name: " ".join(said.split()) for name, said in (i.split(": ", 1) for i in items)}
 
 
 def exit_codes() -> str:
-    """Exit codes, each with its exception."""
+    """Exit codes with the exception behind each."""
     kinds = {kind.exit_code: kind for kind in CacheBuilderError.__subclasses__()}
     rows = [(code, means, inspect.getdoc(kinds[code]) if code in kinds else "") for code, means in EXIT_CODES.items()]
     return (
-        "# Exit codes\n\nEvery expected failure is one message on standard error, what was wanted and what was found, "
-        "with a `hint:` where there is a next step. A traceback is a bug: report it with the output of "
+        "# Exit codes\n\nEvery expected failure is one message on standard error. It says what was wanted and what was "
+        "found, and has a `hint:` if there is a next step. A traceback is a bug: report it with the output of "
         "`cachebuilder doctor`.\n\n" + _table(("code", "means", "more"), rows)
     )
 
 
 def environment() -> str:
-    """Environment variables: cachebuilder's own, those that serving sets, those that change keys."""
-    rows = [(f"`{name}`", means) for name, means in serving.OWN_VARIABLES.items()]
-    parts = ["# Environment variables\n", "## Variables that cachebuilder reads\n", _table(("variable", ""), rows)]
+    """Variables: cachebuilder's own, those that serving sets, those that change keys."""
+    rows = [(f"`{name}`", means) for name, means in OWN_VARIABLES.items()]
+    parts = ["# Environment variables\n", "## That cachebuilder reads\n", _table(("variable", ""), rows)]
     parts += [
-        "## Variables that serving sets\n",
-        "As `cachebuilder env DIR --engine …` prints them, here for `/opt/deep_gemm` and the DeepJIT generation.\n",
+        "## That the serving process needs\n",
+        "`cachebuilder env DIR --engine …` prints them. These are for `/opt/deep_gemm` and the DeepJIT generation.\n",
     ]
     for engine in serving.ENGINES:
-        variables = serving.variables(
+        found = serving.variables(
             Path("/opt/deep_gemm"), [_an_index()], engine, None, {"CUDA_HOME": tempfile.gettempdir()}
         )
         parts += [
             f"### engine: {engine}\n",
-            _table(("variable", "value", "why"), [(f"`{v.name}`", f"`{v.value}`", v.why) for v in variables]),
+            _table(("variable", "value", "why"), [(f"`{v.name}`", f"`{v.value}`", v.why) for v in found]),
         ]
     parts += [
-        "## Variables that change DeepGEMM's keys\n",
-        "A cache is for one setting of these: give them in the manifest's `environment`, or leave them unset. Any other "
-        "`DG_…` variable (DeepJIT: also `DJ_…`) counts as one that changes kernels, unless it only says where to look, "
-        "what to print or what to dump.\n",
+        "## That change DeepGEMM's keys\n",
+        "A cache is for one setting of these variables: give them in the manifest's `environment`, or leave them unset. "
+        "Any other `DG_…` variable (for DeepJIT also `DJ_…`) counts as one that changes kernels, unless it only says "
+        "where to look, what to print or what to dump.\n",
         _table(
             ("generation", "variables"),
             [
@@ -236,27 +244,8 @@ def environment() -> str:
 
 
 def _an_index() -> index.Index:
-    digest = "0" * 64
-    fingerprint = index.Fingerprint(
-        generation="deepjit",
-        deep_gemm="",
-        headers=digest,
-        cutlass="",
-        compiler="",
-        arch="",
-        sm_counts=(),
-        environment={},
-    )
-    return index.Index(
-        schema_version=1,
-        name="",
-        fingerprint=fingerprint,
-        fingerprint_digest=digest,
-        manifest=digest,
-        ops=(),
-        entries=(),
-        recorded={},
-    )
+    fingerprint = index.Fingerprint.model_construct(generation="deepjit", environment={})
+    return index.Index.model_construct(name="", fingerprint=fingerprint)
 
 
 def _paragraphs(text: str) -> str:

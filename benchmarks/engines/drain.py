@@ -1,4 +1,4 @@
-"""The virtual GPU's log of launches holds some thousand: whoever does not read it must empty it."""
+"""Empties the virtual GPU's log of launches, which holds some thousand of them and must not fill up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def drain() -> Callable[[], None]:
-    """A function that empties the log; one that does nothing on a real GPU."""
+    """A function that empties the log; on a real GPU it does nothing."""
     if (library := os.environ.get("VIRTUAL_GPU_LIBRARY")) is None:
         return lambda: None
     count = ctypes.c_uint32.in_dll(ctypes.CDLL(library), "virtual_gpu_launch_count")

@@ -1,13 +1,13 @@
-"""The kernels that vLLM's warm-up misses and a full sweep has, for each model and GPU. Plans only: no compilation.
+"""Counts the kernels of a full sweep that vLLM's warm-up misses, for each model and GPU. Plans, but compiles nothing.
 
     PYTHONPATH=. python benchmarks/engines/relaxed.py MODEL/config.json TP EP [MODEL/config.json TP EP…] \
         --gpu H200 --gpu B200 --max-num-batched-tokens 8192 --deep-gemm VLLM/third_party/deep_gemm [--commit HASH] \
         > benchmarks/results/relaxed-vllm.jsonl
 
-A kernel is missed where no M of vLLM's list (`benchmarks/relaxed_list.py`) selects it in any layer. For experts the list
-is brought to padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows. The
-layout that 0.33.0 serves experts with on Hopper and Blackwell, ``use_psum_layout``, is not what its warm-up calls.
-`check.py` holds vLLM's own functions against the cache; this only counts. `benchmarks/plot.py` makes the docs' table.
+A kernel is missed where no M of vLLM's list (`benchmarks/relaxed_list.py`) selects it in any layer. For experts, the list
+is turned into padded rows as ``compute_aligned_M_and_alignment`` does, at DeepGEMM's default alignment of 128 rows. On
+Hopper and Blackwell, 0.33.0 serves experts with ``use_psum_layout``, but its warm-up calls the other layout. `check.py`
+runs vLLM's own functions on the cache; this only counts. `benchmarks/plot.py` makes the docs' table.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from pathlib import Path
 import click
 
 from benchmarks.relaxed_list import relaxed
-from cachebuilder.authoring.derive.config import Config
-from cachebuilder.authoring.derive.derive import derive
-from cachebuilder.authoring.derive.engines import ENGINES
-from cachebuilder.authoring.derive.text import manifest_text, model_name
-from cachebuilder.cuda import gpus
+from cachebuilder.authoring.derive.manifest import Deployment, derive_manifest
+from cachebuilder.authoring.derive.text import model_name
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.ops.catalog import OpBase
 from cachebuilder.ops.device import ceil_div
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel
 
 ALIGNMENT = 128
 VLLM = "0.33.0"
@@ -45,9 +44,9 @@ def padded_rows(op: OpBase, tokens: Iterable[int]) -> set[int]:
 def warmed_and_served(
     op: OpBase, ops: list[OpBase], max_tokens: int, dp: int, sms: int
 ) -> tuple[Container[int], Container[int]]:
-    """The points of ``op`` that vLLM's warm-up in ``relax`` calls, and those that serving can.
+    """The points of ``op`` that vLLM's warm-up calls in the mode ``relax``, and those that serving can call.
 
-    Serving without DeepEP's counts pads for the worst case, so few experts' rows are never a small multiple of 128.
+    Without DeepEP's counts, serving pads for the worst case: the rows of few experts are never a small multiple of 128.
     """
     if op.op == "fp8_gemm_nt":
         return frozenset(relaxed(max_tokens, op.n, sms)), range(1, op.largest_m + 1)
@@ -59,7 +58,7 @@ def warmed_and_served(
     return warmed, padded_rows(op, range(1, tokens + 1))
 
 
-def selected(kernel: planning.Kernel, lists: Sequence[Container[int]]) -> bool:
+def selected(kernel: Kernel, lists: Sequence[Container[int]]) -> bool:
     """Whether a point in its op's list selects ``kernel``."""
     return any(
         m in lists[where.op]
@@ -82,19 +81,25 @@ def main(
     run = {"what": "run", "command": "python benchmarks/engines/relaxed.py", "commit": commit, "vllm": VLLM}
     print(json.dumps(run | {"deep_gemm": installation.version, "max_tokens": max_num_batched_tokens}), flush=True)
     for path, tp, ep in zip(models[::3], models[1::3], models[2::3], strict=True):
-        config = Config.read(Path(path))
         for card in cards:
-            serving = ENGINES["vllm"](
-                gpu=gpus.find(card), version=VLLM, tp=int(tp), ep=int(ep), max_tokens=max_num_batched_tokens
+            deployment = Deployment(
+                engine="vllm",
+                engine_version=VLLM,
+                gpu=card,
+                tp=int(tp),
+                ep=int(ep),
+                max_tokens=max_num_batched_tokens,
             )
-            manifest = manifests.parse(manifest_text(config, serving, derive(config, serving)).encode())
-            plan = planning.make(manifest, installation, toolchain)
+            derived = derive_manifest(Path(path), deployment)
+            serving = derived.serving
+            manifest = manifests.parse(derived.text.encode())
+            plan = planning.make(Inputs(manifest, b"", toolchain, installation))
             limits = serving.max_tokens, serving.dp, serving.gpu.sm_count
             lists = (warmed_and_served(op, manifest.ops, *limits) for op in manifest.ops)
             warmed, served = zip(*lists, strict=True)
             missed = [kernel for kernel in plan.kernels if not selected(kernel, warmed)]
             names = collections.Counter(kernel.name for kernel in missed)
-            row = {"model": model_name(config), "gpu": card, "tp": int(tp), "ep": int(ep)}
+            row = {"model": model_name(derived.config), "gpu": card, "tp": int(tp), "ep": int(ep)}
             row |= {"kernels": len(plan.kernels), "missed": len(missed)}
             row |= {
                 "reached": sum(selected(kernel, served) for kernel in missed),

@@ -3,8 +3,8 @@
     python benchmarks/engines/sglang_warmup.py JOB.json RESULT.json
 
 Real: SGLang's ``deep_gemm_wrapper.compile_utils`` as installed: ``update_deep_gemm_config`` makes the list of M and
-``_compile_deep_gemm_one_type_all`` calls DeepGEMM at each. Stood in for: the scheduler's and the device's settings that
-they read (chunked prefill size, base GPU), the free memory (as much as wanted), and the symmetric-memory hooks, which
+``_compile_deep_gemm_one_type_all`` calls DeepGEMM at each. Replaced: the settings of the scheduler and the device that
+they read (chunked prefill size, base GPU), the amount of free memory (unlimited), and the symmetric-memory hooks, which
 need a process group.
 """
 
@@ -30,7 +30,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     import sglang
     from sglang.srt.layers.deep_gemm_wrapper import compile_utils, configurer
 
-    assert configurer.ENABLE_JIT_DEEPGEMM, "SGLang does not take this for a GPU that DeepGEMM runs on"
+    assert configurer.ENABLE_JIT_DEEPGEMM, "SGLang does not recognise this as a GPU that DeepGEMM runs on"
     assert Path(deep_gemm.__file__).parent == Path(job["deep_gemm"]), deep_gemm.__file__
     compile_utils.get_schedule = lambda: SimpleNamespace(chunked_prefill_size=job["max_tokens"] // job["dp"])
     compile_utils.get_device = lambda: SimpleNamespace(base_gpu_id=0)
@@ -73,7 +73,7 @@ def main() -> None:
     result = run(json.loads(Path(sys.argv[1]).read_text()))
     Path(sys.argv[2]).write_text(json.dumps(result))
     sys.stdout.flush()
-    os._exit(0)  # what would be tidied up on a GPU that is not there
+    os._exit(0)  # the destructors would tidy up a GPU that does not exist
 
 
 if __name__ == "__main__":

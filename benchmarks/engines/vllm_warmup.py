@@ -4,9 +4,9 @@
 
 Real: vLLM's modules as installed, its CUDA platform class for machines without NVML, its DeepGEMM wrapper and copy, its
 processing of weights and scales, its workspace manager, its lists of M, ``deepgemm_fp8_gemm_nt_warmup`` over a module
-tree, and ``_deepgemm_grouped_fp8_gemm_nt_contiguous_warmup``. Stood in for: the weights (memory of the right shape and
-type), the layers that hold them (plain modules that carry vLLM's kernel object, made without its constructor), and the
-data parallel group (its size).
+tree, and ``_deepgemm_grouped_fp8_gemm_nt_contiguous_warmup``. Replaced: the weights (by memory of the right shape and
+type), the layers that hold them (by plain modules that carry vLLM's kernel object, made without its constructor), and
+the data parallel group (by its size).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from drain import drain
 def run(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    # vLLM's extensions link to driver functions that the virtual GPU does not have; none is called here.
+    # vLLM's extensions link to driver functions that the virtual GPU lacks; none of them is called here.
     sys.setdlopenflags(os.RTLD_LAZY)
     import vllm.platforms
     from vllm.platforms.cuda import NonNvmlCudaPlatform
@@ -39,7 +39,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.utils import deep_gemm as wrapper
     from vllm.v1.worker.workspace import init_workspace_manager
 
-    assert wrapper.is_deep_gemm_supported(), "vLLM does not take this for a GPU that DeepGEMM runs on"
+    assert wrapper.is_deep_gemm_supported(), "vLLM does not recognise this as a GPU that DeepGEMM runs on"
     deep_gemm = wrapper._import_deep_gemm()
     assert Path(deep_gemm.__file__).parent == Path(job["deep_gemm"]), deep_gemm.__file__
     parallel_state._DP = SimpleNamespace(world_size=job["dp"])
@@ -59,7 +59,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     warmup.m_grouped_fp8_gemm_nt_contiguous = counting("grouped", warmup.m_grouped_fp8_gemm_nt_contiguous)
 
     def weights(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """FP8 weights with block scales, brought into the layout that vLLM serves with."""
+        """FP8 weights with block scales, in the layout that vLLM serves with."""
         *outer, n, k = shape
         empty()
         data = torch.empty(shape, device=device, dtype=torch.float8_e4m3fn)
@@ -96,7 +96,7 @@ def main() -> None:
     result = run(json.loads(Path(sys.argv[1]).read_text()))
     Path(sys.argv[2]).write_text(json.dumps(result))
     sys.stdout.flush()
-    os._exit(0)  # what would be tidied up on a GPU that is not there
+    os._exit(0)  # the destructors would tidy up a GPU that does not exist
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What DeepGEMM does with a broken cache, and what `doctor` and `verify` say of it.
+"""What does DeepGEMM do with a damaged cache, and what do `doctor`, `verify` and `run` say about it?
 
     python benchmarks/gpu/faults.py OUT [--deep-gemm FOLDER]... [--device virtual|cuda] [--commit HASH]
 
-For each copy of DeepGEMM: one artifact (faults.yaml) is built and restored, then each fault is done to a copy of that
-folder, a process serves from it with what `cachebuilder env` sets, and `doctor`, `verify` and `run` look at it. Serving
-calls every point of every op and, on a real GPU, compares results with a reference. Writes one JSON object a fault to
-OUT/faults.jsonl. Full disks are small tmpfs mounts, which need root.
+For each copy of DeepGEMM, one artifact (faults.yaml) is built and restored. Each fault is then made in a copy of that folder.
+A process serves from the copy with the variables of `cachebuilder env`, and `doctor`, `verify` and `run` look at it. Serving
+calls every point of every op and, on a real GPU, compares the results with a reference. Writes one JSON object for each fault
+to OUT/faults.jsonl. Full disks are small tmpfs mounts, which need root.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from cachebuilder.cuda.device import DeviceName
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.virtual_gpu import library as virtual_gpu
@@ -36,13 +37,14 @@ ROOT = HERE.parents[1]
 HANGS_AFTER = 90
 
 
-def serve(deep_gemm: str, device_name: str, forever: bool) -> None:
+def serve(deep_gemm: str, device_name: DeviceName, forever: bool) -> None:
     """The serving process: says what it got through, and ends with what stopped it."""
     from cachebuilder.sweep.child import load
+    from cachebuilder.sweep.protocol import Job, Position
 
     manifest = manifests.load(MANIFEST)[0]
-    job = {"device": device_name, "deep_gemm": deep_gemm, "gpu": manifest.target.gpu.model_dump()}
-    device = load(job, memoryview(bytearray(64)).cast("q"))
+    job = Job(device=device_name, gpu=manifest.target.gpu, deep_gemm=deep_gemm, ops=tuple(manifest.ops))
+    device = load(job, Position())
     print("serving", flush=True)
     while True:
         calls = right = wrong = 0

@@ -1,11 +1,10 @@
-"""Record what `verify --device cuda` wrote, and make the docs' table of it.
+"""Record what `verify --device cuda` wrote, and make the tables of the documentation from it.
 
     python benchmarks/gpu/record.py COMMIT [REPORT...]
 
-Each REPORT (``*.verified.json``) becomes one file in benchmarks/results/gpu/, without the points that were all right; the
-ops that were compared with a reference are noted in benchmarks/gpu/entry-points.json for docs/entry-points.md. The tables
-in docs/verify.md are made anew from all files in benchmarks/results/gpu/, `faults.py`'s rows among them, so no figure is
-typed by hand.
+Each REPORT (``*.verified.json``) becomes one file in benchmarks/results/gpu/, without the points that were right. The ops that
+were compared with a reference go into benchmarks/gpu/entry-points.json, for docs/entry-points.md. The tables in docs/verify.md
+are then made from all files in benchmarks/results/gpu/, with the rows of `faults.py`. No figure is typed by hand.
 """
 
 from __future__ import annotations

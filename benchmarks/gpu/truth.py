@@ -1,11 +1,11 @@
-"""The truth on the target GPU, manifest by manifest: build with the GPU's word, restore, verify every kernel's numbers.
+"""Check manifests on the target GPU: build with the GPU's confirmation, restore, and verify every kernel's results.
 
     python benchmarks/gpu/truth.py OUT MANIFEST... [--deep-gemm FOLDER]...
 
-For each copy of DeepGEMM and each manifest, as a person would on a command line: ``build --device cuda`` with no store
-(the GPU must ask for exactly the planned kernels, and every call is served from the finished artifact), ``restore``,
-``verify --device cuda``. Writes one JSON object a step to OUT/truth.jsonl, and the reports of `verify` beside it. Exit
-code 1 where any step failed.
+For each copy of DeepGEMM and each manifest, this runs the commands that a person would run: ``build --device cuda`` without the
+store (the GPU must ask for exactly the planned kernels, and every call is served from the finished artifact), ``restore``,
+and ``verify --device cuda``. Writes one JSON object for each step to OUT/truth.jsonl, and the reports of `verify` beside it.
+The exit code is 1 if any step failed.
 """
 
 from __future__ import annotations

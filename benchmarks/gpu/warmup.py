@@ -1,19 +1,19 @@
-"""On the target GPU, side by side: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
+"""Compare on the target GPU: DeepGEMM's own cold warm-up, a build, a restore, and the warm-up on the restored cache.
 
     PYTHONPATH=. python benchmarks/gpu/warmup.py MANIFEST... [--deep-gemm FOLDER]... [--separate] [--commit HASH]
                                     >> benchmarks/results/gpu/warmup.jsonl
 
 For each copy of DeepGEMM and each manifest:
 
-- ``build`` with no store, with ``--separate`` also one kernel at a time. What importing torch and DeepGEMM takes of the plan is said beside it:
-  an engine pays that, too, before its warm-up.
+- ``build`` without the store; with ``--separate`` also one kernel at a time. The time that the plan takes to import torch and
+  DeepGEMM is given separately, since an engine also needs it before its warm-up.
 - ``restore`` of that artifact, as a command.
-- ``cached``: the warm-up of an engine, in a process of its own, from the restored cache with the compiler that refuses,
-  no other compiler in reach.
+- ``cached``: the warm-up of an engine, in a process of its own, from the restored cache, with the compiler that refuses and no
+  other compiler in reach.
 - ``cold``: the same with an empty cache and the real nvcc. Its kernels must be among the planned ones.
 
 The warm-up is vLLM's relaxed list of M (0.33.0, model_executor/warmup/deep_gemm_warmup.py) for dense layers, every
-aligned M for grouped ones. Its time is that of the calls. Prints one JSON object a figure.
+aligned M for grouped ones. Its time is that of the calls alone. Prints one JSON object for each figure.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ import click
 
 from benchmarks.relaxed_list import relaxed
 from cachebuilder import building
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda import nvml
-from cachebuilder.manifest.inputs import Inputs, find_inputs
+from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.child import _import_deep_gemm
+from cachebuilder.sweep.child import import_deep_gemm
+from cachebuilder.sweep.process import Setting
+from cachebuilder.sweep.protocol import SweepJob
 from cachebuilder.sweep.recorder import recording_compiler
 
 
@@ -49,7 +52,7 @@ def child(job: dict[str, Any]) -> None:
     """The warm-up, inside the process whose environment stands for the serving one."""
     import torch
 
-    device = Device(torch, _import_deep_gemm(job["deep_gemm"]))
+    device = Device(torch, import_deep_gemm(job["deep_gemm"]))
     torch.zeros(1, device="cuda")
     ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
     device.deep_gemm.set_num_sms(job["sm_count"])
@@ -80,16 +83,17 @@ def importing(inputs: Inputs, folder: Path) -> float:
     """Seconds of a sweep of nothing, which every plan pays first: the second one, when all files are in memory."""
     (scratch := folder / "importing").mkdir()
     compiler = recording_compiler(scratch, inputs.toolchain.version_text)
-    target, seconds = inputs.manifest.target, 0.0
+    job = SweepJob.of(inputs.manifest, inputs.installation).model_copy(update={"ops": ()})
+    seconds = 0.0
     for _ in range(2):
         started = time.monotonic()
-        sweep.call((), target.gpu, target.all_sm_counts, inputs.installation, compiler, [scratch / "root"], scratch)
+        sweep.call(job, Setting("import", compiler, [scratch / "root"], scratch))
         seconds = time.monotonic() - started
     return round(seconds, 2)
 
 
 def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str) -> None:
-    inputs = find_inputs(manifest, deep_gemm=deep_gemm)
+    inputs = load_manifest(manifest, deep_gemm=deep_gemm)
     gpu = nvml.first_gpu()
     say(
         "run",
@@ -109,7 +113,7 @@ def compare(manifest: Path, deep_gemm: Path | None, separate: bool, commit: str)
         artifact, seconds = folder / "artifact.tar.zst", {}
         for grouped in (False, True) if separate else (True,):
             started = time.monotonic()
-            built = building.build(inputs, artifact, use_store=False, grouped=grouped)
+            built = building.build(inputs, artifact, options=CompileOptions(use_store=False, grouped=grouped))
             seconds[grouped] = time.monotonic() - started
             say(
                 "build",

@@ -1,10 +1,10 @@
-"""``artifact.json``, the first member of an artifact: what is inside, and what must agree for it to be of use."""
+"""``artifact.json``, the first member of an artifact: what is inside, and what must agree for a hit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
@@ -12,20 +12,15 @@ from cachebuilder.common.records import Count, Record, Sha256
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.planning.selection import Selection
 
-if TYPE_CHECKING:  # a restore reads indexes in a hurry, and needs nothing of these
-    from cachebuilder.cuda.toolchain import Toolchain
-    from cachebuilder.deepgemm.installation import Installation
-    from cachebuilder.planning.make import Plan
-
 #: The members of an artifact: the index, the manifest as given, and the folder of entries.
 INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 
-#: What was seen on a GPU lies beside the artifact, under its name and this.
+#: Files beside an artifact have its name and a suffix: the report of what a GPU did with it,
 REPORT_SUFFIX = ".verified.json"
-#: So does its signature, and the signed statement of where it comes from.
+#: its signature, and the signed statement of where it comes from.
 SIGNATURE_SUFFIX, PROVENANCE_SUFFIX = ".sig", ".intoto.json"
 
-#: No cache of a real model comes near.
+#: Far more than the cache of any real model.
 MAX_ENTRIES = 20_000
 _MAX_FILES = 8
 
@@ -34,13 +29,13 @@ class Fingerprint(Record):
     """Every fact that must agree between build and serving for DeepGEMM to find its kernels.
 
     Attributes:
-        deep_gemm: its own version: its code decides which kernel a shape needs.
+        deep_gemm: DeepGEMM's own version; its code decides which kernel a shape needs.
         headers: `Installation.headers_digest`, part of every key.
         compiler: the whole text of ``nvcc --version``.
         environment: DeepGEMM's variables that change kernels.
-        distribution: the name and version it was installed with; none for a bare folder.
-        install_include: legacy only: the include path inside every key; restoring elsewhere renames the entries.
-        legacy_flags: legacy only: the flags inside every key.
+        distribution: the name and version of the package that installed it; None for a bare folder.
+        install_include: the include path inside every legacy key; a restore for another path renames the entries.
+        legacy_flags: the compiler's flags inside every legacy key.
     """
 
     generation: Generation
@@ -78,12 +73,12 @@ class Entry(Record):
 
 
 class Index(Record):
-    """The whole index.
+    """All of ``artifact.json``.
 
     Attributes:
         manifest: sha256 of the manifest's bytes.
-        ops: as the manifest's models dump them; whoever uses one validates it.
-        recorded: binds nothing: torch, Python and the GPU's name, for a person who looks.
+        ops: as the manifest's models dump them, not validated here.
+        recorded: facts for a person that bind nothing: torch, Python and the GPU's name.
     """
 
     schema_version: Literal[1]
@@ -95,21 +90,7 @@ class Index(Record):
     entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
     recorded: dict[str, str]
 
-
-def fingerprint(
-    plan: Plan, installation: Installation, toolchain: Toolchain, environment: dict[str, str]
-) -> Fingerprint:
-    """The fingerprint of what was planned."""
-    return Fingerprint(
-        generation=plan.generation,
-        deep_gemm=installation.version,
-        distribution=installation.distribution,
-        headers=installation.headers_digest,
-        cutlass=installation.cutlass_version,
-        compiler=toolchain.version_text,
-        arch=plan.arch,
-        sm_counts=plan.sm_counts,
-        environment=environment,
-        install_include=plan.include,
-        legacy_flags=plan.legacy_flags,
-    )
+    @property
+    def gpu(self) -> str:
+        """The name of the GPU that was planned for; empty where it was not recorded."""
+        return self.recorded.get("gpu", "")

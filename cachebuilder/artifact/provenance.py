@@ -18,13 +18,11 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact import signature
-from cachebuilder.artifact.index import INDEX, MANIFEST, PROVENANCE_SUFFIX, REPORT_SUFFIX, Index
+from cachebuilder.artifact.index import INDEX, MANIFEST, PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNATURE_SUFFIX, Index
 from cachebuilder.artifact.read import Archive
-from cachebuilder.artifact.whole import read_beside
+from cachebuilder.artifact.whole import read_beside, read_bytes
+from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ArtifactError, SignatureError
-
-#: The envelope lies beside the artifact, under its name and this.
-SUFFIX = PROVENANCE_SUFFIX
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
@@ -32,24 +30,42 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:cachebuilder:artifact:v1"
 BUILDER = "urn:cachebuilder"
 
-_MAX_ENVELOPE_BYTES = 1 << 20
 _MAX_REPORT_BYTES = 256 << 20
 
 
 def encoded(payload_type: str, payload: bytes) -> bytes:
-    """What a DSSE signature is over: the pre-authentication encoding (DSSE protocol.md, PAE)."""
+    """The bytes that a DSSE signature signs: the pre-authentication encoding (DSSE protocol.md, PAE)."""
     kind = payload_type.encode()
     return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
-def statement(path: Path, data: bytes) -> dict[str, Any]:
-    """What is to be said of an artifact: read from its index, and from the report beside it where there is one.
+def sign_file(path: Path, key: ec.EllipticCurvePrivateKey) -> tuple[str, list[Path]]:
+    """Check a whole artifact, then write its signature and its statement beside it.
 
-    Args:
-        data: the artifact's bytes; all of it is checked.
+    Returns:
+        The artifact's sha256, and the files that were written.
 
     Raises:
-        ArtifactError: it is damaged, or the report speaks of another artifact.
+        ArtifactError: it is damaged, or the report beside it is about another artifact.
+        SignatureError: a file cannot be written.
+    """
+    data = read_bytes(path)
+    content = statement(path, data)
+    signed = {SIGNATURE_SUFFIX: signature.sign(data, key), PROVENANCE_SUFFIX: seal(content, key)}
+    written = {path.with_name(path.name + suffix): file for suffix, file in signed.items()}
+    for file, file_data in written.items():
+        write_atomically(file, file_data, SignatureError)
+    return hashlib.sha256(data).hexdigest(), list(written)
+
+
+def statement(path: Path, data: bytes) -> dict[str, Any]:
+    """The statement about an artifact: from its index, and from the report beside it where there is one.
+
+    Args:
+        data: the artifact's bytes, which are checked whole.
+
+    Raises:
+        ArtifactError: it is damaged, or the report is about another artifact.
     """
     archive = Archive(io.BytesIO(data), path)
     for _ in archive.files():
@@ -110,37 +126,26 @@ def _dependencies(index: Index) -> list[dict[str, Any]]:
 
 
 def seal(content: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The statement in its envelope. No key id: DSSE does not sign it, so it could say anything."""
+    """The statement in its envelope, without a key id: DSSE does not sign the id, so nobody could trust it."""
     payload = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    signed = signature.sign(encoded(PAYLOAD_TYPE, payload), key).decode().strip()
+    sig = signature.sign(encoded(PAYLOAD_TYPE, payload), key).decode().strip()
     envelope = {
         "payloadType": PAYLOAD_TYPE,
         "payload": base64.b64encode(payload).decode(),
-        "signatures": [{"sig": signed}],
+        "signatures": [{"sig": sig}],
     }
     return json.dumps(envelope, separators=(",", ":")).encode()
 
 
-def read_statement(signed: signature.Signed, trusted: Sequence[signature.TrustedKey]) -> dict[str, Any] | None:
-    """The statement beside an artifact, checked: signed by a trusted key, and about these very bytes.
-
-    Returns:
-        None where there is none: the signature alone says who made the artifact.
-
-    Raises:
-        SignatureError: it is damaged, not signed by a trusted key, or speaks of another artifact.
-    """
-    path = signed.path.with_name(signed.path.name + SUFFIX)
-    data = read_beside(path, _MAX_ENVELOPE_BYTES)
-    return None if data is None else open_envelope(data, trusted, signed.sha256, path)
-
-
 def open_envelope(data: bytes, trusted: Sequence[signature.TrustedKey], sha256: str, what: object) -> dict[str, Any]:
-    """The statement in an envelope; raises as `read_statement` does. The payload is parsed once it is checked.
+    """The statement in an envelope. Its signature is checked before the payload is parsed.
 
     Args:
         sha256: the artifact's.
-        what: what the envelope is called in errors.
+        what: what errors call the envelope.
+
+    Raises:
+        SignatureError: it is damaged, not signed by a trusted key, or about another artifact.
     """
     wrong = SignatureError(f"{what}: wanted a DSSE envelope, found something else")
     try:
@@ -181,50 +186,51 @@ def _check_any(data: bytes, signatures: list[Any], trusted: Sequence[signature.T
 
 def _about(payload: bytes, sha256: str, what: object) -> dict[str, Any]:
     try:
-        found = json.loads(payload)
-        types = (found["_type"], found["predicateType"])
-        subjects = [subject["digest"].get("sha256") for subject in found["subject"]]
+        content = json.loads(payload)
+        types = (content["_type"], content["predicateType"])
+        subjects = [subject["digest"].get("sha256") for subject in content["subject"]]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise SignatureError(f"{what}: wanted an in-toto statement, found something else") from None
     if types != (STATEMENT_TYPE, PREDICATE_TYPE):
         raise SignatureError(f"{what}: wanted {STATEMENT_TYPE} with {PREDICATE_TYPE}, found {types}")
     if sha256 not in subjects:
         raise SignatureError(
-            f"{what}: it speaks of another artifact\nwanted: sha256 {sha256}\nfound:  {str(subjects)[:200]}",
-            hint="sign the artifact again, or remove the statement that belongs to another",
+            f"{what}: it is about another artifact\nwanted: sha256 {sha256}\nfound:  {str(subjects)[:200]}",
+            hint="sign the artifact again, or remove the other artifact's statement",
         )
-    return dict(found)
+    return dict(content)
 
 
 def check_report_beside(path: Path, content: Mapping[str, Any]) -> str | None:
-    """The name of the verification report that a statement lists, where it lies beside the artifact and is the same.
+    """The name of the verification report that a statement lists; None where no report is listed or there is none.
 
     Raises:
-        SignatureError: it lies there and is another.
+        SignatureError: the report beside the artifact is not the one that was signed.
     """
     report_path = _report_path(path)
     try:
         listed = {item["name"]: item["digest"]["sha256"] for item in content["predicate"]["runDetails"]["byproducts"]}
     except (KeyError, TypeError):
         return None
-    if (wanted := listed.get(report_path.name)) is None:
-        return None
     report = read_beside(report_path, _MAX_REPORT_BYTES)
-    if report is None:
+    if report_path.name not in listed or report is None:
         return None
-    if (found := hashlib.sha256(report).hexdigest()) != wanted:
-        raise SignatureError(f"{report_path}: not the report that was signed\nwanted: sha256 {wanted}\nfound:  {found}")
+    signed, digest = listed[report_path.name], hashlib.sha256(report).hexdigest()
+    if digest != signed:
+        raise SignatureError(
+            f"{report_path}: not the report that was signed\nwanted: sha256 {signed}\nfound:  {digest}"
+        )
     return report_path.name
 
 
 def _check_report(path: Path, report: bytes, sha256: str) -> None:
     try:
-        found = json.loads(report)["artifact"]["sha256"]
+        verified = json.loads(report)["artifact"]["sha256"]
     except (ValueError, RecursionError, KeyError, TypeError):
-        raise ArtifactError(f"{path}: wanted the report of a verification, found something else") from None
-    if found != sha256:
+        raise ArtifactError(f"{path}: wanted a report of cachebuilder verify, found something else") from None
+    if verified != sha256:
         raise ArtifactError(
-            f"{path}: it speaks of another artifact\nwanted: sha256 {sha256}\nfound:  {found}",
+            f"{path}: it is about another artifact\nwanted: sha256 {sha256}\nfound:  {verified}",
             hint="verify again, or remove the report",
         )
 

@@ -1,8 +1,8 @@
-"""Who made an artifact: ECDSA P-256 signatures over its raw bytes, checked before anything in it is read.
+"""Keys and signatures: ECDSA P-256 over an artifact's raw bytes. `trust.py` decides whose signature is believed.
 
-The signature lies beside the artifact as ``ARTIFACT.sig``, base64 of the DER ECDSA-SHA256 signature: what
-``cosign sign-blob`` writes and ``openssl dgst -sha256 -verify`` takes once decoded. The provenance (`provenance.py`)
-lies beside both as ``ARTIFACT.intoto.json``. All cryptography is the package `cryptography`'s.
+The signature lies beside the artifact as ``ARTIFACT.sig``: base64 of the ECDSA-SHA256 signature in DER, which is what
+``cosign sign-blob`` writes, and what ``openssl dgst -sha256 -verify`` takes once it is decoded. The package
+`cryptography` does all cryptography.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cachebuilder.artifact.index import SIGNATURE_SUFFIX
-from cachebuilder.artifact.whole import read_beside, read_bytes
+from cachebuilder.artifact.whole import read_beside
 from cachebuilder.common.files import write_new, writing
 from cachebuilder.errors import SignatureError
 
-#: The signature lies beside the artifact, under its name and this.
-SUFFIX = SIGNATURE_SUFFIX
-
-#: A key in PEM, or a signature: both are under 1 kB.
-_MAX_SMALL_BYTES = 16 << 10
+#: A key in PEM has under 1 kB.
+_MAX_KEY_BYTES = 16 << 10
 
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
@@ -49,20 +45,20 @@ class TrustedKey:
 
 
 def generate_key(path: Path, passphrase: bytes | None = None) -> Path:
-    """Make a key pair: the private key at ``path``, 0600, PKCS #8 in PEM; the public key beside it as ``.pub``.
+    """Make a key pair: the private key at ``path`` (PKCS #8 in PEM, mode 0600), the public key beside it as ``.pub``.
 
     Args:
-        passphrase: what to encrypt the private key with; None for not at all.
+        passphrase: encrypts the private key; None leaves it unencrypted.
 
     Returns:
         The public key's file, SubjectPublicKeyInfo in PEM.
 
     Raises:
-        SignatureError: either file is there already, or cannot be written.
+        SignatureError: either file exists already or cannot be written.
     """
     public = path.with_suffix(".pub")
     if public == path:
-        raise SignatureError(f"{path}: wanted another name: the public key will be {public}")
+        raise SignatureError(f"{path}: wanted a name that does not end with .pub: the public key gets that name")
     if passphrase == b"":
         raise SignatureError("wanted a passphrase, found an empty one")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -81,7 +77,7 @@ def generate_key(path: Path, passphrase: bytes | None = None) -> Path:
 
 
 def is_encrypted(path: Path) -> bool:
-    """Whether a private key wants a passphrase. Raises `SignatureError` where the file cannot be read."""
+    """Whether a private key needs a passphrase. Raises `SignatureError` where the file cannot be read."""
     return b"ENCRYPTED" in _pem(path)
 
 
@@ -89,13 +85,13 @@ def load_key(path: Path, passphrase: bytes | None = None) -> ec.EllipticCurvePri
     """The private key in a PEM file, of `generate_key` or of ``openssl genpkey``.
 
     Raises:
-        SignatureError: no such key, or not with this passphrase.
+        SignatureError: the file holds no such key, or this passphrase does not decrypt it.
     """
     data = _pem(path)
     try:
         key = serialization.load_pem_private_key(data, passphrase)
     except (TypeError, ValueError, UnsupportedAlgorithm) as error:
-        why = "the passphrase is wrong, or missing" if b"ENCRYPTED" in data else str(error).splitlines()[0]
+        why = "the passphrase is wrong or missing" if b"ENCRYPTED" in data else str(error).splitlines()[0]
         raise SignatureError(f"{path}: wanted an ECDSA P-256 private key in PEM: {why}") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise SignatureError(f"{path}: wanted an ECDSA P-256 key, found {_kind(key)}", hint=_KEYGEN)
@@ -112,7 +108,7 @@ def _load_trusted(path: Path) -> TrustedKey:
     if b"PRIVATE KEY" in data:
         raise SignatureError(
             f"{path}: wanted a public key, found a private one",
-            hint="give the .pub beside it, and keep the private key away from machines that only check",
+            hint="name the .pub beside it, and keep the private key away from machines that only check signatures",
         )
     if (count := data.count(b"-----BEGIN ")) != 1:
         raise SignatureError(f"{path}: wanted one public key in PEM, found {count or 'none'}")
@@ -132,92 +128,52 @@ _KEYGEN = "make one with cachebuilder keygen"
 
 
 def sign(data: bytes, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A signature of ``data`` as it is written beside an artifact: base64 of its DER, and a newline."""
+    """A signature of ``data`` as it is written beside an artifact: its DER in base64, and a newline."""
     return base64.b64encode(key.sign(data, _ALGORITHM)) + b"\n"
 
 
 def check(data: bytes, signature: bytes, trusted: Sequence[TrustedKey], what: object) -> TrustedKey:
-    """The first trusted key whose signature of ``data`` this is.
+    """The first trusted key that made this signature of ``data``.
 
     Args:
-        signature: base64, in lines or not, as `sign`, cosign and ``openssl base64`` write it.
-        what: what ``data`` is called in the error.
+        signature: base64, in one line or several, as `sign`, cosign and ``openssl base64`` write it.
+        what: what the error calls ``data``.
 
     Raises:
-        SignatureError: it is none of theirs.
+        SignatureError: no trusted key made it.
     """
-    return check_der(data, _decode(signature, what), trusted, what)
-
-
-def check_der(data: bytes, signature: bytes, trusted: Sequence[TrustedKey], what: object) -> TrustedKey:
-    """The same for a signature in DER."""
+    der = _decode(signature, what)
     for one in trusted:
         try:
-            one.key.verify(signature, data, _ALGORITHM)
+            one.key.verify(der, data, _ALGORITHM)
         except InvalidSignature:
             continue
         return one
     keys = ", ".join(str(one.path) for one in trusted) or "no key"
     raise SignatureError(
         f"{what}: the signature is not valid\nwanted: these bytes, signed with {keys}\n"
-        f"found:  sha256 {hashlib.sha256(data).hexdigest()}, changed since, or signed with another key",
+        f"found:  sha256 {hashlib.sha256(data).hexdigest()}, changed since it was signed, or signed with another key",
         hint="fetch the artifact and its signature again, from where the key's owner put them",
     )
 
 
-@dataclass(frozen=True)
-class Signed:
-    """An artifact whose signature has been checked: ``data`` is what was signed, whatever the file holds by now."""
-
-    path: Path
-    data: bytes
-    sha256: str
-    key: TrustedKey
-
-
-def read_signed(path: Path, trusted: Sequence[TrustedKey], signature: bytes | None = None) -> Signed:
-    """Read an artifact once, into memory, and check the signature over those bytes.
-
-    Whoever parses the artifact parses `Signed.data` and not the file: a change between the check and the parsing, of
-    the name or of the bytes in place, changes nothing.
-
-    Args:
-        signature: the signature in base64; None for the one in ``path``'s `SUFFIX` file.
-
-    Raises:
-        SignatureError: unsigned, or not signed by a trusted key.
-        ArtifactError: the file cannot be read.
-    """
-    data = read_bytes(path)
-    if signature is None:
-        beside = path.with_name(path.name + SUFFIX)
-        signature = read_beside(beside, _MAX_SMALL_BYTES)
-        if signature is None:
-            raise SignatureError(
-                f"{path}: not signed: there is no {beside.name} beside it",
-                hint=f"cachebuilder sign {path} --key KEY.pem, where it was built",
-            )
-    key = check(data, signature, trusted, path)
-    return Signed(path, data, hashlib.sha256(data).hexdigest(), key)
-
-
 def _decode(signature: bytes, what: object) -> bytes:
-    """The one spelling of base64 that its encoder writes, in lines or not: no two texts are one signature."""
+    """The DER in base64. Only the spelling that an encoder writes is taken, so no two texts are one signature."""
     text = signature.translate(None, b"\r\n")
     try:
-        found = base64.b64decode(text, validate=True)
+        der = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        found = b""
-    if not found or base64.b64encode(found) != text:
+        der = b""
+    if not der or base64.b64encode(der) != text:
         raise SignatureError(
             f"{what}: wanted a signature in base64, found something else",
-            hint="openssl base64 -A makes one of a signature in DER",
+            hint="openssl base64 -A encodes a signature in DER",
         )
-    return found
+    return der
 
 
 def _pem(path: Path) -> bytes:
-    data = read_beside(path, _MAX_SMALL_BYTES)
+    data = read_beside(path, _MAX_KEY_BYTES)
     if data is None:
         raise SignatureError(f"{path}: wanted a key in PEM, found no file", hint=_KEYGEN)
     return data

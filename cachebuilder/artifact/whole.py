@@ -1,25 +1,46 @@
-"""An artifact, or what lies beside it, read once and whole, into memory."""
+"""Files that anybody may have written: opened only if they are regular, and read whole up to a limit."""
 
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
-from cachebuilder.artifact.read import open_file
 from cachebuilder.errors import ArtifactError, SignatureError
 
 #: The artifact is held in memory while its signature is checked. 20,000 kernels pack to under 100 MB.
 MAX_ARTIFACT_BYTES = 1 << 30
 
 
+@contextmanager
+def open_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a regular file. Raises `ArtifactError` where it is something else or cannot be read."""
+    try:
+        # Without O_NONBLOCK, opening a FIFO waits for a writer.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ArtifactError(f"{path}: wanted a regular file, found another kind of file")
+        yield file
+
+
 def read_bytes(path: Path) -> bytes:
-    """All of an artifact, read once. Raises `ArtifactError` where it cannot be, or is larger than any artifact."""
+    """All of an artifact, read once. Raises `ArtifactError` where it cannot be read or is larger than any artifact."""
     with open_file(path) as file:
         return _read(path, file.fileno(), MAX_ARTIFACT_BYTES)
 
 
 def read_beside(path: Path, most: int) -> bytes | None:
-    """A small file beside an artifact; None where there is none. Raises `SignatureError` where it cannot be read."""
+    """A small file beside an artifact; None where there is none.
+
+    Raises:
+        SignatureError: it cannot be read, or has more than ``most`` bytes.
+    """
     if not os.path.lexists(path):
         return None
     try:
@@ -35,11 +56,11 @@ def _read(path: Path, handle: int, most: int) -> bytes:
         raise ArtifactError(f"{path}: wanted at most {most} bytes, found {size}")
     parts, left = [], size + 1
     try:
-        while left and (part := os.read(handle, min(left, MAX_ARTIFACT_BYTES))):
+        while left and (part := os.read(handle, left)):
             parts.append(part)
             left -= len(part)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     if left != 1:
-        raise ArtifactError(f"{path}: wanted a file at rest, found one that is being written")
+        raise ArtifactError(f"{path}: its size changed while it was read: it is still being written")
     return b"".join(parts)

@@ -1,197 +1,258 @@
-"""Record a program: it runs with an empty cache and a compiler that compiles and writes down, and what it asked for is
-read afterwards.
+"""Records a program into a manifest: a new one, or one that gets the kernels that its ops do not ask for.
 
-The compiler is the frozen nvcc with the policy ``compile``: a recording is a serving process in which every kernel is a
-miss. What DeepGEMM put into the cache tells each kernel's name and text, in both generations; the log tells what was
-asked for and did not come.
+A recording may take an hour of somebody's GPU, so whatever could go wrong afterwards is checked before it starts; if
+writing fails nevertheless, the recording is kept.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
-import signal
-import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
+from cachebuilder.authoring import recording as recordings
+from cachebuilder.authoring import sources
+from cachebuilder.authoring.recording import RecordedKernel, Recording
+from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.locks import lock
+from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.common.version import __version__
+from cachebuilder.cuda import gpus, nvml
+from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.cuda.toolchain import Toolchain
-from cachebuilder.deepgemm import entries
+from cachebuilder.deepgemm import installation
+from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.generation import Generation
-from cachebuilder.errors import RecordingError, ToolchainError
-from cachebuilder.restoring import frozen, misses
-from cachebuilder.restoring.environment import has_cuda_home
-
-_ROOT, _LOG = "root", "asked.jsonl"
-#: Where each engine is told to take NVRTC, whose compilations nobody sees: DeepGEMM 2.6.1 ``csrc/jit/compiler.hpp``;
-#: SGLang 0.5.23 ``srt/layers/deep_gemm_wrapper/compile_utils.py`` sets the first from the second.
-_NVRTC = ("DG_JIT_USE_NVRTC", "SGLANG_DG_USE_NVRTC")
+from cachebuilder.deepgemm.source import read_shape
+from cachebuilder.errors import CacheBuilderError, ManifestError, RecordingError
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.manifest.schema import Manifest
+from cachebuilder.planning import make as planning
+from cachebuilder.restoring import misses
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """One kernel that DeepGEMM asked for and that was compiled.
+class NewManifest:
+    """A manifest to write, as `new_manifest` checked it."""
 
-    Attributes:
-        name: DeepGEMM's name for its family.
-        source: the text of ``kernel.cu``.
-    """
-
+    path: Path
     name: str
-    source: str
+    gpu: Gpu
 
 
 @dataclass(frozen=True)
-class Recording:
-    """What a program asked for.
+class KnownManifest:
+    """A manifest to add to, as `known_manifest` read it.
 
     Attributes:
-        generation: of the cache that it filled; None where it filled none.
-        kernels: in the order of their entries' names.
-        requests: compilations; several processes ask for one kernel several times.
-        failed: kernels that were asked for and are not in the cache: nvcc refused them, or they were cut short.
+        data: its bytes.
+        deep_gemm: the package to plan its ops with; None: the one that a build takes.
     """
 
-    generation: Generation | None
-    kernels: tuple[Recorded, ...]
-    requests: int
-    failed: tuple[misses.Miss, ...]
+    path: Path
+    manifest: Manifest
+    data: bytes
+    deep_gemm: Path | None
+
+    @property
+    def gpu(self) -> Gpu:
+        """Its target."""
+        return self.manifest.target.gpu
 
 
-def check_environment(environment: Mapping[str, str]) -> None:
-    """Raises `RecordingError` where a program would not ask nvcc at all."""
-    for name in _NVRTC:
-        if environment.get(name, "").lower() not in ("", "0", "false"):
-            raise RecordingError(
-                f"{name}={environment[name]}: with NVRTC no compiler is called that could write down what is asked",
-                hint=f"unset {name}: cachebuilder builds for nvcc",
-            )
+@dataclass(frozen=True)
+class Written:
+    """What was written into a manifest.
 
-
-def check_compiler(toolchain: Toolchain) -> None:
-    """Raises `ToolchainError` for a frozen nvcc, which has nothing to compile with."""
-    if frozen.is_frozen(toolchain.nvcc):
-        raise ToolchainError(
-            f"wanted an nvcc that compiles, found the frozen one of a restored cache: {toolchain.nvcc}",
-            hint="name the real one with --nvcc",
-        )
-
-
-def variables(folder: Path, toolchain: Toolchain, environment: Mapping[str, str]) -> dict[str, str]:
-    """Prepare ``folder`` for a recording; returns the variables that make a program's DeepGEMM ask there.
-
-    The cache is empty and no other root is looked in, so that every kernel is asked for.
+    Attributes:
+        sources: how many kernels were written into it.
+        covered: how many of the recorded kernels its own ops ask for, so that they were not written.
+        ops: lines for a manifest that ask for such kernels at every M, as far as the sources name them.
+        remarks: what the user should know, a sentence each.
     """
-    root = folder / _ROOT
-    root.mkdir()
-    nvcc = frozen.write(folder / frozen.FOLDER, toolchain.version_text, "an empty cache, being recorded", "")
-    given = {
-        "DG_JIT_CACHE_DIR": str(root),
-        "SGLANG_DG_CACHE_DIR": str(root),  # SGLang overwrites the first with it (environment.py says where)
-        "DG_JIT_NVCC_COMPILER": str(nvcc),
-        frozen.POLICY_VARIABLE: "compile",
-        frozen.NVCC_VARIABLE: str(toolchain.nvcc),
-        frozen.LOG_VARIABLE: str(folder / _LOG),
-    }
-    if not has_cuda_home(environment):
-        given["CUDA_HOME"] = str(toolchain.nvcc.parents[1])
-    return given
+
+    sources: int
+    covered: int
+    ops: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
-    """Run ``command`` to its end; returns its exit code (128 + n where signal n ended it), and whether it was told to
-    end by Ctrl-C or SIGTERM, as a server is.
-
-    Ctrl-C reaches the command from the terminal, as it reaches this process, which waits on. SIGTERM and SIGHUP, which
-    reach this process alone, are handed on.
+def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
+    """A manifest to write to ``path``, for the GPU called ``gpu`` or, for None, the one of this machine.
 
     Raises:
-        RecordingError: it cannot be run.
+        ManifestError: ``path`` exists or cannot be written, or ``name`` is no name for a manifest.
+        RecordingError: no such GPU is known, or none is seen here.
     """
-    child: subprocess.Popen[bytes] | None = None
-    told = False
+    target = _find_gpu(gpu)
+    if path.exists():
+        raise ManifestError(f"{path}: exists already", hint=f"add to it with --add-to {path}, or name another file")
+    _check_writable(path)
+    tree = {"name": name, "target": {"gpu": target.name}, "sources": [{"source": "x"}]}
+    manifests.parse(json.dumps(tree).encode())
+    return NewManifest(path, name, target)
 
-    def interrupted(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        told = True
-        if number != signal.SIGINT and child is not None:
-            child.send_signal(number)
 
-    # What is ignored, as under nohup, stays so, for the command too.
-    handled = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupted) for number in handled}
+def known_manifest(path: Path, deep_gemm: Path | None = None) -> KnownManifest:
+    """The manifest at ``path``. Raises `ManifestError` where it cannot be read or written."""
+    manifest, data = manifests.load(path)
+    _check_writable(path)
+    return KnownManifest(path, manifest, data, deep_gemm)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Records one program into one manifest; `open_recorder` makes it.
+
+    Attributes:
+        folder: where the recording is until the manifest is written.
+    """
+
+    manifest: NewManifest | KnownManifest
+    toolchain: Toolchain
+    environment: Mapping[str, str]
+    folder: Path
+
+    def run(self, command: Sequence[str]) -> Recording:
+        """Run ``command`` and return what it asked for.
+
+        Raises:
+            RecordingError: the command cannot be run, asked for nothing, or for kernels of another GPU.
+        """
+        recording = recordings.record(self.folder, command, self.toolchain, self.environment)
+        recording.check_kernels()
+        recording.check_target(self.manifest.gpu.name, self.manifest.gpu.major)
+        return recording
+
+    def write(self, recording: Recording, progress: Progress = no_progress) -> Written:
+        """Write the recorded kernels into the manifest.
+
+        Raises:
+            ManifestError: the manifest cannot be written.
+            RecordingError: the kernels are of another generation than the DeepGEMM that the manifest is planned for.
+        """
+        if isinstance(self.manifest, NewManifest):
+            return self._create(self.manifest, recording)
+        return self._add(self.manifest, recording, progress)
+
+    def _create(self, new: NewManifest, recording: Recording) -> Written:
+        generation = recording.check_kernels()
+        fields: dict[str, object] = {"name": new.name, "target": {"gpu": new.gpu.name}}
+        if variables := kernel_variables(generation, self.environment):
+            fields["environment"] = variables
+        comment = (
+            f"What {recording.program} asked DeepGEMM for ({generation} cache), recorded by cachebuilder "
+            f"{__version__}.\nA source is one kernel. Where a comment names an op, that op asks for all such kernels, "
+            "for every M."
+        )
+        sources.create(new.path, fields, comment, _new_sources(recording.kernels, recording.program))
+        return Written(len(recording.kernels), 0, _ops(recording.kernels), ())
+
+    def _add(self, known: KnownManifest, recording: Recording, progress: Progress) -> Written:
+        """Add what the manifest's own ops do not ask for; everything, where the manifest cannot be planned here."""
+        generation = recording.check_kernels()
+        remarks = []
+        planned: frozenset[str] = frozenset()
+        try:
+            planned = self._planned_sources(known, generation, progress)
+        except RecordingError:
+            raise
+        except CacheBuilderError as error:
+            remarks.append(f"the manifest cannot be planned here, so every kernel is added: {error}")
+        if (variables := kernel_variables(generation, self.environment)) != known.manifest.environment:
+            remarks.append(f"the manifest's environment is {known.manifest.environment}, the program's was {variables}")
+        kernels = [kernel for kernel in recording.kernels if kernel.source not in planned]
+        return Written(
+            sources=sources.add(known.path, _new_sources(kernels, recording.program)),
+            covered=len(recording.kernels) - len(kernels),
+            ops=_ops(recording.kernels),
+            remarks=tuple(remarks),
+        )
+
+    def _planned_sources(self, known: KnownManifest, generation: Generation, progress: Progress) -> frozenset[str]:
+        """The sources of all kernels that the manifest asks for."""
+        copy = installation.find(known.deep_gemm)
+        if copy.generation != generation:
+            raise RecordingError(
+                f"wanted kernels of the {copy.generation} generation, for {copy}, found {generation} ones",
+                hint="name the DeepGEMM that the program uses with --deep-gemm",
+            )
+        plan = planning.make(Inputs(known.manifest, known.data, self.toolchain, copy), progress=progress)
+        return frozenset(kernel.source for kernel in plan.kernels)
+
+
+@contextmanager
+def open_recorder(
+    manifest: NewManifest | KnownManifest, nvcc: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> Iterator[Recorder]:
+    """Check all that a recording needs, and make its folder; remove that afterwards.
+
+    After an error or Ctrl-C, a recording that holds kernels is kept; the error's hint says where.
+
+    Args:
+        nvcc: the compiler, as `recording.find_compiler` takes it.
+        environment: the program's.
+
+    Raises:
+        RecordingError: with this environment, a program would not ask nvcc.
+        ToolchainError: there is no nvcc that compiles.
+    """
+    recordings.check_environment(environment)
+    toolchain = recordings.find_compiler(nvcc, environment)
+    root = cache_folder() / "recordings"
+    root.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=root))
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        child = subprocess.Popen(command, env=dict(environment))
-        code = child.wait()
-    except OSError as error:
-        raise RecordingError(f"{command[0]}: cannot be run: {error.strerror}") from error
+        lock(handle)  # `cachebuilder cache clean` leaves a locked folder alone
+        yield Recorder(manifest, toolchain, environment, folder)
+    except CacheBuilderError as error:
+        if recordings.has_entries(folder):
+            error.hint = f"{f'{error.hint}; ' if error.hint else ''}what was recorded is kept in {folder}"
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return (code if code >= 0 else 128 - code), told
+        os.close(handle)
 
 
-def read(folder: Path) -> Recording:
-    """What the program that ran with `variables` of ``folder`` asked for.
-
-    Raises:
-        ArtifactError: the log cannot be read.
-    """
-    cache = folder / _ROOT / "cache"
-    found: dict[str, Recorded] = {}
-    generation: Generation | None = None
-    for entry in sorted(cache.iterdir()) if cache.is_dir() else ():
-        for kind, files in entries.FILES.items():
-            if (name := entries.kernel_name(kind, entry.name)) and all((entry / file).is_file() for file in files):
-                generation = kind
-                found[entry.name] = Recorded(name, (entry / entries.SOURCE).read_text())
-    log = misses.read(folder / _LOG) if (folder / _LOG).exists() else misses.Log((), 0)
-    there = {kernel.source for kernel in found.values()}
-    return Recording(
-        generation,
-        tuple(found.values()),
-        sum(miss.count for miss in log.misses),
-        tuple(miss for miss in log.misses if miss.source not in there),
-    )
+def _find_gpu(name: str | None) -> Gpu:
+    if name is None:
+        card = nvml.first_gpu()
+        if card is None:
+            raise RecordingError("wanted --gpu, the GPU that the program runs on, since none is seen here")
+        name = card.name
+    try:
+        return gpus.find(name)
+    except ValueError as error:
+        raise RecordingError(f"--gpu: {error}") from None
 
 
-def require_kernels(recording: Recording, command: str) -> None:
-    """Raises `RecordingError` where there is nothing to write down, saying why."""
-    if recording.kernels:
-        return
-    if recording.failed:
-        names = ", ".join(sorted({miss.kernel for miss in recording.failed}))
-        raise RecordingError(
-            f"{command} asked for kernels, and none of them is in the cache that it was given: {names}",
-            hint="their compilations failed (see its output), or it set DG_JIT_CACHE_DIR itself",
-        )
-    raise RecordingError(
-        f"{command} asked DeepGEMM's compiler for nothing",
-        hint="did it come to a DeepGEMM call? A program that sets DG_JIT_NVCC_COMPILER itself, or has its workers on "
-        "another machine, is not seen",
-    )
+def _check_writable(path: Path) -> None:
+    folder = path.absolute().parent
+    if not os.access(folder, os.W_OK):
+        reason = "you may not write to its folder" if folder.exists() else "its folder does not exist"
+        raise ManifestError(f"{path}: cannot be written: {reason}")
 
 
-def require_target(recording: Recording, name: str, major: int) -> None:
-    """Raises `RecordingError` for kernels of another arch than SM ``major``0, which the GPU ``name`` has."""
-    for kernel in recording.kernels:
-        arch = re.match(r"sm(\d+)0_", kernel.name)
-        if arch and int(arch[1]) != major:
-            raise RecordingError(
-                f"wanted kernels for {name} (SM{major}0), found {kernel.name}",
-                hint="give the GPU that the program ran on: --gpu, or the target of the manifest",
-            )
+def _new_sources(kernels: Sequence[RecordedKernel], program: str) -> list[sources.NewSource]:
+    """For a manifest; the comment above each gives the op that asks for such kernels, where the source names one."""
+    new = []
+    for kernel in kernels:
+        ops = _ops([kernel])
+        op = f"; an op for it: {ops[0].removeprefix('- ')}" if ops else ""
+        new.append(sources.NewSource(kernel.source, f"{kernel.name}, asked for by {program}{op}", kernel.name))
+    return new
 
 
-def remove(folder: Path) -> None:
-    """Take a recording away that was read and written down."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def compiler_of(environment: Mapping[str, str]) -> Path | None:
-    """The compiler that the program itself would take, where its environment names one that compiles."""
-    named = environment.get("DG_JIT_NVCC_COMPILER")
-    return Path(named) if named and not frozen.is_frozen(Path(named)) and os.access(named, os.X_OK) else None
+def _ops(kernels: Sequence[RecordedKernel]) -> tuple[str, ...]:
+    shapes = [read_shape(kernel.source) for kernel in kernels]
+    return tuple(dict.fromkeys(misses.advice(shape) for shape in shapes if shape and shape.op))

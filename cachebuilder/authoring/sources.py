@@ -1,11 +1,11 @@
-"""Kernels written into a manifest as `Source`: for what no op covers."""
+"""Writes kernels into a manifest as `Source`: for what no op covers."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -14,21 +14,38 @@ from ruamel.yaml.scalarstring import LiteralScalarString
 from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.restoring import misses
 
 
-class NewSource(NamedTuple):
-    """A kernel to write: the text of ``kernel.cu``, a comment to stand above it, DeepGEMM's name for it if known."""
+@dataclass(frozen=True)
+class NewSource:
+    """A kernel to write.
+
+    Attributes:
+        text: of ``kernel.cu``.
+        comment: to stand above it.
+        kernel: DeepGEMM's name for it, if known.
+    """
 
     text: str
     comment: str
     kernel: str | None = None
 
 
+@dataclass(frozen=True)
+class Addition:
+    """What became of a log's kernels: new to the manifest, known to it, or without a source that could be added."""
+
+    new: int
+    known: int
+    without_source: int
+
+
 def add(path: Path, sources: Sequence[NewSource]) -> int:
-    """Write kernels into the manifest at ``path``, its comments kept; returns how many were new to it.
+    """Write kernels into the manifest at ``path`` and keep its comments; returns how many were new to it.
 
     Raises:
-        ManifestError: ``path`` is no manifest, before or after; it is left as it was then.
+        ManifestError: ``path`` is no manifest, or would be none afterwards; it is left as it was.
     """
     before, data = manifests.load(path)
     known = {source.source for source in before.sources}
@@ -38,15 +55,26 @@ def add(path: Path, sources: Sequence[NewSource]) -> int:
     tree = _yaml().load(data.decode())
     written = _append(tree, new)
     after = manifests.parse(written, str(path))
-    wanted = [*(source.source for source in before.sources), *(source.text for source in new)]
-    if [source.source for source in after.sources] != wanted or after.ops != before.ops:
+    expected = [*(source.source for source in before.sources), *(source.text for source in new)]
+    if [source.source for source in after.sources] != expected or after.ops != before.ops:
         raise _unwritable(path)
     write_atomically(path, written, ManifestError)
     return len(new)
 
 
+def add_missed(path: Path, log: misses.Log) -> Addition:
+    """Write the kernels of a log of misses into the manifest at ``path``, as `add` does, and raise as it does."""
+    sources = []
+    for miss in log.misses:
+        if miss.source is not None:
+            comment = f"{miss.kernel}: missed {miss.occurrences()}, not in {', '.join(miss.artifacts) or 'the cache'}"
+            sources.append(NewSource(miss.source, comment))
+    new = add(path, sources)
+    return Addition(new, len(sources) - new, len(log.misses) - len(sources))
+
+
 def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequence[NewSource]) -> None:
-    """Write a manifest of ``sources`` and nothing else to ``path``, replacing what is there.
+    """Write a manifest of nothing but ``sources`` to ``path``, replacing what is there.
 
     Args:
         fields: of the manifest: its name, its target and what else it needs.
@@ -58,8 +86,8 @@ def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequ
     tree = CommentedMap(fields)
     tree.yaml_set_start_comment(comment)
     written = _append(tree, sources)
-    made = manifests.parse(written, str(path))
-    if [source.source for source in made.sources] != [source.text for source in sources]:
+    manifest = manifests.parse(written, str(path))
+    if [source.source for source in manifest.sources] != [source.text for source in sources]:
         raise _unwritable(path)
     write_atomically(path, written, ManifestError)
 
@@ -67,15 +95,15 @@ def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequ
 def _yaml() -> YAML:
     yaml = YAML(typ="rt")
     yaml.preserve_quotes = True
-    yaml.width = 1 << 16  # no line of the writer's is folded
+    yaml.width = 1 << 16  # keeps long lines of the user's whole
     return yaml
 
 
 def _append(tree: CommentedMap, sources: Sequence[NewSource]) -> bytes:
     listed = tree.setdefault("sources", CommentedSeq())
     for source in sources:
-        named = {"kernel": source.kernel} if source.kernel else {}
-        listed.append(CommentedMap(named | {"source": LiteralScalarString(source.text)}))
+        kernel = {"kernel": source.kernel} if source.kernel else {}
+        listed.append(CommentedMap(kernel | {"source": LiteralScalarString(source.text)}))
         listed.yaml_set_comment_before_after_key(len(listed) - 1, before=source.comment, indent=2)
     yaml = _yaml()
     yaml.indent(mapping=2, sequence=4, offset=2)
@@ -85,4 +113,6 @@ def _append(tree: CommentedMap, sources: Sequence[NewSource]) -> bytes:
 
 
 def _unwritable(path: Path) -> ManifestError:
-    return ManifestError(f"{path}: a source cannot be written as YAML without a change: add it by hand")
+    return ManifestError(
+        f"{path}: wanted YAML that reads back as the kernel's source, found a change", hint="add the source by hand"
+    )

@@ -20,7 +20,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     """Compare A and B, each an artifact or a restored folder. Exits with 0 if they are equal, with 1 if not."""
     comparison = compare(read(a), read(b))
     if as_json:
-        click.echo(comparison.text())
+        click.echo(comparison.to_json())
     else:
         _print(comparison)
     if not comparison.same:

@@ -26,7 +26,7 @@ def doctor(target: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
     """
     findings = examine(target, deep_gemm)
     if as_json:
-        click.echo(findings.text())
+        click.echo(findings.to_json())
     else:
         _print(findings)
 

@@ -15,20 +15,20 @@ from cachebuilder.restoring.environment import Engine, Variable, variables
 from cachebuilder.restoring.folder import open_folder
 
 
-def _shell(found: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\nexport {v.name}={shlex.quote(v.value)}" for v in found)
+def _shell(serving: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\nexport {v.name}={shlex.quote(v.value)}" for v in serving)
 
 
-def _docker(found: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\nENV {v.name}={shlex.quote(v.value)}" for v in found)
+def _docker(serving: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\nENV {v.name}={shlex.quote(v.value)}" for v in serving)
 
 
-def _k8s(found: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\n- name: {v.name}\n  value: {json.dumps(v.value)}" for v in found)
+def _k8s(serving: Sequence[Variable]) -> str:
+    return "\n".join(f"# {v.why}\n- name: {v.name}\n  value: {json.dumps(v.value)}" for v in serving)
 
 
-def _json(found: Sequence[Variable]) -> str:
-    return json.dumps({v.name: v.value for v in found}, indent=1)
+def _json(serving: Sequence[Variable]) -> str:
+    return json.dumps({v.name: v.value for v in serving}, indent=1)
 
 
 _FORMATS: dict[str, Callable[[Sequence[Variable]], str]] = {
@@ -47,8 +47,8 @@ _FORMATS: dict[str, Callable[[Sequence[Variable]], str]] = {
 )
 @shared.scratch_option
 def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
-    """Print the environment with which a process serves from DIR, where an artifact was restored.
+    """Print the environment variables for a process that serves from DIR, where an artifact was restored.
 
-    Run it in the image that serves: CUDA_HOME is printed only if there is none.
+    Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit.
     """
     click.echo(_FORMATS[form](variables(dir, open_folder(dir).indexes, engine, scratch, os.environ)))

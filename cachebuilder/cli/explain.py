@@ -29,7 +29,7 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
     """
     explanation = explaining.explain(kernel, inside)
     if as_json:
-        click.echo(explanation.text())
+        click.echo(explanation.to_json())
     else:
         _print(explanation)
 

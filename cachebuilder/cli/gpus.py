@@ -14,7 +14,7 @@ from cachebuilder.cuda.gpus import GPUS, MIB
 @click.command()
 @shared.json_option
 def gpus(as_json: bool) -> None:
-    """Print the GPUs that a manifest can name, and where their figures come from."""
+    """Print the GPUs that a manifest can name, and the sources of their figures."""
     if as_json:
         click.echo(json.dumps([gpu.model_dump(mode="json") for gpu in GPUS.values()], indent=1))
         return
@@ -28,4 +28,4 @@ def gpus(as_json: bool) -> None:
     for source in dict.fromkeys(gpu.source for gpu in GPUS.values()):
         names = ", ".join(gpu.name for gpu in GPUS.values() if gpu.source == source)
         click.echo(textwrap.fill(f"{names}: {source}", 80, subsequent_indent="  "))
-    click.echo("Another card, or other figures: give the fields in the manifest's target.gpu.")
+    click.echo("For another card or other figures, give the fields in the manifest's target.gpu.")

@@ -12,7 +12,9 @@ from cachebuilder.cli import signing
 
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="KEY.pem")
-@click.option("--passphrase", "encrypt", is_flag=True, help=f"Encrypt it: asks, or takes {signing.PASSPHRASE}.")
+@click.option(
+    "--passphrase", "encrypt", is_flag=True, help=f"Encrypt the key with a passphrase: {signing.PASSPHRASE}, or typed."
+)
 def keygen(out: Path, encrypt: bool) -> None:
     """Make a key pair to sign artifacts with: KEY.pem, which only you can read, and KEY.pub for everybody."""
     public = signature.generate_key(out, signing.passphrase(out, confirm=True) if encrypt else None)

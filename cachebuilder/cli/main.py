@@ -1,4 +1,4 @@
-"""The command line: one file a verb. The only code that prints or exits."""
+"""The command line: one file for each verb. Only the modules of this folder print or exit."""
 
 from __future__ import annotations
 
@@ -13,18 +13,50 @@ from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
-
-#: Each is the command of that name in the module of that name; a hyphen is an underscore there.
-VERBS = (
-    *("manifest", "record", "build", "plan", "inspect", "restore", "verify", "diff", "env", "run", "misses", "doctor"),
-    *("keygen", "sign", "verify-signature"),
-    *("push", "pull", "sync"),
-    *("report", "explain", "gpus", "schema"),
-)
+#: What a user is doing → the verbs for it, each with one line of help. A verb is the command of the same name in the
+#: module of the same name; a hyphen becomes an underscore there.
+GROUPS: dict[str, dict[str, str]] = {
+    "Write a manifest": {
+        "manifest": "Write one from a model's config.json.",
+        "record": "Write one from the kernels that a program asks for.",
+        "gpus": "List the GPUs that a manifest can name.",
+    },
+    "Build": {
+        "plan": "Print every kernel that DeepGEMM will ask for.",
+        "build": "Compile every kernel into one artifact.",
+        "cache": "Show or shrink the cache folder of builds.",
+    },
+    "Ship": {
+        "keygen": "Make a key pair to sign artifacts with.",
+        "sign": "Sign an artifact.",
+        "verify-signature": "Check who signed an artifact.",
+        "push": "Push artifacts to a registry or an object store.",
+        "pull": "Fetch an artifact.",
+        "sync": "Keep a folder up to date with a tag.",
+    },
+    "Serve": {
+        "restore": "Unpack an artifact where DeepGEMM reads it.",
+        "env": "Print the variables that a serving process needs.",
+        "run": "Restore an artifact and run a program with it.",
+        "misses": "Explain a log of missing kernels.",
+    },
+    "Prove": {
+        "verify": "Replay every call, and list the missing kernels.",
+        "doctor": "Check this machine, and list what is wrong.",
+    },
+    "Look": {
+        "inspect": "Print what is in an artifact.",
+        "diff": "Compare two artifacts or folders.",
+        "explain": "Describe a kernel in words.",
+        "report": "Write an HTML page about an artifact or a plan.",
+        "schema": "Print the JSON schema of a file.",
+    },
+}
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
 
 class _Verbs(click.Group):
-    """Imports a verb when it is asked for: a restore does not wait for what a build needs."""
+    """Imports the module of a verb only when the verb is used, so that `restore` does not load what `build` needs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
@@ -36,6 +68,12 @@ class _Verbs(click.Group):
         command: click.Command = getattr(import_module(f"cachebuilder.cli.{module}"), module)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, VERBS))  # the help lines of all groups start in the same column
+        for title, verbs in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{verb:<{width}}", line) for verb, line in verbs.items()])
+
 
 @click.group(cls=_Verbs, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -46,11 +84,11 @@ def cli(context: click.Context) -> None:
 
 
 def main() -> None:
-    """Run the command line; every expected failure is one message, a hint and its own exit code."""
+    """Run the command line. An expected failure prints a message and perhaps a hint, and has its own exit code."""
     try:
         sys.exit(cli.main(standalone_mode=False))
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -60,8 +98,8 @@ def main() -> None:
             click.echo(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: what was compiled is kept, the next build goes on from there", err=True)
+        click.echo("interrupted: compiled kernels are kept for the next build", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         sys.stderr.close()
         sys.exit(0)

@@ -7,60 +7,58 @@ from pathlib import Path
 
 import click
 
+import cachebuilder
 from cachebuilder.cli import shared, table, words
-from cachebuilder.manifest.inputs import find_inputs
-from cachebuilder.planning import make as planning
+from cachebuilder.planning.plan import Kernel
 from cachebuilder.planning.selection import Selection
 
 
 @click.command()
 @shared.manifest_argument
 @shared.json_option
-@shared.nvcc_option
-@shared.deep_gemm_option
+@shared.tools_options
 @shared.store_option
 @shared.progress_options
-def plan(manifest: Path, as_json: bool, nvcc: Path | None, deep_gemm: Path | None, use_store: bool) -> None:
+def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
-    inputs = find_inputs(manifest, nvcc=nvcc, deep_gemm=deep_gemm)
+    inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
     with shared.show_progress() as progress:
-        made = planning.make(
-            inputs.manifest,
-            inputs.installation,
-            inputs.toolchain,
-            lambda done, total: progress("plan", done, total),
-            reuse=use_store,
-        )
+        made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
     if as_json:
         click.echo(made.model_dump_json(indent=1, exclude_none=True))
         return
     for index, op in enumerate(inputs.manifest.ops):
         for sm_count in inputs.manifest.sm_counts_of(op):
             table.title(f"ops[{index}] {op.op} {op.shape()}, {sm_count} SMs: {op.variable}")
-            here = [
+            selected = [
                 (kernel, selection)
                 for kernel in made.kernels
                 for selection in kernel.selected_by
                 if (selection.op, selection.sm_count) == (index, sm_count)
             ]
-            for kernel, selection in sorted(here, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
+            for kernel, selection in sorted(selected, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
                 click.echo(_line(kernel, selection))
-            if not here:
-                table.line(
-                    "  nothing to compile:", "this DeepGEMM has no kernel of its own (cuBLASLt serves it)", column=22
-                )
-    if given := [kernel for kernel in made.kernels if not kernel.selected_by]:
+            if not selected:
+                reason = "this DeepGEMM has no kernel of its own (cuBLASLt serves it)"
+                table.line("  nothing to compile:", reason, column=22)
+    from_sources = [kernel for kernel in made.kernels if not kernel.selected_by]
+    if from_sources:
         table.title("sources")
-        for kernel in given:
-            click.echo(f"  {kernel.name}.{kernel.entry[-32:][:8]}")
-    sms = ", ".join(map(str, made.sm_counts))
-    table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {made.gpu.name}, {made.arch}, {sms} SMs")
+        for kernel in from_sources:
+            click.echo(f"  {_short_name(kernel)}")
+    sm_counts = ", ".join(map(str, made.sm_counts))
+    target = f"{made.gpu.name}, {made.arch}, {sm_counts} SMs"
+    table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {target}")
     table.line("", f"torch {made.torch}, peak memory {words.size(made.peak_bytes)}")
     table.line("using", f"{inputs.installation}")
 
 
-def _line(kernel: planning.Kernel, selection: Selection) -> str:
+def _line(kernel: Kernel, selection: Selection) -> str:
     """A kernel with the points that select it, wrapped at 80 columns."""
-    head = f"  {kernel.name}.{kernel.entry[-32:][:8]}"
     points = words.ranges(selection.ranges)
-    return textwrap.fill(points, 80, initial_indent=f"{head:<50} ", subsequent_indent=" " * 51)
+    return textwrap.fill(points, 80, initial_indent=f"  {_short_name(kernel):<48} ", subsequent_indent=" " * 51)
+
+
+def _short_name(kernel: Kernel) -> str:
+    """The kernel's name and the first eight digits of its key."""
+    return f"{kernel.name}.{kernel.entry[-32:][:8]}"

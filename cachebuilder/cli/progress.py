@@ -1,96 +1,89 @@
-"""Progress of sweeps, compiles and uploads: a bar on a terminal, a line now and then elsewhere, on standard error.
+"""Progress of sweeps, compilations and transfers, on standard error: a bar on a terminal, lines in a log.
 
-A verb opens `show_progress` and calls what it gets with (step, done, total) as often as it likes. `options` adds
-``--quiet`` and ``--verbose`` to a verb; what they were set to is kept in click's context, so a verb has no arguments
-for them.
+A verb opens `show_progress` and hands on what it yields. `options` gives a verb ``--quiet`` and ``--verbose``; click's
+context keeps their values, so the verb has no arguments for them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from cachebuilder.cli import words
+from cachebuilder.common.progress import Progress, no_progress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _QUIET, _VERBOSE = "cachebuilder.quiet", "cachebuilder.verbose"
-#: Seconds between two lines of one step, at first and at most: a long step does not fill a log.
+#: Seconds before the first line of a step, and at most between two of its lines: a long step does not fill a log.
 _FIRST_WAIT, _LONGEST_WAIT = 5.0, 60.0
-#: No time left is said before a step has run this long and has done this share of its work.
-_TOO_EARLY_SECONDS, _TOO_EARLY_SHARE = 2.0, 0.02
-
-
-class Progress(Protocol):
-    """What a verb calls: the step's name, how much is done, how much there is (0: not known yet).
-
-    ``share`` is the share of the work done, 0 to 1, where it is not done / total; the time left is told from it.
-    """
-
-    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None:
-        """Report."""
+#: The time left is shown once a step has run this long and done this share of its work.
+_MIN_SECONDS, _MIN_SHARE = 2.0, 0.02
 
 
 class Meter:
-    """One step's rate and time left, from its own first report on: what a store had already took no time.
+    """One step's counts, rate and time left, measured from its first report: what a store already had took no time.
 
     Args:
+        done: units done at the first report; ``total`` and ``share`` are those of `Progress`.
+        in_bytes: the units are bytes.
         clock: seconds, as `time.monotonic`.
-        in_bytes: done and total are bytes.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, in_bytes: bool = False) -> None:
-        self._clock = clock
-        self._in_bytes = in_bytes
-        self._started: tuple[float, int, float] | None = None
-        self.done = self.total = 0
-        self._share = 0.0
-        self._told = False
+    def __init__(
+        self,
+        done: int,
+        total: int,
+        share: float | None = None,
+        in_bytes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._in_bytes, self._clock = in_bytes, clock
+        self._start = clock()
+        self.update(done, total, share)
+        self._first_done, self._first_share = done, self.share
 
     def update(self, done: int, total: int, share: float | None = None) -> None:
         """Take a report."""
-        self.done, self.total, self._told = done, total, share is not None
-        self._share = share if share is not None else (done / total if total else 0.0)
-        if self._started is None:
-            self._started = self._clock(), done, self._share
+        self.seconds = self._clock() - self._start
+        self.done, self.total, self._reported_share = done, total, share
 
     @property
-    def seconds(self) -> float:
-        """Since the first report."""
-        return self._clock() - self._started[0] if self._started else 0.0
+    def share(self) -> float:
+        """The share of the work that is done, 0 to 1."""
+        if self._reported_share is not None:
+            return self._reported_share
+        return self.done / self.total if self.total else 0.0
 
     @property
     def rate(self) -> float | None:
-        """Done in a second, on average; None before anything is."""
-        if self._started is None or self.done <= self._started[1] or not self.seconds:
-            return None
-        return (self.done - self._started[1]) / self.seconds
+        """Units done in a second, on average; None before the first."""
+        done = self.done - self._first_done
+        return done / self.seconds if done > 0 and self.seconds else None
 
     @property
     def left(self) -> float | None:
-        """Seconds, if the rest goes as what was done did; None where that cannot be told yet."""
-        if self._started is None or self.seconds < _TOO_EARLY_SECONDS:
+        """Seconds until the end at the average speed so far; None while it is too early to say."""
+        worked = self.share - self._first_share
+        if self.seconds < _MIN_SECONDS or worked <= 0 or worked < _MIN_SHARE * (1 - self._first_share):
             return None
-        worked = self._share - self._started[2]
-        if worked < _TOO_EARLY_SHARE * (1 - self._started[2]) or worked <= 0:
-            return None
-        return self.seconds * max(1 - self._share, 0.0) / worked
+        return self.seconds * max(1 - self.share, 0.0) / worked
 
     def counts(self) -> str:
-        """How much of how much."""
-        of = f" of {self._amount(self.total)}" if self.total else ""
-        return self._amount(self.done) + of
+        """Units done, of how many."""
+        return self._amount(self.done) + (f" of {self._amount(self.total)}" if self.total else "")
 
     def pace(self) -> str:
-        """Rate and time left, as far as they can be told."""
+        """Rate and time left, as far as they are known."""
         parts = []
-        if self._told:  # units are not alike: how many a second would say nothing of the rest
-            parts.append(f"{self._share:.0%}")
+        if self._reported_share is not None:  # the units differ in size, so their rate says nothing about the rest
+            parts.append(f"{self.share:.0%}")
         elif self.rate is not None:
             rate = self._amount(round(self.rate)) if self._in_bytes or self.rate >= 100 else f"{self.rate:.2g}"
             parts.append(f"{rate}/s")
@@ -106,7 +99,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them, no more exactly than they are known."""
+    """Seconds in words, rounded as roughly as an estimate deserves."""
     if seconds < 10:
         return f"{max(round(seconds), 1)} s"
     if seconds < 90:
@@ -116,36 +109,46 @@ def duration(seconds: float) -> str:
 
 
 class Lines:
-    """Progress as lines of a log: no control characters, the more apart the longer a step takes."""
+    """Progress as lines of a log, without control characters. It is a `Progress`.
+
+    Args:
+        write: takes one line.
+        every: seconds between two lines of one step; None: more and more as the step goes on, and no line at all for a
+            step shorter than the first wait.
+        in_bytes: the units are bytes.
+        clock: seconds, as `time.monotonic`.
+    """
 
     def __init__(
-        self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic, every: float | None = None
+        self,
+        write: Callable[[str], object],
+        every: float | None = None,
+        in_bytes: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._write, self._clock, self._every = write, clock, every
+        self._write, self._every, self._in_bytes, self._clock = write, every, in_bytes, clock
         self._meters: dict[str, Meter] = {}
-        self._next: dict[str, float] = {}
-        self._wait: dict[str, float] = {}
-        self._ended: set[str] = set()
+        #: For each step, how many seconds after its start the next line is due; infinite after its last line.
+        self._due: dict[str, float] = {}
 
-    def show(self, step: str, done: int, total: int, in_bytes: bool = False, share: float | None = None) -> None:
-        """Take a report; write a line if it is time for one, and a last one when all is done."""
-        new = step not in self._meters
-        meter = self._meters.setdefault(step, Meter(self._clock, in_bytes))
+    def __call__(self, step: str, done: int, total: int, share: float | None = None) -> None:
+        """Take a report. Write a line if one is due, and the last one when the step has ended."""
+        if step not in self._meters:
+            self._meters[step] = Meter(done, total, share, self._in_bytes, self._clock)
+            self._due[step] = self._wait(0.0)
+        meter = self._meters[step]
         meter.update(done, total, share)
-        if new:
-            self._wait[step] = self._every or _FIRST_WAIT
-            self._next[step] = self._clock() + self._wait[step]
-        ended = bool(total) and done >= total and step not in self._ended
-        if ended:
-            self._ended.add(step)
-            if self._every is None and self._clock() < self._next[step] and self._wait[step] == _FIRST_WAIT:
-                return  # over before the first line was due
-            self._write(f"{step}: {meter.counts()}, {duration(meter.seconds)}")
-        elif self._clock() >= self._next[step] and step not in self._ended and (done or total):
-            if self._every is None:
-                self._wait[step] = min(2 * self._wait[step], _LONGEST_WAIT)
-            self._next[step] = self._clock() + self._wait[step]
+        if total and done >= total:
+            if self._due[step] < math.inf and (self._every or meter.seconds >= _FIRST_WAIT):
+                self._write(f"{step}: {meter.counts()}, {duration(meter.seconds)}")
+            self._due[step] = math.inf
+        elif (done or total) and meter.seconds >= self._due[step]:
+            self._due[step] = meter.seconds + self._wait(meter.seconds)
             self._write(f"{step}: {meter}")
+
+    def _wait(self, seconds: float) -> float:
+        """Seconds until the next line of a step that has run for ``seconds``."""
+        return self._every or min(seconds + _FIRST_WAIT, _LONGEST_WAIT)
 
 
 def options(verb: F) -> F:
@@ -156,63 +159,55 @@ def options(verb: F) -> F:
             context.meta[_QUIET if parameter.name == "quiet" else _VERBOSE] = True
 
     settings: dict[str, Any] = {"is_flag": True, "expose_value": False, "callback": keep}
-    verb = click.option("-v", "--verbose", help="A line of progress every second, also on a terminal.", **settings)(
-        verb
-    )
-    return click.option("-q", "--quiet", help="Say nothing but results, warnings and errors.", **settings)(verb)
+    verbose = click.option("-v", "--verbose", help="A line of progress every second, even on a terminal.", **settings)
+    quiet = click.option("-q", "--quiet", help="Print only results, warnings and errors.", **settings)
+    return quiet(verbose(verb))
 
 
 def quiet() -> bool:
-    """Whether this command line said so."""
+    """Whether the command line has ``--quiet``."""
+    return _is_set(_QUIET)
+
+
+def _is_set(key: str) -> bool:
     context = click.get_current_context(silent=True)
-    return bool(context and context.meta.get(_QUIET))
+    return bool(context and context.meta.get(key))
 
 
 def remark(text: str) -> None:
-    """A line on standard error for a person who watches; none when quiet."""
+    """Print a line for a person who watches, on standard error; nothing with ``--quiet``."""
     if not quiet():
         click.echo(text, err=True)
 
 
 @contextmanager
 def show_progress(in_bytes: bool = False) -> Iterator[Progress]:
-    """Where a verb reports its progress. ``in_bytes``: what is counted are bytes, as of an upload."""
-    context = click.get_current_context(silent=True)
-    verbose = bool(context and context.meta.get(_VERBOSE))
+    """The `Progress` that this command line asks for. ``in_bytes``: the units are bytes, as of an upload."""
+    verbose = _is_set(_VERBOSE)
     if quiet():
-        yield _nothing
+        yield no_progress
     elif verbose or not sys.stderr.isatty():
-        lines = Lines(lambda line: click.echo(line, err=True), every=1.0 if verbose else None)
-
-        def say(step: str, done: int, total: int, share: float | None = None) -> None:
-            lines.show(step, done, total, in_bytes, share)
-
-        yield say
+        yield Lines(lambda line: click.echo(line, err=True), 1.0 if verbose else None, in_bytes)
     else:
-        with _bars(in_bytes) as show:
-            yield show
-
-
-def _nothing(step: str, done: int, total: int, share: float | None = None) -> None:
-    pass
+        with _bars(in_bytes) as bars:
+            yield bars
 
 
 @contextmanager
 def _bars(in_bytes: bool) -> Iterator[Progress]:
-    from rich.console import Console  # slow to import, and only long steps draw
-    from rich.progress import BarColumn, TextColumn
+    from rich.console import Console  # slow to import, and needed on a terminal only
+    from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[said]}")
+    columns = TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[text]}")
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, tuple[Any, Meter]] = {}
+        steps: dict[str, tuple[TaskID, Meter]] = {}
 
         def show(step: str, done: int, total: int, share: float | None = None) -> None:
-            if step not in tasks:
-                tasks[step] = bars.add_task(step, total=None, said=""), Meter(in_bytes=in_bytes)
-            task, meter = tasks[step]
+            if step not in steps:
+                steps[step] = bars.add_task(step, total=None, text=""), Meter(done, total, share, in_bytes)
+            task, meter = steps[step]
             meter.update(done, total, share)
-            shown = share if share is not None else (done / total if total else 0.0)
-            bars.update(task, completed=shown, total=1.0 if total else None, said=str(meter))
+            bars.update(task, completed=meter.share, total=1.0 if total else None, text=str(meter))
 
         yield show

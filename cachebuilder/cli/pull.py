@@ -8,6 +8,7 @@ import click
 
 from cachebuilder.cli import remote, shared, signing
 from cachebuilder.errors import RestoreError
+from cachebuilder.restoring.machine import Machine
 
 
 @click.command()
@@ -18,10 +19,10 @@ from cachebuilder.errors import RestoreError
 @signing.trust_option
 @shared.progress_options
 def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, trust: tuple[Path, ...]) -> None:
-    """Fetch the artifact at SOURCE (oci://…, s3://…), with its signature, to the byte as it was pushed.
+    """Fetch the artifact at SOURCE (oci://…, s3://…) with its signature, byte for byte as it was pushed.
 
-    Where SOURCE stands for several, the one that fits this machine's DeepGEMM and GPU; the others are told with the
-    reasons. One that broke off goes on where it ended.
+    If SOURCE stands for several, take the one that fits this machine's DeepGEMM and GPU, and say why those before it do
+    not fit. A transfer that broke off is resumed.
     """
     if not remote.is_remote(source):
         raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {source}")
@@ -29,20 +30,20 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
     from cachebuilder.ship.download import sha256_of
     from cachebuilder.ship.fetch import look_up
 
-    trusted = signing.trusted(trust)
+    keys = signing.load_trust(trust)
     with remote.retries() as tries:
-        found = look_up(source, remote.here(deep_gemm), tries)
+        located = look_up(source, Machine.here(deep_gemm), tries)
 
         def to(name: str) -> Path:
             path = output or Path(name)
-            if not force and path.exists() and found.version != f"sha256:{sha256_of(path)}":
+            if not force and path.exists() and located.version != f"sha256:{sha256_of(path)}":
                 raise RestoreError(
-                    f"{path}: wanted no file or this artifact, found another one\nwanted: {found.version}",
+                    f"{path}: wanted no file or this artifact, found another one\nwanted: {located.version}",
                     hint="--force replaces it; -o FILE puts this one elsewhere",
                 )
             return path
 
-        path = found.get(to, remote.checker(trusted, source))
-    click.echo(f"pulled    {path}, from {found.name}")
+        path = located.get(to, keys)
+    click.echo(f"pulled    {path}, from {located.name}")
     click.echo(f"sha256    {sha256_of(path)}")
     shared.remark(f"next      cachebuilder restore {path} --to DIR")

@@ -17,20 +17,21 @@ from cachebuilder.cli import remote, shared
     "platforms",
     multiple=True,
     type=click.Choice(["linux/amd64", "linux/arm64"]),
-    help="The hosts that mount an image; the content is the same. Several may be given. Default: linux/amd64.",
+    help="The hosts that mount the image; its content is the same for all. May be given several times. Default: "
+    "linux/amd64.",
 )
 @shared.progress_options
 def push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...]) -> None:
-    """Push ARTIFACT to oci://HOST/NAME:TAG as an image; several, for different GPUs or DeepGEMMs, as an index of them.
+    """Push ARTIFACT to oci://HOST/NAME:TAG as an image; several, for different GPUs or DeepGEMMs, as an index.
 
-    Or store it: s3://BUCKET/NAME.tar.zst, or each under its own name in s3://BUCKET/FOLDER/. ARTIFACT.sig, and what
-    else is signed, goes along where it lies beside ARTIFACT. Credentials are docker's, or those of the store's library.
+    Or store it: s3://BUCKET/NAME.tar.zst, or each under its own name in s3://BUCKET/FOLDER/. The signature and the
+    other signed files beside ARTIFACT are pushed with it. Credentials are docker's, or those of the store's library.
     """
     run_push(destination, artifacts, platforms)
 
 
 def run_push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str, ...] = ()) -> None:
-    """Push and say what was done."""
+    """Push and say what was pushed."""
     if not remote.is_remote(destination):
         raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {destination}")
     remote.ready()
@@ -55,13 +56,13 @@ def _push_images(destination: str, artifacts: tuple[Path, ...], platforms: tuple
 
     reference = parse(destination)
     with remote.retries() as tries:
-        done = push_all(reference, artifacts, platforms, tries)
-    for target in done.targets:
+        pushed = push_all(reference, artifacts, platforms, tries)
+    for target in pushed.targets:
         signed = "signed" if target.signed else "not signed"
         kernels, fingerprint = len(target.index.entries), target.index.fingerprint
         click.echo(f"image     {target.path}: {kernels} kernels, {fingerprint.arch}, {fingerprint.deep_gemm}, {signed}")
         for manifest in target.manifests:
             click.echo(f"          {reference.at(manifest.digest)}, {manifest.platform}")
     click.echo(f"pushed    {reference}")
-    click.echo(f"digest    {done.digest}")
-    shared.remark(f"next      cachebuilder restore {reference.at(done.digest)} --to DIR")
+    click.echo(f"digest    {pushed.digest}")
+    shared.remark(f"next      cachebuilder restore {reference.at(pushed.digest)} --to DIR")

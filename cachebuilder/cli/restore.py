@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
-import gc
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.trust import Trust
 from cachebuilder.cli import remote, shared, signing, words
-from cachebuilder.cuda import nvml
-from cachebuilder.restoring import entries as restoring
+from cachebuilder.restoring import restore as restoring
+from cachebuilder.restoring.machine import Compared, Machine
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """What a restore is to go by."""
+
+    deep_gemm: Path | None
+    force: bool
+    trust: tuple[Path, ...]
+
+
+restore_options = shared.option_group(
+    "options", RestoreOptions, shared.serving_deep_gemm_option, shared.force_option, signing.trust_option
+)
 
 
 def run_restore(
-    artifacts: tuple[Path | str, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
+    artifacts: Sequence[Path | str], to: Path, machine: Machine, trust: Trust | None, force: bool
 ) -> restoring.Restored:
-    """Restore and say what was done, on stderr."""
+    """Fetch and restore, and say on stderr what was done."""
     started = time.monotonic()
-    gc.disable()  # what a restore makes lives until it ends: looking for garbage is a twentieth of its time
-    trusted = signing.trusted(trust)
-    if trusted is None:
-        click.echo(restoring.UNCHECKED, err=True)
-    installation, gpu = remote.installation(deep_gemm), nvml.first_gpu()
-    files = []
-    for artifact in artifacts:
-        if remote.is_remote(artifact):
-            with remote.retries() as tries:
-                wish = remote.wish(installation, gpu, to=to, force=force)
-                artifact = remote.fetched(str(artifact), wish, tries, trusted)
-        files.append(Path(artifact))
-    done = restoring.restore(files, to, installation, gpu, force, trusted)
-    for path, differences in done.refused:
-        click.echo(f"refused   {restoring.explain(path, differences)}", err=True)
-    if done.differences:
-        overruled = any(difference.causes_miss for difference in done.differences)
-        click.echo(
-            f"{'forced    ' if overruled else 'note      '}{restoring.explain(done.artifact, done.differences)}",
-            err=True,
-        )
-    if done.signed_by is not None:
-        shared.remark(f"signed    {done.artifact}, by {done.signed_by.path} ({done.signed_by.fingerprint})")
-    relocated = f", relocated to {done.index.fingerprint.install_include}" if done.relocated else ""
-    written = words.several(done.written, "kernel")
+    signing.warn_unchecked(trust)
+    files = [
+        remote.fetched(str(artifact), machine, trust, force) if remote.is_remote(artifact) else Path(artifact)
+        for artifact in artifacts
+    ]
+    restored = restoring.restore(files, to, machine=machine, trust=trust, force=force)
+    for other in restored.others:
+        if other.fits:
+            click.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
+        else:
+            click.echo(f"refused   {other}", err=True)
+    if restored.differences:
+        taken = Compared(restored.artifact, restored.differences)
+        click.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
+    if restored.signed_by is not None:
+        shared.remark(f"signed    {restored.artifact}, by {restored.signed_by.path} ({restored.signed_by.fingerprint})")
+    relocated = f", relocated to {restored.index.fingerprint.install_include}" if restored.relocated else ""
+    written = words.several(restored.written, "kernel")
     shared.remark(
-        f"restored  {done.index.name}: {written} written, {done.skipped} there already{relocated}, "
+        f"restored  {restored.index.name}: {written} written, {restored.skipped} there already{relocated}, "
         f"{time.monotonic() - started:.2f} s"
     )
-    return done
+    return restored
 
 
 @click.command()
@@ -55,17 +64,14 @@ def run_restore(
     "artifacts", metavar="ARTIFACT...", nargs=-1, required=True, type=remote.NamedType(path_type=Path, dir_okay=False)
 )
 @click.option("--to", required=True, metavar="DIR", type=shared.folder_type, help="Where DeepGEMM will read it.")
-@shared.serving_deep_gemm_option
-@shared.force_option
-@signing.trust_option
+@restore_options
 @shared.progress_options
-def restore(
-    artifacts: tuple[Path | str, ...], to: Path, deep_gemm: Path | None, force: bool, trust: tuple[Path, ...]
-) -> None:
+def restore(artifacts: tuple[Path | str, ...], to: Path, options: RestoreOptions) -> None:
     """Put the first ARTIFACT that fits this machine's DeepGEMM and GPU into DIR, beside a frozen nvcc.
 
-    ARTIFACT is a file, or oci://… or s3://…, which is fetched first. The whole archive is checked before anything
-    becomes visible in DIR. DIR may be in use. With --trust the signature beside it is checked before anything else.
+    ARTIFACT is a file, or oci://… or s3://…, which is fetched first. Every ARTIFACT is checked before anything becomes
+    visible in DIR, with --trust first of all its signature. DIR may be in use.
     """
-    done = run_restore(artifacts, to, deep_gemm, force, trust)
-    shared.remark(f"next      cachebuilder env {done.dir} --engine vllm|sglang")
+    machine, trust = Machine.here(options.deep_gemm), signing.load_trust(options.trust)
+    restored = run_restore(artifacts, to, machine, trust, options.force)
+    shared.remark(f"next      cachebuilder env {restored.dir} --engine vllm|sglang")

@@ -1,4 +1,4 @@
-"""What the verbs share: options, progress, and how numbers are written."""
+"""What several verbs share: arguments, options and output."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import click
 
 from cachebuilder.cli.progress import options as progress_options
 from cachebuilder.cli.progress import quiet, remark, show_progress
 
-__all__ = ["progress_options", "quiet", "remark", "show_progress"]  # with all that is defined here
+# The verbs use these imported names as `shared.…`; mypy requires such names in `__all__`.
+__all__ = ["progress_options", "quiet", "remark", "show_progress"]
 
-if TYPE_CHECKING:
-    from cachebuilder.cuda.gpus import Gpu
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: What to do with a folder whose entries are not what they were.
+#: The hint for a folder with damaged entries.
 RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
 
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
@@ -28,22 +27,23 @@ deep_gemm_option = click.option(
     "--deep-gemm",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="FOLDER",
-    help="The deep_gemm package to plan for; default: the installed one, else vLLM's own copy.",
+    help="The deep_gemm package to plan with; default: the installed one, else vLLM's own copy.",
 )
 nvcc_option = click.option(
     "--nvcc",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="The compiler; default: CUDA_HOME's, else PATH's, else the one of PyPI's wheels.",
+    help="The compiler; default: CUDA_HOME's, else the one on PATH, else the one from PyPI's wheels.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 def option_group(name: str, kind: type[Any], *options: Callable[[F], F]) -> Callable[[F], F]:
-    """Give a verb several options and hand them over as one object, the argument ``name``.
+    """Give a verb several options, and pass them to it as one object.
 
     Args:
-        kind: a dataclass; each of its fields takes the option of that name.
+        name: the verb's argument that takes the object.
+        kind: the object's type, a dataclass with a field for each option; the two have the same name.
         options: click's options, in the order of the help text.
     """
     fields = [field.name for field in dataclasses.fields(kind)]
@@ -63,7 +63,7 @@ def option_group(name: str, kind: type[Any], *options: Callable[[F], F]) -> Call
 
 
 class _Folder(click.Path):
-    """A folder; the empty text, which an unset variable leaves, is none, although Python takes it for this one."""
+    """A folder, not an empty text: that usually comes from an unset variable, and Python reads it as this folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -84,43 +84,44 @@ engine_option = click.option(
     type=click.Choice(["vllm", "sglang", "none"]),
     default="none",
     show_default=True,
-    help="Set what this engine needs, too.",
+    help="Also set the variables that this engine needs.",
 )
 scratch_option = click.option(
     "--scratch",
     type=folder_type,
     metavar="DIR",
-    help="A writable folder for what the cache lacks (DeepJIT); default: DIR/scratch.",
+    help="A writable folder for kernels that are not in the cache (DeepJIT); default: DIR/scratch.",
 )
-force_option = click.option("--force", is_flag=True, help="Restore although kernels would not be found; says why.")
+force_option = click.option(
+    "--force", is_flag=True, help="Restore even if DeepGEMM would not find the kernels, and say why it would not."
+)
 store_option = click.option(
     "--store/--no-store",
     "use_store",
     default=True,
-    help="Keep plans and compiled kernels in the user's cache folder and take them from there.",
+    help="Keep plans and compiled kernels in the user's cache folder, and take them from there.",
 )
-
-
 device_option = click.option(
     "--device",
     type=click.Choice(["virtual", "cuda", "auto"]),
     default="virtual",
     show_default=True,
-    help="cuda: on this machine's GPU as well, which must be the target; auto: if it is.",
+    help="virtual: needs no GPU; cuda: also on this machine's GPU, which must be the target; auto: cuda if it is.",
 )
 
 
-def choose_device(wanted: str, target: Gpu) -> Literal["virtual", "cuda"]:
-    """The device to use: ``auto`` is cuda where the first GPU here is the manifest's target."""
-    if wanted != "auto":
-        return "cuda" if wanted == "cuda" else "virtual"
-    from cachebuilder.cuda import gpus, nvml
+@dataclasses.dataclass(frozen=True)
+class ToolPaths:
+    """The paths of the compiler and of DeepGEMM, where the user names them."""
 
-    gpu = nvml.first_gpu()
-    same = (
-        gpu is not None
-        and gpu.capability == (target.major, target.minor)
-        and gpu.sm_count in (None, target.sm_count)
-        and gpus.is_called(target, gpu.name)
-    )
-    return "cuda" if same else "virtual"
+    nvcc: Path | None
+    deep_gemm: Path | None
+
+
+tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, unless the user gave ``--quiet``."""
+    if not quiet():
+        click.echo(text)

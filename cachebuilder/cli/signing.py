@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from cachebuilder.artifact.signature import TrustedKey
+from cachebuilder.artifact.trust import Trust
 
-#: Of a private key; asked for where it is not set.
+#: The passphrase of a private key; cachebuilder asks for it where this is not set.
 PASSPHRASE = "CACHEBUILDER_KEY_PASSPHRASE"
 
 #: Public keys, separated by colons: what ``--trust`` is where it is not given.
@@ -25,22 +23,24 @@ trust_option = click.option(
     envvar=TRUST,
     show_envvar=True,
     metavar="KEY.pub",
-    help="Take only what this key signed. Several may be given.",
+    help="Take only artifacts that this key signed. May be given several times.",
 )
 
 
-def trusted(trust: tuple[Path, ...]) -> tuple[TrustedKey, ...] | None:
-    """The keys; None where none was given."""
-    if not trust:
-        return None
-    from cachebuilder.artifact.signature import load_trusted  # imports cryptography
+def load_trust(keys: tuple[Path, ...]) -> Trust | None:
+    """The trusted keys; None where none was given."""
+    return Trust.load(keys) if keys else None
 
-    return load_trusted(trust)
+
+def warn_unchecked(trust: Trust | None) -> None:
+    """Say that an artifact's origin is not checked, where no key was given to check it with."""
+    if trust is None:
+        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
 
 
 def passphrase(key: Path, confirm: bool = False) -> bytes:
     """The passphrase of a key: from the environment, else from a person."""
-    given = os.environ.get(PASSPHRASE)
-    if given is None:
-        given = click.prompt(f"Passphrase of {key}", hide_input=True, confirmation_prompt=confirm, err=True)
-    return given.encode()
+    text = os.environ.get(PASSPHRASE)
+    if text is None:
+        text = click.prompt(f"Passphrase of {key}", hide_input=True, confirmation_prompt=confirm, err=True)
+    return text.encode()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from cachebuilder.cli import remote, shared, table, words
+from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.errors import VerifyError
-from cachebuilder.inspecting import documents
-from cachebuilder.restoring.compatibility import Difference
-from cachebuilder.verifying import real as on_gpu
-from cachebuilder.verifying import report as verified
-from cachebuilder.verifying import virtual as verifying
+from cachebuilder.verifying import verify as verifying
+from cachebuilder.verifying.report import GpuReport, Replay, Report
 
-#: Missing kernels that are listed one by one; all of them are in the JSON.
+#: How many missing kernels and damaged files are listed one by one; the JSON has all.
 _SHOWN = 20
 
 
@@ -44,142 +40,83 @@ def verify(
     target: Path,
     manifest: Path | None,
     deep_gemm: Path | None,
-    device: str,
+    device: DeviceChoice,
     report_file: Path | None,
     as_json: bool,
 ) -> None:
     """Prove that DeepGEMM finds every kernel in ARTIFACT or restored DIR.
 
     Every call of the manifest is replayed on a virtual GPU with the frozen compiler, which refuses to compile. With
-    --device cuda the calls are made on the real GPU, too, and every kernel's results are compared with a reference.
+    --device cuda, the calls are also made on the real GPU, and every kernel's results are compared with a reference.
     """
-    installation = installations.find(deep_gemm)
-    with verifying.opened(target, installation) as folder:
-        gpu = verifying.manifests_for(folder, manifest)[0].target.gpu
-        chosen = shared.choose_device(device, gpu)
-        replays: Sequence[on_gpu.Replay] = ()
-        with shared.show_progress() as progress:
-            if chosen == "cuda":
-                report, replays = on_gpu.check(folder, installation, manifest, progress)
-            else:
-                report = verifying.check(folder, installation, manifest, progress)
-    document = _document(target, report, replays)
-    if document.on_gpu is not None and (report_file or not target.is_dir()):
-        on_gpu.write(report_file or verified.path_for(target), document.on_gpu)
+    with shared.show_progress() as progress:
+        report = verifying.verify(target, deep_gemm=deep_gemm, manifest=manifest, device=device, progress=progress)
+    report.write_gpu_report(report_file)
     if as_json:
-        click.echo(document.text())
+        click.echo(report.to_json())
     else:
         _print(report)
-        for replay in replays:
-            _print_replay(replay)
-    if not report.complete:
-        raise VerifyError(_problem(target, report), hint=_hint(report))
-    on_gpu.require_right(target, replays)
+    report.require_right()
 
 
-def _print(report: verifying.Report) -> None:
-    table.line("using", f"{report.installation}")
+def _print(report: Report) -> None:
+    table.line("using", str(installations.find(Path(report.deep_gemm.path))))
     for item in report.damage[:_SHOWN]:
         table.line("damaged", f"{item}", table.BAD)
-    if len(report.damage) > _SHOWN:
-        click.echo(f"          … {len(report.damage) - _SHOWN} more: --json lists all")
+    _print_more(len(report.damage))
     if not report.damage:
         click.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
-        told = f"{replay.calls} calls, {words.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
-        table.line("replay", f"{replay.manifest}: {told}", table.BAD if replay.missing else table.GOOD)
-        if replay.unlisted:
-            click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
-        for kernel in replay.missing[:_SHOWN]:
-            state = "damaged" if kernel.damaged else "missing"
-            table.line(state, kernel.entry, table.BAD)
-            for selection in kernel.selected_by:
-                op = replay.ops[selection.op]
-                head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
-                text = head + words.ranges(selection.ranges)
-                click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
-        if len(replay.missing) > _SHOWN:
-            click.echo(f"          … {len(replay.missing) - _SHOWN} more: --json lists all")
-        for refusal in replay.refusals:
-            op = replay.ops[refusal.op]
-            table.line("refused", f"ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs", table.BAD)
-            text = " ".join(refusal.text.split())
-            text = f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}"
-            click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
-        for difference in replay.differences:
-            for line in difference.lines():
-                if line.startswith(difference.field):
-                    table.line("differs", line, table.UNSURE)
-                else:
-                    click.echo(line)
+        _print_replay(replay)
+    if report.on_gpu:
+        _print_on_gpu(report.on_gpu)
 
 
-def _print_replay(replay: on_gpu.Replay) -> None:
-    if replay.trials is None:
-        return
-    device, worst = replay.trials.device, replay.worst
-    kernels = {entry for entries in replay.entries.values() for entry in entries}
-    missed = f"{device['name']}: {replay.calls} calls, {len(replay.missed)} kernels missed"
-    table.line("on GPU", missed, table.BAD if replay.missed else table.GOOD)
-    numbers = f"{len(kernels)} kernels at {len(replay.trials.results)} points, {len(replay.wrong)} wrong"
-    table.line("numbers", numbers, table.BAD if replay.wrong else table.GOOD)
-    if untold := sum(result.relative_error is None for result in replay.trials.results):
-        click.echo(f"          {untold} points of ops without a reference were launched only")
-    if worst is not None:
-        op = replay.ops[worst.point.op]
-        where = f"{op.op} {op.shape()} at {op.variable} {worst.point.value}"
-        text = f"worst error {worst.relative_error:.2e}: {where}"
-        click.echo(textwrap.fill(text, 80, initial_indent=" " * 10, subsequent_indent=" " * 12))
+def _print_replay(replay: Replay) -> None:
+    counts = f"{words.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
+    colour = table.BAD if replay.missing else table.GOOD
+    table.line("replay", f"{replay.manifest}: {replay.calls} calls, {counts}", colour)
+    if replay.unlisted:
+        click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
+    for kernel in replay.missing[:_SHOWN]:
+        table.line("damaged" if kernel.damaged else "missing", kernel.entry, table.BAD)
+        for selection in kernel.selected_by:
+            op = replay.ops[selection.op]
+            head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
+            _print_indented(head + words.ranges(selection.ranges))
+    _print_more(len(replay.missing))
+    for refusal in replay.refusals:
+        op = replay.ops[refusal.op]
+        table.line("refused", f"ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs", table.BAD)
+        text = " ".join(refusal.text.split())
+        _print_indented(f"at {op.variable} {refusal.value}: {text if len(text) <= 300 else text[:299] + '…'}")
+    for difference in replay.differences:
+        for line in difference.lines():
+            if line.startswith(difference.field):
+                table.line("differs", line, table.UNSURE)
+            else:
+                click.echo(line)
 
 
-def _problem(target: Path, report: verifying.Report) -> str:
-    missing = sum(len(replay.missing) for replay in report.replays)
-    refused = sum(len(replay.refusals) for replay in report.replays)
-    parts = [
-        f"{words.several(missing, 'kernel')} would be compiled while serving" if missing else "",
-        f"refused: {words.several(refused, 'call')}" if refused else "",
-        f"damaged: {words.several(len(report.damage), 'file')}" if report.damage else "",
-    ]
-    return f"{target}: " + ", ".join(filter(None, parts))
+def _print_on_gpu(report: GpuReport) -> None:
+    for replay in report.replays:
+        counts = f"{replay.calls} calls, {len(replay.missed)} kernels missed"
+        table.line("on GPU", f"{report.device.name}: {counts}", table.BAD if replay.missed else table.GOOD)
+        if not replay.trials:
+            continue
+        kernels = {entry for trial in replay.trials for entry in trial.kernels}
+        numbers = f"{len(kernels)} kernels at {len(replay.trials)} points, {len(replay.wrong)} wrong"
+        table.line("numbers", numbers, table.BAD if replay.wrong else table.GOOD)
+        if launched_only := sum(trial.relative_error is None for trial in replay.trials):
+            click.echo(f"          {launched_only} points of ops without a reference were launched only")
+        if worst := replay.worst:
+            _print_indented(f"worst error {worst.relative_error:.2e}: {worst.place}")
 
 
-def _hint(report: verifying.Report) -> str:
-    """What to do next, the most likely cause first."""
-    if report.damage:
-        return shared.RESTORE_AGAIN
-    if missing := [replay for replay in report.replays if replay.missing]:
-        causes: list[Difference] = [d for replay in missing for d in replay.differences if d.field != "deep_gemm"]
-        if causes:
-            return f"{causes[0].field} differs: {causes[0].remedy}"
-        if not any(replay.hits for replay in missing):
-            return "build an artifact from this manifest with the DeepGEMM that serves"
-        return "the folder lost entries or never had these shapes: restore again, or build with this manifest"
-    return "see the refused calls above; a manifest that builds with this DeepGEMM has none"
+def _print_indented(text: str) -> None:
+    click.echo(textwrap.fill(text, table.WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12))
 
 
-def _document(target: Path, report: verifying.Report, replays: Sequence[on_gpu.Replay]) -> documents.Verify:
-    return documents.Verify(
-        complete=report.complete,
-        target=str(target),
-        deep_gemm=documents.Copy(str(report.installation.path), report.installation.version),
-        entries=report.entries,
-        damage=report.damage,
-        replays=tuple(map(_replayed, report.replays)),
-        on_gpu=on_gpu.document(target, report, replays) if replays else None,
-    )
-
-
-def _replayed(replay: verifying.Replay) -> documents.Replayed:
-    return documents.Replayed(
-        manifest=replay.manifest,
-        ops=tuple(op.model_dump(mode="json", exclude_none=True) for op in replay.ops),
-        calls=replay.calls,
-        hits=tuple(replay.hits),
-        unlisted=tuple(replay.unlisted),
-        missing=tuple(
-            documents.MissingKernel(kernel.entry, kernel.name, kernel.damaged, kernel.selected_by)
-            for kernel in replay.missing
-        ),
-        refusals=tuple(documents.RefusedCall(**vars(refusal)) for refusal in replay.refusals),
-        differences=replay.differences,
-    )
+def _print_more(count: int) -> None:
+    if count > _SHOWN:
+        click.echo(f"          … {count - _SHOWN} more: --json lists all")

@@ -1,4 +1,4 @@
-"""How the command line writes counts, sizes and ranges."""
+"""Counts, sizes and ranges as the command line writes them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 
 def several(count: int, what: str) -> str:
-    """As ``1 kernel``, ``2 kernels``."""
+    """A count with its noun: ``1 kernel``, ``2 kernels``."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them, in powers of 1000."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
+    """A number of bytes, in units of powers of 1000: ``12.3 kB``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    return f"{value:.1f} GB"
 
 
 def ranges(points: Sequence[Range]) -> str:
-    """Points that select a kernel, as ``1–16, 48 (step 8)``."""
+    """The points that select a kernel, as ``1–16, 48 (step 8)``."""
     text = ", ".join(f"{r.first}" if r.first == r.last else f"{r.first}–{r.last}" for r in points)
     steps = sorted({r.step for r in points if r.step != 1 and r.first != r.last})
     return f"{text} (step {', '.join(map(str, steps))})" if steps else text

@@ -1,4 +1,4 @@
-"""Where cachebuilder keeps what it can make again, and where it works."""
+"""The user's cache folder, which holds only what can be made again, and the working folders inside it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ def cache_folder() -> Path:
     """``$CACHEBUILDER_CACHE_DIR``, else ``$XDG_CACHE_HOME/cachebuilder``, else ``~/.cache/cachebuilder``.
 
     Raises:
-        InstallationError: there is no home.
+        InstallationError: no variable names it and the user has no home folder.
     """
-    if given := os.environ.get("CACHEBUILDER_CACHE_DIR"):
-        return Path(given).absolute()
+    if own := os.environ.get("CACHEBUILDER_CACHE_DIR"):
+        return Path(own).absolute()
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "cachebuilder"
     try:
         return Path.home() / ".cache" / "cachebuilder"
-    except RuntimeError:  # a container's user without a name; a folder in /tmp could be made by others before
+    except RuntimeError:
+        # A container may run as a user that has no name and no home. A folder in /tmp will not do: another user could
+        # have made it before.
         raise InstallationError(
-            "wanted a folder of the user's own, found no HOME", hint="set CACHEBUILDER_CACHE_DIR to one"
+            "wanted a home folder for the cache, found no HOME", hint="set CACHEBUILDER_CACHE_DIR to a folder"
         ) from None
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A fresh working folder, gone afterwards; what a killed process left of its own is swept away first."""
+    """A new working folder, removed afterwards. First removes working folders that killed processes left.
+
+    Raises:
+        InstallationError: it cannot be made.
+    """
     root = cache_folder() / "scratch"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -43,8 +49,8 @@ def scratch_folder() -> Iterator[Path]:
             f"{root}: cannot be made: {error.strerror}",
             hint="set CACHEBUILDER_CACHE_DIR to a folder that can be written",
         ) from error
-    for left in root.iterdir():
-        _remove_if_abandoned(left)
+    for other in root.iterdir():
+        _remove_if_abandoned(other)
     folder = Path(tempfile.mkdtemp(dir=root))
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     lock(handle)
@@ -53,7 +59,7 @@ def scratch_folder() -> Iterator[Path]:
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-        except KeyboardInterrupt:  # Ctrl-C in the middle of it: it ends what it began
+        except KeyboardInterrupt:  # Ctrl-C while the folder is being removed: remove the rest before stopping
             shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
@@ -61,13 +67,14 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
+    """Remove a working folder if no process has it locked."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:  # another process removed it meanwhile, or it is not a folder
+    except OSError:  # another process has removed it meanwhile, or it is not a folder
         return
     try:
-        # A folder that another process has just made and not locked yet looks abandoned for some microseconds: a
-        # minimum age keeps the two apart.
+        # Between making its folder and locking it, a process looks as if it had abandoned the folder: the minimum age
+        # protects new folders.
         if lock(handle) and time.time() - os.fstat(handle).st_mtime > 60:
             shutil.rmtree(folder, ignore_errors=True)
     finally:

@@ -1,4 +1,4 @@
-"""Folders, and files that appear whole or not at all."""
+"""Write files whole or not at all, and make folders."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ from pathlib import Path
 
 from cachebuilder.errors import CacheBuilderError
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> None:
-    """Write a file that must not exist yet, with exactly ``mode``, whatever the umask. Follows no link.
+    """Write a new file, with exactly ``mode`` regardless of the umask. Follows no link.
+
+    Args:
+        dir_fd: an open folder that a relative ``name`` is in; None for the current folder.
 
     Raises:
-        OSError: it exists, or cannot be written.
+        OSError: it exists already, or cannot be written.
     """
-    handle = os.open(name, _NEW, mode, dir_fd=dir_fd)
+    handle = os.open(name, _NEW_FILE, mode, dir_fd=dir_fd)
     with os.fdopen(handle, "wb") as file:
         os.fchmod(handle, mode)
         file.write(data)
 
 
 def write_atomically(path: Path, data: bytes, error: type[CacheBuilderError], mode: int = 0o644) -> None:
-    """Put ``data`` at ``path`` whole or not at all, and replace what was there. Many writers and a kill are safe.
+    """Write ``data`` to ``path`` whole or not at all, replacing the file that was there.
 
-    A file that has these bytes and this mode already is left alone.
+    It is safe for several processes to write at once, and to be killed at any moment. A file that has these bytes and
+    this mode already is left alone.
 
     Args:
-        error: the kind to raise.
+        error: the kind of error to raise.
 
     Raises:
         CacheBuilderError: of the kind ``error``: the file or its folder cannot be written.
@@ -42,22 +46,22 @@ def write_atomically(path: Path, data: bytes, error: type[CacheBuilderError], mo
             return
     with writing(path, error):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fchmod(handle, mode)
                 os.fsync(handle)
-            os.replace(aside, path)
+            os.replace(temporary, path)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
 
 
 @contextlib.contextmanager
 def writing(path: Path, error: type[CacheBuilderError], hint: str | None = None) -> Iterator[None]:
-    """Turn an `OSError` into one sentence of the kind ``error``, which names ``path``."""
+    """Turn an `OSError` inside the context into an error of the kind ``error`` that names ``path``."""
     try:
         yield
     except OSError as reason:
@@ -65,7 +69,7 @@ def writing(path: Path, error: type[CacheBuilderError], hint: str | None = None)
 
 
 def make_folders(path: Path) -> list[Path]:
-    """Make a folder and its parents, each 0755 whatever the umask; returns those that were made.
+    """Make a folder and its missing parents, each with mode 0755 regardless of the umask; returns the new ones.
 
     Raises:
         OSError: one of them cannot be made.

@@ -1,4 +1,4 @@
-"""Locks between processes. A lock ends with its process, however the process ends."""
+"""Locks between processes. The kernel releases a lock when its process ends, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ def lock(handle: int, wait: bool = False) -> bool:
     """Lock an open file or folder for this process alone.
 
     Args:
-        wait: wait until another process gives the lock back.
+        wait: wait until no other process has the lock.
 
     Returns:
-        False where another process has the lock, or the file system has no locks.
+        True if the lock was taken; False if another process has it, or if the file system has no locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

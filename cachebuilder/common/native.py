@@ -1,4 +1,4 @@
-"""Our C libraries: compiled once with the machine's C compiler, kept in the user's cache folder."""
+"""Our C libraries, compiled once with the machine's C compiler and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden")
 def shared_library(
     name: str, what: str, sources: Sequence[Path | str], flags: Sequence[str] = (), depends: Sequence[bytes] = ()
 ) -> Path:
-    """The path of a library for ``LD_PRELOAD``; compiled if it was not yet, from this text, by this compiler.
+    """The path of a library for ``LD_PRELOAD``, compiled now if this compiler has not compiled this code before.
 
     Args:
-        name: of the file.
-        what: what an error calls it.
-        sources: C files, or C text itself.
-        flags: for the compiler, besides ours.
-        depends: what else its bytes depend on, headers for one.
+        name: the file's name.
+        what: what errors call the library.
+        sources: C files, or C code as text.
+        flags: for the compiler, in addition to ours.
+        depends: further contents that the library depends on, such as headers.
 
     Raises:
-        InstallationError: no C compiler, or one that refuses.
+        InstallationError: no C compiler was found, or it refuses the code.
     """
     compiler = find_c_compiler()
     texts = [source if isinstance(source, str) else source.read_text() for source in sources]
@@ -48,22 +48,22 @@ def shared_library(
             file.write_text(text)
         built = Path(scratch, name)
         command = [*compiler, *_FLAGS, *flags, "-o", str(built), *map(str, files), "-ldl"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise InstallationError(f"the {what} did not compile: {shlex.join(command)}\n{done.stderr.strip()}")
-        os.replace(built, library)  # another build may have put the same there meanwhile: equal by construction
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            raise InstallationError(f"the {what} did not compile: {shlex.join(command)}\n{process.stderr.strip()}")
+        os.replace(built, library)  # another process may have put an equal one there
     return library
 
 
 def find_c_compiler() -> list[str]:
-    """``$CC``, else the first of cc, gcc, clang.
+    """The command of a C compiler: ``$CC``, else the first of cc, gcc and clang on PATH.
 
     Raises:
-        InstallationError: there is none.
+        InstallationError: none was found.
     """
-    if given := os.environ.get("CC"):
-        return shlex.split(given)
+    if command := os.environ.get("CC"):
+        return shlex.split(command)
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):
             return [path]
-    raise InstallationError("wanted a C compiler, found none", hint="apt-get install gcc")
+    raise InstallationError("wanted a C compiler, found none", hint="apt-get install gcc, or set CC")

@@ -1,4 +1,4 @@
-"""A kernel as DeepGEMM's own nvcc call makes it, and whether ours has the same code."""
+"""Compile a kernel as DeepGEMM's own nvcc call does, and compare its code with the code that we made."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ import io
 from pathlib import Path
 
 from cachebuilder.cuda.processes import Processes
-from cachebuilder.cuda.toolchain import Toolchain, own_command
 from cachebuilder.deepgemm.entries import SOURCE
-from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompileError
-from cachebuilder.planning.make import Kernel
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Kernel
 
 
-def compile_alone(
-    kernel: Kernel, toolchain: Toolchain, installation: Installation, processes: Processes, folder: Path
-) -> bytes:
-    """The cubin that DeepGEMM would make of ``kernel`` at run time: one nvcc call, its flags, none of ours.
+def compile_alone(kernel: Kernel, inputs: Inputs, processes: Processes, folder: Path) -> bytes:
+    """Make the cubin that DeepGEMM would make of ``kernel`` at run time: one nvcc call with DeepGEMM's own flags.
 
     Raises:
-        CompileError: with the compiler's output.
+        CompileError: nvcc refuses the kernel; the text is the compiler's output.
     """
     (folder / SOURCE).write_text(kernel.source)
-    processes.run(own_command(toolchain, SOURCE, "own.cubin", kernel.flags, str(installation.include)), folder)
+    include = str(inputs.installation.include)
+    processes.run(inputs.toolchain.own_command(SOURCE, "own.cubin", kernel.flags, include), folder)
     return (folder / "own.cubin").read_bytes()
 
 
 def require_equal(kernel: Kernel, own: bytes, ours: bytes) -> None:
-    """Raises `CompileError`, with the sections' names, where the GPU would read something else."""
-    wanted, found = sections(own), sections(ours)
-    if different := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+    """Raise `CompileError`, which names the sections, if the GPU would execute or read something else.
+
+    Args:
+        own: the cubin that `compile_alone` made.
+        ours: the cubin to check.
+    """
+    own_sections, our_sections = sections(own), sections(ours)
+    names = sorted(own_sections.keys() | our_sections.keys())
+    different = [name for name in names if own_sections.get(name) != our_sections.get(name)]
+    if different:
         raise CompileError(
-            f"{kernel.entry}: the code is not what nvcc makes of it alone, in {', '.join(different)}",
+            f"{kernel.entry}: the code differs from what nvcc makes of this kernel alone, in {', '.join(different)}",
             hint="build with --separate, and report the kernel",
         )
 
@@ -40,5 +45,8 @@ def sections(cubin: bytes) -> dict[str, bytes]:
     """What the GPU executes and the constants it reads: the ELF sections ``.text…`` and ``.nv.constant…``."""
     from elftools.elf.elffile import ELFFile
 
-    found = ELFFile(io.BytesIO(cubin)).iter_sections()
-    return {s.name: s.data() for s in found if s.name.startswith((".text", ".nv.constant"))}
+    return {
+        section.name: section.data()
+        for section in ELFFile(io.BytesIO(cubin)).iter_sections()
+        if section.name.startswith((".text", ".nv.constant"))
+    }

@@ -1,14 +1,17 @@
-// Holds cicc, nvcc's front end, at the end of its source, and forks it there: one parse of the headers for many kernels.
+// Holds cicc, nvcc's front end, at the end of its source and forks it there, so that many kernels share one parse of the
+// headers.
 //
-// cicc (CUDA 13.0 to 13.5) reads its preprocessed source with getc, opens its output only when the code is there, by the relative
-// name that nvcc was given, and runs in one thread. So at the end of the headers a child may go on with a text of its
-// own, in a folder of its own, and is from there on a cicc like any other. The text that it read is the one that a cicc
-// of its own would have read; where this does not hold for some release, nothing is held and nvcc ends as always.
+// cicc (CUDA 13.0 to 13.5) reads its preprocessed source with getc, runs in one thread, and opens its output only when
+// the code is complete, by the relative name that nvcc was given. At the end of the headers a fork can therefore change
+// to a folder of its own, read on in a source of its own, and write its output there. The fork has read the same text
+// as an ordinary cicc. If a release of cicc works differently, it is not held, and nvcc ends as it does without this
+// library.
 //
-// Loaded with LD_PRELOAD. FRONT_END_REQUESTS is a FIFO: each line names a folder that holds the rest of a source
-// (rest.ii) and a FIFO (status), which gets the child's wait status. What cicc prints goes to the folder's log.txt.
-// FRONT_END_HELD is a file that is made when the headers have been read. Whoever asks holds the first FIFO open from the
-// beginning: at its end, which his death is, too, the held cicc ends, with no output of its own.
+// This library is loaded with LD_PRELOAD. FRONT_END_REQUESTS names a FIFO. Each line in it names a folder that holds the
+// rest of a source (rest.ii) and a FIFO (status), into which the fork's wait status is written. What cicc prints goes to
+// log.txt in that folder. FRONT_END_HELD names a file that is created when the headers have been read. The process that
+// sends the requests opens FRONT_END_REQUESTS before it starts nvcc; the held cicc ends when that process closes the
+// FIFO or ends, even if it is killed. The held cicc writes no output of its own.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -21,9 +24,9 @@
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define CANNOT_START 120 // an exit status that cicc has no use for
+#define CANNOT_START 120 // an exit status that cicc does not use
 
-static FILE *source; // what is to be held at its end
+static FILE *source; // cicc is held at the end of this file
 
 static int is_source(const char *path) {
     const char *dot = strrchr(path, '.');
@@ -41,7 +44,7 @@ static FILE *open_with(const char *function, const char *path, const char *mode)
 EXPORT FILE *fopen(const char *path, const char *mode) { return open_with("fopen", path, mode); }
 EXPORT FILE *fopen64(const char *path, const char *mode) { return open_with("fopen64", path, mode); }
 
-// In the child: from here on the source is the folder's.
+// Runs in the fork: makes it read on in the folder's source and print to the folder's log.
 static void go_on_in(const char *folder) {
     int rest, log;
     if (chdir(folder) || (rest = open("rest.ii", O_RDONLY)) < 0 ||
@@ -53,7 +56,7 @@ static void go_on_in(const char *folder) {
     clearerr(source);
 }
 
-// Opens a FIFO that the other side has open, if it lives; never waits for it.
+// Opens a FIFO that the other process has opened already. Does not wait, even if that process has ended.
 static int open_now(const char *path, int mode) {
     int file = open(path, mode | O_NONBLOCK | O_CLOEXEC);
     if (file >= 0)
@@ -61,24 +64,25 @@ static int open_now(const char *path, int mode) {
     return file;
 }
 
-static void say(int status_file, int status) {
+static void write_status(int status_file, int status) {
     char text[16];
     int length = snprintf(text, sizeof text, "%d\n", status);
     if (write(status_file, text, length) != length)
         _exit(1);
 }
 
-// Waits for the child, and says how it ended; in a process of its own, so that the held one takes the next request.
+// Waits for the fork and writes its wait status. Runs in a process of its own, so that the held cicc can take the next
+// request.
 static void report(pid_t child, int status_file) {
     int status = CANNOT_START << 8;
     if (child > 0)
         while (waitpid(child, &status, 0) < 0 && errno == EINTR)
             ;
-    say(status_file, status);
+    write_status(status_file, status);
     _exit(0);
 }
 
-// Serves requests; returns only in a child, which is to read on.
+// Serves requests. Returns only in a fork, which then reads its own source.
 static void serve(void) {
     char folder[4096], status_path[4200];
     int requests_file = open_now(getenv("FRONT_END_REQUESTS"), O_RDONLY);
@@ -90,12 +94,12 @@ static void serve(void) {
             ;
         snprintf(status_path, sizeof status_path, "%s/status", folder);
         int status_file = open_now(status_path, O_WRONLY);
-        if (status_file < 0) // nobody waits for it any more
+        if (status_file < 0) // the process that asked has ended
             continue;
         pid_t reporter = fork();
         if (reporter != 0) {
             if (reporter < 0)
-                say(status_file, CANNOT_START << 8);
+                write_status(status_file, CANNOT_START << 8);
             close(status_file);
             continue;
         }
@@ -119,7 +123,7 @@ static int next_character(FILE *file) {
     int character = next(file);
     if (character == EOF && file == source && source) {
         serve();
-        source = NULL; // the next end is the end
+        source = NULL; // in a fork: the end of its own source is an ordinary end of file
         character = next(file);
     }
     return character;

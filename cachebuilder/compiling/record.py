@@ -1,6 +1,7 @@
-"""The record of a build, beside the artifact: when which compiler ran on what. Binds nothing; the report draws it.
+"""The record of a build, a file beside the artifact: which compiler ran when, and on what. The report draws it.
 
-It lies outside of the artifact, whose bytes say nothing of the machine and the hour.
+It is not part of the artifact, because the artifact's bytes must not depend on the machine and the time. Nothing else
+reads it.
 """
 
 from __future__ import annotations
@@ -8,36 +9,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from cachebuilder.common.files import write_atomically
-from cachebuilder.compiling.pool import Step, Task
+from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError
 
-#: It lies beside the artifact, under its name and this.
+#: The record's file name is the artifact's with this suffix.
 RECORD_SUFFIX = ".build.json"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Step = Literal["headers", "ptx", "cubin", "check"]
 
 
-class Phase(_Frozen):
+class Phase(Record):
     """One step inside a compiler, as nvcc's ``--time`` names it."""
 
     name: str
     seconds: float
 
 
-class Run(_Frozen):
+class CompilerCall(Record):
     """One call of a compiler: what it was for, in which of the parallel jobs, and when.
 
     Attributes:
-        step: ``headers``: a front end reads them, for all that follow; ``ptx``: sources to PTX, many kernels at once;
-            ``cubin``: one kernel's PTX to its cubin; ``check``: one kernel in an nvcc call of its own, to compare.
-        job: from 0; as many as compilers were run at once.
+        step: ``headers``: a front end parses the headers for several kernels; ``ptx``: kernels' sources to PTX, many
+            kernels at once; ``cubin``: one kernel's PTX to its cubin; ``check``: one kernel in an nvcc call of its own,
+            to compare.
+        job: 0 to one less than the number of compilers at once.
         start: seconds since compiling began.
-        phases: in their order; none where nvcc does not tell.
+        phases: in the order in which they ran; empty for calls that nvcc does not time.
     """
 
     step: Step
@@ -48,14 +48,14 @@ class Run(_Frozen):
     phases: tuple[Phase, ...] = ()
 
 
-class BuildRecord(_Frozen):
+class BuildRecord(Record):
     """How one artifact was built.
 
     Attributes:
-        artifact: sha256 of its bytes: a record of another artifact tells nothing about this one.
+        artifact: sha256 of its bytes; the record is about no other artifact.
         finished: UTC, ISO 8601.
-        jobs: compilers at once.
-        compiled, reused: kernels compiled now, and taken from the store.
+        jobs: how many compilers ran at once.
+        compiled, reused: how many kernels were compiled now, and how many came from the store.
         cpu_seconds: of all compilers together.
     """
 
@@ -70,34 +70,21 @@ class BuildRecord(_Frozen):
     compile_seconds: float
     pack_seconds: float
     cpu_seconds: float
-    runs: tuple[Run, ...] = Field(default=())
-
-
-def run_of(task: Task) -> Run:
-    """What the compilation noted, as it is written down."""
-    return Run(
-        step=task.step,
-        job=task.job,
-        start=round(task.start, 3),
-        seconds=round(task.seconds, 3),
-        entries=tuple(kernel.entry for kernel in task.kernels),
-        phases=tuple(Phase(name=name, seconds=round(seconds, 3)) for name, seconds in task.phases),
-    )
+    runs: tuple[CompilerCall, ...] = ()
 
 
 def path_for(artifact: Path) -> Path:
-    """Where the record of an artifact lies: beside it."""
+    """The path of an artifact's record, beside it."""
     return artifact.with_name(artifact.name + RECORD_SUFFIX)
 
 
 def write(artifact: Path, record: BuildRecord) -> None:
-    """Write the record beside ``artifact``. Raises `ArtifactError` where it cannot be."""
-    path = path_for(artifact)
-    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", ArtifactError)
+    """Write the record beside ``artifact``. Raises `ArtifactError` if it cannot be written."""
+    record.write(path_for(artifact), ArtifactError)
 
 
 def read(artifact: Path, sha256: str) -> BuildRecord | None:
-    """The record beside ``artifact``; None where there is none, it cannot be read, or it is of other bytes."""
+    """The record beside ``artifact``; None if there is none, it cannot be read, or it is about other bytes."""
     try:
         record = BuildRecord.model_validate_json(path_for(artifact).read_bytes())
     except (OSError, ValidationError):

@@ -7,14 +7,18 @@ from pathlib import Path
 
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.files import write_atomically
+from cachebuilder.common.kept import touch
 from cachebuilder.errors import InstallationError
 
 
 class CubinStore:
-    """Cubins by the digest of all that their bytes depend on.
+    """Cubins, each under the digest of everything that its bytes depend on.
 
-    Each file is the sha256 of a cubin followed by the cubin, written whole or not at all: many builds may share a
-    store, and a damaged file is a miss.
+    A file holds the sha256 of a cubin and then the cubin. It is written whole or not at all, so builds may share a
+    store. A damaged file counts as missing.
+
+    Args:
+        folder: None for the user's cache folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -29,20 +33,21 @@ class CubinStore:
             data = self._path(key).read_bytes()
         except FileNotFoundError:
             return None
+        touch(self._path(key))
         digest, cubin = data[:32], data[32:]
         return cubin if hashlib.sha256(cubin).digest() == digest else None
 
     def put(self, key: str, cubin: bytes) -> None:
-        """Keep a cubin."""
+        """Store a cubin. Raises `InstallationError` if it cannot be written."""
         write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin, InstallationError)
 
 
 class NoStore(CubinStore):
-    """Keeps nothing: every kernel is compiled."""
+    """A store that keeps nothing, so that every kernel is compiled."""
 
     def get(self, key: str) -> bytes | None:
-        """None."""
+        """Return None."""
         return None
 
     def put(self, key: str, cubin: bytes) -> None:
-        """Nothing."""
+        """Do nothing."""

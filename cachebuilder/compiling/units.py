@@ -1,33 +1,36 @@
 """Translation units: many kernels that include the same headers share one pass of the compiler's front end.
 
-Of the CPU that a kernel costs alone, two thirds go into parsing CUTLASS again (`benchmarks/compile.py`). A unit holds
-the headers once and each kernel's instantiation in a namespace of its own; the kernels' names are the templates' and
-do not change.
+Two thirds of the CPU time that a kernel costs alone go into parsing CUTLASS (`benchmarks/compile.py`). A unit includes
+the headers once and holds each kernel's instantiation in a namespace of its own. A kernel's mangled name comes from its
+template, so the namespace does not change it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cachebuilder.planning.make import Kernel
+from cachebuilder.planning.plan import Kernel
 
-#: The cost model, CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's front
-#: end, a kernel's share of it, ptxas for each 100 kB of PTX (kernels have 4 kB to 500 kB). Only their ratios matter.
+#: The cost model, in CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's
+#: front end, a kernel's share of it, and ptxas for each 100 kB of PTX (kernels have 4 kB to 500 kB). Only their ratios
+#: matter.
 UNIT_SECONDS, KERNEL_SECONDS, PTXAS_SECONDS = 2.0, 0.4, 0.35
 
-#: cicc's peak memory is about 450 MB and 3 MB for each kernel (60 kernels: 613 MB); this many stay under 1 GB.
+#: cicc's peak memory is about 450 MB, plus 3 MB for each kernel (60 kernels: 613 MB). This many stay under 1 GB.
 MAX_KERNELS = 128
 
-#: Parts of the names of kernels that are compiled alone: they declare their shared memory with an alignment that
-#: depends on template arguments (``extern __shared__ __align__(kSwizzleAlignment)``), and of all such declarations in a
-#: unit nvcc keeps one: an FP8 kernel beside an FP4 one got 512 bytes where it counts on 1024. A test reads the headers.
+#: Kernels with one of these in their name are compiled alone. They declare their shared memory with an alignment that
+#: depends on template arguments (``extern __shared__ __align__(kSwizzleAlignment)``), and nvcc keeps only one of all
+#: such declarations in a unit: an FP8 kernel beside an FP4 kernel got 512 bytes where it relies on 1024. A test reads
+#: DeepGEMM's headers and checks that this list is complete.
 ALONE = ("mqa_logits", "mega_")
 
-#: In the sources of kernels with FP4 operands. Beside FP8 kernels NVVM orders their address arithmetic otherwise than
-#: alone, so they get units of their own; those of the legacy generation (sgl-deep-gemm 0.1.7, SM100, nvcc 13.0) even
-#: beside each other, so they are compiled alone.
+#: Part of the source of every kernel with FP4 operands. NVVM orders the address arithmetic of such a kernel differently
+#: beside FP8 kernels than alone, so FP4 kernels get units of their own. In the legacy generation (sgl-deep-gemm 0.1.7,
+#: SM100, nvcc 13.0) it does so even beside another FP4 kernel, so these are compiled alone.
 _FP4 = "float_e2m1"
 
 _INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
@@ -43,39 +46,39 @@ class Unit:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Nvcc's flags, the same for all."""
+        """The flags for nvcc; all kernels have the same."""
         return self.kernels[0].flags
 
     @property
     def seconds(self) -> float:
-        """What it costs until its kernels' PTX is there."""
+        """What the front end costs, from the unit's source to its PTX."""
         return UNIT_SECONDS + KERNEL_SECONDS * len(self.kernels)
 
     @property
     def ptxas_guess(self) -> float:
-        """What its kernels will cost in ptxas, before their PTX is there: about as much as in the front end."""
+        """What the kernels will cost in ptxas, while their PTX is unknown: about their share of the front end."""
         return KERNEL_SECONDS * len(self.kernels)
 
     @property
     def source(self) -> str:
-        """The unit's C++ text; a kernel alone is compiled from its own, unchanged."""
+        """The unit's C++ text. A unit of one kernel has that kernel's text, unchanged."""
         return self.head + self.body
 
     @property
     def head(self) -> str:
-        """The text up to and with the last include."""
+        """The text up to and including the last ``#include``."""
         return split_source(self.kernels[0].source)[0]
 
     @property
     def body(self) -> str:
-        """The text behind the includes."""
+        """The text after the includes."""
         parts = [split_source(kernel.source)[1] for kernel in self.kernels]
         if len(parts) == 1:
             return parts[0]
         return "\n" + "".join(f"namespace cachebuilder_{index} {{\n{part}\n}}\n" for index, part in enumerate(parts))
 
     def halves(self) -> tuple[Unit, Unit]:
-        """Two units of half the kernels each."""
+        """Two units, each with half of the kernels."""
         middle = len(self.kernels) // 2
         return Unit(self.kernels[:middle]), Unit(self.kernels[middle:])
 
@@ -86,17 +89,18 @@ def ptxas_seconds(text: str) -> float:
 
 
 def split_source(source: str) -> tuple[str, str]:
-    """A kernel's source up to and with its last ``#include``, and the rest."""
+    """A kernel's source up to and including its last ``#include``, and the rest."""
     end = max((match.end() for match in _INCLUDE.finditer(source)), default=0)
     return source[:end], source[end:]
 
 
 def literals(source: str) -> tuple[str, ...]:
-    """The integer and boolean template arguments that a kernel's source names, in order, as mangled names have them."""
+    """The integer and boolean template arguments in a kernel's source, in order, written as in mangled names."""
     _, body = split_source(source)
-    kernel = _KERNEL.search(body)  # a static_assert with arguments of its own may stand before it
-    found = _ARGUMENT.findall(body[kernel.end() if kernel else body.find("<") :])
-    return tuple({"true": "1", "false": "0"}.get(argument, argument) for argument in found)
+    instantiation = _KERNEL.search(body)  # a static_assert with template arguments may stand before it
+    start = instantiation.end() if instantiation else body.find("<")
+    arguments = _ARGUMENT.findall(body[start:])
+    return tuple({"true": "1", "false": "0"}.get(argument, argument) for argument in arguments)
 
 
 def separate(kernels: Sequence[Kernel]) -> list[Unit]:
@@ -107,30 +111,36 @@ def separate(kernels: Sequence[Kernel]) -> list[Unit]:
 def group(kernels: Sequence[Kernel], jobs: int) -> list[Unit]:
     """Units that keep ``jobs`` compilers busy, the costliest first.
 
-    Kernels share a unit if they include the same headers and have the same flags. There is a unit for each job, no
-    more: each unit costs its front end again. Kernels are dealt round by round in the order of their block sizes, so
-    that every unit gets its share of the large ones.
+    Kernels share a unit if they include the same headers and have the same flags. There is about one unit for each job
+    and no more, because every unit pays for a front end of its own. The kernels are sorted by their block sizes and
+    dealt to the units in turn, so that every unit gets its share of the large ones.
     """
     families: dict[tuple[str, tuple[str, ...], bool], list[Kernel]] = {}
     for kernel in kernels:
-        # A legacy source begins with a comment that holds the headers' digest: part of the head, as it should be.
+        # A legacy source begins with a comment that holds the headers' digest. The comment is part of the head, so
+        # kernels of different headers do not share a unit.
         key = split_source(kernel.source)[0], kernel.flags, _FP4 in kernel.source
         families.setdefault(key, []).append(kernel)
-    found: list[Unit] = []
+    work: list[Unit] = []
     for members in families.values():
-        count = max(round(jobs * len(members) / len(kernels)), -(-len(members) // MAX_KERNELS), 1)
         if _must_stay_alone(members[0]):
-            count = len(members)
+            work += separate(members)
+            continue
+        share_of_jobs = round(jobs * len(members) / len(kernels))
+        count = min(max(share_of_jobs, math.ceil(len(members) / MAX_KERNELS), 1), len(members))
         ordered = sorted(members, key=lambda kernel: (literals(kernel.source)[3:], kernel.source, kernel.entry))
-        found += [Unit(tuple(ordered[first::count])) for first in range(min(count, len(members)))]
-    return sorted(found, key=lambda unit: -len(unit.kernels))
+        work += [Unit(tuple(ordered[first::count])) for first in range(count)]
+    return sorted(work, key=lambda unit: -len(unit.kernels))
 
 
 def _must_stay_alone(kernel: Kernel) -> bool:
-    """Whether a unit's code would differ from the kernel's own: see `ALONE`, `_FP4`, and flags for line numbers.
+    """Whether a shared unit would change the kernel's code.
 
-    Those write the lines into the code's debug sections, and a shared unit's lines are not a kernel's own.
+    `ALONE` and `_FP4` say why for two kinds of kernels. The third kind has line numbers in its debug sections, and a
+    shared unit's line numbers are not those of the kernel's own source.
     """
-    lines = any("lineinfo" in flag or "line-info" in flag or flag in ("-G", "--device-debug") for flag in kernel.flags)
+    line_numbers = any(
+        "lineinfo" in flag or "line-info" in flag or flag in ("-G", "--device-debug") for flag in kernel.flags
+    )
     legacy = kernel.metadata is None
-    return lines or any(part in kernel.name for part in ALONE) or (legacy and _FP4 in kernel.source)
+    return line_numbers or any(part in kernel.name for part in ALONE) or (legacy and _FP4 in kernel.source)

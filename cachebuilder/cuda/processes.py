@@ -1,4 +1,4 @@
-"""The compilers that are running, so that an interrupt ends them all, with what they started."""
+"""The running compilers of a build. An interrupt ends them all, with the processes that they started."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import IO
 
 from cachebuilder.errors import CompileError
 
-#: Variables with which nvcc and its host compiler would take other flags or headers than DeepGEMM's.
+#: Variables that would give nvcc and its host compiler other flags or headers than DeepGEMM's.
 _FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
 
 class Processes:
-    """Compilers of one build, each in a process group of its own."""
+    """The compilers of one build, each in a process group of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,7 +26,11 @@ class Processes:
         self._stopped = False
 
     def run(self, command: Sequence[str], folder: Path) -> None:
-        """Run to the end; raises `CompileError` with the compiler's output."""
+        """Run a command in ``folder`` and wait for its end.
+
+        Raises:
+            CompileError: it failed, and the text is its output; or `stop` was called before.
+        """
         process = self.start(command, folder, subprocess.PIPE)
         output, _ = process.communicate()
         self.ended(process)
@@ -41,19 +45,23 @@ class Processes:
         output: int | IO[bytes],
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start in ``folder``, with all that is printed going to ``output``; whoever waits for it says `ended`.
+        """Start a command in ``folder``. The caller waits for its end and then calls `ended`.
+
+        Args:
+            output: where both output streams go.
+            environment: variables to add to those of this process.
 
         Raises:
-            CompileError: all was stopped before.
+            CompileError: `stop` was called before.
         """
-        kept = {name: value for name, value in os.environ.items() if name not in _FOREIGN_FLAGS}
+        inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN_FLAGS}
         with self._lock:
             if self._stopped:
                 raise CompileError("interrupted")
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=kept | {"TMPDIR": str(folder)} | dict(environment or {}),
+                env=inherited | {"TMPDIR": str(folder)} | dict(environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -63,12 +71,12 @@ class Processes:
         return process
 
     def ended(self, process: subprocess.Popen[bytes]) -> None:
-        """It was waited for."""
+        """Forget a process that has ended and that the caller has waited for."""
         with self._lock:
             self._running.discard(process)
 
     def stop(self) -> None:
-        """End all that run and start no more."""
+        """Kill all running compilers. No other can be started afterwards."""
         with self._lock:
             self._stopped = True
             for process in self._running:

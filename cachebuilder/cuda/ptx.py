@@ -1,19 +1,23 @@
-"""PTX text: take one module apart into one canonical module for each of its kernels.
+"""Split a PTX module into one canonical module for each of its kernels.
 
-Kernels that were compiled in one translation unit come out as one PTX text: a header, declarations, and one ``.entry``
-for each kernel. Each entry with the declarations it uses is a module of its own, and ptxas makes the same code of it as
-of the kernel compiled alone. What the front end numbers through the whole module (labels, strings, local memory) or
-derives from the working folder (hashes in internal names) is renamed: the text, and with it the cubin, then does not
-depend on which kernels shared the unit. One thing cannot be told from a unit's text: in which order a kernel's own
-strings would stand alone; `KernelPtx.strings` lets the caller see where that matters.
+nvcc compiles the kernels of one translation unit to one PTX text: a header, declarations, and one ``.entry`` for each
+kernel. Each entry, together with the declarations it uses, is a module of its own, and ptxas makes the same code of it
+as of the kernel compiled alone. Names that the front end numbers through the whole text (labels, strings, local memory)
+or derives from the working folder (hashes in internal names) are replaced. The module, and so the cubin, then does not
+depend on which kernels shared the unit.
 
-PTX ISA 9.0, chapters 4 and 5, is the grammar's source.
+One thing is not visible in a unit's text: the order in which a kernel compiled alone would declare its strings.
+`KernelPtx.strings` lets the caller see where that matters.
+
+The grammar follows PTX ISA 9.0, chapters 4 and 5.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from cachebuilder.errors import CompileError
 
 _COMMENT = re.compile(r"[ \t]*//[^\n]*")
 _HEADER = re.compile(r"\.(version|target|address_size)\b")
@@ -25,25 +29,26 @@ _IDENTIFIER = re.compile(r"[A-Za-z_$][\w$]*")
 #: An integer or boolean template argument of a mangled name (Itanium C++ ABI, 5.1.6.1 <expr-primary>).
 _LITERAL = re.compile(r"L[abchijlmnostwxy](n?\d+)E")
 
-#: nvcc writes a hash of the source's absolute path and one of its contents into internal names of ``kernel.cu``.
+#: nvcc writes two hashes into internal names: of the absolute path of ``kernel.cu``, and of its contents.
 _MODULE_HASHES = re.compile(r"[0-9a-f]{8}_9_kernel_cu_[0-9a-f]{8}")
-#: Names that NVVM numbers through the module: strings, unnamed globals, local memory, prototypes; labels by function.
+#: Names that NVVM numbers through the whole module: strings, unnamed globals, local memory, prototypes.
 _NUMBERED = re.compile(r"(\$str(?:\$\d+)?|__unnamed_\d+|__local_depot\d+|prototype_\d+)(?![\w$])")
+#: A label begins with the number of its function in the module.
 _LABEL = re.compile(r"\$L__BB\d+_")
 
 
-class PtxError(ValueError):
-    """The text is not the PTX that this module knows how to take apart."""
+class PtxError(CompileError):
+    """The text is not PTX of the form that this module can split."""
 
 
 @dataclass(frozen=True)
 class KernelPtx:
-    """One kernel's own module.
+    """The module of one kernel.
 
     Attributes:
         name: the kernel's mangled name.
-        text: the module, canonical.
-        strings: contents of the numbered variables it uses, in the order of their declaration.
+        text: the canonical module.
+        strings: contents of the numbered variables that the kernel uses, in the order of their declaration.
     """
 
     name: str
@@ -57,29 +62,32 @@ class KernelPtx:
 
 
 def split(text: str) -> list[KernelPtx]:
-    """One canonical module for each kernel in ``text``, in the text's order.
+    """Split ``text`` into one canonical module for each kernel, in the order of the text.
 
     Raises:
-        PtxError: a statement of an unknown form.
+        PtxError: the text holds a statement of an unknown form.
     """
-    header, items = _statements(_COMMENT.sub("", text))
+    header, statements = _statements(_COMMENT.sub("", text))
     entries: list[tuple[str, str]] = []
-    declared: dict[str, str] = {}
-    for item in items:
-        if match := _ENTRY.match(item):
-            entries.append((match[1], item))
-        elif match := _FUNCTION.match(item) or _VARIABLE.search(item):
-            # A function may be declared before it is defined: the two belong together.
-            declared[match[1]] = f"{declared[match[1]]}\n{item}" if match[1] in declared else item
+    declarations: dict[str, str] = {}
+    for statement in statements:
+        if match := _ENTRY.match(statement):
+            entries.append((match[1], statement))
+        elif match := _FUNCTION.match(statement) or _VARIABLE.search(statement):
+            name = match[1]
+            if name in declarations:  # a function that is first declared, then defined: both belong to the module
+                declarations[name] += f"\n{statement}"
+            else:
+                declarations[name] = statement
         else:
-            raise PtxError(f"wanted a declaration or a kernel, found {item[:80]!r}")
-    return [_module(name, header, item, declared) for name, item in entries]
+            raise PtxError(f"wanted a declaration or a kernel, found {statement[:80]!r}")
+    return [_module(name, header, entry, declarations) for name, entry in entries]
 
 
 def _statements(text: str) -> tuple[str, list[str]]:
-    """The header lines, and each statement at module level."""
+    """Split ``text`` into its header and its statements at module level."""
     header: list[str] = []
-    items: list[str] = []
+    statements: list[str] = []
     current: list[str] = []
     depth = 0
     for line in text.splitlines():
@@ -89,41 +97,37 @@ def _statements(text: str) -> tuple[str, list[str]]:
             if _HEADER.match(line):
                 header.append(line.rstrip())
                 continue
-        current.append(line.rstrip())
-        if "{" in line or "}" in line:
-            depth += line.count("{") - line.count("}")
-            if depth == 0 and line.rstrip().endswith("}"):
-                items.append("\n".join(current))
-                current = []
-                continue
-        if depth == 0 and line.rstrip().endswith(";"):
-            items.append("\n".join(current))
+        line = line.rstrip()
+        current.append(line)
+        depth += line.count("{") - line.count("}")
+        if depth == 0 and line.endswith(("}", ";")):
+            statements.append("\n".join(current))
             current = []
     if current or depth:
         raise PtxError(f"wanted the end of {current[0][:80] if current else 'a block'!r}, found the end of the text")
-    return "\n".join(header), items
+    return "\n".join(header), statements
 
 
-def _module(name: str, header: str, entry: str, declared: dict[str, str]) -> KernelPtx:
-    """A module of ``entry``, what it uses, and what the headers declare, all in the text's own order.
+def _module(name: str, header: str, entry: str, declarations: dict[str, str]) -> KernelPtx:
+    """The module of ``entry``: the entry, the declarations it uses, and all that every unit declares.
 
-    ptxas gives each variable a place in the order of declaration, used or not, and the code may name that place: what
-    is declared in every unit stays. Numbered ones belong to the kernels that use them.
+    They stay in the order of the text. ptxas places variables in the order of their declaration, used or not, and the
+    code may hold such a place: so a variable that every unit declares stays even if this kernel does not use it. A
+    numbered one belongs to the kernels that use it.
     """
-    used = dict.fromkeys(name for name in declared if not _NUMBERED.fullmatch(name))
-    pending = [entry, *(declared[name] for name in used)]
+    used = {declared for declared in declarations if not _NUMBERED.fullmatch(declared)}
+    pending = [entry, *(declarations[declared] for declared in used)]
     while pending:
-        for found in dict.fromkeys(_IDENTIFIER.findall(pending.pop())):
-            if found in declared and found not in used:
-                used[found] = None
-                pending.append(declared[found])
-    order = [found for found in declared if found in used]
-    items = [
-        _LABEL.sub(f"$L__BB{index}_", item) for index, item in enumerate([*(declared[found] for found in order), entry])
-    ]
-    names: dict[str, str] = {}
-    text = "\n\n".join(items)
-    body = _NUMBERED.sub(lambda match: names.setdefault(match[1], f"$canonical_{len(names)}"), text)
+        for identifier in _IDENTIFIER.findall(pending.pop()):
+            if identifier in declarations and identifier not in used:
+                used.add(identifier)
+                pending.append(declarations[identifier])
+    used_in_order = [declared for declared in declarations if declared in used]
+    statements = [*(declarations[declared] for declared in used_in_order), entry]
+    body = "\n\n".join(_LABEL.sub(f"$L__BB{index}_", statement) for index, statement in enumerate(statements))
+    canonical: dict[str, str] = {}
+    body = _NUMBERED.sub(lambda match: canonical.setdefault(match[1], f"$canonical_{len(canonical)}"), body)
     body = _MODULE_HASHES.sub("00000000_9_kernel_cu_00000000", body)
-    strings = tuple(declared[found].partition(found)[2] for found in order if _NUMBERED.fullmatch(found))
+    numbered = [declared for declared in used_in_order if _NUMBERED.fullmatch(declared)]
+    strings = tuple(declarations[declared].partition(declared)[2] for declared in numbered)
     return KernelPtx(name, f"{header}\n\n{body}\n", strings)

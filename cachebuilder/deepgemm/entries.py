@@ -1,4 +1,4 @@
-"""How each generation names an entry and which files it holds.
+"""How each generation names a cache entry, and which files an entry holds.
 
 Facts from DeepGEMM 2.6.1 ``csrc/jit/compiler.hpp`` and ``csrc/utils/hash.hpp`` (legacy), and from
 ``deep_jit/cache/disk.hpp`` in sgl-deep-gemm 0.2.3.post2 (DeepJIT).
@@ -22,11 +22,17 @@ FILES: dict[Generation, tuple[str, ...]] = {
     "deepjit": (SOURCE, CUBIN, METADATA, MARKER),
 }
 
-#: The most bytes of a file. The largest cubin seen is under 200 kB, the largest source and meta.json under 2 kB; a
+#: The most bytes of each file. The largest cubin seen has 200 kB, the largest generated source and meta.json 2 kB; a
 #: manifest's own source may have 65,536 characters.
 MAX_BYTES: dict[str, int] = {SOURCE: 256 << 10, CUBIN: 64 << 20, METADATA: 64 << 10, MARKER: 0}
 
+#: FNV-1a's 64-bit prime.
 _PRIME = 0x100000001B3
+_MASK = (1 << 64) - 1
+#: The start of each of a key's two streams; DeepJIT's second one also has a prime of its own.
+_LEGACY_SEEDS = (0xC6A4A7935BD1E995, 0x9E3779B97F4A7C15)
+_DEEPJIT_SEEDS = (0xC6A4A7935BD1E995, 0xFF51AFD7ED558CCD)
+_DEEPJIT_SECOND_PRIME = 0x9E3779B97F4A7C15
 
 _NAMES: dict[Generation, re.Pattern[str]] = {
     "legacy": re.compile(r"kernel\.([A-Za-z0-9_]{1,120})\.([0-9a-f]{32})"),
@@ -35,7 +41,7 @@ _NAMES: dict[Generation, re.Pattern[str]] = {
 
 
 def kernel_name(generation: Generation, entry: str) -> str | None:
-    """The kernel's name in an entry's folder name, or None where that is not the generation's grammar."""
+    """The kernel's name in the name of an entry's folder; None where the generation has no such names."""
     match = _NAMES[generation].fullmatch(entry)
     return match[1] if match else None
 
@@ -46,44 +52,18 @@ def legacy_entry(kernel: str, nvcc_release: str, flags: str, source: bytes) -> s
     Args:
         kernel: DeepGEMM's name for it, for example ``sm90_fp8_gemm_1d2d``.
         nvcc_release: major.minor of the compiler.
-        flags: the compiler's flags as DeepGEMM joins them, with the absolute include path in them.
+        flags: the compiler's flags as DeepGEMM joins them; they hold the absolute include path.
         source: ``kernel.cu``; its first line holds the hash of the headers.
     """
-    prefix = f"{kernel}$$NVCC{nvcc_release}$${flags}$$".encode()
-    high, low = _legacy_streams(prefix, source)
-    return f"kernel.{kernel}.{_mix(high):016x}{_mix(low):016x}"
-
-
-def _legacy_streams(prefix: bytes, source: bytes) -> tuple[int, int]:
-    """Both FNV-1a streams, side by side in one integer: a step of Python's costs as much for two as for one."""
-    state = _LEGACY_SEEDS
-    for line in (prefix, *source.splitlines(keepends=True)):
-        state = _advance(state, line) if len(line) <= _REMEMBERED_BYTES else _advance.__wrapped__(state, line)
-    return state >> _LANE, state & _MASK
-
-
-#: Bits from one stream to the next: a state of 64 by the prime's 41 does not reach it.
-_LANE = 128
-_MASK = (1 << 64) - 1
-_BOTH = 1 << _LANE | 1
-_BOTH_MASKS = _MASK * _BOTH
-_LEGACY_SEEDS = 0xC6A4A7935BD1E995 << _LANE | 0x9E3779B97F4A7C15
-_LEGACY_BYTES = tuple(byte * _BOTH for byte in range(256))
-_REMEMBERED_BYTES = 4096
-
-
-@functools.lru_cache(maxsize=4096)
-def _advance(state: int, data: bytes) -> int:
-    """Both streams over ``data``. Kernels of one family begin with the same lines: those are gone through once."""
-    for byte in data:
-        state = (state ^ _LEGACY_BYTES[byte]) * _PRIME & _BOTH_MASKS
-    return state
+    key = f"{kernel}$$NVCC{nvcc_release}$${flags}$$".encode() + source
+    first, second = (_fnv1a(key, seed) for seed in _LEGACY_SEEDS)
+    return f"kernel.{kernel}.{_mix(first):016x}{_mix(second):016x}"
 
 
 def deepjit_entry(kernel: str, nvcc_text: str, cutlass: str, flags: Sequence[str], source: str, include: Path) -> str:
-    """The folder name that DeepJIT gives a kernel compiled with no post-hook.
+    """The folder name that DeepJIT gives a kernel that is compiled without a post-hook.
 
-    Facts from ``deep_jit/runtime/runtime.hpp``, ``utils/hash.hpp`` and ``utils/parser.hpp`` in sgl-deep-gemm
+    Facts are from ``deep_jit/runtime/runtime.hpp``, ``utils/hash.hpp`` and ``utils/parser.hpp`` in sgl-deep-gemm
     0.2.3.post2, which are the same in vLLM 0.33.0's copy.
 
     Args:
@@ -108,7 +88,7 @@ _DEEP_GEMM_INCLUDE = re.compile(rb"^[ \t\f\v]*#[ \t\f\v]*include[ \t\f\v]*<(deep
 
 
 def _hash_with_includes(code: bytes, include: Path) -> bytes:
-    """A text's hash with, in their order, those of the DeepGEMM headers it includes."""
+    """The hash of a text and of the DeepGEMM headers that it includes, in the order of their lines."""
     hasher = _DeepJitHash().update(code)
     for match in _DEEP_GEMM_INCLUDE.finditer(code):
         hasher.update(_header_hash(include, match[1].decode()))
@@ -121,31 +101,31 @@ def _header_hash(include: Path, name: str) -> bytes:
 
 
 class _DeepJitHash:
-    """DeepJIT's two streams; each update begins with its length in 8 bytes, the lowest first."""
+    """DeepJIT's two streams. Each update begins with its length, 8 bytes, little-endian."""
 
     def __init__(self) -> None:
-        self._states = (0xC6A4A7935BD1E995, 0xFF51AFD7ED558CCD)
+        self._states = _DEEPJIT_SEEDS
 
     def update(self, data: bytes) -> Self:
-        """Take ``data`` in."""
+        """Add ``data`` to the hash."""
         first, second = self._states
         framed = len(data).to_bytes(8, "little") + data
-        self._states = (_fnv1a(framed, first), _fnv1a(framed, second, 0x9E3779B97F4A7C15))
+        self._states = (_fnv1a(framed, first), _fnv1a(framed, second, _DEEPJIT_SECOND_PRIME))
         return self
 
     def digest(self) -> bytes:
-        """32 hexadecimal digits."""
+        """The hash so far, as 32 hexadecimal digits."""
         return b"%016x%016x" % (_mix(self._states[0]), _mix(self._states[1]))
 
 
 def _fnv1a(data: bytes, state: int, prime: int = _PRIME) -> int:
     for byte in data:
-        state = (state ^ byte) * prime & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ byte) * prime & _MASK
     return state
 
 
 def _mix(value: int) -> int:
     """SplitMix64's finisher."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
     return value ^ value >> 31

@@ -1,6 +1,6 @@
 """What DeepGEMM reads from its environment: where its caches are, and which variables change its kernels.
 
-Facts from ``deep_jit/utils/env.hpp``, ``deep_jit/cache/disk.hpp`` and ``deep_jit/backend/cuda/options.hpp`` in
+Facts are from ``deep_jit/utils/env.hpp``, ``deep_jit/cache/disk.hpp`` and ``deep_jit/backend/cuda/options.hpp`` in
 sgl-deep-gemm 0.2.3.post2 (DeepJIT), and from ``csrc/jit/compiler.hpp`` of DeepGEMM 2.6.1 (legacy).
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cachebuilder.deepgemm.generation import Generation
 
-#: Variables, without their prefix, that put a flag into every key where they are on.
+#: Variables, without their prefix, that add a flag to every key if they are on.
 FLAGS: dict[Generation, tuple[str, ...]] = {
     "deepjit": (
         "JIT_DEBUG",
@@ -27,18 +27,18 @@ _FLAGS_OF_OTHERS: dict[Generation, frozenset[str]] = {
     "deepjit": frozenset(FLAGS["legacy"]) - frozenset(FLAGS["deepjit"]),
     "legacy": frozenset(FLAGS["deepjit"]) - frozenset(FLAGS["legacy"]),
 }
-#: Variables that change no kernel: where to look, what to print or dump beside it, what cuBLASLt is given.
+#: Variables that change no kernel: where to look, what to print or dump, how cuBLASLt is used.
 _HARMLESS = re.compile(
     r"JIT_CACHE_DIR|JIT_NVCC_COMPILER|JIT_PRINT_\w+|JIT_DUMP_\w+|PRINT_CONFIGS|USE_(PYTORCH|TEMP)_\w*CUBLASLT\w*"
 )
 _OFF = ("", "0", "false", "no")
 _CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
-#: Each generation's prefixes, first choice first.
+#: Each generation's prefixes; a variable with an earlier one is preferred.
 PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
 
 
 def get(generation: Generation, environment: Mapping[str, str], suffix: str) -> tuple[str, str] | None:
-    """The variable that DeepGEMM takes for ``suffix``, as ``JIT_DEBUG``, and its value; None where none is set."""
+    """Name and value of the variable that DeepGEMM reads for ``suffix`` (``JIT_DEBUG``); None where none is set."""
     for prefix in PREFIXES[generation]:
         if (value := environment.get(name := f"{prefix}_{suffix}")) is not None:
             return name, value
@@ -46,12 +46,12 @@ def get(generation: Generation, environment: Mapping[str, str], suffix: str) -> 
 
 
 def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of ``environment`` that make DeepGEMM ask for other kernels, or under other keys, than with none.
+    """The variables of ``environment`` that change DeepGEMM's kernels or their keys, with their values.
 
-    One that is not known counts: every version reads some of its own (``DG_SM90_FP8_SWAP_AB`` in sgl-deep-gemm
-    0.2.3.post2, ``DG_NVFP4_MOE_BLOCK_M`` in vLLM 0.33.0's copy), and most choose a kernel.
+    An unknown ``DG_…`` variable counts as one: every version reads some of its own (``DG_SM90_FP8_SWAP_AB`` in
+    sgl-deep-gemm 0.2.3.post2, ``DG_NVFP4_MOE_BLOCK_M`` in vLLM 0.33.0's copy), and most of them choose a kernel.
     """
-    found = {}
+    changing = {}
     for name in environment:
         prefix, _, suffix = name.partition("_")
         if prefix not in PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or suffix in _FLAGS_OF_OTHERS[generation]:
@@ -59,14 +59,14 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
         taken, value = get(generation, environment, suffix) or (name, "")
         off = value.lower() in _OFF if suffix in FLAGS[generation] else not value
         if taken == name and not off and (suffix, value) != (_CPP_STANDARD, _DEFAULT_CPP_STANDARD):
-            found[name] = value
-    return found
+            changing[name] = value
+    return changing
 
 
 def cache_roots(generation: Generation, environment: Mapping[str, str]) -> tuple[str, list[Path]]:
-    """Which variable (or default) names the cache roots, and the roots, the writable one first.
+    """What names the cache roots, a variable or ``default``, and the roots, the writable one first.
 
-    There are none by default without ``HOME``: DeepGEMM takes no other word for it, and does not start then.
+    Without the variable and without ``HOME`` there is no root, and DeepGEMM does not start.
     """
     home = environment.get("HOME")
     variable = get(generation, environment, "JIT_CACHE_DIR")

@@ -1,4 +1,4 @@
-"""The DeepGEMM copy in use: where it is, its version, its cache generation, its headers; found without importing it."""
+"""The copy of DeepGEMM in use: where it is, its version, cache generation and headers. Nothing here imports it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError
 
-#: What the compiled extension of each generation says somewhere and the other's never does: DeepJIT's commit marker
-#: (``deep_jit/cache/disk.hpp``) and legacy's complaint (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
+#: A text in the compiled extension of each generation that is not in the other's: DeepJIT's commit marker
+#: (``deep_jit/cache/disk.hpp``) and an error message of legacy (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
 _MARKS: dict[Generation, bytes] = {"deepjit": b".committed", "legacy": b"Corrupted JIT cache directory"}
 
 
@@ -23,9 +23,9 @@ class Installation:
     """One copy of DeepGEMM on disk.
 
     Attributes:
-        path: the package folder, the one with ``__init__.py`` and ``include/``; no link in it.
-        version: the copy's own, out of its ``VERSION`` file or its ``__version__``.
-        imported_as: the same folder as Python's import finds it, links kept: legacy keys hold this path.
+        path: the package folder, which holds ``__init__.py`` and ``include/``, with all links resolved.
+        version: DeepGEMM's version, from the ``VERSION`` file or ``__version__``.
+        imported_as: the same folder as Python's import finds it, with links kept. Legacy keys hold this path.
     """
 
     path: Path
@@ -38,56 +38,57 @@ class Installation:
 
     @cached_property
     def distribution(self) -> str | None:
-        """What it was installed with, name and version (``vllm 0.33.0``); None for a bare folder."""
+        """Name and version of the distribution that installed it (``vllm 0.33.0``); None for a bare folder."""
         return _distribution(self.path)
 
     @cached_property
     def extensions(self) -> list[Path]:
-        """The compiled extension, in vLLM one for each Python. Raises `InstallationError` where there is none."""
-        found = sorted(self.path.glob("_C*.so"))
-        if not found:
+        """The compiled extensions; vLLM has one for each Python. Raises `InstallationError` if there is none."""
+        extensions = sorted(self.path.glob("_C*.so"))
+        if not extensions:
             raise InstallationError(f"wanted DeepGEMM's compiled extension _C*.so, found none in {self.path}")
-        return found
+        return extensions
 
     @cached_property
     def generation(self) -> Generation:
-        """Which cache layout this copy reads and writes, told from its compiled extension.
+        """The cache layout that this copy reads and writes, determined from its compiled extension.
 
         Raises:
-            InstallationError: neither, or both.
+            InstallationError: the extension holds the mark of neither generation, or of both.
         """
         code = self.extensions[0].read_bytes()
-        found = [generation for generation, mark in _MARKS.items() if mark in code]
-        if len(found) != 1:
+        generations = [generation for generation, mark in _MARKS.items() if mark in code]
+        if len(generations) != 1:
             raise InstallationError(
-                f"{self.path}: wanted a DeepGEMM of the legacy or the DeepJIT generation, found neither",
-                hint="cachebuilder knows DeepGEMM 2.5 (legacy) to 2.8 (DeepJIT); other versions may need a newer one",
+                f"{self.path}: wanted a DeepGEMM of the legacy or the DeepJIT generation, "
+                f"found {' and '.join(generations) or 'neither'}",
+                hint="this cachebuilder knows DeepGEMM 2.5 (legacy) to 2.8 (DeepJIT): install one of these",
             )
-        return found[0]
+        return generations[0]
 
     @property
     def include(self) -> Path:
-        """The folder DeepGEMM hands to nvcc: it takes its own place by ``abspath``, so links are kept in it."""
+        """The include folder as DeepGEMM passes it to nvcc: DeepGEMM uses ``abspath``, which keeps links."""
         return self.imported_as / "include"
 
     @cached_property
     def headers_digest(self) -> str:
-        """sha256 over the names and bytes of ``include/deep_gemm/``: the headers that enter a kernel's key."""
+        """sha256 over the names and bytes in ``include/deep_gemm/``: the headers that enter a kernel's key."""
         return _digest_tree(self.include / "deep_gemm")
 
     @cached_property
     def include_digest(self) -> str:
-        """sha256 over the names and bytes of all of ``include/``, CUTLASS and CuTe too: what nvcc may read."""
+        """sha256 over the names and bytes in ``include/``, with CUTLASS and CuTe: everything that nvcc may read."""
         return _digest_tree(self.include)
 
     @cached_property
     def code_digest(self) -> str:
-        """sha256 over the copy's own code: extensions and Python files, which decide what is asked for."""
+        """sha256 over DeepGEMM's extensions and Python files: the code that decides which kernels are needed."""
         return _digest(self.path, [*self.extensions, *self.path.rglob("*.py")])
 
     @cached_property
     def cutlass_version(self) -> str:
-        """major.minor.patch out of ``include/cutlass/version.h``."""
+        """major.minor.patch from ``include/cutlass/version.h``. Raises `InstallationError` if there is no such file."""
         try:
             text = (self.include / "cutlass" / "version.h").read_text()
         except OSError:
@@ -99,25 +100,31 @@ class Installation:
 
 
 def find(path: Path | None = None) -> Installation:
-    """The copy at ``path``, else the installed ``deep_gemm``, else the one inside vLLM.
+    """Find DeepGEMM: the copy at ``path`` if given, else the installed ``deep_gemm``, else the one inside vLLM.
 
     Raises:
-        InstallationError: there is none, or ``path`` is not one.
+        InstallationError: there is no DeepGEMM, or ``path`` is not one.
     """
     if path is not None:
         return _at(path)
-    spec = util.find_spec("deep_gemm")
-    if spec is not None and spec.submodule_search_locations:
-        return _at(Path(next(iter(spec.submodule_search_locations))))
-    spec = util.find_spec("vllm")
-    if spec is not None and spec.submodule_search_locations:
-        inside = Path(next(iter(spec.submodule_search_locations))) / "third_party" / "deep_gemm"
-        if inside.is_dir():
-            return _at(inside)
+    installed = _package_folder("deep_gemm")
+    if installed is not None:
+        return _at(installed)
+    vllm = _package_folder("vllm")
+    if vllm is not None and (vllm / "third_party" / "deep_gemm").is_dir():
+        return _at(vllm / "third_party" / "deep_gemm")
     raise InstallationError(
-        "wanted DeepGEMM: an installed deep_gemm or vLLM's own copy; found neither",
+        "wanted DeepGEMM, as an installed deep_gemm or as vLLM's own copy; found neither",
         hint="pip install sgl-deep-gemm, or name a copy with --deep-gemm PATH",
     )
+
+
+def _package_folder(name: str) -> Path | None:
+    """The folder that Python would import a package from, without importing it; None if it is not installed."""
+    spec = util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _at(imported_as: Path) -> Installation:
@@ -135,13 +142,11 @@ def _version(path: Path) -> str:
 
 
 def _distribution(path: Path) -> str | None:
-    """The distribution that lists the copy among its files, in the folder that its top-level package is in."""
-    from importlib import metadata  # slow to import, and its answer binds nothing: a restore does without
-
+    """The distribution that lists this copy among its files, of those in the folder of its top-level package."""
     root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
-    wanted = f"{path.relative_to(root).as_posix()}/__init__.py"
+    package_file = f"{path.relative_to(root).as_posix()}/__init__.py"
     for distribution in metadata.distributions(path=[str(root)]):
-        if any(str(file) == wanted for file in distribution.files or ()):
+        if any(str(file) == package_file for file in distribution.files or ()):
             return f"{distribution.metadata['Name']} {distribution.version}"
     return None
 

@@ -1,24 +1,25 @@
-"""Read a kernel's source backwards: which op, which shape and how many SMs it was generated for.
+"""Read from a kernel's source for which op, which shape and how many SMs DeepGEMM generated it.
 
-DeepGEMM writes a kernel as one instantiation of a template, so the arguments say what it is for. Where each argument
-stands is from ``include/deep_gemm/impls/`` in sgl-deep-gemm 0.1.7 and 0.2.3.post2 and in vLLM 0.33.0's copy; a test
-reads every kernel that a plan of all ops asks for.
+DeepGEMM writes a kernel as one instantiation of a template, so the template arguments say what the kernel is for. The
+positions of the arguments are from ``include/deep_gemm/impls/`` in sgl-deep-gemm 0.1.7 and 0.2.3.post2 and in vLLM
+0.33.0's copy. A test reads every kernel in a plan of all ops.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a GEMM kernel's source says.
+    """What a GEMM kernel was generated for.
 
     Attributes:
-        op: the manifest's op that asks for it; None where no op does.
-        n, k: where compiled in; None where the kernel takes them at run time.
-        experts: groups, of a grouped op.
+        op: the manifest's op that asks for such a kernel; None if no op does.
+        n, k: the sizes that are compiled in; None for a size that the kernel takes at run time.
+        experts: the number of groups of a grouped op; None for other ops.
     """
 
     op: str | None
@@ -31,13 +32,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class _Template:
-    """Where a template's arguments stand; those after ``GemmType`` and the SM count are counted from it.
+    """The positions of a template's arguments.
 
     Attributes:
-        shape: SHAPE_M; SHAPE_N and SHAPE_K follow.
-        groups: kNumGroups.
-        sm_count: how far kNumSMs stands before the GemmType.
-        plain: arguments, by their distance from the GemmType, that must read so for the ops that a manifest can name.
+        dtype: the element type in the op's name.
+        shape: the position of SHAPE_M; SHAPE_N and SHAPE_K follow it.
+        groups: the position of kNumGroups.
+        sm_count: how many positions kNumSMs stands before ``GemmType``.
+        plain: distance from ``GemmType`` → the text that the argument there has in the ops that a manifest can name.
     """
 
     dtype: str
@@ -55,7 +57,7 @@ _TEMPLATES = {
     "sm90_bf16_gemm_impl": _Template("bf16", 2, 5, 1, {1: "false"}),
     "sm100_fp8_fp4_gemm_1d1d_impl": _Template("fp8", 5, 11, 3, {1: "false", 2: _E4M3, 3: _E4M3}),
     "sm100_bf16_gemm_impl": _Template("bf16", 2, 8, 4, {1: "false"}),
-    # After the epilogue: three flags of FP4, and whether B is K-major.
+    # After the epilogue come three flags of FP4, and whether B is K-major.
     "sm120_fp8_fp4_gemm_1d1d_impl": _Template(
         "fp8", 0, 5, 1, {1: "false", 4: "false", 5: "false", 6: "false", 7: "true"}
     ),
@@ -70,61 +72,65 @@ _OPS = {
 
 
 def kernel_template(source: str) -> str | None:
-    """The template's name, as ``sm90_fp8_gemm_1d2d_impl``; None where the source instantiates none."""
+    """The name of the template that ``source`` instantiates (``sm90_fp8_gemm_1d2d_impl``); None if there is none."""
     match = re.search(r"&\s*(\w+)\s*<", source)
     return match[1] if match else None
 
 
 def instantiated(source: str) -> tuple[str | None, tuple[str, ...]]:
-    """The template that ``source`` instantiates and all its arguments; None and none where it instantiates none."""
+    """The name of the template that ``source`` instantiates, and all its arguments; (None, ()) if there is none."""
     match = _INSTANTIATION.search(source)
     return (match[1], tuple(_split(match[2]))) if match else (None, ())
 
 
 def includes(source: str) -> list[str]:
-    """The headers that ``source`` includes, in their order."""
+    """The headers that ``source`` includes, in order."""
     return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", source, re.MULTILINE)
 
 
 def family(source: str) -> tuple[str | None, str | None]:
-    """The template that ``source`` instantiates and its GemmType, where it has one: what DeepGEMM names a kernel by."""
+    """The template that ``source`` instantiates and its GemmType, if any: DeepGEMM names a kernel by these two."""
     gemm_type = re.search(r"\bGemmType::(\w+)", source)
     return kernel_template(source), gemm_type[1] if gemm_type else None
 
 
 def read_shape(source: str) -> Shape | None:
-    """What ``source`` was generated for; None where it is not a GEMM whose template is known."""
-    name, found = instantiated(source)
-    template, arguments = _TEMPLATES.get(name or ""), list(found)
-    if template is None:
+    """What ``source`` was generated for; None if it is not a GEMM with a known template."""
+    name, arguments = instantiated(source)
+    template = _TEMPLATES.get(name or "")
+    positions = [position for position, argument in enumerate(arguments) if argument.startswith("GemmType::")]
+    if template is None or not positions:
         return None
-    at = next((i for i, argument in enumerate(arguments) if argument.startswith("GemmType::")), None)
+    gemm_position = positions[0]
     try:
-        if at is None:
-            return None
-        n, k = (int(arguments[template.shape + i]) or None for i in (1, 2))
-        groups, sm_count = int(arguments[template.groups]), int(arguments[at - template.sm_count])
-    except (ValueError, IndexError):  # a DeepGEMM that orders its arguments otherwise
+        n, k = int(arguments[template.shape + 1]), int(arguments[template.shape + 2])
+        groups, sm_count = int(arguments[template.groups]), int(arguments[gemm_position - template.sm_count])
+    except (ValueError, IndexError):  # a DeepGEMM with another order of the arguments
         return None
-    gemm_type = arguments[at].removeprefix("GemmType::")
-    op = _OPS.get(gemm_type)
-    if op and not _is_plain(arguments, at, template):
-        op = None
+    gemm_type = arguments[gemm_position].removeprefix("GemmType::")
+    op = None
+    if gemm_type in _OPS and _is_plain(arguments, gemm_position, template):
+        op = _OPS[gemm_type].format(template.dtype)
     experts = None if gemm_type == "Normal" else groups
-    return Shape(op.format(template.dtype) if op else None, gemm_type, n, k, experts, sm_count)
+    return Shape(op, gemm_type, n or None, k or None, experts, sm_count)
 
 
-def _is_plain(arguments: list[str], at: int, template: _Template) -> bool:
-    """Whether it is A · Bᵀ, both K-major, in the op's types, nothing added to D and nothing done to it."""
-    return (
-        all(arguments[at + i : at + i + 1] in ([], [text]) for i, text in template.plain.items())
-        and not any(a.startswith("cute::UMMA::Major::") and a != "cute::UMMA::Major::K" for a in arguments)
-        and not any("::Epilogue" in a and not a.endswith("::EpilogueIdentity") for a in arguments)
-    )
+def _is_plain(arguments: Sequence[str], gemm_position: int, template: _Template) -> bool:
+    """Whether the kernel is D = A · Bᵀ: both operands K-major and of the op's types, no accumulation, no epilogue."""
+    for distance, text in template.plain.items():
+        position = gemm_position + distance
+        if position < len(arguments) and arguments[position] != text:
+            return False
+    for argument in arguments:
+        if argument.startswith("cute::UMMA::Major::") and argument != "cute::UMMA::Major::K":
+            return False
+        if "::Epilogue" in argument and not argument.endswith("::EpilogueIdentity"):
+            return False
+    return True
 
 
 def _split(text: str) -> list[str]:
-    """Template arguments at the top level."""
+    """Split template arguments at the commas that are not inside brackets."""
     arguments, depth, current = [], 0, ""
     for character in text:
         depth += {"<": 1, "(": 1, ">": -1, ")": -1}.get(character, 0)

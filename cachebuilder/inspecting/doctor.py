@@ -25,9 +25,9 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
-from cachebuilder.restoring import compatibility
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.folder import is_restored, open_folder
+from cachebuilder.restoring.machine import Machine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,14 +130,9 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang_roots} instead of the caches above")
     artifacts = []
     for index, compiler_text in _indexes(target, problems) if target else []:
-        differences = compatibility.with_environment(
-            index,
-            installation if described else None,
-            gpu,
-            os.environ,
-            compiler=compiler_text or (toolchain.version_text if toolchain else None),
-            relocates=compiler_text is None,  # a restore, which is still to come, relocates
-        )
+        compiler = compiler_text or (toolchain.version_text if toolchain else None)
+        machine = Machine(installation if described else None, gpu, os.environ, compiler)
+        differences = machine.differences(index, relocates=compiler_text is None)  # a restore is still to come
         artifacts.append(ArtifactHere(name=index.name, fits=not differences, differences=tuple(differences)))
     return Findings(
         deep_gemm=described,

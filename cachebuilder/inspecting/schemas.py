@@ -16,13 +16,13 @@ from pydantic.json_schema import GenerateJsonSchema
 from cachebuilder.artifact.index import Index
 from cachebuilder.compiling.record import BuildRecord
 from cachebuilder.cuda.gpus import Gpu
-from cachebuilder.inspecting import documents
 from cachebuilder.inspecting.diff import Comparison
 from cachebuilder.inspecting.doctor import Findings
 from cachebuilder.inspecting.explain import Explanation
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.planning.make import Plan
-from cachebuilder.verifying.report import Verified
+from cachebuilder.planning.plan import Plan
+from cachebuilder.restoring import misses
+from cachebuilder.verifying.report import GpuReport, Report
 
 Schema = dict[str, Any]
 
@@ -31,12 +31,12 @@ SCHEMAS: dict[str, tuple[str, Any]] = {
     "manifest": ("a manifest", Manifest),
     "plan": ("plan --json", Plan),
     "artifact": ("artifact.json in an artifact, which inspect --json prints", Index),
-    "report": ("the report of verify --device cuda", Verified),
+    "report": ("the report of verify --device cuda", GpuReport),
     "build": ("the record of a build beside the artifact", BuildRecord),
-    "verify": ("verify --json", documents.Verify),
+    "verify": ("verify --json", Report),
     "diff": ("diff --json", Comparison),
     "doctor": ("doctor --json", Findings),
-    "misses": ("misses --json", documents.Misses),
+    "misses": ("misses --json", misses.Log),
     "explain": ("explain --json", Explanation),
     "gpus": ("gpus --json", list[Gpu]),
 }

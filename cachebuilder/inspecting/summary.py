@@ -14,7 +14,7 @@ from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import read_index
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.verifying import report
-from cachebuilder.verifying.report import Verified
+from cachebuilder.verifying.report import GpuReport
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def summarise(artifact: Path) -> Summary:
 
 def _verdict(path: Path, sha256: str) -> Verdict | None:
     try:
-        verified = Verified.model_validate_json(path.read_bytes())
+        verified = GpuReport.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):

@@ -27,8 +27,8 @@ class Inputs:
     installation: Installation
 
 
-def find_inputs(manifest: Path, *, nvcc: Path | None = None, deep_gemm: Path | None = None) -> Inputs:
-    """Read the manifest, and find the compiler and DeepGEMM.
+def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm: str | Path | None = None) -> Inputs:
+    """Read a manifest, and find the compiler and the DeepGEMM that it is planned with.
 
     Args:
         nvcc: the compiler; left out, that of ``CUDA_HOME``, else of ``PATH``, else of PyPI's wheels.
@@ -39,6 +39,7 @@ def find_inputs(manifest: Path, *, nvcc: Path | None = None, deep_gemm: Path | N
         ToolchainError: there is no nvcc, or not the release that the manifest wants.
         InstallationError: there is no DeepGEMM.
     """
-    model, data = schema.load(manifest)
+    model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
-    return Inputs(model, data, toolchains.find(nvcc, release), installations.find(deep_gemm))
+    toolchain = toolchains.find(Path(nvcc) if nvcc else None, release)
+    return Inputs(model, data, toolchain, installations.find(Path(deep_gemm) if deep_gemm else None))

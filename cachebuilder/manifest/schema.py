@@ -1,9 +1,10 @@
-"""The shape manifest: what to build a cache for, as YAML checked by pydantic models."""
+"""The manifest: what to build a cache for, written as YAML and checked by pydantic models."""
 
 from __future__ import annotations
 
 import difflib
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,10 +18,10 @@ from cachebuilder.errors import ManifestError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 from cachebuilder.ops.catalog import OPS, Op, OpBase
 
-#: A manifest is a page of shapes, and perhaps hundreds of kernel sources of a page each.
+#: A manifest is about a page of shapes, and perhaps hundreds of kernel sources of a page each.
 _MAX_BYTES = 4 << 20
 
-#: Variables that cachebuilder itself sets for the sweep, or that select another compiler: not to be given.
+#: Variables that a manifest may not set: cachebuilder sets them for the sweep, or they select another compiler.
 _RESERVED_ENVIRONMENT = ("JIT_CACHE_DIR", "JIT_NVCC_COMPILER", "JIT_USE_NVRTC")
 
 
@@ -30,12 +31,12 @@ def _check_environment(environment: dict[str, str]) -> dict[str, str]:
         if prefix not in ("DG", "DJ") or not rest:
             raise ValueError(f"wanted variables that DeepGEMM reads (DG_… or DJ_…), found {name}")
         if rest in _RESERVED_ENVIRONMENT:
-            raise ValueError(f"{name} is set by cachebuilder and cannot be given")
+            raise ValueError(f"cachebuilder sets {name} itself: leave it out of the manifest")
     return environment
 
 
 class Target(BaseModel):
-    """The GPU the cache is for."""
+    """The GPU that the cache is for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -43,7 +44,7 @@ class Target(BaseModel):
         gpus.Gpu,
         BeforeValidator(
             lambda value: gpus.find(value) if isinstance(value, str) else value,
-            # For editors: the names to complete, any spelling of them, or a card's fields.
+            # For editors: the known names, any other spelling of them, or a card's fields.
             json_schema_input_type=Literal[tuple(gpus.GPUS)] | str | gpus.Gpu,
         ),
         Field(description="a known GPU's name, or its fields"),
@@ -55,12 +56,12 @@ class Target(BaseModel):
 
     @model_validator(mode="after")
     def _check_sm_counts(self) -> Target:
-        if wrong := self.wrong_sm_counts(self.sm_counts or []):
-            raise ValueError(wrong)
+        if reason := self.wrong_sm_counts(self.sm_counts or []):
+            raise ValueError(reason)
         return self
 
     def wrong_sm_counts(self, counts: list[int]) -> str | None:
-        """What is wrong with SM counts for this GPU; None where nothing is."""
+        """Why this GPU cannot have these SM counts; None if it can."""
         if len(set(counts)) != len(counts):
             return f"wanted each SM count once, found {counts}"
         if counts and max(counts) > self.gpu.sm_count:
@@ -69,12 +70,12 @@ class Target(BaseModel):
 
     @property
     def all_sm_counts(self) -> list[int]:
-        """SM counts to sweep where an op has none of its own, ascending."""
+        """The SM counts to sweep for an op that has none of its own, ascending."""
         return sorted(self.sm_counts or [self.gpu.sm_count])
 
 
 class Toolchain(BaseModel):
-    """The CUDA compiler the cache must be built with: the serving side's key holds its version."""
+    """The CUDA compiler to build with: its version is part of DeepGEMM's keys, so serving must find the same one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -82,29 +83,32 @@ class Toolchain(BaseModel):
 
 
 class Source(BaseModel):
-    """A kernel that no op asks for, as DeepGEMM wrote it: `cachebuilder record` and `misses --add-to` find them."""
+    """A kernel that no op asks for, as DeepGEMM wrote it. `cachebuilder record` and `misses --add-to` find them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     source: Annotated[str, Field(min_length=1, max_length=1 << 16, description="the text of kernel.cu")]
     kernel: Annotated[
         str | None,
-        Field(pattern=r"^[A-Za-z0-9_]{1,120}$", description="DeepGEMM's name for it; left out: told from its siblings"),
+        Field(
+            pattern=r"^[A-Za-z0-9_]{1,120}$",
+            description="DeepGEMM's name for it; left out: the name of planned kernels of the same template",
+        ),
     ] = None
 
 
 class Manifest(BaseModel):
-    """A whole manifest, defaults filled in."""
+    """A whole manifest, with the defaults filled in."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the artifact")]
     target: Target
     max_tokens: Annotated[
-        Tokens | None, Field(description="the engine's max_num_batched_tokens; for ops that have none of their own")
+        Tokens | None, Field(description="the engine's max_num_batched_tokens; for ops that set none themselves")
     ] = None
-    ops: Annotated[list[Op], Field(description="the GEMM shapes; may be none where there are sources")] = []
-    sources: Annotated[list[Source], Field(description="kernels to build beside those that the ops ask for")] = []
+    ops: Annotated[list[Op], Field(description="the GEMM shapes; may be empty if there are sources")] = []
+    sources: Annotated[list[Source], Field(description="kernels to build in addition to those that the ops need")] = []
     toolchain: Toolchain | None = None
     environment: Annotated[
         dict[str, str],
@@ -114,8 +118,8 @@ class Manifest(BaseModel):
 
     @model_validator(mode="after")
     def _fill_and_check_ops(self) -> Manifest:
-        filled: list[OpBase] = []
-        seen: dict[tuple[str, int], int] = {}
+        filled_ops: list[OpBase] = []
+        first_with: dict[tuple[str, int], int] = {}  # shape and SM count → the first op that has both
         for index, op in enumerate(self.ops):
             if reason := op.unsupported(self.target.gpu.major):
                 raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
@@ -123,44 +127,52 @@ class Manifest(BaseModel):
                 if self.max_tokens is None:
                     raise _RefusedOp(index, "max_tokens: missing, here or for the whole manifest")
                 op = op.model_copy(update={"max_tokens": self.max_tokens})
-            if wrong := self.target.wrong_sm_counts(op.sm_counts or []):
-                raise _RefusedOp(index, f"sm_counts: {wrong}")
+            if reason := self.target.wrong_sm_counts(op.sm_counts or []):
+                raise _RefusedOp(index, f"sm_counts: {reason}")
             shape = op.model_dump_json(exclude={"max_tokens", "max_m", "sm_counts"})
             for sm_count in self.sm_counts_of(op):
-                first = seen.setdefault((shape, sm_count), index)
+                first = first_with.setdefault((shape, sm_count), index)
                 if first != index:
                     raise _RefusedOp(index, f"the same shape as ops[{first}]; give it once, with the larger maximum")
-            filled.append(op)
-        object.__setattr__(self, "ops", filled)
+            filled_ops.append(op)
+        object.__setattr__(self, "ops", filled_ops)
         if not self.ops and not self.sources:
             raise ValueError("wanted ops, or sources; found neither")
-        texts = [source.source for source in self.sources]
-        if twice := [index for index, text in enumerate(texts) if text in texts[:index]]:
-            raise ValueError(f"sources[{twice[0]}] is the same as sources[{texts.index(texts[twice[0]])}]")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Manifest:
+        first_with: dict[str, int] = {}
+        for index, source in enumerate(self.sources):
+            first = first_with.setdefault(source.source, index)
+            if first != index:
+                raise ValueError(f"sources[{index}] is the same as sources[{first}]")
         return self
 
     def sm_counts_of(self, op: OpBase) -> list[int]:
-        """SM counts at which ``op`` is swept, ascending."""
+        """The SM counts at which ``op`` is swept, ascending."""
         return sorted(op.sm_counts or self.target.all_sm_counts)
 
     @property
     def all_sm_counts(self) -> list[int]:
-        """SM counts at which any op is swept, ascending; the target's where there are no ops."""
+        """The SM counts at which any op is swept, ascending; the target's if there are no ops."""
         return sorted({count for op in self.ops for count in self.sm_counts_of(op)}) or self.target.all_sm_counts
 
 
 class _RefusedOp(ValueError):
+    """An error in one op, by its position in the manifest."""
+
     def __init__(self, index: int, text: str) -> None:
         super().__init__(text)
         self.index = index
 
 
 def load(path: Path) -> tuple[Manifest, bytes]:
-    """Read a manifest file; returns the model and the file's bytes.
+    """Read a manifest file; returns the manifest and the file's bytes.
 
     Raises:
-        ManifestError: unreadable file, no YAML, or a value that is not what its field wants; every such value is
-            listed with file, line, field, what was wanted and what was found.
+        ManifestError: the file cannot be read, is not YAML, or holds wrong values. Each wrong value is listed with its
+            file, line and field, what was wanted and what was found.
     """
     try:
         data = path.read_bytes()
@@ -170,7 +182,11 @@ def load(path: Path) -> tuple[Manifest, bytes]:
 
 
 def parse(data: bytes, name: str = "manifest") -> Manifest:
-    """The manifest in ``data``; ``name`` stands for the file in errors. Raises as `load` does."""
+    """Read a manifest from bytes. Raises what `load` raises.
+
+    Args:
+        name: stands for the file in error messages.
+    """
     if len(data) > _MAX_BYTES:
         raise ManifestError(f"{name}: wanted at most {_MAX_BYTES} bytes, found {len(data)}")
     try:
@@ -192,7 +208,7 @@ def parse(data: bytes, name: str = "manifest") -> Manifest:
 
 
 def _plain(node: Any) -> Any:
-    """The tree as built-in types: pydantic's strict mode takes no subclasses that carry comments."""
+    """The tree as built-in types: pydantic's strict mode refuses ruamel's subclasses of them."""
     if isinstance(node, dict):
         return {_plain(key): _plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -204,7 +220,7 @@ def _plain(node: Any) -> Any:
 
 
 def _line(tree: Any, loc: tuple[Any, ...]) -> int:
-    """The 1-based line of the value at ``loc``, or of the nearest parent that is in the file."""
+    """The line, counted from 1, of the value at ``loc``, or of its nearest parent that is in the file."""
     line, node = 1, tree
     for part in loc:
         if isinstance(node, CommentedMap) and part in node:
@@ -212,48 +228,53 @@ def _line(tree: Any, loc: tuple[Any, ...]) -> int:
         elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
             line = node.lc.item(part)[0] + 1
         else:
-            continue  # pydantic puts the union's tag into the location
+            continue  # pydantic adds the union's tag, the op's name, to the location
         node = node[part]
     return line
 
 
 def _describe(error: Any) -> tuple[tuple[Any, ...], str]:
-    """Where a pydantic error is and what it says, in our words."""
+    """A pydantic error's location, and what is wrong there, in our words."""
     loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
     field = _field(loc)
     if kind == "extra_forbidden":
-        known = _known_fields(loc)
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        return loc, f"{field}: unknown field{guess} (known here: {', '.join(known)})"
+        fields = _fields_at(loc)
+        return loc, f"{field}: unknown field{_suggestion(loc[-1], fields)} (known here: {', '.join(fields)})"
     if kind == "missing":
         return loc, f"{field}: missing"
     if kind == "union_tag_not_found":
         return loc, f"{field}.op: missing; wanted one of {', '.join(OPS)}"
     if kind == "union_tag_invalid":
-        near = difflib.get_close_matches(str(context["tag"]), OPS, n=1)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        return loc, f"{field}.op: wanted one of {', '.join(OPS)}, found {context['tag']!r}{guess}"
+        tag = context["tag"]
+        return loc, f"{field}.op: wanted one of {', '.join(OPS)}, found {tag!r}{_suggestion(tag, OPS)}"
     if kind == "value_error":
         inner = context["error"]
         if isinstance(inner, _RefusedOp):
             return ("ops", inner.index), f"ops[{inner.index}]: {inner}"
         return loc, f"{field}: {inner}"
-    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return loc, f"{field}: wanted {wanted}, found {_show(error['input'])}"
+    requirement = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return loc, f"{field}: wanted {requirement}, found {_show(error['input'])}"
+
+
+def _suggestion(word: object, known: Iterable[str]) -> str:
+    """``; did you mean …?`` if a known word is close; else an empty text."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _field(loc: tuple[Any, ...]) -> str:
+    """A location as a person writes it, for example ``ops[1].k``."""
     text = ""
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part not in OPS:  # the union's tag is no part of the file
+        elif part not in OPS:  # the union's tag is not in the file
             text += f".{part}" if text else str(part)
     return text or "manifest"
 
 
-def _known_fields(loc: tuple[Any, ...]) -> list[str]:
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    """The fields that may stand beside the one at ``loc``."""
     if loc[0] == "ops" and len(loc) > 2:
         return list(OPS[loc[2]].model_fields)
     models: dict[str, type[BaseModel]] = {"target": Target, "gpu": gpus.Gpu, "toolchain": Toolchain}

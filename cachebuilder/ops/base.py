@@ -1,8 +1,9 @@
-"""What every op shares: its pydantic base, the tensors it needs, and the contract with the sweep.
+"""The base of all ops: the fields that every op has, and the methods that a sweep calls.
 
-An op is one file in this package with one model. The model's fields are the manifest's; its methods say which values
-are swept, how DeepGEMM is called for one of them, and what its result must be. Nothing here imports torch: ``prepare``
-and ``trial`` are handed the running modules in a `Device`.
+An op is one of DeepGEMM's functions as a manifest names it. The fields of its model are the manifest's; its methods say
+which values are swept, how DeepGEMM is called for one of them, and what the result must be. Ops of one family share a
+file of this package, and `catalog` lists them all. Nothing here imports torch: ``prepare`` and ``trial`` get the loaded
+modules in a `Device`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
-from cachebuilder.ops.device import Device, round_up
+from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Trial
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ Experts = Annotated[int, Field(ge=1, le=4096, description="experts on this rank"
 Tokens = Annotated[int, Field(ge=1, le=1 << 20, description="the largest number of tokens in one call")]
 SmCounts = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
-#: Which of M, N and K DeepGEMM writes into the kernel as constants. Left out, the installed DeepGEMM's own default
-#: holds, which is what an engine gets: ``""`` for dense ops in sgl-deep-gemm 0.1.4 and 0.2.3.post2
-#: (``deep_gemm/__init__.py``), ``"nk"`` in the copy inside vLLM 0.33.0 (``vllm/third_party/deep_gemm/_C.py``).
+#: Which of M, N and K DeepGEMM writes into the kernel as constants. Left out, DeepGEMM's own default applies, as it
+#: does in an engine: ``""`` for dense ops in sgl-deep-gemm 0.1.4 and 0.2.3.post2 (``deep_gemm/__init__.py``), ``"nk"``
+#: in the copy inside vLLM 0.33.0 (``vllm/third_party/deep_gemm/_C.py``).
 CompiledDims = Annotated[
     Literal["", "m", "n", "k", "mn", "mk", "nk", "mnk"] | None,
     Field(description="dimensions compiled in as constants; left out: DeepGEMM's default"),
@@ -38,18 +39,17 @@ CompiledDims = Annotated[
 
 
 class OpBase(BaseModel):
-    """Base of the ops: fields that all of them have, and the methods that a sweep calls."""
+    """Base of the ops: the fields that all of them have, and the methods that a sweep calls."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    #: The name of the swept variable in reports: ``m`` or ``expected_m``.
+    #: The name of the swept variable in reports, as ``m`` or ``expected_m``.
     variable: ClassVar[str] = "m"
-    #: Names under which DeepGEMM's versions have the function, first choice first; left empty: the op's own.
+    #: The function's names in DeepGEMM's versions, preferred name first; empty: the op's own name.
     entry_points: ClassVar[tuple[str, ...]] = ()
-
     #: Major compute capabilities of the GPUs on which any DeepGEMM has the op.
     majors: ClassVar[tuple[int, ...]] = (9, 10, 12)
-    #: Which DeepGEMMs have the function, said where the installed one has not; left empty: all that are known.
+    #: The DeepGEMMs that have the function, for the error if the installed one lacks it; empty: all known ones.
     found_in: ClassVar[str] = ""
 
     op: str
@@ -61,14 +61,14 @@ class OpBase(BaseModel):
 
     @model_serializer(mode="wrap")
     def _without_unset_sm_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans and artifacts hold dumped ops: those of a manifest without the field are what they were before it."""
+        """Leave ``sm_counts`` out where it is unset: plans and artifacts written before the field existed lack it."""
         fields: dict[str, Any] = dump(self)
         if self.sm_counts is None:
             fields.pop("sm_counts", None)
         return fields
 
     def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
-        """DeepGEMM's function for this op. Raises LookupError naming it where this DeepGEMM has none."""
+        """DeepGEMM's function for this op. Raises LookupError with its name if this DeepGEMM has none."""
         names = self.entry_points or (self.op,)
         for name in names:
             if function := getattr(deep_gemm, name, None):
@@ -76,14 +76,14 @@ class OpBase(BaseModel):
         raise LookupError(" or ".join(names) + (f" (found in {self.found_in})" if self.found_in else ""))
 
     def unsupported(self, major: int) -> str | None:
-        """Why no DeepGEMM has this op on a GPU of major compute capability ``major``; None where one has."""
+        """Why no DeepGEMM has this op on a GPU of major compute capability ``major``; None if one has it."""
         if major in self.majors:
             return None
-        have = ", ".join(f"SM{major}0" for major in self.majors)
-        return f"{self.op} exists on {have} only"
+        archs = ", ".join(f"SM{major}0" for major in self.majors)
+        return f"{self.op} exists on {archs} only"
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for DeepGEMM that the manifest sets; none by default."""
+        """DeepGEMM's keyword arguments that the manifest sets."""
         return {} if self.compiled_dims is None else {"compiled_dims": self.compiled_dims}
 
     def shape(self) -> str:
@@ -104,14 +104,15 @@ class OpBase(BaseModel):
     def trial(self, device: Device, value: int, seed: int) -> Trial:
         """Call DeepGEMM at one point on random inputs; returns its outputs beside the expected ones.
 
-        For a real GPU: on a virtual one the outputs are never written. Equal arguments give equal inputs.
+        Equal arguments give equal inputs. Only a real GPU writes the outputs; a virtual one runs no kernel.
+
+        Raises:
+            NotImplementedError: the op has no reference for these fields.
         """
         raise NotImplementedError
 
     def reference(self, device: Device) -> Callable[[int], None] | None:
-        """What torch itself takes for a point, in BF16, for a time to stand beside DeepGEMM's; None where torch has
-        no such call.
-        """
+        """Torch's own BF16 call for one point, to time beside DeepGEMM's; None if torch has no such call."""
         return None
 
 
@@ -120,55 +121,16 @@ def _short(value: Any) -> str:
 
 
 class TokenOp(OpBase):
-    """An op whose M is a number of tokens, from 1 to ``max_tokens`` (the manifest's unless given here)."""
+    """An op whose M is a number of tokens, from 1 to ``max_tokens`` (the manifest's, unless the op gives its own)."""
 
     max_tokens: Tokens | None = None
 
     @property
     def largest_m(self) -> int:
-        """``max_tokens``, which the manifest has filled in where the op gives none."""
+        """``max_tokens``; the manifest fills it in if the op gives none."""
         assert self.max_tokens is not None, "the manifest fills max_tokens in"
         return self.max_tokens
 
     def points(self, device: Device) -> range:
         """Every M from 1 to ``max_tokens``."""
         return range(1, self.largest_m + 1)
-
-
-class GroupedContiguousOp(TokenOp):
-    """An op over expert rows laid out one expert after another, each padded to DeepGEMM's alignment.
-
-    M is the padded number of rows. The largest that vLLM asks for is
-    ``round_up(M·topk + min(M·topk, experts)·(alignment − 1), alignment)`` with M = ``max_tokens``
-    (vLLM 0.33.0, ``model_executor/layers/fused_moe/deep_gemm_utils.py``, ``compute_aligned_M``); with data
-    parallelism, M is dp_size · max_num_batched_tokens, to be given as the op's own ``max_tokens``.
-    """
-
-    experts: Experts
-    topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
-
-    def largest_rows(self, alignment: int) -> int:
-        """The largest padded number of rows, at ``alignment`` rows for each expert's block."""
-        return self.rows_of(self.largest_m, alignment)
-
-    def rows_of(self, tokens: int, alignment: int) -> int:
-        """The padded number of rows of ``tokens`` tokens in the worst case."""
-        rows = tokens * self.topk
-        return round_up(rows + min(rows, self.experts) * (alignment - 1), alignment)
-
-
-class GroupedMaskedOp(OpBase):
-    """An op over ``[experts, max_m, K]`` with a count of valid rows for each expert.
-
-    The heuristic never sees the counts, only ``expected_m``, which the caller guesses: every value from 1 to
-    ``max_m`` is swept.
-    """
-
-    variable: ClassVar[str] = "expected_m"
-
-    experts: Experts
-    max_m: Annotated[int, Field(ge=1, le=1 << 20, description="rows reserved for each expert")]
-
-    def points(self, device: Device) -> range:
-        """Every ``expected_m`` from 1 to ``max_m``."""
-        return range(1, self.max_m + 1)

@@ -1,39 +1,90 @@
-"""The ops a manifest may name: one file of this package for each, found by looking.
+"""The ops that a manifest may name.
 
-A new op is one new file with one subclass of `base.OpBase` whose ``op`` field is a ``Literal`` of its name.
+A new op is one class in the file of its family, whose ``op`` field is a ``Literal`` of its name, and one line here.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Union, get_args
 
 from pydantic import Field
 
+from cachebuilder.ops import (
+    dense,
+    einsum,
+    grouped,
+    hyper_connections,
+    k_grouped,
+    layout,
+    mega_gate,
+    mega_moe,
+    mega_moe_sm100_ops,
+    mqa_logits,
+    pre_dispatch,
+    sparse_mqa_logits,
+)
 from cachebuilder.ops.base import OpBase
 
+_MODELS: tuple[type[OpBase], ...] = (
+    dense.Bf16GemmNn,
+    dense.Bf16GemmNt,
+    dense.Bf16GemmTn,
+    dense.Bf16GemmTt,
+    dense.Fp8Fp4GemmNt,
+    dense.Fp8GemmNn,
+    dense.Fp8GemmNt,
+    dense.Fp8GemmNtSkipHeadMid,
+    dense.Fp8GemmTn,
+    dense.Fp8GemmTt,
+    einsum.Einsum,
+    einsum.Fp8Einsum,
+    grouped.MGroupedBf16GemmNnContiguous,
+    grouped.MGroupedBf16GemmNtContiguous,
+    grouped.MGroupedBf16GemmNtMasked,
+    grouped.MGroupedFp8Fp4GemmNtContiguous,
+    grouped.MGroupedFp8Fp4GemmNtMasked,
+    grouped.MGroupedFp8GemmNnContiguous,
+    grouped.MGroupedFp8GemmNtContiguous,
+    grouped.MGroupedFp8GemmNtMasked,
+    hyper_connections.MegaMhc,
+    hyper_connections.Tf32HcPrenormGemm,
+    k_grouped.KGroupedBf16GemmTnContiguous,
+    k_grouped.KGroupedFp8GemmNtContiguous,
+    k_grouped.KGroupedFp8GemmTnContiguous,
+    layout.GetMnMajorTmaAlignedPackedUe8m0Tensor,
+    layout.GetMnMajorTmaAlignedTensor,
+    layout.TransformSfIntoRequiredLayout,
+    mega_gate.Bf16MegaGate,
+    mega_moe.Fp8MegaMoe,
+    mega_moe_sm100_ops.Bf16MegaMoe,
+    mega_moe_sm100_ops.Fp4Fp4MegaMoe,
+    mega_moe_sm100_ops.Fp8Fp4MegaMoe,
+    mega_moe_sm100_ops.Nvfp4MegaMoe,
+    mqa_logits.Fp8Fp4MqaLogits,
+    mqa_logits.Fp8Fp4PagedMqaLogits,
+    mqa_logits.Fp8MqaLogits,
+    mqa_logits.Fp8PagedMqaLogits,
+    mqa_logits.GetPagedMqaLogitsMetadata,
+    pre_dispatch.MegaMoePreDispatch,
+    pre_dispatch.MegaMoePreDispatchSm90,
+    sparse_mqa_logits.Fp8Fp4PagedSparseMqaLogits,
+    sparse_mqa_logits.Fp8Fp4SparseMqaLogits,
+    sparse_mqa_logits.GetPagedSparseMqaLogitsMetadata,
+    sparse_mqa_logits.GetSparseMqaLogitsMetadata,
+)
 
-def _find_ops() -> dict[str, type[OpBase]]:
-    found: dict[str, type[OpBase]] = {}
-    for module in sorted(pkgutil.iter_modules([str(Path(__file__).parent)]), key=lambda module: module.name):
-        if module.name in ("base", "catalog"):
-            continue
-        for item in vars(importlib.import_module(f"cachebuilder.ops.{module.name}")).values():
-            if isinstance(item, type) and issubclass(item, OpBase):
-                for name in get_args(item.model_fields["op"].annotation):
-                    found[name] = item
-    return found
+
+def _name(model: type[OpBase]) -> str:
+    return str(get_args(model.model_fields["op"].annotation)[0])
 
 
-#: op name → its model.
-OPS: dict[str, type[OpBase]] = _find_ops()
+#: op name → its model, in alphabetical order.
+OPS: dict[str, type[OpBase]] = {_name(model): model for model in sorted(_MODELS, key=_name)}
 
 if TYPE_CHECKING:
     Op = OpBase
 else:
-    #: Any op, told apart by its ``op`` field.
+    #: Any op; its ``op`` field says which.
     Op = Annotated[Union[tuple(OPS.values())], Field(discriminator="op")]  # noqa: UP007
 
 __all__ = ["OPS", "Op", "OpBase"]

@@ -1,70 +1,52 @@
-"""What the ops over experts share: rows sorted by expert (contiguous) or a buffer for each expert (masked)."""
+"""Expert layers: rows sorted by expert (contiguous, for prefill) or a buffer for each expert (masked, for decode)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cachebuilder.ops.base import Bf16K, Fp8K, GroupedContiguousOp, GroupedMaskedOp, N
-from cachebuilder.ops.device import Device, ceil_div
-from cachebuilder.ops.scaled import ScaledOp
-from cachebuilder.ops.trial import Inputs, Trial, contiguous_output, masked_output, product_nt
+from cachebuilder.ops.base import Bf16K, Experts, Fp8K, N, OpBase, TokenOp
+from cachebuilder.ops.device import Device, ceil_div, round_up
+from cachebuilder.ops.scaled import Operands, ScaledOp
+from cachebuilder.ops.trial import Inputs, Trial, contiguous_output, masked_output
 
 
-class Operands:
-    """A of ``rows`` and B of all experts, in one precision; the four families differ in nothing else."""
+class GroupedFp8Op(ScaledOp):
+    """An expert layer in FP8 or FP4."""
 
-    def __init__(self, op: Any, device: Device, rows: tuple[int, ...], inputs: Inputs | None = None) -> None:
-        shapes = (*rows, op.k), (op.experts, op.n, op.k)
-        self._torch = device.torch
-        self._scaled = isinstance(op, ScaledOp)
-        self.a: Any
-        self.b: Any
-        if isinstance(op, ScaledOp):
-            make = [
-                op.random(device, inputs, i, *s) if inputs else op.empty(device, i, *s) for i, s in enumerate(shapes)
-            ]
-        else:
-            make = [inputs.normal(*s) if inputs else device.empty(*s, dtype="bfloat16") for s in shapes]
-        self.a, self.b = make
-
-    def left(self, head: int | None = None) -> Any:
-        """A as DeepGEMM takes it; its first ``head`` rows only."""
-        if self._scaled:
-            return self.a.pair(head)
-        return self.a if head is None else self.a[:head]
-
-    def right(self, layout: str) -> Any:
-        """B as DeepGEMM takes it: ``nt`` [experts, n, k], ``nn`` [experts, k, n]."""
-        if self._scaled:
-            return self.b.pair() if layout == "nt" else self.b.turned()
-        return self.b if layout == "nt" else self.b.mT.contiguous()
-
-    def product(self, rows: Any, expert: int) -> Any:
-        """float32 product of A's ``rows`` (an index, or an expert and its rows) and ``expert``'s weight."""
-        if not self._scaled:
-            return product_nt(self._torch, self.a[rows], self.b[expert])
-        return product_nt(self._torch, self.a.values(self._torch, *_tuple(rows)), self.b.values(self._torch, expert))
+    def unsupported(self, major: int) -> str | None:
+        """SM90 has 1 × 128 and 128 × 128 scales and K-major operands only."""
+        if reason := super().unsupported(major):
+            return reason
+        if major == 9 and self.blocks != ((1, 128), (128, 128)):
+            return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
+        return None
 
 
-def _tuple(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
+class ContiguousGemm(TokenOp):
+    """Expert weights [experts, n, k]; rows [M, k] sorted by expert, each expert's padded to DeepGEMM's alignment.
 
+    M is the padded number of rows. The largest that vLLM asks for is
+    ``round_up(M·topk + min(M·topk, experts)·(alignment − 1), alignment)`` with M = ``max_tokens``
+    (vLLM 0.33.0, ``model_executor/layers/fused_moe/deep_gemm_utils.py``, ``compute_aligned_M``). With data
+    parallelism M is dp_size · max_num_batched_tokens: give it as the op's own ``max_tokens``.
+    """
 
-class ContiguousGemm(GroupedContiguousOp):
-    """Expert weights [experts, n, k]; rows [M, k] sorted by expert, M a multiple of DeepGEMM's alignment."""
-
+    #: ``nn``: weights are passed as [experts, k, n].
     layout: ClassVar[str] = "nt"
 
+    if TYPE_CHECKING:  # a field of the subclasses
+        k: int
+
+    experts: Experts
+    topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
     n: N
     psum: Annotated[
         Literal[True] | None, Field(description="each expert's end instead of each row's expert (use_psum_layout)")
     ] = None
-    expected_m: Annotated[
-        int | None, Field(ge=1, description="psum only: rows of an expert, told to the heuristic")
-    ] = None
+    expected_m: Annotated[int | None, Field(ge=1, description="psum only: rows of an expert, for the heuristic")] = None
     zero_padding: Annotated[
         Literal[False] | None, Field(description="psum only: false leaves padding rows alone (ensure_zero_padding)")
     ] = None
@@ -81,32 +63,37 @@ class ContiguousGemm(GroupedContiguousOp):
 
     def options(self) -> dict[str, Any]:
         """DeepGEMM's keyword arguments that the manifest sets."""
-        given: dict[str, Any] = {"use_psum_layout": True} if self.psum else {}
+        options: dict[str, Any] = {"use_psum_layout": True} if self.psum else {}
         if self.expected_m is not None:
-            given["expected_m_for_psum_layout"] = self.expected_m
+            options["expected_m_for_psum_layout"] = self.expected_m
         if self.zero_padding is not None:
-            given["ensure_zero_padding"] = self.zero_padding
-        return super().options() | given
+            options["ensure_zero_padding"] = self.zero_padding
+        return super().options() | options
+
+    def rows_of(self, tokens: int, alignment: int) -> int:
+        """The padded number of rows of ``tokens`` tokens in the worst case."""
+        rows = tokens * self.topk
+        return round_up(rows + min(rows, self.experts) * (alignment - 1), alignment)
 
     def alignments(self, device: Device) -> dict[int, int]:
-        """Every alignment that a call may set, and the most rows with it.
+        """Every alignment that a call may set, with the largest number of rows it is set for.
 
-        An engine asks for the alignment of ⌈tokens · topk / experts⌉ rows an expert and takes it where it is not above
-        the default (vLLM 0.33.0, ``fused_moe/deep_gemm_utils.py``, ``compute_aligned_M_and_alignment``; SGLang 0.5.23,
+        An engine asks for the alignment of ⌈tokens · topk / experts⌉ rows an expert and takes it unless it exceeds the
+        default (vLLM 0.33.0, ``fused_moe/deep_gemm_utils.py``, ``compute_aligned_M_and_alignment``; SGLang 0.5.23,
         ``deep_gemm_wrapper/entrypoint.py``, ``get_contiguous_layout_alignment``).
         """
         default = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
         if self.alignment is None:
-            return {default: self.largest_rows(default)}
+            return {default: self.rows_of(self.largest_m, default)}
         theory = device.deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout
-        found: dict[int, int] = {}
+        largest_rows: dict[int, int] = {}
         for tokens in range(1, self.largest_m + 1):
             alignment = min(theory(ceil_div(tokens * self.topk, self.experts)), default)
-            found[alignment] = max(found.get(alignment, 0), self.rows_of(tokens, alignment))
-        return found
+            largest_rows[alignment] = max(largest_rows.get(alignment, 0), self.rows_of(tokens, alignment))
+        return largest_rows
 
     def points(self, device: Device) -> range:
-        """Multiples of the smallest alignment up to the most rows."""
+        """Multiples of the smallest alignment, up to the largest number of rows."""
         alignments = self.alignments(device)
         step = min(alignments)
         return range(step, max(alignments.values()) + 1, step)
@@ -115,69 +102,57 @@ class ContiguousGemm(GroupedContiguousOp):
         """Buffers for the largest number of rows, row-sliced at each call."""
         alignments = self.alignments(device)
         rows = max(self.points(device))
-        operands = Operands(self, device, (rows,))
+        operands = Operands(self, device, (rows, self.k), (self.experts, self.n, self.k))
         right = operands.right(self.layout)
         d = device.empty(rows, self.n, dtype="bfloat16")
         groups = device.empty(self.experts if self.psum else rows, dtype="int32")
         gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(m: int) -> None:
-            gemm(operands.left(m), right, d[:m], groups if self.psum else groups[:m], **options)
+            gemm(operands.left(rows=m), right, d[:m], groups if self.psum else groups[:m], **options)
 
         if self.alignment is None:
             return call
         set_alignment = device.deep_gemm.set_mk_alignment_for_contiguous_layout
         default = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
 
-        def call_each(m: int) -> None:
+        def call_with_each_alignment(m: int) -> None:
             try:
-                for alignment, most in alignments.items():
-                    if m % alignment == 0 and m <= most:
+                for alignment, largest_rows in alignments.items():
+                    if m % alignment == 0 and m <= largest_rows:
                         set_alignment(alignment)
                         call(m)
             finally:
                 set_alignment(default)
 
-        return call_each
+        return call_with_each_alignment
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
         """M = ``value``, at the default alignment; each row's float32 product with its own expert's weight."""
         inputs = Inputs(device, seed)
         alignment = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
-        value = max(value // alignment, 1) * alignment
-        expert_of_row = inputs.expert_rows(value, self.experts, alignment)
+        m = max(value // alignment, 1) * alignment
+        expert_of_row = inputs.expert_rows(m, self.experts, alignment)
         groups = _ends(device, expert_of_row, self.experts, alignment) if self.psum else expert_of_row
-        operands = Operands(self, device, (value,), inputs)
-        d, buffer = inputs.output(value, self.n, dtype="bfloat16")
+        operands = Operands(self, device, (m, self.k), (self.experts, self.n, self.k), inputs)
+        d, buffer = inputs.output(m, self.n, dtype="bfloat16")
         gemm = self.function(device.deep_gemm)
         gemm(operands.left(), operands.right(self.layout), d, groups, **self.options())
 
         def product(expert: int, rows: Any) -> Any:
-            return operands.product(rows, expert)
+            return operands.product((rows,), (expert,))
 
         return Trial((contiguous_output(device.torch, "d", buffer, expert_of_row, product),))
 
 
 def _ends(device: Device, expert_of_row: Any, experts: int, alignment: int) -> Any:
-    """int32 [experts]: where each expert's valid rows end; one without rows ends where the one before it does."""
+    """int32 [experts]: where each expert's valid rows end; an expert without rows ends where the one before it does."""
     ends, end = [], 0
     for expert in range(experts):
         rows = (expert_of_row == expert).nonzero().flatten()
-        end = int(rows[-1].item()) + 1 if len(rows) else ceil_div(end, alignment) * alignment
+        end = int(rows[-1].item()) + 1 if len(rows) else round_up(end, alignment)
         ends.append(end)
-    return device.torch.tensor(ends, dtype=device.torch.int32, device=device.name)
-
-
-class GroupedFp8Op(ScaledOp):
-    """What expert layers in FP8 share."""
-
-    def unsupported(self, major: int) -> str | None:
-        """SM90 knows 1 × 128 and 128 × 128 scales and K-major operands only."""
-        if reason := super().unsupported(major):
-            return reason
-        if major == 9 and self.blocks != ((1, 128), (128, 128)):
-            return "grouped FP8 on SM90 has 1 × 128 and 128 × 128 scales only"
-        return None
+    return device.integers(ends)
 
 
 class ContiguousFp8Gemm(GroupedFp8Op, ContiguousGemm):
@@ -192,21 +167,74 @@ class ContiguousBf16Gemm(ContiguousGemm):
     k: Bf16K
 
 
-class MaskedGemm(GroupedMaskedOp):
-    """Rows [experts, max_m, k], weights [experts, n, k]; ``expected_m`` from 1 to ``max_m``."""
+class MGroupedFp8GemmNtContiguous(ContiguousFp8Gemm):
+    """FP8 weights [experts, n, k]; rows [M, k] sorted by expert, M a multiple of DeepGEMM's alignment."""
 
+    op: Literal["m_grouped_fp8_gemm_nt_contiguous"]
+
+
+class MGroupedFp8GemmNnContiguous(ContiguousFp8Gemm):
+    """FP8 weights [experts, k, n]; rows [M, k] sorted by expert."""
+
+    layout = "nn"
+    majors = (10, 12)
+
+    op: Literal["m_grouped_fp8_gemm_nn_contiguous"]
+
+
+class MGroupedFp8Fp4GemmNtContiguous(ContiguousFp8Gemm):
+    """FP4 weights [experts, n, k]; FP8 rows [M, k] sorted by expert."""
+
+    majors = (10, 12)
+    formats = ("fp8", "fp4")
+
+    op: Literal["m_grouped_fp8_fp4_gemm_nt_contiguous"]
+
+
+class MGroupedBf16GemmNtContiguous(ContiguousBf16Gemm):
+    """BF16 weights [experts, n, k]; rows [M, k] sorted by expert, M a multiple of DeepGEMM's alignment."""
+
+    op: Literal["m_grouped_bf16_gemm_nt_contiguous"]
+
+
+class MGroupedBf16GemmNnContiguous(ContiguousBf16Gemm):
+    """BF16 weights [experts, k, n]; rows [M, k] sorted by expert."""
+
+    layout = "nn"
+
+    op: Literal["m_grouped_bf16_gemm_nn_contiguous"]
+
+
+class MaskedGemm(OpBase):
+    """Rows [experts, max_m, k], of which each expert has a count of valid ones; weights [experts, n, k].
+
+    DeepGEMM's heuristic never sees the counts, only ``expected_m``, which the caller guesses: every value from 1 to
+    ``max_m`` is swept.
+    """
+
+    variable: ClassVar[str] = "expected_m"
+
+    if TYPE_CHECKING:  # a field of the subclasses
+        k: int
+
+    experts: Experts
+    max_m: Annotated[int, Field(ge=1, le=1 << 20, description="rows reserved for each expert")]
     n: N
+
+    def points(self, device: Device) -> range:
+        """Every ``expected_m`` from 1 to ``max_m``."""
+        return range(1, self.max_m + 1)
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The full buffers: only ``expected_m`` changes from call to call."""
-        operands = Operands(self, device, (self.experts, self.max_m))
-        left, right = operands.left(), operands.right("nt")
+        operands = Operands(self, device, (self.experts, self.max_m, self.k), (self.experts, self.n, self.k))
+        left, right = operands.left(), operands.right()
         d = device.empty(self.experts, self.max_m, self.n, dtype="bfloat16")
-        rows = device.empty(self.experts, dtype="int32")
+        counts = device.empty(self.experts, dtype="int32")
         gemm, options = self.function(device.deep_gemm), self.options()
 
         def call(expected_m: int) -> None:
-            gemm(left, right, d, rows, expected_m, **options)
+            gemm(left, right, d, counts, expected_m, **options)
 
         return call
 
@@ -214,24 +242,38 @@ class MaskedGemm(GroupedMaskedOp):
         """``expected_m`` = ``value``; each expert's valid rows times its weight, in float32."""
         inputs = Inputs(device, seed)
         counts = inputs.expert_counts(self.experts, value, self.max_m)
-        operands = Operands(self, device, (self.experts, self.max_m), inputs)
+        operands = Operands(self, device, (self.experts, self.max_m, self.k), (self.experts, self.n, self.k), inputs)
         d, buffer = inputs.output(self.experts, self.max_m, self.n, dtype="bfloat16")
         gemm = self.function(device.deep_gemm)
-        gemm(operands.left(), operands.right("nt"), d, counts, value, **self.options())
+        gemm(operands.left(), operands.right(), d, counts, value, **self.options())
 
         def product(expert: int, count: int) -> Any:
-            return operands.product(expert, expert)[:count]
+            return operands.product((expert,), (expert,))[:count]
 
         return Trial((masked_output(device.torch, "d", buffer, counts, self.max_m, product),))
 
 
-class MaskedFp8Gemm(GroupedFp8Op, MaskedGemm):
-    """FP8 expert layers over a fixed buffer for each expert."""
+class MGroupedFp8GemmNtMasked(GroupedFp8Op, MaskedGemm):
+    """FP8 rows [experts, max_m, k] and weights [experts, n, k]."""
 
+    entry_points = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked")
+
+    op: Literal["m_grouped_fp8_gemm_nt_masked"]
     k: Fp8K
 
 
-class MaskedBf16Gemm(MaskedGemm):
-    """BF16 expert layers over a fixed buffer for each expert."""
+class MGroupedFp8Fp4GemmNtMasked(GroupedFp8Op, MaskedGemm):
+    """FP8 rows [experts, max_m, k], FP4 weights [experts, n, k]."""
 
+    majors = (10, 12)
+    formats = ("fp8", "fp4")
+
+    op: Literal["m_grouped_fp8_fp4_gemm_nt_masked"]
+    k: Fp8K
+
+
+class MGroupedBf16GemmNtMasked(MaskedGemm):
+    """BF16 rows [experts, max_m, k] and weights [experts, n, k]."""
+
+    op: Literal["m_grouped_bf16_gemm_nt_masked"]
     k: Bf16K

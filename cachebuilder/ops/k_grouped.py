@@ -1,10 +1,10 @@
-"""What the k-grouped ops share: one product for each expert over its own rows of K, the weight gradient of experts."""
+"""K-grouped GEMMs: one product for each expert over its own rows of K, which is the experts' weight gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,17 +13,17 @@ from cachebuilder.ops.base import Experts, OpBase
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
-#: DeepGEMM's alignment of each expert's K (``get_mk_alignment_for_contiguous_layout``) where nobody sets it.
+#: DeepGEMM's alignment of each expert's K (``get_mk_alignment_for_contiguous_layout``), unless somebody sets another.
 ALIGNMENT = 128
 
 
 class KGroupedGemm(OpBase):
-    """D [experts, m, n] += A_iᵀ · B_i in float32; called with every multiple of 128 to ``max_k`` as each expert's K."""
+    """D [experts, m, n] += A_iᵀ · B_i in float32; each expert's K is every multiple of 128 up to ``max_k``."""
 
     variable: ClassVar[str] = "k"
-    #: Whether A and B are [m, K] and [n, K] of each expert, one after another, or [all K, m] and [all K, n].
+    #: Whether A and B are each expert's [m, K] and [n, K], one after another, instead of [all K, m] and [all K, n].
     k_major: ClassVar[bool] = False
-    #: Whether A and B are FP8 with one scale for 1 × 128 of K.
+    #: Whether A and B are FP8 with one scale for 1 × 128 of K, instead of BF16.
     fp8: ClassVar[bool] = True
 
     experts: Experts
@@ -46,7 +46,7 @@ class KGroupedGemm(OpBase):
             # Each row's scales one after another, as [all K / 128, width], whichever way the data lies.
             scales = device.empty(total // ALIGNMENT, width, dtype="float32")
             return self._pair(flat if self.k_major else flat.view(total, width), scales), []
-        whole = scaled.random(device, inputs, (width, total), (1, ALIGNMENT), packed=False)
+        whole = scaled.random(device, inputs, (width, total), scaled.Quantisation(1, ALIGNMENT))
         data, scales = whole.pair()
         parts = data.split(ks, 1)
         flat = device.torch.cat([part.flatten() for part in parts]) if self.k_major else data.mT.contiguous()
@@ -56,7 +56,7 @@ class KGroupedGemm(OpBase):
         return data, scales.mT if self.k_major else scales
 
     def prepare(self, device: Device) -> Callable[[int], None]:
-        """New operands at each call; D is C."""
+        """New operands at each call; D is also C."""
         d = device.empty(self.experts, self.m, self.n, dtype="float32")
         layout = device.empty(self.experts, dtype="int32")
         function, options = self.function(device.deep_gemm), self.options()
@@ -69,16 +69,40 @@ class KGroupedGemm(OpBase):
         return call
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """K of ``value`` to three halves of it for each expert; float32 products added to what D held."""
+        """K of ``value`` to 1½ times ``value`` for each expert; float32 products added to what D held."""
         inputs = Inputs(device, seed)
-        most = max(1, value // ALIGNMENT)
-        ks = [part * ALIGNMENT for part in inputs.integers(most, most + most // 2, self.experts)]
+        blocks = max(1, value // ALIGNMENT)
+        ks = [count * ALIGNMENT for count in inputs.integers(blocks, blocks + blocks // 2, self.experts)]
         (a, left), (b, right) = (self.operand(device, inputs, width, ks) for width in (self.m, self.n))
         d, buffer = inputs.output(self.experts, self.m, self.n, dtype="float32")
         d.copy_(inputs.normal(self.experts, self.m, self.n, dtype="float32") * math.sqrt(value))
         expected = d.clone()
         for expert in range(self.experts):
             expected[expert] += product_nt(device.torch, left[expert], right[expert])
-        layout = device.torch.tensor(ks, dtype=device.torch.int32, device=device.name)
-        self.function(device.deep_gemm)(a, b, d, ks, layout, d, **self.options())
+        self.function(device.deep_gemm)(a, b, d, ks, device.integers(ks), d, **self.options())
         return Trial((dense_output(device.torch, "d", buffer, expected.flatten(0, 1)),))
+
+
+class KGroupedBf16GemmTnContiguous(KGroupedGemm):
+    """The experts' weight gradient in BF16: A [all K, m] and B [all K, n]."""
+
+    fp8 = False
+
+    op: Literal["k_grouped_bf16_gemm_tn_contiguous"]
+
+
+class KGroupedFp8GemmNtContiguous(KGroupedGemm):
+    """The experts' weight gradient in FP8, SM90's form: each expert's A [m, K] and B [n, K], one after another."""
+
+    k_major = True
+    majors = (9, 12)
+
+    op: Literal["k_grouped_fp8_gemm_nt_contiguous"]
+
+
+class KGroupedFp8GemmTnContiguous(KGroupedGemm):
+    """The experts' weight gradient in FP8, SM100's form: A [all K, m] and B [all K, n]."""
+
+    majors = (10, 12)
+
+    op: Literal["k_grouped_fp8_gemm_tn_contiguous"]

@@ -8,21 +8,27 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cachebuilder.ops.attention import accepts
 from cachebuilder.ops.device import Device, round_up
-from cachebuilder.ops.mega_moe import LAYER_TOLERANCE, MegaMoeOp, layer, sm100_buffer
-from cachebuilder.ops.scaled import Scaled, random, requantised
+from cachebuilder.ops.mega_moe import LAYER_TOLERANCE, MegaMoeOp, ReferenceLayer, sm100_buffer
+from cachebuilder.ops.scaled import Quantisation, Scaled, empty, random, requantised
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Trial, dense_output, product_nt
 
-#: What SM100's kernels read: FP8 or FP4 with packed UE8M0 scales for 1 × 32, FP4 with packed E4M3 for 1 × 16, or BF16.
+#: What SM100's kernels read.
 Kind = Literal["fp8", "fp4", "nvfp4", "bf16"]
+#: FP8 or FP4 with packed UE8M0 scales for 1 × 32, and FP4 with packed E4M3 scales for 1 × 16. BF16 has none.
+QUANTISATIONS: dict[Kind, Quantisation] = {
+    "fp8": Quantisation(1, 32, "ue8m0"),
+    "fp4": Quantisation(1, 32, "ue8m0", fp4=True),
+    "nvfp4": Quantisation(1, 16, "e4m3", fp4=True),
+}
 
 
 @dataclass(frozen=True)
 class Plain:
-    """An operand without scales, as `Scaled` is one with them."""
+    """An operand without block scales, with the methods of `Scaled`."""
 
     data: Any
 
@@ -36,30 +42,16 @@ class Plain:
 
 
 def operand(device: Device, inputs: Inputs | None, kind: Kind, deviation: float, *shape: int) -> Scaled | Plain:
-    """Random activations or weights ``[…, MN, K]``; uninitialised without ``inputs``."""
-    columns = 16 if kind == "nvfp4" else 32
-    if inputs is None:
-        return Plain(_empty(device, kind, columns, *shape))
-    if kind == "bf16":
-        mn, k = shape[-2:]
-        data = device.empty(*shape, dtype="bfloat16")
-        for matrix in data.view(-1, mn, k):  # one at a time: float32 copies of all experts would not fit
-            matrix.copy_(inputs.normal(mn, k, dtype="float32") * deviation)
-        return Plain(data)
-    return random(device, inputs, shape, (1, columns), True, kind != "fp8", nvfp4=kind == "nvfp4", deviation=deviation)
-
-
-def _empty(device: Device, kind: Kind, columns: int, *shape: int) -> Any:
-    """``[…, MN, K]`` and, but for BF16, a scale for each 1 × ``columns``, four to an int32."""
-    *before, mn, k = shape
-    if kind == "bf16":
-        return device.empty(*shape, dtype="bfloat16")
-    data = (
-        device.empty(*shape, dtype="float8_e4m3fn")
-        if kind == "fp8"
-        else device.empty(*before, mn, k // 2, dtype="int8")
-    )
-    return data, device.empty(*before, k // (4 * columns), mn, dtype="int32").mT
+    """Activations or weights ``[…, MN, K]``: random with ``deviation`` around 0, uninitialised without ``inputs``."""
+    if kind != "bf16":
+        if inputs is None:
+            return empty(device, shape, QUANTISATIONS[kind])
+        return random(device, inputs, shape, QUANTISATIONS[kind], deviation)
+    data = device.empty(*shape, dtype="bfloat16")
+    if inputs is not None:
+        for matrix in data.view(-1, *shape[-2:]):  # one at a time: float32 copies of all experts would not fit
+            matrix.copy_(inputs.normal(*matrix.shape, dtype="float32") * deviation)
+    return Plain(data)
 
 
 def around_one(device: Device, inputs: Inputs | None, *shape: int) -> Any:
@@ -67,7 +59,7 @@ def around_one(device: Device, inputs: Inputs | None, *shape: int) -> Any:
     return (inputs.normal(*shape, dtype="float32") / 4).exp() if inputs else device.empty(*shape, dtype="float32")
 
 
-#: The copies that take an argument, by the field that gives it: of those not listed, all that are known.
+#: The copies that take an argument, by the field that gives it; every known copy takes an unlisted one.
 _TAKEN_BY = {
     "activation_alpha": "vLLM 0.33.0's copy",
     "activation_beta": "vLLM 0.33.0's copy",
@@ -80,12 +72,10 @@ _TAKEN_BY = {
     "post_expert_norm_weight": "sgl-deep-gemm 0.2.3.post2 and 0.2.5",
     "post_expert_norm_weight_first": "sgl-deep-gemm 0.2.3.post2 and 0.2.5",
 }
-#: sgl-deep-gemm's default of ``post_expert_norm_eps`` (0.2.3.post2, ``deep_gemm/mega/__init__.py``).
-_EPSILON = 1e-6
 
 
 class Sm100MegaMoeOp(MegaMoeOp):
-    """A layer on SM100; the reference is from its kernels' sources and was held to no such card yet.
+    """A layer on SM100. Its reference is from the kernels' sources and has not been checked on such a card.
 
     What a routing weight is applied to, that gate and up are rounded to BF16 before they are limited, and that a shared
     expert's output goes into the sum as it is: ``impls/sm100_bf16_mega_moe.cuh`` and ``sm100_fp8_fp4_mega_moe.cuh`` of
@@ -93,6 +83,10 @@ class Sm100MegaMoeOp(MegaMoeOp):
     """
 
     majors = (10,)
+    #: Kinds of activations, before each GEMM, and of weights.
+    kinds: ClassVar[tuple[Kind, Kind]]
+    #: DeepGEMM's word for the buffer's types.
+    buffer_type: ClassVar[str]
     #: Fields that are keyword arguments of the call as they are.
     plain: ClassVar[tuple[str, ...]] = ("fast_math",)
 
@@ -102,7 +96,7 @@ class Sm100MegaMoeOp(MegaMoeOp):
     fast_math: Annotated[Literal[False] | None, Field(description="left out: approximate exp and division")] = None
 
     def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
-        """DeepGEMM's function. Raises LookupError also where it does not take what a field gives."""
+        """DeepGEMM's function. Raises LookupError also if it does not take what a field gives."""
         function = super().function(deep_gemm)
         for field, copies in _TAKEN_BY.items():
             if getattr(self, field, None) is not None and not self.takes(deep_gemm, function, field):
@@ -113,18 +107,9 @@ class Sm100MegaMoeOp(MegaMoeOp):
         """Whether DeepGEMM's function takes what ``field`` gives."""
         return accepts(function, field)
 
-    def kinds(self) -> tuple[Kind, Kind]:
-        """Of activations, before each GEMM, and of weights."""
-        raise NotImplementedError
-
     def shared_kind(self, device: Device) -> Kind:
         """Of the shared experts' activations and weights."""
-        return self.kinds()[0]
-
-    @property
-    def buffer_type(self) -> str:
-        """DeepGEMM's word for the buffer's types."""
-        raise NotImplementedError
+        return self.kinds[0]
 
     def buffer(self, device: Device) -> Any:
         """DeepGEMM's own buffer."""
@@ -136,46 +121,46 @@ class Sm100MegaMoeOp(MegaMoeOp):
 
     def scalars(self) -> dict[str, Any]:
         """Keyword arguments of the call that the manifest sets."""
-        set_here = {name: getattr(self, name) for name in self.plain}
-        return {"activation_clamp": self.activation_clamp} | {k: v for k, v in set_here.items() if v is not None}
+        fields = {name: getattr(self, name) for name in self.plain}
+        return {"activation_clamp": self.activation_clamp} | {k: v for k, v in fields.items() if v is not None}
 
     def tensors(self, device: Device, inputs: Inputs | None) -> dict[str, Any]:
-        """More keyword arguments of the call, random or uninitialised, but for the shared experts'."""
+        """Keyword arguments of the call that are tensors, random or uninitialised, without the shared experts'."""
         return {}
 
     def by_token(self, device: Device) -> dict[str, Any]:
         """Keyword arguments of the call that have a row for each token."""
         return {}
 
-    def activated(self, device: Device, both: Any) -> Any:
-        """The activation of gate and up side by side, float32, which are BF16 before they are limited."""
-        gate, up = self.limited(device, both)
+    def activated(self, device: Device, gate_up: Any) -> Any:
+        """The activation of gate and up side by side, float32."""
+        gate, up = self.limited(device, gate_up)
         return device.torch.nn.functional.silu(gate) * up
 
-    def limited(self, device: Device, both: Any, gate_too: bool = True) -> tuple[Any, Any]:
-        """Gate and up in BF16, and so is their limit."""
-        gate, up = both.bfloat16().float().chunk(2, -1)
+    def limited(self, device: Device, gate_up: Any, gate_too: bool = True) -> tuple[Any, Any]:
+        """Gate and up, rounded to BF16 and then limited; the limit is rounded to BF16 as well."""
+        gate, up = gate_up.bfloat16().float().chunk(2, -1)
         if self.activation_clamp is None:
             return gate, up
         limit = float(device.torch.tensor(self.activation_clamp, dtype=device.torch.bfloat16))
         return gate.clamp(max=limit) if gate_too else gate, up.clamp(-limit, limit)
 
     def combined(self, device: Device, options: dict[str, Any]) -> Callable[[Any, Any], Any] | None:
-        """What `layer` says of it, for the keyword arguments of the call."""
+        """`ReferenceLayer.combined`, for the keyword arguments of the call."""
         return None
 
-    def scaled_by(self, device: Device, inputs: Inputs, there: Any, tokens: int) -> Any:
-        """What the first GEMM's sum of each token is multiplied by, which is in the buffer, too."""
+    def token_scales(self, device: Device, inputs: Inputs, buffer: Any, tokens: int) -> Any:
+        """What the first GEMM's sum of each token is multiplied by; written into ``buffer`` as well."""
         return 1.0
 
     def weights(self, device: Device, inputs: Inputs | None) -> tuple[Scaled | Plain, Scaled | Plain]:
-        """This rank's experts'."""
-        kind, local, inner, hidden = self.kinds()[1], self.local_experts, self.intermediate, self.hidden
+        """This rank's experts' gate and up, and down."""
+        kind, local, inner, hidden = self.kinds[1], self.local_experts, self.intermediate, self.hidden
         first = operand(device, inputs, kind, 2 * hidden**-0.25, local, 2 * inner, hidden)
         return first, operand(device, inputs, kind, 1.0, local, hidden, inner)
 
     def shared_weights(self, device: Device, inputs: Inputs | None) -> tuple[Scaled | Plain, Scaled | Plain]:
-        """The shared experts', side by side as one."""
+        """The shared experts', side by side as one expert."""
         assert self.shared_experts is not None
         kind, inner, hidden = self.shared_kind(device), self.shared_experts * self.intermediate, self.hidden
         first = operand(device, inputs, kind, 2 * hidden**-0.25, 2 * inner, hidden)
@@ -183,7 +168,7 @@ class Sm100MegaMoeOp(MegaMoeOp):
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """The buffer, this rank's weights, and an output for the most tokens."""
-        there = self.buffer(device)
+        buffer = self.buffer(device)
         first, second = (weight.pair() for weight in self.weights(device, None))
         y = device.empty(self.largest_m, self.hidden, dtype="bfloat16")
         function, options, rows = self.function(device.deep_gemm), self.scalars(), self.by_token(device)
@@ -193,25 +178,29 @@ class Sm100MegaMoeOp(MegaMoeOp):
             options |= {f"shared_l{number}_weights": weight.pair() for number, weight in enumerate(shared, 1)}
 
         def call(m: int) -> None:
-            given = {name: row[:m] for name, row in rows.items()}
-            function(y[:m], first, second, there, **options, **given)
+            sliced = {name: row[:m] for name, row in rows.items()}
+            function(y[:m], first, second, buffer, **options, **sliced)
 
         return call
 
-    def shared_trial(self, device: Device, inputs: Inputs, there: Any, x: Scaled | Plain, tokens: int) -> Any:
-        """What the shared experts give for activations ``x``, and the keyword arguments that have them."""
+    def shared_trial(
+        self, device: Device, inputs: Inputs, buffer: Any, x: Scaled | Plain, tokens: int
+    ) -> tuple[dict[str, Any], Any]:
+        """The keyword arguments that hold the shared experts, and what these give for activations ``x``."""
         torch, kind = device.torch, self.shared_kind(device)
         first, second = self.shared_weights(device, inputs)
-        given = _transformed(device, kind, first.pair(), second.pair())
-        options = {"shared_l1_weights": given[0], "shared_l2_weights": given[1]}
-        values = self.shared_inputs(device, there, x, tokens, options)
+        l1, l2 = _transformed(device, kind, first.pair(), second.pair())
+        options = {"shared_l1_weights": l1, "shared_l2_weights": l2}
+        values = self.shared_inputs(device, buffer, x, tokens, options)
         activation = _kept(torch, kind, self.activated(device, product_nt(torch, values, first.values(torch))))
         return options, product_nt(torch, activation, second.values(torch)).bfloat16().float()
 
-    def shared_inputs(self, device: Device, there: Any, x: Scaled | Plain, tokens: int, options: dict[str, Any]) -> Any:
-        """The shared experts' activations in float32, which are the others', with scales in a layout of their own."""
+    def shared_inputs(
+        self, device: Device, buffer: Any, x: Scaled | Plain, tokens: int, options: dict[str, Any]
+    ) -> Any:
+        """The shared experts' activations in float32: the others', whose scales are here in a layout of their own."""
         if isinstance(x, Scaled):
-            there.shared_l1_acts_sf[shared_rows(device, self, there, tokens)] = x.pair()[1]
+            buffer.shared_l1_acts_sf[shared_rows(device, self, buffer, tokens)] = x.pair()[1]
         return x.values(device.torch)
 
     def trial(self, device: Device, value: int, seed: int) -> Trial:
@@ -222,35 +211,37 @@ class Sm100MegaMoeOp(MegaMoeOp):
         """
         if os.environ.get("DG_USE_FP8_COMBINE", "0") != "0":
             raise NotImplementedError("no reference for DG_USE_FP8_COMBINE")
-        torch, inputs, hidden = device.torch, Inputs(device, seed), self.hidden
-        kind, there = self.kinds()[0], self.buffer(device)
-        # Gate and up of deviation 4: some beyond a clamp of 7 or 10, and within NVFP4's scales, which end at 448.
-        x = operand(device, inputs, kind, 2 * hidden**-0.25, value, hidden)
+        torch, inputs, kind = device.torch, Inputs(device, seed), self.kinds[0]
+        buffer = self.buffer(device)
+        # Gate and up have deviation 4: some exceed a clamp of 7 or 10, and all fit NVFP4's scales, which end at 448.
+        x = operand(device, inputs, kind, 2 * self.hidden**-0.25, value, self.hidden)
         first, second = self.weights(device, inputs)
-        chosen, weights = self.routing(device, inputs, value)
-        there.x.view(x.data.dtype)[:value] = x.data
+        expert_ids, routing_weights = self.routing(device, inputs, value)
+        buffer.x.view(x.data.dtype)[:value] = x.data
         if isinstance(x, Scaled):
-            there.x_sf[:value] = x.pair()[1]
-        there.topk_idx[:value], there.topk_weights[:value] = chosen, weights
-        y, buffer = inputs.output(value, hidden, dtype="bfloat16")
-        options, more = self.scalars() | self.tensors(device, inputs), 0.0
-        scales = self.scaled_by(device, inputs, there, value)
+            buffer.x_sf[:value] = x.pair()[1]
+        buffer.topk_idx[:value], buffer.topk_weights[:value] = expert_ids, routing_weights
+        y, y_buffer = inputs.output(value, self.hidden, dtype="bfloat16")
+        options, shared_output = self.scalars() | self.tensors(device, inputs), 0.0
+        token_scales = self.token_scales(device, inputs, buffer, value)
         if self.shared_experts:
-            shared, more = self.shared_trial(device, inputs, there, x, value)
+            shared, shared_output = self.shared_trial(device, inputs, buffer, x, value)
             options |= shared
-        given = _transformed(device, kind, first.pair(), second.pair())
-        self.function(device.deep_gemm)(y, *given, there, **options)
-        gate_up, down, outer = (options.get(name) for name in ("l1_alphas", "l2_alphas", "l2_act_scales"))
-        expected = layer(
-            torch, self, x.values(torch) * scales, chosen, weights,
-            lambda expert: _times(first.values(torch, expert), gate_up, expert),
-            lambda expert: _times(second.values(torch, expert), down, expert),
-            lambda activation: _kept(torch, kind, activation),
-            lambda both: self.activated(device, both), self.combined(device, options),
-            lambda expert: 1.0 if outer is None else outer[expert],
-        )  # fmt: skip
+        weights = _transformed(device, kind, first.pair(), second.pair())
+        self.function(device.deep_gemm)(y, *weights, buffer, **options)
+        act_scales = options.get("l2_act_scales")
+        layer = ReferenceLayer(
+            torch,
+            gate_up=lambda expert: _times(first.values(torch, expert), options.get("l1_alphas"), expert),
+            down=lambda expert: _times(second.values(torch, expert), options.get("l2_alphas"), expert),
+            activated=lambda gate_up: self.activated(device, gate_up),
+            kept=lambda activation: _kept(torch, kind, activation),
+            combined=self.combined(device, options),
+            activation_scale=None if act_scales is None else lambda expert: act_scales[expert],
+        )
+        expected = layer.output(x.values(torch) * token_scales, expert_ids, routing_weights) + shared_output
         tolerance = TOLERANCE if kind == "bf16" else LAYER_TOLERANCE
-        return Trial((replace(dense_output(torch, "y", buffer, expected + more), tolerance=tolerance),))
+        return Trial((replace(dense_output(torch, "y", y_buffer, expected), tolerance=tolerance),))
 
 
 def _times(weights: Any, alphas: Any, expert: int) -> Any:
@@ -261,14 +252,14 @@ def _times(weights: Any, alphas: Any, expert: int) -> Any:
     return weights * (alpha.repeat_interleave(len(weights) // 2)[:, None] if alpha.ndim else alpha)
 
 
-def shared_rows(device: Device, op: MegaMoeOp, there: Any, tokens: int) -> Any:
+def shared_rows(device: Device, op: MegaMoeOp, buffer: Any, tokens: int) -> Any:
     """Rows of the shared experts' scales: pages of 128 for each block of M, each as UTCCP reads it.
 
     vLLM 0.33.0 ``fused_moe/prepare_megamoe.py``, ``_shared_sf_row``; SGLang 0.5.23 ``layers/moe/mega_moe.py`` gives its
     pre-dispatch the same block of M.
     """
-    deep_gemm, kind = device.deep_gemm, there.mma_type
-    shape = op.ranks, op.experts, there.num_max_tokens_per_rank, tokens, op.topk
+    deep_gemm, kind = device.deep_gemm, buffer.mma_type
+    shape = op.ranks, op.experts, buffer.num_max_tokens_per_rank, tokens, op.topk
     if kind == "nvfp4":
         block = int(deep_gemm.get_block_m_for_nvfp4_mega_moe(*shape))
     else:
@@ -278,146 +269,16 @@ def shared_rows(device: Device, op: MegaMoeOp, there: Any, tokens: int) -> Any:
     return token // block * round_up(block, 128) + row // 128 * 128 + row % 32 * 4 + row % 128 // 32
 
 
-class ActivatedMegaMoeOp(Sm100MegaMoeOp):
-    """A layer with a choice of activations.
-
-    They are SwiGLU; ``swigluoai``, GPT-OSS's, ``gate · sigmoid(1.702 · gate) · (up + 1)``; ``swiglustep``, where gate
-    is limited after ``silu``; ``situ``, Kimi K3's, ``α · tanh(gate / α) · sigmoid(gate) · β · tanh(up / β)``. Of
-    sgl-deep-gemm's ``situ`` α is 4 and β 25. In vLLM 0.33.0's copy ``activation_alpha`` and ``activation_beta`` are its
-    α and β (0: up as it is), and for the others, ``gate · sigmoid(α · gate) · (up + β)``. As in
-    ``impls/sm100_fp8_fp4_mega_moe.cuh`` of sgl-deep-gemm 0.1.7 and 0.2.3.post2 and of vLLM 0.33.0's copy, and
-    ``sm100_fp8_fp4_mega_moe_situ.cuh`` of the latter.
-    """
-
-    plain = (*Sm100MegaMoeOp.plain, "activation", "activation_alpha", "activation_beta")
-
-    activation: str | None = None
-    activation_alpha: Annotated[
-        float | None, Field(ge=-1e6, le=1e6, description="of sigmoid's argument, or situ's first limit; left out: 1")
-    ] = None
-    activation_beta: Annotated[
-        float | None, Field(ge=-1e6, le=1e6, description="added to up, or situ's second limit; left out: 0")
-    ] = None
-
-    def buffer_options(self, device: Device) -> dict[str, Any]:
-        """The activation, too, as engines give it."""
-        return super().buffer_options(device) | ({"activation": self.activation} if self.activation else {})
-
-    def activated(self, device: Device, both: Any) -> Any:
-        """As ``activation`` says."""
-        torch = device.torch
-        chosen = accepts(self.function(device.deep_gemm), "activation_alpha")
-        if self.activation == "situ":
-            gate, up = both.bfloat16().float().chunk(2, -1)
-            alpha, beta = (self.activation_alpha or 1.0, self.activation_beta) if chosen else (4.0, 25.0)
-            up = beta * torch.tanh(up / beta) if beta else up
-            return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * up
-        step = self.activation == "swiglustep"
-        gate, up = self.limited(device, both, gate_too=not step)
-        alpha = 1.0 if self.activation_alpha is None else self.activation_alpha
-        beta = self.activation_beta or 0.0
-        if self.activation == "swigluoai":
-            alpha, beta = 1.702, 1.0
-        gated = gate * torch.sigmoid(alpha * gate)
-        return (gated.clamp(max=self.activation_clamp) if step and self.activation_clamp else gated) * (up + beta)
-
-
-class NormedMegaMoeOp(Sm100MegaMoeOp):
-    """A layer whose experts may be normalised, each by itself."""
-
-    post_expert_norm: Annotated[
-        Literal[True] | None, Field(description="each expert's output is RMS-normalised before the sum, with a gain")
-    ] = None
-
-    @model_validator(mode="after")
-    def _check_norm(self) -> NormedMegaMoeOp:
-        if self.shared_experts and self.post_expert_norm:
-            raise ValueError("post_expert_norm goes without shared_experts")
-        return self
-
-    def takes(self, deep_gemm: ModuleType, function: Callable[..., Any], field: str) -> bool:
-        """The norm is there where a gain is, in vLLM 0.33.0's copy."""
-        by_gain = field == "post_expert_norm" and accepts(function, "post_expert_norm_gamma")
-        return by_gain or super().takes(deep_gemm, function, field)
-
-    def tensors(self, device: Device, inputs: Inputs | None) -> dict[str, Any]:
-        """The norm's gain, and what else asks for it."""
-        given = super().tensors(device, inputs)
-        if not self.post_expert_norm:
-            return given
-        given["post_expert_norm_eps"] = getattr(self, "post_expert_norm_eps", None) or _EPSILON
-        gain = around_one(device, inputs, self.hidden)
-        if accepts(self.function(device.deep_gemm), "post_expert_norm_gamma"):
-            return given | {"post_expert_norm_gamma": gain}
-        without = getattr(self, "post_expert_norm_weight", None) is False
-        return given | {"post_expert_norm": True, "post_expert_norm_weight": None if without else gain}
-
-    def combined(self, device: Device, options: dict[str, Any]) -> Callable[[Any, Any], Any] | None:
-        """A routing weight is applied to the RMS norm of an expert's output.
-
-        The norm is that of the output times the gain in vLLM 0.33.0's copy and with
-        ``post_expert_norm_weight_first``, else that of the output, times the gain (``impls/sm100_bf16_mega_moe.cuh`` of
-        that copy and of sgl-deep-gemm 0.2.3.post2, ``sm100_fp4_fp4_mega_moe.cuh`` and ``sm100_fp8_fp4_mega_moe.cuh``).
-        """
-        if not self.post_expert_norm:
-            return super().combined(device, options)
-        inside = "post_expert_norm_gamma" in options or options.get("post_expert_norm_weight_first", False)
-        gain = options.get("post_expert_norm_gamma", options.get("post_expert_norm_weight"))
-        gain, epsilon = 1.0 if gain is None else gain, options["post_expert_norm_eps"]
-
-        def normed(output: Any, share: Any) -> Any:
-            squares = (output * gain if inside else output).square().mean(-1, keepdim=True)
-            return output * gain * (squares + epsilon).rsqrt() * share
-
-        return normed
-
-
-class NormedActivatedMegaMoeOp(NormedMegaMoeOp, ActivatedMegaMoeOp):
-    """A layer with both, and with sgl-deep-gemm's variants of the norm and of the weights' layout."""
-
-    plain = (*ActivatedMegaMoeOp.plain, "post_expert_norm_weight_first", "weight_layout")
-
-    post_expert_norm_eps: Annotated[
-        float | None, Field(gt=0, le=1, description="left out: 1e-6; selects no kernel in vLLM's copy")
-    ] = None
-    post_expert_norm_weight: Annotated[Literal[False] | None, Field(description="false: a norm without a gain")] = None
-    post_expert_norm_weight_first: Annotated[
-        Literal[True] | None, Field(description="the norm is that of the output times the gain")
-    ] = None
-    weight_layout: Annotated[
-        Literal["trtllm"] | None, Field(description="of the experts' weights; left out: DeepGEMM's own")
-    ] = None
-
-    @model_validator(mode="after")
-    def _check_variants(self) -> NormedActivatedMegaMoeOp:
-        for name in ("post_expert_norm_eps", "post_expert_norm_weight", "post_expert_norm_weight_first"):
-            if getattr(self, name) is not None and not self.post_expert_norm:
-                raise ValueError(f"{name} goes with post_expert_norm")
-        if self.shared_experts and self.weight_layout:
-            raise ValueError("weight_layout goes without shared_experts")
-        return self
-
-    def trial(self, device: Device, value: int, seed: int) -> Trial:
-        """``value`` tokens, one rank.
-
-        Raises:
-            NotImplementedError: weights in TensorRT-LLM's layout, whose shuffles are FlashInfer's, not DeepGEMM's.
-        """
-        if self.weight_layout:
-            raise NotImplementedError(f"no reference for weights of {self.weight_layout}")
-        return super().trial(device, value, seed)
-
-
 def _transformed(device: Device, kind: Kind, first: Any, second: Any) -> Any:
-    """Weights as the kernels read them; sgl-deep-gemm brings those for FP4 activations into another order."""
+    """Weights as the kernels read them; sgl-deep-gemm has another order for those with FP4 activations."""
     transform = device.deep_gemm.transform_weights_for_mega_moe
     mma_type = {"fp4": "mxf4xmxf4", "nvfp4": "nvfp4xnvfp4"}.get(kind)
-    given = {"mma_type": mma_type} if mma_type and accepts(transform, "mma_type") else {}
-    return transform(first, second, **given)
+    options = {"mma_type": mma_type} if mma_type and accepts(transform, "mma_type") else {}
+    return transform(first, second, **options)
 
 
 def _kept(torch: ModuleType, kind: Kind, activation: Any) -> Any:
-    """Activations between the GEMMs, of the kind that those before the first have."""
+    """Activations between the GEMMs, in the format of those before the first."""
     if kind == "bf16":
         return activation.bfloat16().float()
-    return requantised(torch, activation, 16 if kind == "nvfp4" else 32, kind != "fp8", kind == "nvfp4")
+    return requantised(torch, activation, QUANTISATIONS[kind])

@@ -1,105 +1,152 @@
-"""What the pre-dispatches of mega-MoE share: tokens quantised into the buffer, and how that is checked."""
+"""The pre-dispatches of mega-MoE: tokens quantised into its buffer, with their routing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from cachebuilder.ops.device import Device
-from cachebuilder.ops.mega_moe import MegaMoeOp
-from cachebuilder.ops.scaled import as_near, from_fp4, quantise, to_fp4, unpack
+from cachebuilder.ops.mega_moe import MegaMoeOp, sm90_buffer, sm100_buffer
+from cachebuilder.ops.scaled import FP8_MAX, Quantisation, as_near, from_fp4, quantise, to_fp4, unpack
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Output, Trial
 
-
-def pre_dispatch(device: Device, op: MegaMoeOp, there: Any, **options: Any) -> Callable[[int], None]:
-    """The call that quantises M tokens and their routing into the buffer ``there``; inputs for the most tokens."""
-    x = device.empty(op.largest_m, op.hidden, dtype="bfloat16")
-    chosen = device.empty(op.largest_m, op.topk, dtype="int32")
-    weights = device.empty(op.largest_m, op.topk, dtype="float32")
-    # Legacy copies hand FP8 out as bytes; FP4 is bytes, two to each.
-    fp8 = there.x.shape[-1] == op.hidden
-    quantised = there.x.view(device.torch.float8_e4m3fn) if fp8 else there.x
-    function, into = op.function(device.deep_gemm), (quantised, there.x_sf, there.topk_idx, there.topk_weights)
-
-    def call(m: int) -> None:
-        function(x[:m], chosen[:m], weights[:m], *into, m, **options)
-
-    return call
+#: The smallest FP4 value twice, and what it stands for: FP4 has no NaN.
+_FP4_POISON, _FP4_POISON_VALUE = 0x11, 0.5
+_FP8_NAN = 0x7F
 
 
-def pre_dispatch_trial(
-    device: Device, op: MegaMoeOp, there: Any, tokens: int, seed: int, columns: int, packed: bool
-) -> Trial:
-    """``tokens`` tokens in FP8 in the buffer ``there``: their values, routing and scales, nothing in the rows behind.
+class PreDispatchOp(MegaMoeOp):
+    """x [M, hidden] and its routing [M, topk] into the buffer of the mega-MoE that follows."""
 
-    Args:
-        columns: that one scale covers.
-        packed: scales are UE8M0 exponents, four to an int32.
-    """
-    torch, inputs = device.torch, Inputs(device, seed)
-    fp8 = torch.float8_e4m3fn
-    x = inputs.normal(tokens, op.hidden)
-    chosen, weights = op.routing(device, inputs, tokens)
-    there.x.view(torch.uint8).fill_(0x7F)  # NaN
-    there.x_sf.fill_(0 if packed else math.nan)
-    op.function(device.deep_gemm)(
-        x, chosen.int(), weights, there.x.view(fp8), there.x_sf, there.topk_idx, there.topk_weights, tokens
-    )
-    data, scales = quantise(torch, x.float(), (1, columns), packed, False)
-    groups = scales.shape[1]
-    buffer = there.x.view(fp8).float()
-    nearest = as_near(torch, x.float() / scales.repeat_interleave(columns, 1), buffer[:tokens], data.float())
-    # Copies: the views that DeepGEMM hands out do not keep the buffer, which goes with ``there``.
-    written = unpack(torch, there.x_sf)[:, :groups] if packed else there.x_sf[:, :groups].clone()
-    return Trial(
-        (
-            _rows("buf_x", buffer, nearest, math.nan),
-            # Packed exponents have no NaN to poison them with: a row that is not written keeps zeroes.
-            _rows("buf_x_sf", written, scales, 0.0 if packed else math.nan, 1e-6),
-            *_routing(there, chosen, weights),
+    @property
+    def quantisation(self) -> Quantisation:
+        """How the tokens are quantised."""
+        raise NotImplementedError
+
+    def buffer(self, device: Device) -> Any:
+        """DeepGEMM's own buffer."""
+        raise NotImplementedError
+
+    def call_options(self, buffer: Any) -> dict[str, Any]:
+        """Keyword arguments of the call."""
+        return {}
+
+    def destination(self, device: Device, buffer: Any) -> tuple[Any, ...]:
+        """Elements, scales, experts and weights in ``buffer``, as the function takes them."""
+        # Legacy copies return FP8 as bytes; FP4 is bytes, two elements to each.
+        elements = buffer.x if self.quantisation.fp4 else buffer.x.view(device.torch.float8_e4m3fn)
+        return elements, buffer.x_sf, buffer.topk_idx, buffer.topk_weights
+
+    def prepare(self, device: Device) -> Callable[[int], None]:
+        """The buffer, and inputs for the most tokens."""
+        buffer = self.buffer(device)
+        x = device.empty(self.largest_m, self.hidden, dtype="bfloat16")
+        expert_ids = device.empty(self.largest_m, self.topk, dtype="int32")
+        weights = device.empty(self.largest_m, self.topk, dtype="float32")
+        destination, options = self.destination(device, buffer), self.call_options(buffer)
+        function = self.function(device.deep_gemm)
+
+        def call(m: int) -> None:
+            function(x[:m], expert_ids[:m], weights[:m], *destination, m, **options)
+
+        return call
+
+    def trial(self, device: Device, value: int, seed: int) -> Trial:
+        """``value`` tokens: their values, scales and routing in the buffer, and nothing in the rows behind them.
+
+        In FP4 as ``impls/sm100_mega_moe_pre_dispatch.cuh`` of sgl-deep-gemm 0.2.3.post2 does it, in the same order.
+        """
+        torch, inputs, quantisation = device.torch, Inputs(device, seed), self.quantisation
+        nvfp4 = quantisation.scales == "e4m3"
+        buffer = self.buffer(device)
+        x = inputs.normal(value, self.hidden)
+        expert_ids, weights = self.routing(device, inputs, value)
+        buffer.x.view(torch.uint8).fill_(_FP4_POISON if quantisation.fp4 else _FP8_NAN)
+        # Packed exponents have no NaN: in a row that is not written they stay zero.
+        unwritten_scale = 0.0 if quantisation.packed else math.nan
+        buffer.x_sf.fill_(unwritten_scale)
+        if nvfp4:
+            buffer.x_scales.fill_(math.nan)
+        destination, options = self.destination(device, buffer), self.call_options(buffer)
+        self.function(device.deep_gemm)(x, expert_ids.int(), weights, *destination, value, **options)
+
+        outputs: list[Output] = []
+        if nvfp4:
+            groups = x.float().unflatten(-1, (-1, quantisation.columns)).abs().amax(-1)
+            outer = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-4) / (FP8_MAX * 6)
+            scales = (groups / (6 * outer)).clamp(max=FP8_MAX).to(torch.float8_e4m3fn).float()
+            scaled = x.float() * (1 / (scales * outer)).repeat_interleave(quantisation.columns, -1)
+            data = to_fp4(torch, scaled)
+            outputs.append(_rows("buf_x_scales", buffer.x_scales[:, None].clone(), outer, math.nan, 1e-6))
+        else:
+            data, scales = quantise(torch, x.float(), quantisation)
+            scaled = x.float() / scales.repeat_interleave(quantisation.columns, -1)
+        if quantisation.fp4:
+            written, nearest, unwritten = from_fp4(torch, buffer.x), from_fp4(torch, data), _FP4_POISON_VALUE
+        else:
+            written, nearest, unwritten = destination[0].float(), data.float(), math.nan
+        # Copies: the views that DeepGEMM returns do not keep the buffer alive.
+        written_scales = unpack(torch, buffer.x_sf, quantisation.scales) if quantisation.packed else buffer.x_sf.clone()
+        return Trial(
+            (
+                _rows("buf_x", written, as_near(torch, scaled, written[:value], nearest), unwritten),
+                _rows("buf_x_sf", written_scales[:, : scales.shape[1]], scales, unwritten_scale, 1e-6),
+                *_routing(buffer, expert_ids, weights),
+                *outputs,
+            )
         )
-    )
 
 
-def fp4_pre_dispatch_trial(device: Device, op: MegaMoeOp, there: Any, tokens: int, seed: int, nvfp4: bool) -> Trial:
-    """The same in FP4, with UE8M0 scales for 1 × 32, or E4M3 ones for 1 × 16 and one of float32 for each token.
+class MegaMoePreDispatchSm90(PreDispatchOp):
+    """Tokens quantised into the buffer of `fp8_mega_moe`, on SM90: x [M, hidden] and its routing [M, topk]."""
 
-    As ``impls/sm100_mega_moe_pre_dispatch.cuh`` of sgl-deep-gemm 0.2.3.post2 does it, in the same order.
-    """
-    torch, inputs = device.torch, Inputs(device, seed)
-    x = inputs.normal(tokens, op.hidden)
-    chosen, weights = op.routing(device, inputs, tokens)
-    there.x.view(torch.uint8).fill_(0x11)  # the smallest value, twice: FP4 has no NaN
-    there.x_sf.fill_(0)
-    options: dict[str, Any] = {"mma_type": "nvfp4xnvfp4" if nvfp4 else "mxf4xmxf4"}
-    if nvfp4:
-        there.x_scales.fill_(math.nan)
-        options |= {"group_size": 16, "buf_x_scales": there.x_scales}
-    op.function(device.deep_gemm)(
-        x, chosen.int(), weights, there.x, there.x_sf, there.topk_idx, there.topk_weights, tokens, **options
-    )
-    outputs = list(_routing(there, chosen, weights))
-    values = x.float()
-    if nvfp4:
-        groups = values.unflatten(-1, (-1, 16)).abs().amax(-1)
-        outer = values.abs().amax(-1, keepdim=True).clamp(min=1e-4) / (448 * 6)
-        scales = (groups / (6 * outer)).clamp(max=448).to(torch.float8_e4m3fn).float()
-        scaled = values * (1 / (scales * outer)).repeat_interleave(16, -1)
-        data = to_fp4(torch, scaled)
-        outputs.append(_rows("buf_x_scales", there.x_scales[:, None].clone(), outer, math.nan, 1e-6))
-    else:
-        data, scales = quantise(torch, values, (1, 32), True, True)
-        scaled = values / scales.repeat_interleave(32, -1)
-    buffer = from_fp4(torch, there.x)
-    nearest = as_near(torch, scaled, buffer[:tokens], from_fp4(torch, data))
-    return Trial(
-        (
-            _rows("buf_x", buffer, nearest, 0.5),
-            _rows("buf_x_sf", unpack(torch, there.x_sf, nvfp4)[:, : scales.shape[1]], scales, 0.0, 1e-6),
-            *outputs,
-        )
-    )
+    majors = (9,)
+    found_in = "sgl-deep-gemm 0.1.5 to 0.2.3.post2"
+
+    op: Literal["mega_moe_pre_dispatch_sm90"]
+
+    @property
+    def quantisation(self) -> Quantisation:
+        """FP8 with a float32 scale for each 1 × 128."""
+        return Quantisation(1, 128)
+
+    def buffer(self, device: Device) -> Any:
+        """SM90's buffer."""
+        return sm90_buffer(device, self)
+
+
+class MegaMoePreDispatch(PreDispatchOp):
+    """Tokens quantised into the buffer of `fp8_fp4_mega_moe`, on SM100: x [M, hidden] and its routing [M, topk]."""
+
+    majors = (10,)
+    found_in = "sgl-deep-gemm 0.1.4 to 0.2.3.post2"
+
+    op: Literal["mega_moe_pre_dispatch"]
+    mma_type: Annotated[
+        Literal["mxf4xmxf4", "nvfp4xnvfp4"] | None,
+        Field(description="of the layer that follows, in DeepGEMM's words; left out: fp8xfp4"),
+    ] = None
+
+    @property
+    def quantisation(self) -> Quantisation:
+        """FP8, or FP4, with a UE8M0 scale for each 1 × 32; NVFP4 with an E4M3 scale for each 1 × 16."""
+        if self.mma_type == "nvfp4xnvfp4":
+            return Quantisation(1, 16, "e4m3", fp4=True)
+        return Quantisation(1, 32, "ue8m0", fp4=self.mma_type is not None)
+
+    def buffer(self, device: Device) -> Any:
+        """SM100's buffer, for ``mma_type``."""
+        return sm100_buffer(device, self, self.mma_type or "fp8xfp4")
+
+    def call_options(self, buffer: Any) -> dict[str, Any]:
+        """The type; for NVFP4 also the float32 scale of each token."""
+        options: dict[str, Any] = {"mma_type": self.mma_type} if self.mma_type else {}
+        if self.mma_type == "nvfp4xnvfp4":
+            options |= {"group_size": 16, "buf_x_scales": buffer.x_scales}
+        return options
 
 
 def _rows(name: str, actual: Any, expected: Any, behind: float, tolerance: float = TOLERANCE) -> Output:
@@ -108,15 +155,16 @@ def _rows(name: str, actual: Any, expected: Any, behind: float, tolerance: float
     full[: len(expected)] = expected
     rest = expected.new_zeros((len(actual), 1)).bool()
     rest[len(expected) :] = True
-    kept = rest & math.isnan(behind)
-    return Output(name, actual, full, ~kept, kept, tolerance)
+    untouched = rest & math.isnan(behind)
+    return Output(name, actual, full, ~untouched, untouched, tolerance)
 
 
-def _routing(there: Any, chosen: Any, weights: Any) -> tuple[Output, ...]:
-    """Experts and weights of the tokens; an unused row's are "no expert", −1, and 0 (``sm90_mega_moe_pre_dispatch.cuh``
-    and ``sm100_mega_moe_pre_dispatch.cuh`` of sgl-deep-gemm 0.2.3.post2).
+def _routing(buffer: Any, expert_ids: Any, weights: Any) -> tuple[Output, ...]:
+    """Experts and weights of the tokens; an unused row has −1, "no expert", and 0.
+
+    ``sm90_mega_moe_pre_dispatch.cuh`` and ``sm100_mega_moe_pre_dispatch.cuh`` of sgl-deep-gemm 0.2.3.post2.
     """
     return (
-        _rows("buf_topk_idx", there.topk_idx.clone(), chosen.float(), -1.0, 0.0),
-        _rows("buf_topk_weights", there.topk_weights.clone(), weights, 0.0, 1e-6),
+        _rows("buf_topk_idx", buffer.topk_idx.clone(), expert_ids.float(), -1.0, 0.0),
+        _rows("buf_topk_weights", buffer.topk_weights.clone(), weights, 0.0, 1e-6),
     )

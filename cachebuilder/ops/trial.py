@@ -1,8 +1,8 @@
-"""One call of an op on random inputs beside its result in higher precision: what a real GPU's results are held to.
+"""One call of an op on random inputs, and the result in higher precision that a real GPU's result is compared with.
 
-Inputs are quantised as the engines quantise them; the expected result is computed in float32 from the quantised
-values, so the difference is the kernel's own error. Outputs are filled with NaN before the call: an element that the
-kernel must write and does not, or must leave and does not, shows.
+Inputs are quantised as the engines quantise them. The expected result is computed in float32 from the quantised values,
+so the difference is the kernel's own error. Outputs are filled with NaN before the call, which shows every element that
+the kernel should have written and did not, or should have left alone and did not.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 
 from cachebuilder.ops.device import Device, round_up
 
-#: Rows allocated behind every output: no kernel's tile is taller, so what overruns the output lands there.
+#: Rows allocated behind every output: no kernel's tile is taller, so a tile that overruns the output ends in them.
 GUARD_ROWS = 256
 #: The largest relative error accepted. BF16 output alone costs 1.7e-3 (uniform rounding to 8 bits of significand);
-#: 5e-3 leaves room for the tensor cores' shorter FP8 accumulation and none for a wrong element.
+#: 5e-3 also allows for the tensor cores' shorter FP8 accumulation, and for no wrong element.
 TOLERANCE = 5e-3
-#: One row's error may be this many times `TOLERANCE`: a row is few elements, and the norms of few scatter.
+#: One row's error may be this many times `TOLERANCE`: a row has few elements, and norms of few elements scatter.
 ROW_FACTOR = 4
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that DeepGEMM wrote, beside what it should hold.
+    """One tensor that DeepGEMM wrote, and what it should hold.
 
     Attributes:
         name: the argument's name in DeepGEMM's signature.
-        actual: the tensor after the call, `GUARD_ROWS` behind it included; NaN before.
-        expected: what it should hold, float32, of the same shape; any value where nothing is expected.
+        actual: the tensor after the call with the `GUARD_ROWS` behind it; NaN before the call.
+        expected: float32, of the same shape; any value where nothing is expected.
         written: bool, broadcastable to the shape: elements that must be as expected.
-        untouched: bool, broadcastable to the shape: elements that must still be NaN. What is in neither mask, such as
+        untouched: bool, broadcastable to the shape: elements that must still be NaN. Elements in neither mask, such as
             the padding rows of an expert's last block, may hold anything.
         tolerance: the largest relative error accepted.
     """
@@ -46,26 +46,26 @@ class Output:
     tolerance: float = TOLERANCE
 
     def relative_error(self) -> float:
-        """‖actual − expected‖ / ‖expected‖ over the written elements (Frobenius norm); NaN where one is NaN."""
+        """‖actual − expected‖ / ‖expected‖ over the written elements (Frobenius norm); NaN if one of them is NaN."""
         difference, expected = self._compared()
         return _ratio(difference.norm().item(), expected.norm().item())
 
     def worst_row_error(self) -> float:
-        """The largest of the same ratio over single rows; NaN where an element is NaN."""
+        """The largest such ratio of a single row; NaN if an element is NaN."""
         difference, expected = (x.flatten(0, -2).norm(dim=-1) for x in self._compared())
         ratios = difference / expected.clamp(min=1e-30)
         return float(ratios.max().item()) if ratios.numel() else 0.0
 
     def touched(self) -> int:
-        """How many elements were written that must not be."""
+        """How many elements were written that must not be written."""
         return int((~self.actual.isnan() & self.untouched).sum().item())
 
     def problem(self) -> str | None:
-        """What is wrong with this output, in one sentence; None where nothing is."""
+        """What is wrong with this output, in one sentence; None if it is right."""
         if count := self.touched():
             return f"{self.name}: {count} elements were written that must not be"
         whole, row = self.relative_error(), self.worst_row_error()
-        if not whole <= self.tolerance:  # NaN too
+        if not whole <= self.tolerance:  # true for NaN
             return f"{self.name}: relative error {whole:.2e}, wanted at most {self.tolerance:.0e}"
         if not row <= ROW_FACTOR * self.tolerance:
             return f"{self.name}: relative error {row:.2e} in one row, wanted at most {ROW_FACTOR * self.tolerance:.0e}"
@@ -89,12 +89,12 @@ class Trial:
     outputs: tuple[Output, ...]
 
     def relative_error(self) -> float:
-        """The worst output's."""
+        """The largest of the outputs' errors; NaN if one is NaN."""
         errors = [output.relative_error() for output in self.outputs]
         return math.nan if any(map(math.isnan, errors)) else max(errors)
 
     def problems(self) -> list[str]:
-        """What is wrong, a sentence for each output that is not as it should be; empty where all are."""
+        """One sentence for each wrong output; empty if all are right."""
         return [problem for output in self.outputs if (problem := output.problem())]
 
 
@@ -125,10 +125,10 @@ class Inputs:
         rows = self._torch.full((m,), -1, dtype=self._torch.int32)
         blocks = m // alignment
         owners = sorted(self.integers(0, experts - 1, blocks - blocks // 8))
-        valid = self.integers(1, alignment, len(owners))
+        valid_rows = self.integers(1, alignment, len(owners))
         for block, owner in enumerate(owners):
-            last = block + 1 == len(owners) or owners[block + 1] != owner
-            rows[block * alignment : block * alignment + (valid[block] if last else alignment)] = owner
+            is_last = block + 1 == len(owners) or owners[block + 1] != owner
+            rows[block * alignment : block * alignment + (valid_rows[block] if is_last else alignment)] = owner
         return rows.to(self._device.name)
 
     def expert_counts(self, experts: int, expected: int, largest: int) -> Any:
@@ -139,7 +139,7 @@ class Inputs:
         return self._torch.tensor(counts, dtype=self._torch.int32, device=self._device.name)
 
     def output(self, *shape: int, dtype: str) -> tuple[Any, Any]:
-        """An output ``[…, M, N]`` full of NaN, and the buffer ``[rows, N]`` that it is the head of."""
+        """An output ``[…, M, N]`` full of NaN, and the buffer ``[rows + GUARD_ROWS, N]`` that begins with it."""
         *outer, n = shape
         rows = math.prod(outer)
         buffer = self._device.empty(rows + GUARD_ROWS, n, dtype=dtype).fill_(math.nan)
@@ -147,7 +147,7 @@ class Inputs:
 
 
 def dense_output(torch: ModuleType, name: str, buffer: Any, expected: Any) -> Output:
-    """All rows of ``expected`` [M, N] are written, and none behind them in ``buffer`` [M + `GUARD_ROWS`, N]."""
+    """The kernel writes all rows of ``expected`` [M, N], and none behind them in ``buffer`` [M + `GUARD_ROWS`, N]."""
     full, row = _behind(torch, buffer, expected)
     return Output(name, buffer, full, written=row < len(expected), untouched=row >= len(expected))
 
@@ -155,12 +155,12 @@ def dense_output(torch: ModuleType, name: str, buffer: Any, expected: Any) -> Ou
 def contiguous_output(
     torch: ModuleType, name: str, buffer: Any, expert_of_row: Any, product: Callable[[int, Any], Any]
 ) -> Output:
-    """Rows that have an expert are written, nothing behind the last row is; padding rows may hold anything.
+    """The kernel writes rows that have an expert, and none behind the last row; padding rows may hold anything.
 
     Args:
         buffer: [M + `GUARD_ROWS`, N].
         expert_of_row: [M], −1 for padding.
-        product: the expected rows of one expert, for the indices of these rows.
+        product: the expected rows of an expert, called with the expert and the rows' indices.
     """
     m = len(expert_of_row)
     expected = torch.zeros(m, buffer.shape[1], device=buffer.device)
@@ -177,12 +177,12 @@ def contiguous_output(
 def masked_output(
     torch: ModuleType, name: str, buffer: Any, counts: Any, max_m: int, product: Callable[[int, int], Any]
 ) -> Output:
-    """Each expert's first rows are written; its rows behind the last tile that holds one of them are not.
+    """The kernel writes each expert's valid rows, and no row behind the last tile that holds one of them.
 
     Args:
         buffer: [experts · ``max_m`` + `GUARD_ROWS`, N].
         counts: [experts], valid rows.
-        product: the expected rows of one expert, for the number of them.
+        product: the expected rows of an expert, called with the expert and the number of rows.
     """
     experts = len(counts)
     expected = torch.zeros(experts * max_m, buffer.shape[1], device=buffer.device)
@@ -199,25 +199,14 @@ def masked_output(
 
 
 def _behind(torch: ModuleType, buffer: Any, expected: Any) -> tuple[Any, Any]:
-    """``expected`` with zeroes to ``buffer``'s length, and the index of each row, [rows, 1]."""
+    """``expected``, padded with zeroes to ``buffer``'s length, and the index of each row, [rows, 1]."""
     full = torch.zeros(buffer.shape, device=buffer.device, dtype=torch.float32)
     full[: len(expected)] = expected
     return full, torch.arange(len(buffer), device=buffer.device)[:, None]
 
 
-def bf16_product(device: Device, largest_m: int, n: int, k: int) -> Callable[[int], None]:
-    """A dense layer of weight [n, k] in BF16 by torch itself, which is cuBLASLt's: the call for one M."""
-    a, b = (device.empty(rows, k, dtype="bfloat16").zero_() for rows in (largest_m, n))
-    d = device.empty(largest_m, n, dtype="bfloat16")
-
-    def call(m: int) -> None:
-        device.torch.mm(a[:m], b.mT, out=d[:m])
-
-    return call
-
-
 def product_nt(torch: ModuleType, a: Any, b: Any) -> Any:
-    """A · Bᵀ in float32 proper (no TF32), whatever the operands' type."""
+    """A · Bᵀ in float32 without TF32, whatever the operands' type."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

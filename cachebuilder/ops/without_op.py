@@ -1,4 +1,4 @@
-"""The functions of DeepGEMM that have no op here, each with the reason; a test holds it against the installed copy."""
+"""The functions of DeepGEMM that have no op, each with the reason; a test compares the list with the installed copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SETTING = "a setting or a question: it launches nothing"
 _ALIAS = "another name of a function that has an op"
 _TORCH = "plain torch: it launches no kernel of DeepGEMM's own"
 
-#: name, or a pattern of names → why it has no op. The docs show this table.
+#: A name or a pattern of names → why there is no op. The docs show this table.
 WITHOUT_OP: dict[str, str] = {
     "set_*": _SETTING,
     "get_num_sms": _SETTING,
@@ -50,19 +50,19 @@ WITHOUT_OP: dict[str, str] = {
     "localize*": "memory beside each half of the SMs and torch's copy into it; weights there select no other kernel",
 }
 
-#: Modules of DeepGEMM that hold helpers written in torch, which its `__init__` brings into its own namespace.
+#: DeepGEMM's modules of helpers written in torch, which its `__init__` imports into its own namespace.
 _HELPERS = ("deep_gemm.utils.math", "deep_gemm.utils.dist", "deep_gemm.testing")
 
 
 def functions(deep_gemm: ModuleType) -> list[str]:
-    """Names of the public functions that ``deep_gemm`` offers, its helpers in torch left out."""
+    """Names of the public functions that ``deep_gemm`` offers, without its helpers in torch."""
     layout = getattr(deep_gemm.utils, "layout", None)
-    found = {}
+    public = {}
     for module in filter(None, (layout, deep_gemm)):
-        found.update({name: item for name, item in vars(module).items() if not name.startswith("_")})
+        public.update({name: item for name, item in vars(module).items() if not name.startswith("_")})
     return sorted(
         name
-        for name, item in found.items()
+        for name, item in public.items()
         if callable(item)
         and not isinstance(item, type)
         and not str(getattr(item, "__module__", "")).startswith((*_HELPERS, "typing"))
@@ -70,11 +70,11 @@ def functions(deep_gemm: ModuleType) -> list[str]:
 
 
 def reason(name: str) -> str | None:
-    """Why the function ``name`` has no op; None where nothing says so."""
+    """Why the function ``name`` has no op; None if `WITHOUT_OP` does not list it."""
     return next((text for pattern, text in WITHOUT_OP.items() if fnmatch(name, pattern)), None)
 
 
 def unexplained(deep_gemm: ModuleType, ops: dict[str, type[OpBase]]) -> list[str]:
-    """Functions of ``deep_gemm`` that neither have an op nor are in `WITHOUT_OP`."""
+    """Functions of ``deep_gemm`` that have no op and are not in `WITHOUT_OP`."""
     planned = {name for model in ops.values() for name in model.entry_points} | ops.keys()
     return [name for name in functions(deep_gemm) if name not in planned and reason(name) is None]

@@ -1,4 +1,4 @@
-"""Where an op asks for a kernel: the part of a plan that an artifact's index keeps."""
+"""The points at which an op asks for a kernel: the part of a plan that an artifact's index keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DIR while a restore writes it: no reader, and no other restore, ever sees half an entry."""
+"""DIR while a restore writes it: no reader and no other restore ever sees half an entry."""
 
 from __future__ import annotations
 
@@ -22,18 +22,21 @@ _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass
 class Destination:
-    """DIR while it is written: entries are made in a folder of our own under it, then renamed into ``cache/``.
+    """DIR while it is written: entries are made in a working folder under it, then renamed into ``cache/``.
 
-    What is not kept is taken away again: the working folder, and folders that were not there before.
+    In the end the working folder is removed; without `keep`, so are the folders that did not exist before.
+
+    Attributes:
+        made: names of the entries that were made, in order.
     """
 
     to: Path
     made: list[str] = field(default_factory=list)
-    _created: list[Path] = field(default_factory=list)
+    _new_folders: list[Path] = field(default_factory=list)
     _work: int | None = None
     _work_path: Path | None = None
     _cache: int | None = None
-    _done: bool = False
+    _kept: bool = False
 
     def __enter__(self) -> Destination:
         cache = self.to / CACHE
@@ -44,13 +47,13 @@ class Destination:
         except NotADirectoryError:
             if cache.is_symlink():
                 raise RestoreError(
-                    f"{cache}: wanted a folder or nothing, found a link", hint="link DIR, not what is in it"
+                    f"{cache}: wanted a folder or nothing, found a link", hint="make DIR itself the link"
                 ) from None
             raise
         return self
 
     def entries(self) -> set[str]:
-        """What is in ``cache/`` now."""
+        """The names in ``cache/`` now."""
         return set(os.listdir(self._cache)) if self._cache is not None else set()
 
     def new(self, name: str) -> None:
@@ -62,11 +65,11 @@ class Destination:
         self.made.append(name)
 
     def write(self, name: str, file: str, data: bytes) -> None:
-        """Write one file of an entry that has begun."""
+        """Write one file of an entry that was begun."""
         write_new(f"{name}/{file}", data, 0o644, self._work)
 
     def holds(self, name: str, entry: Entry) -> bool:
-        """Whether ``cache/`` has this entry, equal to the last byte and with nothing else in it."""
+        """Whether ``cache/`` has this entry, with equal bytes and no other file."""
         try:
             folder = os.open(name, _FOLDER_FLAGS, dir_fd=self._cache)
         except OSError:
@@ -79,28 +82,31 @@ class Destination:
             os.close(folder)
 
     def publish(self, entries: dict[str, Entry]) -> dict[str, bool]:
-        """Rename all that was made into ``cache/``; returns which another restore had made first, and if equal."""
+        """Rename every entry that was made into ``cache/``.
+
+        Returns:
+            The entries that another restore put there first, and whether each is equal.
+        """
         if self._cache is None:
-            self._created += make_folders(self.to / CACHE)
+            self._new_folders += make_folders(self.to / CACHE)
             self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
-        taken: dict[str, bool] = {}
+        made_by_others: dict[str, bool] = {}
         for name in self.made:
             try:
                 os.rename(name, name, src_dir_fd=self._work, dst_dir_fd=self._cache)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                taken[name] = self.holds(name, entries[name])
-        return taken
+                made_by_others[name] = self.holds(name, entries[name])
+        return made_by_others
 
     def keep(self) -> None:
-        """What was made stays."""
-        self._done = True
+        """Everything that was made stays."""
+        self._kept = True
 
     def __exit__(self, *_: object) -> None:
         if self._work is not None and self._work_path is not None:
-            left = os.listdir(self._work)
-            for name in left:
+            for name in os.listdir(self._work):
                 _remove_entry(self._work, name)
             with contextlib.suppress(OSError):
                 self._work_path.rmdir()
@@ -108,14 +114,14 @@ class Destination:
         _remove_root(self.to / frozen.FOLDER / "tmp")
         if self._cache is not None:
             os.close(self._cache)
-        if not self._done:
-            for folder in reversed(self._created):
+        if not self._kept:
+            for folder in reversed(self._new_folders):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
     def _make_work(self) -> None:
         root = self.to / frozen.FOLDER / "tmp"
-        for handle in self._locked(root):
+        with self._locked(root) as handle:
             for left in os.listdir(handle):
                 _sweep(handle, left)
             name = f"{os.getpid()}-{os.urandom(8).hex()}"
@@ -124,13 +130,14 @@ class Destination:
             self._work = os.open(name, _FOLDER_FLAGS, dir_fd=handle)
             lock(self._work)
 
+    @contextlib.contextmanager
     def _locked(self, root: Path) -> Iterator[int]:
-        """Hold ``root`` alone, once: who sweeps meets no folder that is made but not locked yet."""
+        """Lock ``root``: a restore that sweeps it then never meets a working folder that is not locked yet."""
         for _ in range(100):
-            self._created += make_folders(root)
+            self._new_folders += make_folders(root)
             try:
                 handle = os.open(root, _FOLDER_FLAGS)
-            except FileNotFoundError:  # another restore ended and took it away
+            except FileNotFoundError:  # another restore has just removed it
                 continue
             try:
                 lock(handle, wait=True)
@@ -140,11 +147,11 @@ class Destination:
                         return
             finally:
                 os.close(handle)
-        raise RestoreError(f"{root}: cannot be made: it goes away again and again")
+        raise RestoreError(f"{root}: cannot be made: other restores keep removing it", hint="restore again")
 
 
 def _remove_root(root: Path) -> None:
-    """Remove the folder of working folders, with what killed restores left, if none works in it, nor is about to."""
+    """Remove the folder of working folders and what killed restores left in it, unless another restore works there."""
     with contextlib.suppress(OSError):
         handle = os.open(root, _FOLDER_FLAGS)
         try:
@@ -157,7 +164,7 @@ def _remove_root(root: Path) -> None:
 
 
 def _sweep(root: int, name: str) -> None:
-    """Remove a working folder that a killed restore left."""
+    """Remove a working folder if no restore holds its lock: a killed one left it."""
     try:
         folder = os.open(name, _FOLDER_FLAGS, dir_fd=root)
     except OSError:
@@ -173,7 +180,7 @@ def _sweep(root: int, name: str) -> None:
 
 
 def _remove_entry(folder: int, name: str) -> None:
-    """Remove an entry's folder and its files, no deeper."""
+    """Remove an entry's folder with the files directly in it."""
     with contextlib.suppress(OSError):
         entry = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
         try:

@@ -1,8 +1,9 @@
-"""A restored folder as it lies on disk: which artifacts are in it, and whether every byte still is."""
+"""A restored folder on disk: which artifacts are in it, and whether its entries are still undamaged."""
 
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,19 @@ from cachebuilder.artifact.read import parse_index
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring.frozen import FOLDER, files, frozen_nvcc
 
+#: What to do with a folder whose entries are damaged.
+RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
+
 
 @dataclass(frozen=True)
 class RestoredArtifact:
-    """One artifact that was restored: its index after relocation, and its manifest's bytes."""
+    """One artifact in a restored folder.
+
+    Attributes:
+        stem: the name of its files in ``cachebuilder/artifacts``.
+        index: the index after relocation.
+        manifest: the manifest's bytes.
+    """
 
     stem: str
     index: Index
@@ -24,7 +34,7 @@ class RestoredArtifact:
 
 @dataclass(frozen=True)
 class Damage:
-    """One file that is not what the index says it is; ``file`` is None where the whole entry is gone."""
+    """One file that differs from its index; ``file`` is None where the whole entry is missing."""
 
     entry: str
     file: str | None
@@ -38,7 +48,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class RestoredFolder:
-    """A folder that ``cachebuilder restore`` wrote, with every artifact in it."""
+    """A folder that ``cachebuilder restore`` wrote into, with the artifacts in it."""
 
     path: Path
     artifacts: tuple[RestoredArtifact, ...]
@@ -55,7 +65,7 @@ class RestoredFolder:
 
     @cached_property
     def entries(self) -> frozenset[str]:
-        """Names of all folders in the cache: the artifacts' entries, and what else was put there."""
+        """Names of all folders in the cache: the artifacts' entries, and those that others made there."""
         try:
             return frozenset(entry.name for entry in self.cache.iterdir() if entry.is_dir())
         except FileNotFoundError:
@@ -72,14 +82,12 @@ class RestoredFolder:
         """What the frozen nvcc answers to ``--version``.
 
         Raises:
-            ArtifactError: it is not there, or does not run.
+            ArtifactError: it is missing, or does not run.
         """
-        import subprocess  # a restore, which needs `own_files` only, does not wait for it
-
         nvcc = frozen_nvcc(self.path)
         hint = "restore the artifact again"
         try:
-            done = subprocess.run(
+            answer = subprocess.run(
                 [nvcc.absolute(), "--version"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -87,50 +95,50 @@ class RestoredFolder:
                 timeout=60,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ArtifactError(f"{nvcc}: wanted the frozen nvcc, it does not run: {error}", hint=hint) from None
-        text = done.stdout.decode(errors="replace")
-        if done.returncode:
+            raise ArtifactError(f"{nvcc}: the frozen nvcc does not run: {error}", hint=hint) from None
+        text = answer.stdout.decode(errors="replace")
+        if answer.returncode:
             raise ArtifactError(f"{nvcc}: wanted the recorded version text, found {text[:200]!r}", hint=hint)
         return text
 
     def damage(self) -> list[Damage]:
-        """Every file of every listed entry that is missing or has other bytes than its index says, sorted."""
+        """Every missing entry, then every file of a listed entry that is missing or differs from its index, sorted."""
         expected = {
             (entry.name, file.name): file
             for artifact in self.artifacts
             for entry in artifact.index.entries
             for file in entry.files
         }
-        found = [Damage(entry, None, "an entry", "none") for entry in sorted(self.listed - self.entries)]
+        damage = [Damage(entry, None, "an entry", "none") for entry in sorted(self.listed - self.entries)]
         for (entry, name), file in sorted(expected.items()):
             if entry not in self.entries:
                 continue
             path = self.cache / entry / name
             try:
                 if path.is_symlink() or not path.is_file():
-                    found.append(Damage(entry, name, "a file", "something else" if path.exists() else "none"))
+                    damage.append(Damage(entry, name, "a file", "something else" if path.exists() else "none"))
                     continue
                 data = path.read_bytes()
             except OSError as error:
-                found.append(Damage(entry, name, "a file", f"{error.strerror}"))
+                damage.append(Damage(entry, name, "a file", f"{error.strerror}"))
                 continue
             if len(data) != file.size:
-                found.append(Damage(entry, name, f"{file.size} bytes", f"{len(data)}"))
+                damage.append(Damage(entry, name, f"{file.size} bytes", f"{len(data)}"))
             elif (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
-                found.append(Damage(entry, name, f"sha256 {file.sha256[:16]}…", f"{digest[:16]}…"))
-        return found
+                damage.append(Damage(entry, name, f"sha256 {file.sha256[:16]}…", f"{digest[:16]}…"))
+        return damage
 
 
 def own_files(
     index: Index, packed: bytes, manifest: bytes, restored: bytes | None = None
 ) -> dict[str, tuple[bytes, int]]:
-    """What lies beside ``cache/`` in a folder with one artifact: each file's path below it, bytes and mode.
+    """The files beside ``cache/`` in a folder with one artifact: path below the folder → bytes and mode.
 
-    In the order to write them: an index says that all else is there.
+    They are to be written in this order: the index is last, since it says that everything else is complete.
 
     Args:
-        packed: the index's bytes in the artifact, which name it among others of its fingerprint.
-        restored: those with the entries' names in this folder, where they are others.
+        packed: the index's bytes in the artifact. Their digest is part of the files' names.
+        restored: the index's bytes with the entries' names in this folder; default: ``packed``.
     """
     digest = index.fingerprint_digest
     stem = f"{FOLDER}/artifacts/{digest}.{hashlib.sha256(packed).hexdigest()[:16]}"
@@ -141,8 +149,8 @@ def own_files(
 
 
 def is_restored(path: Path) -> bool:
-    """Whether ``path`` is a folder that was restored into."""
-    return (path / "cachebuilder" / "artifacts").is_dir()
+    """Whether ``path`` is a folder that an artifact was restored into."""
+    return (path / FOLDER / "artifacts").is_dir()
 
 
 def open_folder(path: Path) -> RestoredFolder:
@@ -151,7 +159,7 @@ def open_folder(path: Path) -> RestoredFolder:
     Raises:
         ArtifactError: nothing was restored there, or an index or a manifest in it is damaged.
     """
-    indexes = sorted((path / "cachebuilder" / "artifacts").glob("*.json"))
+    indexes = sorted((path / FOLDER / "artifacts").glob("*.json"))
     if not indexes:
         raise ArtifactError(
             f"{path}: wanted an artifact or a folder that one was restored into, found no cachebuilder/artifacts",

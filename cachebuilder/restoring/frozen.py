@@ -1,7 +1,7 @@
-"""The frozen nvcc: a POSIX shell script that stands for the compiler in a serving image.
+"""The frozen nvcc: a POSIX shell script that takes the compiler's place in a serving image (``frozen_nvcc.sh``).
 
-It says what ``nvcc --version`` said when the kernels were built, which DeepGEMM asks even where every kernel is found,
-and it answers a request to compile by policy, after writing the miss down. The script is ``frozen_nvcc.sh``.
+It answers ``--version`` with the text of the compiler that built the kernels: DeepGEMM asks for it even where every
+kernel is found. It logs each request to compile, and then answers it by policy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from cachebuilder.errors import RestoreError
 
 #: What to do with a kernel that the cache lacks: ``refuse`` (default), ``compile`` or ``compile-and-warn``.
 POLICY_VARIABLE = "CACHEBUILDER_ON_MISS"
-#: Where misses are written down, one JSON object a line.
+#: The file that misses are logged to, one JSON object a line.
 LOG_VARIABLE = "CACHEBUILDER_MISS_LOG"
 #: The compiler that the compiling policies call.
 NVCC_VARIABLE = "CACHEBUILDER_REAL_NVCC"
 
-#: The folder beside ``cache/`` that is cachebuilder's own; it looks like a CUDA home with nothing but nvcc in it.
+#: cachebuilder's own folder beside ``cache/``; it looks like a CUDA home that has only nvcc.
 FOLDER = "cachebuilder"
 
 _TEMPLATE = Path(__file__).with_name("frozen_nvcc.sh")
@@ -28,11 +28,11 @@ _LOG = "misses.jsonl"
 
 
 def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dict[str, tuple[bytes, int]]:
-    """The script and the text that it says: each file's path below DIR, its bytes and its mode.
+    """The script and its version text: each file's path below DIR → its bytes and its mode.
 
     Args:
-        version_text: all that ``nvcc --version`` printed, to the byte.
-        artifact_name: said in messages and in the log, as is the digest.
+        version_text: everything that ``nvcc --version`` printed.
+        artifact_name: named in messages and in the log, as is the digest.
     """
     texts = {"@VERSION_TEXT@": version_text, "@ARTIFACT@": artifact_name, "@FINGERPRINT@": fingerprint_digest}
     lines = []
@@ -66,7 +66,7 @@ def frozen_nvcc(dir: Path) -> Path:
 
 
 def is_frozen(nvcc: Path) -> bool:
-    """Whether ``nvcc`` is a frozen one, of any folder; the script asks the same of what it finds on PATH."""
+    """Whether ``nvcc`` is a frozen one, of any folder. The script does the same check with each nvcc on PATH."""
     try:
         with nvcc.open("rb") as file:
             return file.read(256).startswith(_TEMPLATE.read_bytes()[:64])
@@ -75,7 +75,7 @@ def is_frozen(nvcc: Path) -> bool:
 
 
 def version_text(dir: Path) -> str | None:
-    """What the frozen nvcc of DIR answers; None where there is none yet.
+    """The version text of DIR's frozen nvcc; None where there is none yet.
 
     Raises:
         OSError: it cannot be read.
@@ -87,7 +87,7 @@ def version_text(dir: Path) -> str | None:
 
 
 def miss_log(dir: Path) -> Path:
-    """Where the frozen nvcc of DIR would write a miss of this process down: the script's own rule."""
+    """The file where DIR's frozen nvcc would log a miss of this process, by the script's own rule."""
     log = Path(os.environ.get(LOG_VARIABLE) or dir / FOLDER / _LOG)
     if os.access(log if log.exists() else log.parent, os.W_OK):
         return log

@@ -1,7 +1,7 @@
 #!/bin/sh
-# cachebuilder: the frozen nvcc. It answers --version as the compiler of the restored kernels did, and makes of every
-# compilation an event: CACHEBUILDER_ON_MISS is refuse (default), compile or compile-and-warn.
-# Only the shell's own commands where they do: the answer must be fast, and PATH may be empty.
+# cachebuilder: the frozen nvcc. It answers --version with the text of the compiler that built the restored kernels, logs
+# every request to compile, and then follows CACHEBUILDER_ON_MISS: refuse (default), compile or compile-and-warn.
+# It uses the shell's own commands where it can: the answer must be fast, and PATH may be empty.
 version_text=@VERSION_TEXT@
 artifact=@ARTIFACT@
 fingerprint=@FINGERPRINT@
@@ -24,7 +24,7 @@ case $0 in
 esac
 here=$(cd "$here/.." && pwd)
 
-is_frozen() { # is this file a frozen nvcc too, this one or another folder's?
+is_frozen() { # whether a file is a frozen nvcc, of this folder or another one
     { read -r _ && read -r second; } <"$1" 2>/dev/null && case $second in '# cachebuilder: the frozen nvcc.'*) true ;; *) false ;; esac
 }
 
@@ -53,7 +53,7 @@ find_real_nvcc() { # sets $real
 compile() { # "$@": the request
     find_real_nvcc
     if [ -z "$real" ]; then
-        printf '%s\n' "frozen nvcc: CACHEBUILDER_ON_MISS=$policy wants a real nvcc, found none: set CACHEBUILDER_REAL_NVCC" >&2
+        printf '%s\n' "frozen nvcc: CACHEBUILDER_ON_MISS=$policy wants a real nvcc, found none: name one in CACHEBUILDER_REAL_NVCC" >&2
         exit 1
     fi
     PATH=$given_path
@@ -61,10 +61,10 @@ compile() { # "$@": the request
     exec "$real" "$@"
 }
 
-json() { # sets $quoted: $1 as a JSON string; what is not printable ASCII becomes ?
+json() { # sets $quoted: $1 as a JSON string; a character that is not printable ASCII becomes ?
     rest=$1
     quoted=
-    special='[!] !#-[^-~]' # all but the characters from space to ~ without " and \
+    special='[!] !#-[^-~]' # any character but those from space to ~; also " and \
     while :; do
         # shellcheck disable=SC2254 # a pattern
         case $rest in
@@ -91,13 +91,13 @@ for argument; do
     *.cu) source_file=$argument ;;
     esac
 done
-if [ -z "$source_file" ]; then # no kernel: nothing is missing from the cache
+if [ -z "$source_file" ]; then # not a kernel, so no miss
     [ "$policy" = refuse ] || compile "$@"
     printf '%s\n' "frozen nvcc: wanted --version or a kernel to compile, found: $*" >&2
     exit 1
 fi
 
-# The kernel's name stands where the source takes its address: &sm90_fp8_gemm_1d2d_impl<
+# The source takes the kernel's address, and so has its name: &sm90_fp8_gemm_1d2d_impl<
 kernel=
 if [ -r "$source_file" ]; then
     while IFS= read -r line || [ -n "$line" ]; do
@@ -107,7 +107,7 @@ if [ -r "$source_file" ]; then
             kernel=${kernel%%'_impl<'*}
             break
             ;;
-        *'&'*'<'*) # any other template that is instantiated
+        *'&'*'<'*) # an instantiation of any other template
             [ -n "$kernel" ] || { kernel=${line#*'&'} && kernel=${kernel%%'<'*}; }
             ;;
         *'(&'[A-Za-z_]*')'*)
@@ -126,8 +126,8 @@ if ! (: >>"$log") 2>/dev/null; then
     log=${TMPDIR:-/tmp}/cachebuilder-misses.jsonl
 fi
 
-# A copy of the source: DeepGEMM removes its own, and `cachebuilder misses` reads shapes in it. Made aside and renamed,
-# so that no reader sees half of one; without cp, mkdir, cksum or mv there is none.
+# Keep a copy of the source: DeepGEMM removes its own, and `cachebuilder misses` reads the shape in it. It is written
+# under another name and renamed, so that no reader sees half of it. Without cp, mkdir, cksum or mv there is no copy.
 copy=
 if sum=$(cksum 2>/dev/null <"$source_file") && { [ -d "$log.d" ] || mkdir "$log.d" 2>/dev/null || [ -d "$log.d" ]; }; then
     copy=$log.d/${kernel:-kernel}-${sum%% *}.cu
@@ -136,8 +136,8 @@ if sum=$(cksum 2>/dev/null <"$source_file") && { [ -d "$log.d" ] || mkdir "$log.
     fi
 fi
 
-# One line, one write(2) to a file opened for appending: lines of many writers do not mix. A line is kept under 4096
-# bytes, which every shell's printf buffers whole.
+# One line is one write(2) to a file opened for appending, so the lines of many writers do not mix. It stays under 4096
+# bytes, which every shell's printf writes at once.
 time=$(date +%s 2>/dev/null) || time=
 case $time in
 *[!0-9]* | '') time=null ;;
@@ -152,7 +152,7 @@ command="$0 $*"
 if [ ${#command} -gt 900 ]; then command=$(printf '%.900s...' "$command"); fi
 json "$command"
 (printf '%s\n' "{\"time\": $time, \"pid\": $$, \"kernel\": $json_kernel, \"policy\": $json_policy, \"artifact\": $json_artifact, \"fingerprint\": \"$fingerprint\", \"source\": $json_source, \"command\": $quoted}" >>"$log") 2>/dev/null ||
-    printf '%s\n' "frozen nvcc: cannot write to $log" >&2
+    printf '%s\n' "frozen nvcc: the miss cannot be written to $log" >&2
 
 named=${kernel:-$source_file}
 case $policy in
@@ -166,6 +166,6 @@ refuse) ;;
 esac
 printf '%s\n' \
     "frozen nvcc: $named is not in the restored cache (artifact $artifact), and nothing is compiled here." \
-    "frozen nvcc: the miss is in $log: add its shape to the manifest (cachebuilder misses $log) and build again," \
+    "frozen nvcc: add its shape to the manifest and build again: cachebuilder misses $log shows what to add," \
     "frozen nvcc: or set CACHEBUILDER_ON_MISS=compile, with a real nvcc on PATH or in CACHEBUILDER_REAL_NVCC." >&2
 exit 1

@@ -1,21 +1,22 @@
-"""The frozen nvcc's log, read: which kernels were missed, how often, and what to add to the manifest.
+"""Reads the frozen nvcc's log: which kernels were missed, how often, and what to add to the manifest.
 
-A log comes from where models are served, perhaps by way of others: what it names is taken only in the shapes that the
-frozen nvcc writes.
+A log comes from machines that serve models, perhaps through several hands. Only names and paths in the form that the
+frozen nvcc writes are taken from it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cachebuilder.common.records import Record
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
 from cachebuilder.errors import ArtifactError
 
-#: A line longer than this is none of ours: the frozen nvcc keeps its own under 4 KiB.
+#: The frozen nvcc keeps its lines under 4 KiB; a longer one than this is not its own.
 _MAX_LINE_BYTES = 64 << 10
 #: The largest generated source is a page long.
 _MAX_SOURCE_BYTES = 1 << 20
@@ -23,17 +24,17 @@ _KERNEL = re.compile(r"[A-Za-z0-9_:]{1,200}")
 _ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-@dataclass(frozen=True)
-class Miss:
-    """One kernel that was asked for and not found.
+class Miss(Record):
+    """A kernel that was asked for and not found.
 
     Attributes:
-        kernel: the name of its template, or what the log says.
+        kernel: the name of its template, or the name in the log.
         count: requests in the log.
-        first, last: seconds since 1970, UTC; None where the log has no time.
+        first, last: seconds since 1970, UTC; null where the log has no time.
         artifacts: names of the artifacts that lacked it.
-        source: the text of ``kernel.cu``; None where no copy of it was kept.
-        shape: what the source says; None where that cannot be told.
+        shape: what its source says; null where the source says none.
+        advice: what to add to the manifest.
+        source: the text of ``kernel.cu``; null where no copy of it was kept.
     """
 
     kernel: str
@@ -41,16 +42,30 @@ class Miss:
     first: int | None
     last: int | None
     artifacts: tuple[str, ...]
-    source: str | None
     shape: Shape | None
+    advice: str
+    source: str | None
+
+    def occurrences(self) -> str:
+        """How often and when, as ``2 times, 2026-01-01 10:00:00Z to 2026-01-02 08:30:00Z``."""
+        first, last = _time_text(self.first), _time_text(self.last)
+        times = "1 time" if self.count == 1 else f"{self.count} times"
+        return f"{times}, {first}" if first == last else f"{times}, {first} to {last}"
 
 
-@dataclass(frozen=True)
-class Log:
-    """A whole log: the kernels, most often missed first, and how many lines were none of ours."""
+class Log(Record):
+    """A whole log; the kernel that was missed most often comes first.
 
+    Attributes:
+        unreadable_lines: how many lines the frozen nvcc did not write.
+    """
+
+    unreadable_lines: int
     misses: tuple[Miss, ...]
-    unreadable: int
+
+    def requests(self) -> int:
+        """Requests in all."""
+        return sum(miss.count for miss in self.misses)
 
 
 def read(path: Path) -> Log:
@@ -60,7 +75,7 @@ def read(path: Path) -> Log:
         ArtifactError: it cannot be read.
     """
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-    unreadable = 0
+    unreadable_lines = 0
     try:
         with path.open("rb") as file:
             while data := file.readline(_MAX_LINE_BYTES):
@@ -68,16 +83,16 @@ def read(path: Path) -> Log:
                     continue
                 line = _parse(data)
                 if line is None:
-                    unreadable += 1
+                    unreadable_lines += 1
                     continue
-                source = _source(line.get("source"), path)
-                name = (kernel_template(source) if source else None) or _said(line, "kernel", _KERNEL) or "unknown"
+                source = _read_source(line.get("source"), path)
+                name = (kernel_template(source) if source else None) or _field(line, "kernel", _KERNEL) or "unknown"
                 groups.setdefault((name.removesuffix("_impl"), source), []).append(line)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
     misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
-    return Log(tuple(misses), unreadable)
+    return Log(unreadable_lines=unreadable_lines, misses=tuple(misses))
 
 
 def _parse(data: bytes) -> dict[str, Any] | None:
@@ -88,16 +103,17 @@ def _parse(data: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and "kernel" in line else None
 
 
-def _said(line: dict[str, Any], field: str, form: re.Pattern[str]) -> str | None:
-    """A field of a line, where it has the form of the frozen nvcc's."""
-    value = line.get(field)
+def _field(line: dict[str, Any], name: str, form: re.Pattern[str]) -> str | None:
+    """A field of a line, where it has the form that the frozen nvcc writes."""
+    value = line.get(name)
     return value if isinstance(value, str) and form.fullmatch(value) else None
 
 
-def _source(name: object, log: Path) -> str | None:
-    """The kept copy of a source: where the log says, else in the log's own folder, if both were moved.
+def _read_source(name: object, log: Path) -> str | None:
+    """The kept copy of a source: at the path in the log, else in the log's own folder, if both were moved.
 
-    Only a ``.cu`` in a folder named ``….d``, and no link: no line makes this read another file into a manifest.
+    The copy must be a ``.cu`` file in a folder named ``….d`` and no link, so that no line of a log can bring another
+    file into a manifest.
     """
     if not isinstance(name, str) or "\0" in name or not Path(name).parent.name.endswith(".d"):
         return None
@@ -114,28 +130,39 @@ def _source(name: object, log: Path) -> str | None:
 
 def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
     times = [line["time"] for line in lines if type(line.get("time")) is int]
+    shape = read_shape(source) if source else None
     return Miss(
         kernel=name,
         count=len(lines),
         first=min(times, default=None),
         last=max(times, default=None),
-        artifacts=tuple(sorted({said for line in lines if (said := _said(line, "artifact", _ARTIFACT))})),
+        artifacts=tuple(sorted({artifact for line in lines if (artifact := _field(line, "artifact", _ARTIFACT))})),
+        shape=shape,
+        advice=advice(shape),
         source=source,
-        shape=read_shape(source) if source else None,
     )
+
+
+def _time_text(seconds: int | None) -> str:
+    if seconds is None:
+        return "at an unknown time"
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, OSError, ValueError):
+        return f"at {seconds} s"
 
 
 def advice(shape: Shape | None) -> str:
     """What to add to the manifest for a missed kernel; a ``?`` stands for what its source does not say."""
     if shape is None:
         return (
-            "its source does not tell a shape: see with cachebuilder verify which call of your manifest needs it; "
-            "if none does, an op is missing from it"
+            "its source names no shape: cachebuilder verify shows which call of your manifest needs it; if none does, "
+            "the manifest lacks an op"
         )
     if shape.op is None:
         return (
-            f"its op cannot be told from its source ({shape.gemm_type}): build the kernel itself, with --add-to, or "
-            "look for the op in cachebuilder's list of entry points"
+            f"its source names no op ({shape.gemm_type}): build the kernel itself, with --add-to, or look for the op "
+            "in cachebuilder's list of entry points"
         )
     fields: dict[str, object] = {"op": shape.op}
     if shape.experts is not None:

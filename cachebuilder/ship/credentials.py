@@ -1,7 +1,7 @@
-"""A registry's credentials, out of docker's config: as ``docker login`` or a Kubernetes secret leaves them.
+"""A registry's credentials, from docker's config as ``docker login`` or a Kubernetes secret writes it.
 
 Format: https://docs.docker.com/reference/cli/docker/login/ and https://github.com/docker/docker-credential-helpers.
-Nothing of them is ever part of a message.
+No message holds any part of them.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 from cachebuilder.errors import TransferError
 
-#: docker.io's entry is under its first address (docker/cli, config/configfile).
+#: The name of docker.io's entry (docker/cli, config/configfile).
 _DOCKER_HUB = "https://index.docker.io/v1/"
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _HELPER_SECONDS = 60
 _MAX_CONFIG_BYTES = 4 << 20
+_LOGIN = "run docker login HOST to write them again"
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """A user and a secret; with no user, the secret is an identity token, to be changed for an access token."""
+    """A user and a secret. Without a user, the secret is an identity token, to be exchanged for an access token."""
 
     user: str
     secret: str = field(repr=False)
@@ -43,10 +44,10 @@ def config_path(environment: Mapping[str, str]) -> Path:
 
 
 def find(host: str, environment: Mapping[str, str] = os.environ) -> Credentials | None:
-    """The credentials for a registry's host; None where there are none.
+    """The credentials for a registry's host; None if docker's config has none.
 
     Raises:
-        TransferError: the config cannot be read, or its helper fails.
+        TransferError: the config cannot be read, or its credential helper fails.
     """
     path = config_path(environment)
     config = _read(path)
@@ -75,7 +76,9 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise TransferError(f"{path}: wanted docker's config, found no JSON object", hint="docker login HOST writes it")
+        raise TransferError(
+            f"{path}: wanted docker's config, found no JSON object", hint="run docker login HOST to write it"
+        )
     return config
 
 
@@ -95,24 +98,21 @@ def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
 
 def _ask(helper: str, name: str, path: Path) -> Credentials | None:
     if not _HELPER.fullmatch(helper):
-        raise TransferError(f"{path}: wanted a credential helper's name, found something else")
+        raise TransferError(f"{path}: wanted the name of a credential helper, found another text")
     command = f"docker-credential-{helper}"
     try:
-        done = subprocess.run([command, "get"], input=name.encode(), capture_output=True, timeout=_HELPER_SECONDS)
+        process = subprocess.run([command, "get"], input=name.encode(), capture_output=True, timeout=_HELPER_SECONDS)
     except FileNotFoundError:
         raise TransferError(f"{path}: wanted {command} on PATH, found none") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise TransferError(f"{command}: cannot be run, or does not answer: {type(error).__name__}") from None
-    if b"credentials not found" in done.stdout:  # docker-credential-helpers, credentials/error.go
+        raise TransferError(f"{command}: it cannot be run, or does not answer: {type(error).__name__}") from None
+    if b"credentials not found" in process.stdout:  # docker-credential-helpers, credentials/error.go
         return None
     try:
-        found = json.loads(done.stdout if done.returncode == 0 else b"{}")
-        user, secret = found["Username"], found["Secret"]
+        answer = json.loads(process.stdout if process.returncode == 0 else b"{}")
+        user, secret = answer["Username"], answer["Secret"]
     except (ValueError, TypeError, KeyError):
         raise TransferError(
-            f"{command}: wanted the credentials for {name}, it failed (exit code {done.returncode})", hint=_LOGIN
+            f"{command}: wanted the credentials for {name}, found none (exit code {process.returncode})", hint=_LOGIN
         ) from None
     return Credentials("" if user == "<token>" else str(user), str(secret))
-
-
-_LOGIN = "docker login HOST writes them anew"

@@ -1,4 +1,4 @@
-"""What the annotations of an image say of the artifact in it: enough to choose by, and believed no further."""
+"""What the annotations of an image say of the artifact in it. They only help to choose: the artifact is checked."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cachebuilder.common.records import RecordError
 from cachebuilder.errors import TransferError
 from cachebuilder.ship.locations import printable
 
-#: A file's name: where the OCI tools put it when they pull.
+#: The annotation with a file's name, which OCI tools use when they pull the file.
 TITLE = "org.opencontainers.image.title"
-#: The type of what is attached to an image: the signature of the artifact in it, and what else is signed.
+#: The type of an attachment to an image: the signature of the artifact in it, with the other files in `BESIDE`.
 SIGNATURE = "application/vnd.cachebuilder.signature.v1"
-#: What lies beside an artifact under its name and a suffix: the media type it travels as, and how large it may be.
-#: The signature is first.
+#: The files beside an artifact, by suffix: each one's media type in a registry and its most bytes. The signature is
+#: first.
 BESIDE = {
     SIGNATURE_SUFFIX: ("application/vnd.cachebuilder.signature.v1+base64", 16 << 10),
     PROVENANCE_SUFFIX: ("application/vnd.dsse.envelope.v1+json", 1 << 20),
@@ -30,7 +30,7 @@ _NAME, _ARTIFACT, _FINGERPRINT, _DIGEST, _MANIFEST, _KERNELS, _GPU = (
 
 
 def describe(index: Index, digest: str) -> dict[str, str]:
-    """The annotations of an artifact: enough to tell whether it fits a machine, before it is fetched."""
+    """The annotations of an artifact, from which a machine sees whether it fits before it is fetched."""
     return {
         _NAME: index.name,
         _ARTIFACT: digest,
@@ -38,28 +38,30 @@ def describe(index: Index, digest: str) -> dict[str, str]:
         _DIGEST: index.fingerprint_digest,
         _MANIFEST: index.manifest,
         _KERNELS: str(len(index.entries)),
-        _GPU: index.recorded.get("gpu", ""),
+        _GPU: index.gpu,
     }
 
 
 @dataclass(frozen=True)
 class Described:
-    """What annotations say of an artifact; of use to choose, and believed no further.
+    """What annotations say of an artifact. All of it may be shown on a terminal.
 
     Attributes:
-        digest: the artifact's, which is the first layer's.
-        index: the artifact's as far as they tell: without ops and entries. All of it may be shown on a terminal.
+        digest: the artifact's, which is that of the image's first layer.
+        gpu: the name of the GPU that was planned for; empty where they do not say.
     """
 
     digest: str
-    index: Index
+    name: str
+    gpu: str
+    fingerprint: Fingerprint
 
 
 def read_description(annotations: Mapping[str, str], what: str) -> Described | None:
-    """The description in annotations; None where there is none of ours.
+    """The description in annotations; None where they are not cachebuilder's.
 
     Raises:
-        TransferError: it is of ours, and cannot be.
+        TransferError: they are cachebuilder's, and the fingerprint in them is wrong.
     """
     if _FINGERPRINT not in annotations:
         return None
@@ -69,21 +71,12 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: {error}") from None
     if not _is_text(fingerprint.model_dump()):
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: wanted text, found control characters")
-    index = Index.model_construct(  # the manifest's digest may be missing in an annotation
-        schema_version=1,
-        name=printable(annotations.get(_NAME, "")),
-        fingerprint=fingerprint,
-        fingerprint_digest=fingerprint.digest(),
-        manifest=annotations.get(_MANIFEST, ""),
-        ops=(),
-        entries=(),
-        recorded={"gpu": printable(annotations.get(_GPU, ""))},
-    )
-    return Described(annotations.get(_ARTIFACT, ""), index)
+    name, gpu = (printable(annotations.get(key, "")) for key in (_NAME, _GPU))
+    return Described(annotations.get(_ARTIFACT, ""), name, gpu, fingerprint)
 
 
 def _is_text(value: object) -> bool:
-    """Whether all strings in it leave a terminal alone."""
+    """Whether no string in it has control characters, which a terminal would obey."""
     if isinstance(value, dict):
         return all(map(_is_text, value.keys())) and all(map(_is_text, value.values()))
     if isinstance(value, (list, tuple)):

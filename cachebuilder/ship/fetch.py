@@ -1,4 +1,4 @@
-"""Any location as a file here: fetched into the user's cache folder, with what is signed beside it."""
+"""Any location as a file here: fetched into the user's cache folder, with its signature beside it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachebuilder.artifact.trust import Trust
+from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.common.cache import cache_folder
+from cachebuilder.restoring.machine import Compared, Machine, choose
 from cachebuilder.ship import locations
 from cachebuilder.ship.download import sha256_of
-from cachebuilder.ship.pull import Candidate, Check, Compare, Listing, Puller, choose, explain
+from cachebuilder.ship.pull import Candidate, Check, Puller
 from cachebuilder.ship.retry import Retries
 
 #: How many fetched artifacts are kept, so that the next verb on the same one need not fetch it.
@@ -21,89 +24,96 @@ _KEPT = 8
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Which of several artifacts under one reference is wanted.
-
-    Attributes:
-        compare: how each differs from this machine.
-        alone: an artifact that is the only one is taken without comparing it.
-        force: the first one, where none fits.
-    """
-
-    compare: Compare
-    alone: bool = True
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a location stands for now, not fetched yet.
+class Located:
+    """The artifact that a location stands for now, not fetched yet.
 
     Attributes:
         version: changes when the artifact does.
-        name: the artifact as a person names it.
+        name: the artifact's name for a person.
+        get: fetches the artifact. Given its file name, the first argument says where to write it; with the second, one
+            of its keys must have signed the artifact.
     """
 
     version: str
     name: str
-    get: Callable[[Callable[[str], Path], Check | None], Path]
+    get: Callable[[Callable[[str], Path], Trust | None], Path]
 
 
-def look_up(location: str, wish: Wish, retries: Retries) -> Found:
-    """What ``location`` stands for now, the one of several that ``wish`` takes.
+def look_up(location: str, machine: Machine, retries: Retries, *, force: bool = False) -> Located:
+    """The artifact that ``location`` stands for now; of several, the one that fits ``machine``.
+
+    An artifact that is the only one is taken without comparing it: a restore compares it.
+
+    Args:
+        force: of several, take the first one where none fits.
 
     Raises:
-        TransferError: it cannot be had.
+        TransferError: it cannot be reached.
         CompatibilityError: there are several, and none fits.
     """
     if locations.is_oci(location):
         reference = locations.parse(location)
         puller = Puller(reference, retries)
-        candidate = _chosen(puller.look_up(), wish, retries)
-        return Found(candidate.described.digest, str(candidate), lambda to, check: puller.fetch(candidate, to, check))
+        candidate = _chosen(puller.look_up(), machine, force, retries)
+        return Located(
+            candidate.described.digest,
+            str(candidate),
+            lambda to, trust: puller.fetch(candidate, to, checker(trust, location)),
+        )
     if "://" not in location:
-        return _local(Path(location))
-    from cachebuilder.ship.stores import Store  # imports fsspec, which a registry has no use for
+        path = Path(location)  # a file here: nothing to fetch, and a restore checks the signature beside it
+        return Located(f"sha256:{sha256_of(path)}", location, lambda to, trust: path)
+    from cachebuilder.ship.stores import Store  # imports fsspec, which a registry does not need
 
     store = Store(location, retries)
     stored = store.describe()
     version = f"sha256:{store.sha256}" if store.sha256 else stored.version
-    return Found(version, store.location, lambda to, check: store.fetch(stored, to, check))
+    return Located(version, store.location, lambda to, trust: store.fetch(stored, to, checker(trust, location)))
 
 
-def _local(path: Path) -> Found:
-    """A file here: for whom an artifact has to come from somewhere."""
-    version = f"sha256:{sha256_of(path)}"
-    return Found(version, str(path), lambda to, check: path)
-
-
-def fetch(location: str, wish: Wish, retries: Retries, check: Check | None = None) -> Path:
+def fetch(
+    location: str, machine: Machine, retries: Retries, *, force: bool = False, trust: Trust | None = None
+) -> Path:
     """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
-    found = look_up(location, wish, retries)
-    folder = fetched_folder() / hashlib.sha256(f"{found.name} {found.version}".encode()).hexdigest()[:32]
-    path = found.get(lambda name: folder / name, check)
+    located = look_up(location, machine, retries, force=force)
+    folder = fetched_folder() / hashlib.sha256(f"{located.name} {located.version}".encode()).hexdigest()[:32]
+    path = located.get(lambda name: folder / name, trust)
     _keep_newest(folder)
     return path
 
 
-def _keep_newest(used: Path) -> None:
-    """Remove what was fetched longest ago."""
-    with contextlib.suppress(OSError):
-        os.utime(used)
-        there = sorted(used.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for folder in there[:-_KEPT]:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def fetched_folder() -> Path:
-    """Where the last `_KEPT` fetched artifacts lie, each in a folder of its own; who wants the room may empty it."""
+    """The folder of the last `_KEPT` fetched artifacts, each in a folder of its own. It may be emptied at any time."""
     return cache_folder() / "fetched"
 
 
-def _chosen(listing: Listing, wish: Wish, retries: Retries) -> Candidate:
-    if wish.alone and len(listing.candidates) == 1:
-        return listing.candidates[0]
-    choice = choose(listing, wish.compare, wish.force)
-    for candidate, differences in choice.refused:
-        retries.watcher.notice(f"refused   {explain(candidate, differences)}")
-    return choice.candidate
+def checker(trust: Trust | None, location: str) -> Check | None:
+    """Checks a fetched artifact with the files beside it; errors call the artifact ``location``."""
+    if trust is None:
+        return None
+
+    def check(path: Path, files: dict[str, bytes]) -> None:
+        trust.check(read_bytes(path), files, location)
+
+    return check
+
+
+def _chosen(candidates: Sequence[Candidate], machine: Machine, force: bool, retries: Retries) -> Candidate:
+    if len(candidates) == 1:
+        return candidates[0]
+    compared = [
+        Compared(candidate, tuple(machine.differences(candidate.described, relocates=True))) for candidate in candidates
+    ]
+    choice = choose(compared, force=force, hint=f"name one by its digest: {candidates[0].reference}")
+    for refused in compared[: compared.index(choice)]:
+        retries.watcher.notice(f"refused   {refused}")
+    return choice.artifact
+
+
+def _keep_newest(used: Path) -> None:
+    """Remove the artifacts that were fetched longest ago."""
+    with contextlib.suppress(OSError):
+        os.utime(used)
+        folders = sorted(used.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for folder in folders[:-_KEPT]:
+            shutil.rmtree(folder, ignore_errors=True)

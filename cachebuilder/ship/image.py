@@ -1,22 +1,21 @@
 """An artifact as an OCI image: its manifest, its config, its second layer.
 
-The artifact itself is the first layer, to the byte: it is a tar in one zstd frame, which is what ``tar+zstd`` means
+The first layer is the artifact itself, byte for byte: it is a tar in one zstd frame, which is what ``tar+zstd`` means
 (image-spec 1.1, layer.md). The second layer holds what a restore puts beside ``cache/``: the frozen nvcc and the index.
-So a mounted image, or a ``COPY --from=`` of all of it, is a folder like one that was restored into. Of equal artifacts
-the images are equal: no time and nothing of the machine is in them.
+So a mounted image, or a ``COPY --from=`` of all of it, is the same folder as a restore makes. Equal artifacts make
+equal images, since an image holds no time and nothing of the machine that made it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cachebuilder.artifact.archive import add, compress
+from cachebuilder.artifact.archive import Tar, compress
+from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.restoring.folder import own_files
@@ -25,75 +24,79 @@ from cachebuilder.ship.documents import MANIFEST, Descriptor, digest_of, json_by
 
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+zstd"
-#: An artifact manifest's config says nothing (image-spec 1.1, manifest.md, "Guidance for an Empty Descriptor").
-_EMPTY, NOTHING = "application/vnd.oci.empty.v1+json", b"{}"
+#: The config of a manifest that is no image (image-spec 1.1, manifest.md, "Guidance for an Empty Descriptor").
+EMPTY_DATA = b"{}"
+EMPTY = Descriptor.of("application/vnd.oci.empty.v1+json", EMPTY_DATA)
 
-#: Cubins run on the GPU: the host's architecture is what a container runtime compares, and nothing else.
+#: Cubins run on the GPU, so only container runtimes care about the host's architecture.
 PLATFORMS = ("linux/amd64", "linux/arm64")
 
 
 @dataclass(frozen=True)
 class Image:
-    """The blobs of an image beside the artifact, and its manifest for each platform: they differ in the config only."""
+    """An image's blobs without the artifact, and its manifest for each platform; only the configs differ."""
 
     blobs: tuple[tuple[Descriptor, bytes], ...]
     manifests: tuple[tuple[Descriptor, bytes], ...]
 
 
 def artifact_layer(name: str, digest: str, size: int) -> Descriptor:
-    """The first layer: the artifact itself, which tools that pull files put under this name."""
+    """The first layer, the artifact itself. Tools that pull files store it as ``name``."""
     return Descriptor(LAYER, digest, size, {TITLE: name})
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in an artifact, as far as its image needs it: the index, the tar's digest, and the second layer's tar."""
+    """What an image needs of an artifact.
+
+    Attributes:
+        diff_id: digest of the artifact's tar.
+        second_tar: the tar of the second layer.
+    """
 
     index: Index
     diff_id: str
-    beside: bytes
+    second_tar: bytes
 
 
 def read(path: Path, file: BinaryIO) -> Contents:
-    """The contents of an artifact, whose index and checksum are checked; a restore checks every file.
+    """Read an artifact. Its index and its checksum are checked here, every single file at a restore.
 
     Args:
-        path: what ``file`` is called in errors.
+        path: what errors call ``file``.
 
     Raises:
-        ArtifactError: it is damaged.
+        ArtifactError: the artifact is damaged.
     """
-    inside = hashlib.sha256()
-    archive = Archive(file, path, inside.update)
-    next(archive.files(), None)  # the index's own check, and the manifest
-    archive.drain()  # the frame's checksum
+    archive = Archive(file, path)
+    next(archive.files(), None)  # reads the manifest, and checks the index
+    tar_digest = hashlib.sha256()
+    for part in unpacked(file, path):  # checks the frame's checksum
+        tar_digest.update(part)
     index = archive.index
-    beside = io.BytesIO()
-    with tarfile.open(fileobj=beside, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
-            add(tar, name, content, mode)
-        if index.fingerprint.generation == "legacy":
-            # Legacy DeepGEMM makes this folder at its first call, and dies where it cannot (sgl-deep-gemm 0.1.7,
-            # csrc/utils/system.hpp); where it is there, a root that is only read will do.
-            folder = tarfile.TarInfo("tmp")
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-    return Contents(index, f"sha256:{inside.hexdigest()}", beside.getvalue())
+    second = Tar()
+    for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
+        second.add(name, content, mode)
+    if index.fingerprint.generation == "legacy":
+        # Legacy DeepGEMM makes this folder at its first call, and dies if it cannot (sgl-deep-gemm 0.1.7,
+        # csrc/utils/system.hpp). With the folder in the image, the root may be read-only.
+        second.add_folder("tmp")
+    return Contents(index, f"sha256:{tar_digest.hexdigest()}", second.bytes())
 
 
 def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> Image:
-    """The image of an artifact.
+    """Make the image of an artifact.
 
     Args:
         artifact: the first layer, from `artifact_layer`.
-        platforms: ``os/architecture``, as in `PLATFORMS`.
+        platforms: each ``os/architecture``, as in `PLATFORMS`.
     """
-    index = contents.index
-    small = compress(contents.beside)
-    layers = artifact, Descriptor.of(LAYER, small)
-    diff_ids = [contents.diff_id, digest_of(contents.beside)]
-    annotations = describe(index, artifact.digest)
-    configs, manifests = [], []
+    second_layer = compress(contents.second_tar)
+    layers = artifact, Descriptor.of(LAYER, second_layer)
+    diff_ids = [contents.diff_id, digest_of(contents.second_tar)]
+    annotations = describe(contents.index, artifact.digest)
+    blobs = [(layers[1], second_layer)]
+    manifests = []
     for platform in platforms:
         config = json_bytes(
             dict(zip(("os", "architecture"), platform.split("/"), strict=True))
@@ -103,34 +106,33 @@ def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> 
                 "history": [{"created_by": "cachebuilder build"}, {"created_by": "cachebuilder push"}],
             }
         )
-        configs.append((Descriptor.of(CONFIG, config), config))
+        blobs.append((Descriptor.of(CONFIG, config), config))
         manifest = json_bytes(
             {
                 "schemaVersion": 2,
                 "mediaType": MANIFEST,
-                "config": configs[-1][0].document(),
+                "config": blobs[-1][0].document(),
                 "layers": [layer.document() for layer in layers],
                 "annotations": annotations,
             }
         )
         manifests.append((Descriptor.of(MANIFEST, manifest, annotations=annotations, platform=platform), manifest))
-    return Image(((layers[1], small), *configs), tuple(manifests))
+    return Image(tuple(blobs), tuple(manifests))
 
 
-def nothing() -> Descriptor:
-    """The descriptor of `NOTHING`."""
-    return Descriptor.of(_EMPTY, NOTHING)
+def attachment(kind: str, subject: Descriptor, layers: Sequence[Descriptor]) -> tuple[Descriptor, bytes]:
+    """A manifest of ``layers`` that refers to another manifest (image-spec 1.1, manifest.md, ``subject``).
 
-
-def attachment(kind: str, subject: Descriptor, blobs: Sequence[tuple[Descriptor, bytes]]) -> tuple[Descriptor, bytes]:
-    """A manifest that refers to another (image-spec 1.1, manifest.md: ``artifactType``, ``subject``)."""
+    Args:
+        kind: its ``artifactType``.
+    """
     data = json_bytes(
         {
             "schemaVersion": 2,
             "mediaType": MANIFEST,
             "artifactType": kind,
-            "config": nothing().document(),
-            "layers": [blob.document() for blob, _ in blobs],
+            "config": EMPTY.document(),
+            "layers": [layer.document() for layer in layers],
             "subject": subject.document(),
         }
     )

@@ -1,4 +1,4 @@
-"""What names an artifact: a path, an object in a store (``s3://…``), or a reference in a registry (``oci://…``)."""
+"""Locations of artifacts: a path, an object in a store (``s3://…``), or a reference in a registry (``oci://…``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_NAME = 255
 
-#: ``oci+http`` is a registry without TLS; on loopback addresses ``oci`` is that, too.
+#: ``oci+http`` is a registry without TLS. On loopback addresses, ``oci`` means the same.
 _OCI = ("oci", "oci+http")
 
 
@@ -25,10 +25,10 @@ class Reference:
     """An image in a registry.
 
     Attributes:
-        host: with the port where one is given.
-        plain: without TLS.
-        tag: None where only a digest is given.
-        digest: ``sha256:…`` of the manifest or index; None where only a tag is given.
+        host: with the port, if the reference has one.
+        tag: None if the reference has only a digest.
+        digest: ``sha256:…`` of the manifest or index; None if the reference has only a tag.
+        plain: whether the registry is spoken to without TLS.
     """
 
     host: str
@@ -44,8 +44,8 @@ class Reference:
         return f"{scheme}://{self.host}/{self.name}{tag}{digest}"
 
     @property
-    def wanted(self) -> str:
-        """What is asked of the registry: the digest where there is one."""
+    def tag_or_digest(self) -> str:
+        """What a request to the registry names: the digest if there is one, else the tag."""
         return self.digest or str(self.tag)
 
     def at(self, digest: str) -> Reference:
@@ -54,9 +54,9 @@ class Reference:
 
 
 def scheme(text: str) -> str | None:
-    """The scheme of a location; None of a path."""
-    found = _SCHEME.match(text)
-    return found[1] if found else None
+    """The scheme of a location; None for a path."""
+    match = _SCHEME.match(text)
+    return match[1] if match else None
 
 
 def is_oci(text: str) -> bool:
@@ -65,7 +65,7 @@ def is_oci(text: str) -> bool:
 
 
 def is_digest(text: object) -> bool:
-    """Whether this is a digest as we take it: sha256, 64 lower-case digits."""
+    """Whether this is ``sha256:`` and 64 hexadecimal digits in lower case."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
@@ -73,12 +73,12 @@ def parse(text: str) -> Reference:
     """The reference in ``oci://HOST/NAME:TAG``, ``oci://HOST/NAME@sha256:…``, or both.
 
     Raises:
-        TransferError: it is no such thing.
+        TransferError: ``text`` is no such reference.
     """
     if "@" in (authority := text.partition("://")[2].partition("/")[0]):
         raise TransferError(
             f"wanted a registry's host, found {authority.rpartition('@')[2]} with a user in front",
-            hint="docker login HOST, or a credential helper: credentials are taken from docker's config",
+            hint="remove the user; credentials come from docker's config, which docker login HOST writes",
         )
     kind, rest = scheme(text), text.partition("://")[2]
     rest, _, digest = rest.partition("@")
@@ -99,12 +99,12 @@ def parse(text: str) -> Reference:
 
 
 def printable(text: str) -> str:
-    """Somebody else's words, one short line of them that leaves the terminal alone."""
+    """Text of a foreign source, as one short line without control characters."""
     return "".join(c if c.isprintable() else "?" for c in text[:200])
 
 
 def _is_loopback(host: str) -> bool:
-    """As docker takes it: a registry on this machine has no certificate."""
+    """Whether the host is this machine, whose registry docker, like us, speaks to without TLS."""
     bare = host[1 : host.index("]")] if host.startswith("[") else host.partition(":")[0]
     try:
         return ipaddress.ip_address(bare).is_loopback

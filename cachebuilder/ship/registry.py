@@ -1,4 +1,4 @@
-"""A repository in an OCI registry: the calls of distribution-spec 1.1 that pushing and pulling need.
+"""A repository in an OCI registry: the requests of distribution-spec 1.1 that push and pull need.
 
 https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md
 """
@@ -25,25 +25,23 @@ from cachebuilder.ship.documents import (
 )
 from cachebuilder.ship.locations import Reference, is_digest
 from cachebuilder.ship.retry import Retries
-from cachebuilder.ship.session import Session, parts, read
+from cachebuilder.ship.session import Request, Session, parts, read
 from cachebuilder.ship.upload import Blob, Upload
 
-#: Other tools' names for the same two, taken where a registry has changed ours.
+#: Docker's names for the two, accepted because some registries convert ours.
 _DOCKER = (
     "application/vnd.docker.distribution.manifest.v2+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
-
-
-#: What registries answer that do not know the path, or do not want to.
+#: The answers of registries that do not know the path of referrers, or do not allow it.
 _NO_REFERRERS = (400, 403, 404, 405, 406, 501)
 
 
 class Repository:
-    """One repository. Every call is tried again where that may help.
+    """One repository. Every call but `blob` is tried again where that may help.
 
     Raises:
-        TransferError: from every call: the registry cannot be reached, refuses, or gives something else than asked for.
+        TransferError: from every call: the registry cannot be reached, refuses, or sends something else than requested.
     """
 
     def __init__(self, reference: Reference, retries: Retries) -> None:
@@ -56,85 +54,76 @@ class Repository:
 
     # Reading
 
-    def manifest(self, wanted: str, what: str | None = None) -> Manifest:
-        """A manifest or an index by tag or digest; one that is asked for by its digest has that digest."""
-        found = self._manifest(wanted, what or str(self.reference))
-        if found is None:
+    def manifest(self, tag_or_digest: str, what: str | None = None) -> Manifest:
+        """A manifest or an index. One that is requested by digest has that digest."""
+        manifest = self._manifest(tag_or_digest, what or str(self.reference))
+        if manifest is None:
             raise TransferError(f"{self.reference}: not found", hint="check the repository and the tag or digest")
-        return found
+        return manifest
 
-    def _manifest(self, wanted: str, what: str) -> Manifest | None:
+    def _manifest(self, tag_or_digest: str, what: str) -> Manifest | None:
+        """As `manifest`; None if the repository does not have it."""
+        headers = {"Accept": ", ".join((INDEX, MANIFEST, *_DOCKER))}
+        request = Request("GET", f"{self._path}/manifests/{tag_or_digest}", what, accept=(200, 404), headers=headers)
+
         def get() -> Manifest | None:
-            response = self._session.send(
-                "GET",
-                f"{self._path}/manifests/{wanted}",
-                accept=(200, 404),
-                what=what,
-                headers={"Accept": ", ".join((INDEX, MANIFEST, *_DOCKER))},
-            )
+            response = self._session.send(request)
             if response.status_code == 404:
                 response.close()
                 return None
-            data = read(response, MAX_MANIFEST_BYTES, what)
-            digest = digest_of(data)
-            if is_digest(wanted) and digest != wanted:
-                raise wrong_digest(what, wanted, digest)
-            named = response.headers.get("Docker-Content-Digest")
-            if is_digest(named) and digest != named:
-                raise wrong_digest(f"{what}, which the registry says is {named}", str(named), digest)
-            return read_manifest(data, response.headers.get("Content-Type", ""), what)
+            manifest = _read_manifest(response, what)
+            if is_digest(tag_or_digest) and manifest.digest != tag_or_digest:
+                raise wrong_digest(what, tag_or_digest, manifest.digest)
+            stated = response.headers.get("Docker-Content-Digest")
+            if is_digest(stated) and manifest.digest != stated:
+                raise wrong_digest(
+                    f"{what}, whose digest the registry states as {stated}", str(stated), manifest.digest
+                )
+            return manifest
 
         return self._retries.run(get)
 
     def blob(self, blob: Descriptor, offset: int, what: str) -> tuple[int, Iterator[bytes]]:
-        """A blob's bytes from ``offset`` on, or from 0 on where the registry does not take offsets; and from which.
+        """A blob's bytes from ``offset`` on, in one try; their digest is not checked.
 
-        One try; its digest is not checked.
+        Returns:
+            The offset at which the bytes begin, and the bytes. The offset is 0 if the registry takes no offsets.
 
         Raises:
-            Again: from here or from the bytes: it broke off.
+            Again: from the call or from reading the bytes: the connection broke.
         """
         url = f"{self._path}/blobs/{blob.digest}"
         headers = {"Range": f"bytes={offset}-"} if offset else None
-        response = self._session.send("GET", url, accept=(200, 206, 416), what=what, headers=headers)
+        response = self._session.send(Request("GET", url, what, accept=(200, 206, 416), headers=headers))
         if response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             return offset, parts(response, what)
         if response.status_code != 200:
             response.close()
-            response = self._session.send("GET", url, accept=(200,), what=what)
+            response = self._session.send(Request("GET", url, what))
         return 0, parts(response, what)
 
     def small_blob(self, blob: Descriptor, most: int, what: str) -> bytes:
-        """A blob whole, in memory; checked."""
+        """The bytes of a blob of at most ``most`` bytes; their digest is checked."""
         if blob.size > most:
             raise TransferError(f"{what}: wanted at most {most} bytes, found {blob.size}")
-
-        def get() -> bytes:
-            response = self._session.send("GET", f"{self._path}/blobs/{blob.digest}", accept=(200,), what=what)
-            return read(response, most, what)
-
-        data = self._retries.run(get)
-        if (found := digest_of(data)) != blob.digest:
-            raise wrong_digest(what, blob.digest, found)
+        request = Request("GET", f"{self._path}/blobs/{blob.digest}", what)
+        data = self._retries.run(lambda: read(self._session.send(request), most, what))
+        if (digest := digest_of(data)) != blob.digest:
+            raise wrong_digest(what, blob.digest, digest)
         return data
 
     def referrers(self, digest: str) -> list[Descriptor]:
-        """What refers to a manifest; by the tag of the referrers schema where the registry has no API for it."""
+        """The manifests that refer to a manifest, by the registry's API or, without one, by the tag in its place."""
         what = f"what is attached to {self.reference.at(digest)}"
+        url, accept = f"{self._path}/referrers/{digest}", (200, *_NO_REFERRERS)
+        request = Request("GET", url, what, accept, headers={"Accept": INDEX})
 
         def get() -> Manifest | None:
-            response = self._session.send(
-                "GET",
-                f"{self._path}/referrers/{digest}",
-                accept=(200, *_NO_REFERRERS),
-                what=what,
-                headers={"Accept": INDEX},
-            )
+            response = self._session.send(request)
             if response.status_code != 200:
                 response.close()
                 return None
-            data = read(response, MAX_MANIFEST_BYTES, what)
-            return read_manifest(data, response.headers.get("Content-Type", ""), what)
+            return _read_manifest(response, what)
 
         index = self._retries.run(get) or self._manifest(_referrers_tag(digest), what)
         return entries(index, what) if index else []
@@ -142,57 +131,57 @@ class Repository:
     # Writing
 
     def has_blob(self, digest: str) -> bool:
-        """Whether the repository has it."""
-        response = self._retries.run(
-            lambda: self._session.send(
-                "HEAD", f"{self._path}/blobs/{digest}", accept=(200, 404), what=str(self.reference)
-            )
-        )
-        response.close()
-        return response.status_code == 200
+        """Whether the repository has this blob."""
+        request = Request("HEAD", f"{self._path}/blobs/{digest}", str(self.reference), accept=(200, 404))
+        return self._retries.run(lambda: self._session.send_unread(request)).status_code == 200
 
     def push_blob(self, blob: Blob, step: str) -> None:
-        """Send a blob that is not there yet; what broke off goes on where the registry says, or starts again."""
-        watcher = self._retries.watcher
+        """Send a blob that the repository lacks.
+
+        Args:
+            step: the name under which the progress of the upload is reported.
+        """
+        progress = self._retries.watcher.progress
         if not self.has_blob(blob.digest):
             upload = Upload(self._session, f"{self._path}/blobs/uploads/", blob, f"push to {self.reference}")
-            self._retries.run(lambda: upload.send(lambda done: watcher.progress(step, done, blob.size)))
-        watcher.progress(step, blob.size, blob.size)
+            self._retries.run(lambda: upload.send(step, progress))
+        progress(step, blob.size, blob.size)
 
-    def push_manifest(self, data: bytes, media_type: str, wanted: str) -> requests.Response:
-        """Put a manifest or an index under a tag or under its digest."""
+    def push_manifest(self, data: bytes, media_type: str, tag_or_digest: str) -> requests.Response:
+        """Put a manifest or an index under a tag or under its digest; returns the registry's answer."""
         what = f"push to {self.reference}"
-        response = self._retries.run(
-            lambda: self._session.send(
-                "PUT",
-                f"{self._path}/manifests/{wanted}",
-                accept=(201, 202),
-                what=what,
-                headers={"Content-Type": media_type},
-                body=lambda: data,
-            )
-        )
-        response.close()
-        named = response.headers.get("Docker-Content-Digest")
-        if is_digest(named) and named != digest_of(data):
-            raise wrong_digest(what, digest_of(data), str(named))
+        url, headers = f"{self._path}/manifests/{tag_or_digest}", {"Content-Type": media_type}
+        request = Request("PUT", url, what, accept=(201, 202), headers=headers, body=lambda: data)
+        response = self._retries.run(lambda: self._session.send_unread(request))
+        stored_digest = response.headers.get("Docker-Content-Digest")
+        if is_digest(stored_digest) and stored_digest != digest_of(data):
+            raise wrong_digest(what, digest_of(data), str(stored_digest))
         return response
 
     def push_referrer(self, data: bytes, subject: Descriptor, entry: Descriptor) -> None:
-        """Put a manifest that refers to ``subject``, so that `referrers` finds it."""
+        """Put a manifest that refers to ``subject``, so that `referrers` finds it.
+
+        Args:
+            entry: the manifest's own descriptor, as `referrers` returns it.
+        """
         response = self.push_manifest(data, MANIFEST, entry.digest)
         if "OCI-Subject" in response.headers:
             return
-        # No API: the client keeps the list (distribution-spec, "Referrers Tag Schema"). Two clients at once may undo
-        # each other's entry, so it is looked at again.
+        # The registry has no API of referrers, so the client keeps the list (distribution-spec, "Referrers Tag
+        # Schema"). Two clients at once may undo each other's entry: look again after each write.
         tag, what = _referrers_tag(subject.digest), f"what is attached to {self.reference.at(subject.digest)}"
         for _ in range(5):
-            there = self._manifest(tag, what)
-            listed = entries(there, what) if there else []
-            if entry.digest in [one.digest for one in listed]:
+            index = self._manifest(tag, what)
+            listed = entries(index, what) if index else []
+            if entry.digest in [other.digest for other in listed]:
                 return
             self.push_manifest(index_document([*listed, entry]), INDEX, tag)
-        raise TransferError(f"{what}: somebody else writes it at the same time", hint="push again")
+        raise TransferError(f"{what}: another push writes the list at the same time", hint="push again")
+
+
+def _read_manifest(response: requests.Response, what: str) -> Manifest:
+    data = read(response, MAX_MANIFEST_BYTES, what)
+    return read_manifest(data, response.headers.get("Content-Type", ""), what)
 
 
 def _referrers_tag(digest: str) -> str:

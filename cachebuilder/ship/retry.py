@@ -1,4 +1,4 @@
-"""Trying again: how often, how long to wait in between, and telling it."""
+"""Retries of transfers: how often to try again, and how long to wait before each try."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.errors import TransferError
 
 T = TypeVar("T")
@@ -18,29 +19,30 @@ _DEFAULT = 5
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 
 
-def _no_progress(step: str, done: int, total: int) -> None:
-    pass
-
-
 def _no_notice(text: str) -> None:
-    pass
+    """Nobody reads."""
 
 
 @dataclass(frozen=True)
 class Watcher:
-    """Who is told: bytes done of bytes in all for a step, and a line where something is worth one."""
+    """The two calls that report on a transfer.
 
-    progress: Callable[[str, int, int], object] = _no_progress
+    Attributes:
+        progress: takes the bytes done, of how many, for each step.
+        notice: takes a line of text about a try that failed or an artifact that was refused.
+    """
+
+    progress: Progress = no_progress
     notice: Callable[[str], object] = _no_notice
 
 
 class Again(Exception):
-    """What failed may work in a moment.
+    """A failure that another try may mend.
 
     Attributes:
-        error: what to say where it never does.
-        after: seconds that the other side asked to wait; None where it did not.
-        moved: something was got before it failed, so it counts as the first failure.
+        error: what to raise after the last try.
+        after: seconds that the other side asked to wait; None if it did not ask.
+        moved: the failed try transferred a good part, so it counts as the first failure.
     """
 
     def __init__(self, error: TransferError, after: float | None = None, moved: bool = False) -> None:
@@ -52,9 +54,10 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try again, and the first wait in seconds; each next one is twice as long, and a little random.
+    """How often to try again, and the first wait in seconds.
 
-    Waits are never told by a clock of the day, which may be wrong; what the other side asks for is kept within bounds.
+    Each wait is about twice the one before, partly random, and at most 30 seconds long, even if the other side asks
+    for more. No wait depends on the time of day, which may be wrong here or there.
     """
 
     count: int = _DEFAULT
@@ -62,25 +65,25 @@ class Retries:
     watcher: Watcher = field(default_factory=Watcher)
 
     def run(self, action: Callable[[], T]) -> T:
-        """``action`` until it works; raises its last error, a `TransferError`."""
-        failed = 0
+        """Call ``action`` until it works. Raises its last error, a `TransferError`."""
+        failures = 0
         while True:
             try:
                 return action()
             except Again as again:
-                failed = 1 if again.moved else failed + 1
-                if failed > self.count:
+                failures = 1 if again.moved else failures + 1
+                if failures > self.count:
                     raise again.error from None
-                wait = min(self.first_wait * 2 ** (failed - 1), _LONGEST_WAIT) * random.uniform(0.5, 1.0)
+                wait = min(self.first_wait * 2 ** (failures - 1), _LONGEST_WAIT) * random.uniform(0.5, 1.0)
                 if again.after is not None:
                     wait = min(max(wait, again.after), _LONGEST_WAIT)
-                self.watcher.notice(f"again in {wait:.1f} s ({failed} of {self.count}): {again.error}")
+                self.watcher.notice(f"retry {failures} of {self.count} in {wait:.1f} s: {again.error}")
                 time.sleep(wait)
 
 
 def from_environment(watcher: Watcher) -> Retries:
-    """As ``CACHEBUILDER_RETRIES`` says. Raises `TransferError` where it is no count."""
-    text = os.environ.get(VARIABLE) or str(_DEFAULT)
-    if not (text.isascii() and text.isdigit() and int(text) <= 100):
-        raise TransferError(f"{VARIABLE}: wanted a number from 0 to 100, found {text!r}")
-    return Retries(int(text), watcher=watcher)
+    """The retries that ``CACHEBUILDER_RETRIES`` asks for. Raises `TransferError` if its value is not a count."""
+    value = os.environ.get(VARIABLE) or str(_DEFAULT)
+    if not (value.isascii() and value.isdigit() and int(value) <= 100):
+        raise TransferError(f"{VARIABLE}: wanted a number from 0 to 100, found {value!r}")
+    return Retries(int(value), watcher=watcher)

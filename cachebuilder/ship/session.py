@@ -1,8 +1,8 @@
 """HTTP to a registry: `requests` with docker's authentication, limits on what is read, and errors a person can act on.
 
 Proxies and CA bundles come from the environment, as requests takes them (``HTTPS_PROXY``, ``REQUESTS_CA_BUNDLE``).
-Credentials go to the registry's own origin and to the token service that it names, and nowhere else; no message holds
-a URL's query or a header, where tokens are.
+Credentials go only to the registry's own origin and to the token service that it names. No message holds a URL's query
+or a header, because tokens are in them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import base64
 import json
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -30,32 +31,51 @@ _TIMEOUT = (10.0, 60.0)
 _MAX_REDIRECTS = 5
 _MAX_TOKEN_BYTES = 1 << 20
 _MAX_ERROR_BYTES = 64 << 10
-#: Read from the socket at once.
+#: Bytes of one read from the socket.
 _PART_BYTES = 1 << 20
-#: What may be otherwise in a moment (RFC 9110, 15.5 and 15.6; RFC 6585, 4).
+#: Failures that may pass (RFC 9110, 15.5 and 15.6; RFC 6585, 4).
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _PORTS = {"http": 80, "https": 443}
 _CHALLENGE = re.compile(r'([a-zA-Z]+)="([^"]*)"')
+_UNREACHED = "run the same command again once the registry can be reached; what arrived is kept"
 
-Body = Callable[[], Any]
+
+@dataclass(frozen=True)
+class Request:
+    """A request to a registry.
+
+    Attributes:
+        url: absolute, or a path on the registry.
+        what: what errors call the thing that is requested.
+        accept: status codes that are an answer; any other is an error.
+        body: makes the body, anew each time it is sent.
+    """
+
+    method: str
+    url: str
+    what: str
+    accept: tuple[int, ...] = (200,)
+    headers: Mapping[str, str] | None = None
+    params: Mapping[str, str] | None = None
+    body: Callable[[], Any] | None = None
 
 
 class _Http(requests.Session):
-    """requests' session, which on a redirect gives no credential to another host, whatever ~/.netrc has."""
+    """requests' session, changed to send no credentials to another host on a redirect, whatever ~/.netrc holds."""
 
     def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
         if origin(response.request.url or "") != origin(prepared_request.url or ""):
             prepared_request.headers.pop("Authorization", None)
 
     def rebuild_method(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        was, now = urlsplit(response.request.url or ""), urlsplit(prepared_request.url or "")
-        if was.scheme == "https" and now.scheme != "https":
-            raise TransferError(f"{origin(was.geturl())}: it redirects to {origin(now.geturl())}, which has no TLS")
+        before, after = response.request.url or "", prepared_request.url or ""
+        if urlsplit(before).scheme == "https" and urlsplit(after).scheme != "https":
+            raise TransferError(f"{origin(before)} redirects to {origin(after)}, which has no TLS")
         super().rebuild_method(prepared_request, response)
 
 
 class _Header(requests.auth.AuthBase):
-    """Sets our header, or none; with an ``auth`` of our own, requests does not look into ~/.netrc."""
+    """Sets our Authorization header, or none. With an ``auth`` of our own, requests does not look into ~/.netrc."""
 
     def __init__(self, value: str | None) -> None:
         self.value = value
@@ -71,7 +91,7 @@ class Session:
 
     Args:
         base: ``https://HOST``.
-        credentials: asked for the first time the registry wants some.
+        credentials: finds the credentials; called each time the registry asks for some.
     """
 
     def __init__(self, base: str, credentials: Callable[[], Credentials | None]) -> None:
@@ -80,139 +100,121 @@ class Session:
         self._authorization: str | None = None
         self._http = _Http()
         self._http.max_redirects = _MAX_REDIRECTS
-        # Harbor gives a session cookie, and takes who returns it for a browser, from which it wants a CSRF token.
+        # Harbor sets a session cookie, takes a client that returns it for a browser, and wants a CSRF token from it.
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.headers.update({"User-Agent": f"cachebuilder/{__version__}", "Accept-Encoding": "identity"})
 
-    def send(
-        self,
-        method: str,
-        url: str,
-        *,
-        accept: tuple[int, ...],
-        what: str,
-        headers: dict[str, str] | None = None,
-        params: dict[str, str] | None = None,
-        body: Body | None = None,
-    ) -> requests.Response:
-        """The response, its body not read yet.
-
-        Args:
-            url: absolute, or a path on the registry.
-            accept: status codes that are an answer.
-            what: what is asked for, for errors.
-            body: makes the body, anew each time it is sent.
+    def send(self, request: Request) -> requests.Response:
+        """The response. Its body has not been read yet.
 
         Raises:
-            Again: it may work in a moment.
-            TransferError: it will not.
+            Again: another try may work.
+            TransferError: another try will not work.
         """
-        url = urljoin(self.base + "/", url)
-        for fresh in (False, True):
-            response = self._send(method, url, headers, params, body, what)
-            if response.status_code == 401 and not fresh and origin(url) == self.base:
-                self._authorization = self._answer(response, what)
-                response.close()
-                continue
-            if response.status_code not in accept:
-                raise self._refused(response, what)
-            return response
-        raise AssertionError
+        request = replace(request, url=urljoin(self.base + "/", request.url))
+        response = self._send(request)
+        if response.status_code == 401 and origin(request.url) == self.base:
+            self._authorization = self._answer_challenge(response, request.what)
+            response.close()
+            response = self._send(request)
+        if response.status_code not in request.accept:
+            raise self._refusal(response, request.what)
+        return response
 
-    def _send(
-        self,
-        method: str,
-        url: str,
-        headers: dict[str, str] | None,
-        params: dict[str, str] | None,
-        body: Body | None,
-        what: str,
-    ) -> requests.Response:
-        own = self._authorization if origin(url) == self.base else None
+    def send_unread(self, request: Request) -> requests.Response:
+        """As `send`, for a response whose body does not matter: its status and its headers."""
+        response = self.send(request)
+        response.close()
+        return response
+
+    def _send(self, request: Request) -> requests.Response:
+        host = origin(request.url)
         try:
             return self._http.request(
-                method,
-                url,
-                headers=headers,
-                params=params,
-                data=body() if body else None,
-                auth=_Header(own),
+                request.method,
+                request.url,
+                headers=request.headers,
+                params=request.params,
+                data=request.body() if request.body else None,
+                auth=_Header(self._authorization if host == self.base else None),
                 timeout=_TIMEOUT,
                 stream=True,
-                allow_redirects=method in ("GET", "HEAD"),
+                allow_redirects=request.method in ("GET", "HEAD"),
             )
         except requests.exceptions.TooManyRedirects:
-            raise TransferError(f"{what}: {origin(url)} redirects more than {_MAX_REDIRECTS} times") from None
+            raise TransferError(f"{request.what}: {host} redirects more than {_MAX_REDIRECTS} times") from None
         except requests.exceptions.SSLError as error:
-            raise TransferError(f"{what}: {origin(url)}: {why(error)}", hint=_tls_hint(error)) from None
+            raise TransferError(f"{request.what}: {host}: {why(error)}", hint=_tls_hint(error)) from None
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            raise Again(TransferError(f"{what}: {origin(url)}: {why(error)}", hint=_UNREACHED)) from None
+            raise Again(TransferError(f"{request.what}: {host}: {why(error)}", hint=_UNREACHED)) from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            raise TransferError(f"{what}: {origin(url)}: {type(error).__name__}: not a request that works") from None
+            raise TransferError(f"{request.what}: {host}: the request failed: {type(error).__name__}") from None
 
     # Credentials
 
-    def _answer(self, response: requests.Response, what: str) -> str | None:
-        """The header that answers a registry's challenge (distribution's docs/spec/auth/token.md)."""
-        kind, _, rest = response.headers.get("WWW-Authenticate", "").partition(" ")
-        found = self._credentials()
-        if kind.lower() == "basic":
-            if found is None:
-                raise self._refused(response, what)
-            return _basic(found)
+    def _answer_challenge(self, response: requests.Response, what: str) -> str:
+        """The Authorization header that answers a registry's challenge (distribution's docs/spec/auth/token.md)."""
+        kind, _, parameters = response.headers.get("WWW-Authenticate", "").partition(" ")
+        credentials = self._credentials()
+        if kind.lower() == "basic" and credentials is not None:
+            return _basic(credentials)
         if kind.lower() != "bearer":
-            raise self._refused(response, what)
-        challenge = {name.lower(): value for name, value in _CHALLENGE.findall(rest)}
-        return f"Bearer {self._token(challenge, found, what)}"
+            raise self._refusal(response, what)
+        challenge = {name.lower(): value for name, value in _CHALLENGE.findall(parameters)}
+        return f"Bearer {self._token(challenge, credentials, what)}"
 
-    def _token(self, challenge: dict[str, str], found: Credentials | None, what: str) -> str:
-        realm, service, scope = (challenge.get(name, "") for name in ("realm", "service", "scope"))
-        allowed = ("https",) if self.base.startswith("https:") else ("https", "http")
-        if urlsplit(realm).scheme not in allowed:
-            raise TransferError(f"{what}: {self.base} names no token service with TLS, found {origin(realm)!r}")
-        named = {"service": service, "scope": scope}
+    def _token(self, challenge: dict[str, str], credentials: Credentials | None, what: str) -> str:
+        realm = challenge.get("realm", "")
+        scope = {name: challenge.get(name, "") for name in ("service", "scope")}
+        if urlsplit(realm).scheme not in (("https",) if self.base.startswith("https:") else ("https", "http")):
+            raise TransferError(f"{what}: wanted a token service with TLS from {self.base}, found {origin(realm)!r}")
+        service = f"the token service {origin(realm)}"
         try:
-            if found is not None and not found.user:
-                grant = {"grant_type": "refresh_token", "client_id": "cachebuilder", "refresh_token": found.secret}
-                form = named | grant
-                response = self._http.post(realm, data=form, auth=_Header(None), timeout=_TIMEOUT, stream=True)
+            if credentials is not None and not credentials.user:
+                grant = {
+                    "grant_type": "refresh_token",
+                    "client_id": "cachebuilder",
+                    "refresh_token": credentials.secret,
+                }
+                response = self._http.post(realm, data=scope | grant, auth=_Header(None), timeout=_TIMEOUT, stream=True)
             else:
-                header = _Header(_basic(found) if found else None)
-                response = self._http.get(realm, params=named, auth=header, timeout=_TIMEOUT, stream=True)
+                header = _Header(_basic(credentials) if credentials else None)
+                response = self._http.get(realm, params=scope, auth=header, timeout=_TIMEOUT, stream=True)
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            raise Again(TransferError(f"{what}: the token service {origin(realm)}: {why(error)}")) from None
+            raise Again(TransferError(f"{what}: {service}: {why(error)}")) from None
         except requests.exceptions.RequestException as error:
-            raise TransferError(f"{what}: the token service {origin(realm)}: {type(error).__name__}") from None
+            raise TransferError(f"{what}: {service}: {type(error).__name__}") from None
         if response.status_code != 200:
-            raise self._refused(response, f"{what}: token service")
+            raise self._refusal(response, f"{what}: token service")
         try:
             answer = json.loads(read(response, _MAX_TOKEN_BYTES, what))
             token = answer.get("token") or answer.get("access_token")
         except (ValueError, RecursionError, AttributeError):
             token = None
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
-            raise TransferError(f"{what}: the token service {origin(realm)} gave no token")
+            raise TransferError(f"{what}: wanted a token from {service}, found none in its answer")
         return token
 
-    def _refused(self, response: requests.Response, what: str) -> Exception:
+    def _refusal(self, response: requests.Response, what: str) -> Exception:
+        """The error for a status that is no answer: `Again` if it may pass, else a `TransferError`."""
         status, host = response.status_code, origin(response.url)
         text = f"{what}: {host} answers {status} {printable(response.reason or '')}".rstrip()
-        if said := _said(response):
-            text += f": {said}"
+        if message := _error_message(response):
+            text += f": {message}"
         hint = None
         if status in (401, 403):
-            hint = f"docker login {urlsplit(self.base).netloc}, with a user who may do this"
+            hint = f"docker login {urlsplit(self.base).netloc}, as a user who may do this"
         elif status == 404:
             hint = "check the repository and the tag or digest"
         error = TransferError(text, hint=hint)
-        if status in _TRANSIENT:
-            after = response.headers.get("Retry-After", "")  # in seconds; a date would be told by two clocks
-            return Again(error, float(after) if after.isascii() and after.isdigit() else None)
-        return error
+        if status not in _TRANSIENT:
+            return error
+        after = response.headers.get("Retry-After", "")  # seconds; a date is ignored, since two clocks may differ
+        return Again(error, float(after) if after.isascii() and after.isdigit() else None)
 
 
 def read(response: requests.Response, most: int, what: str) -> bytes:
-    """All of the body. Raises `TransferError` where it is larger than ``most`` bytes, `Again` where it breaks."""
+    """The whole body. Raises `TransferError` if it is larger than ``most`` bytes, `Again` if it breaks off."""
     data = bytearray()
     for part in parts(response, what):
         data += part
@@ -223,7 +225,7 @@ def read(response: requests.Response, most: int, what: str) -> bytes:
 
 
 def parts(response: requests.Response, what: str) -> Iterator[bytes]:
-    """The body as it comes. Raises `Again` where it breaks off."""
+    """The body, part by part. Raises `Again` if it breaks off."""
     try:
         yield from response.raw.stream(_PART_BYTES, decode_content=False)
     except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -232,42 +234,39 @@ def parts(response: requests.Response, what: str) -> Iterator[bytes]:
         response.close()
 
 
-_UNREACHED = "run the same again once it can be reached: it goes on from what is there"
-
-
 def why(error: BaseException) -> str:
-    """What is at the bottom of an error, without the URL, the addresses and the objects that are in its text."""
+    """The cause at the bottom of a network error, without the URLs, addresses and objects in the error's own text."""
+    reason = "the connection broke"
     seen: set[int] = set()
-    waiting: list[Any] = [error]
-    found = "the connection broke"
-    while waiting:
-        one = waiting.pop(0)
-        if not isinstance(one, BaseException) or id(one) in seen:
+    queue: list[Any] = [error]
+    while queue:
+        cause = queue.pop(0)
+        if not isinstance(cause, BaseException) or id(cause) in seen:
             continue
-        seen.add(id(one))
-        if isinstance(one, ssl.SSLError):
-            return printable(getattr(one, "verify_message", "") or one.reason or "TLS failed")
-        if isinstance(one, OSError) and not isinstance(one, requests.RequestException) and one.strerror:
-            return printable(one.strerror)
-        if isinstance(one, (requests.Timeout, urllib3.exceptions.TimeoutError)):
-            found = f"no answer within {_TIMEOUT[1]:.0f} s"
-        waiting += [getattr(one, "reason", None), one.__cause__, one.__context__, *one.args]
-    return found
+        seen.add(id(cause))
+        if isinstance(cause, ssl.SSLError):
+            return printable(getattr(cause, "verify_message", "") or cause.reason or "TLS failed")
+        if isinstance(cause, OSError) and not isinstance(cause, requests.RequestException) and cause.strerror:
+            return printable(cause.strerror)
+        if isinstance(cause, (requests.Timeout, urllib3.exceptions.TimeoutError)):
+            reason = f"no answer within {_TIMEOUT[1]:.0f} s"
+        queue += [getattr(cause, "reason", None), cause.__cause__, cause.__context__, *cause.args]
+    return reason
 
 
 def _tls_hint(error: BaseException) -> str:
-    text = why(error)
-    if "not yet valid" in text or "expired" in text:
+    reason = why(error)
+    if "not yet valid" in reason or "expired" in reason:
         return "check this machine's clock (date), then the registry's certificate"
-    return "name the certificate authority with REQUESTS_CA_BUNDLE; a registry without TLS is oci+http://"
+    return "name the certificate authority with REQUESTS_CA_BUNDLE; for a registry without TLS, use oci+http://"
 
 
-def _basic(found: Credentials) -> str:
-    return f"Basic {base64.b64encode(f'{found.user}:{found.secret}'.encode()).decode()}"
+def _basic(credentials: Credentials) -> str:
+    return f"Basic {base64.b64encode(f'{credentials.user}:{credentials.secret}'.encode()).decode()}"
 
 
-def _said(response: requests.Response) -> str:
-    """A registry's own words (distribution-spec, "Error Codes")."""
+def _error_message(response: requests.Response) -> str:
+    """The registry's own words (distribution-spec, "Error Codes"); empty if it has none."""
     try:
         errors = json.loads(read(response, _MAX_ERROR_BYTES, "")).get("errors")
         return printable(f"{errors[0].get('code', '')} {errors[0].get('message', '')}".strip())
@@ -276,7 +275,7 @@ def _said(response: requests.Response) -> str:
 
 
 def origin(url: str) -> str:
-    """Scheme, host and port: what of a URL may be shown, and what credentials are for."""
+    """Scheme, host and port: the part of a URL that messages may show, and for which credentials hold."""
     try:
         split = urlsplit(url)
         port = split.port

@@ -1,6 +1,6 @@
-"""Object stores and files, through `fsspec`: ``s3://…``, ``gs://…``, whatever it has a file system for.
+"""Object stores through `fsspec`: ``s3://…``, ``gs://…``, and whatever else it has a file system for.
 
-A store has no digest of its own that every one of them keeps, so a location may say it: ``s3://b/a.tar.zst#sha256=…``.
+Stores have no digest in common, so a location may state one: ``s3://b/a.tar.zst#sha256=…``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.errors import InstallationError, TransferError
 from cachebuilder.ship.description import BESIDE
-from cachebuilder.ship.download import download
+from cachebuilder.ship.download import RemoteFile, download
 from cachebuilder.ship.locations import printable
 from cachebuilder.ship.pull import Check, put_beside
 from cachebuilder.ship.retry import Again, Retries
 
-#: Asked for at once: a broken one costs no more than this again.
+#: Bytes of one request: a broken one costs no more than this again.
 _RANGE_BYTES = 16 << 20
 _PIN = re.compile(r"sha256=([0-9a-f]{64})")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
@@ -30,6 +30,7 @@ class Stored:
     """An object as the store describes it now.
 
     Attributes:
+        size: in bytes.
         version: changes when the object does: its ETag, or what the store has instead.
     """
 
@@ -38,10 +39,10 @@ class Stored:
 
 
 class Store:
-    """One object, and what lies beside it.
+    """One object, and the objects beside it that are signed.
 
     Raises:
-        InstallationError: the package for this scheme is missing.
+        InstallationError: the package for this scheme is not installed.
         TransferError: from every call: the store cannot be reached, refuses, or has no such object.
     """
 
@@ -50,9 +51,9 @@ class Store:
         self._retries = retries
         self.sha256: str | None = None
         if pin:
-            if (found := _PIN.fullmatch(pin)) is None:
+            if (match := _PIN.fullmatch(pin)) is None:
                 raise TransferError(f"{location}: wanted #sha256= and 64 hexadecimal digits, found #{pin}")
-            self.sha256 = found[1]
+            self.sha256 = match[1]
         if "::" in self.location or not _FILE.fullmatch(self.name):
             raise TransferError(f"{location}: wanted an object's name at the end, as in s3://bucket/caches/a.tar.zst")
         self._fs, self._path = _open(self.location)
@@ -64,39 +65,45 @@ class Store:
 
     def describe(self) -> Stored:
         """The object as it is now."""
-        found = self._ask("info", self._path)
-        size = found.get("size")
-        if found.get("type") != "file" or type(size) is not int:
+        info = self._ask("info", self._path)
+        size = info.get("size")
+        if info.get("type") != "file" or type(size) is not int:
             raise TransferError(f"{self.location}: wanted an object, found a folder or something else")
-        tag = found.get("ETag") or found.get("etag") or found.get("md5Hash") or self._fs.ukey(self._path)
-        return Stored(size, str(tag).strip('"'))
+        version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or self._fs.ukey(self._path)
+        return Stored(size, str(version).strip('"'))
 
     def fetch(self, stored: Stored, to: Callable[[str], Path], check: Check | None = None) -> Path:
-        """Fetch the object into a file, with what is signed beside it; returns the file.
+        """Fetch the object into a file, and the signed objects beside it into files beside; returns the file.
+
+        Args:
+            to: gives the file for a name.
 
         Raises:
-            SignatureError: ``check`` does not take it.
-            RestoreError: it cannot be written.
+            SignatureError: ``check`` refuses the object.
+            RestoreError: the file cannot be written.
         """
         path = to(self.name)
 
-        def source(offset: int) -> tuple[int, Iterator[bytes]]:
-            return offset, self._ranges(offset, stored)
-
         def accept(whole: Path) -> None:
             if self.describe() != stored:
-                raise TransferError(f"{self.location}: it was replaced while it was fetched", hint="fetch it again")
-            files = self._beside()
+                raise TransferError(f"{self.location}: the object changed during the fetch", hint="fetch it again")
+            files = self._read_beside()
             if check is not None:
                 check(whole, files)
             put_beside(path, files)
 
-        key = f"{self.location} {stored.version}"
-        download(path, source, stored.size, key, self._retries, self.location, self.sha256, accept)
+        remote = RemoteFile(
+            self.location,
+            stored.size,
+            version=f"{self.location} {stored.version}",
+            sha256=self.sha256,
+            read=lambda offset: (offset, self._ranges(offset, stored)),
+        )
+        download(remote, path, self._retries, accept)
         return path
 
     def put(self, artifact: Path) -> None:
-        """Store an artifact under this name, what is signed beside it first."""
+        """Store an artifact under this name, after the signed files beside it."""
         data = read_bytes(artifact)
         for suffix, (_, most) in BESIDE.items():
             beside = read_beside(artifact.with_name(artifact.name + suffix), most)
@@ -113,14 +120,15 @@ class Store:
             try:
                 part = self._fs.cat_file(self._path, start=offset, end=end)
             except Exception as error:
-                raise _told(error, self.location) from None
+                raise _failure(error, self.location) from None
             if not part:
                 return
             yield part
             offset += len(part)
 
-    def _beside(self) -> dict[str, bytes]:
-        found = {}
+    def _read_beside(self) -> dict[str, bytes]:
+        """The signed objects beside this one, by suffix."""
+        files = {}
         for suffix, (_, most) in BESIDE.items():
             path = self._path + suffix
             if not self._ask("exists", path):
@@ -128,47 +136,49 @@ class Store:
             size = self._ask("info", path).get("size")
             if type(size) is not int or size > most:
                 raise TransferError(f"{self.location}{suffix}: wanted at most {most} bytes, found {size}")
-            found[suffix] = self._ask("cat_file", path, start=0, end=size)
-        return found
+            files[suffix] = self._ask("cat_file", path, start=0, end=size)
+        return files
 
-    def _ask(self, method: str, *arguments: Any, **more: Any) -> Any:
-        """A call of the file system, tried again where that may help."""
+    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the file system, and try again where that may help."""
 
         def once() -> Any:
             try:
-                return getattr(self._fs, method)(*arguments, **more)
+                return getattr(self._fs, method)(*arguments, **options)
             except Exception as error:
-                raise _told(error, self.location) from None
+                raise _failure(error, self.location) from None
 
         return self._retries.run(once)
 
 
 def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> list[str]:
-    """Store artifacts: one under the name ``destination``, or each under its own in a folder, which ends with ``/``.
+    """Store one artifact as ``destination``, or several in the folder ``destination``, which ends with ``/``.
 
     Returns:
-        Each one's location.
+        The location of each artifact.
     """
     if not destination.endswith("/") and len(artifacts) > 1:
-        raise TransferError(f"{destination}: wanted a folder, which ends with /, for {len(artifacts)} artifacts")
-    stored = []
+        raise TransferError(
+            f"{destination}: wanted a folder, which ends with /, for {len(artifacts)} artifacts, found an object's name"
+        )
+    locations = []
     for artifact in artifacts:
         store = Store(destination + artifact.name if destination.endswith("/") else destination, retries)
         store.put(artifact)
-        stored.append(store.location)
-    return stored
+        locations.append(store.location)
+    return locations
 
 
 def _open(location: str) -> tuple[Any, str]:
-    import fsspec  # slow to import, and no use to a registry
+    import fsspec  # slow to import
 
     try:
-        # What the store reads beforehand is not what it gives afterwards: no cache of listings.
+        # Without a cache of listings, so that each `describe` asks the store.
         fs, path = fsspec.url_to_fs(location, use_listings_cache=False)
     except ImportError as error:
         raise InstallationError(
             f"{location}: {printable(str(error))}",
-            hint="pip install 'cachebuilder[ship]' brings s3fs; gcsfs is for gs://",
+            hint="s3:// needs pip install 'cachebuilder[ship]', gs:// needs gcsfs",
         ) from None
     except ValueError as error:
         raise TransferError(f"{location}: {printable(str(error))}") from None
@@ -177,17 +187,15 @@ def _open(location: str) -> tuple[Any, str]:
     return fs, path
 
 
-def _told(error: Exception, what: str) -> Exception:
-    """What a store's library raised, as one of ours: each has its own, so they are told apart by what they are not."""
+def _failure(error: Exception, what: str) -> Exception:
+    """The error of a store's library as `Again` or a `TransferError`. Each library raises exceptions of its own."""
     if isinstance(error, FileNotFoundError):
         return TransferError(f"{what}: not found", hint="check the bucket and the name")
     text = printable(f"{type(error).__name__}: {error}")
     if "Skewed" in text or "RequestExpired" in text or "request signature we calculated" in text:
         return TransferError(f"{what}: {text}", hint="check this machine's clock (date), then the credentials")
     if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
-        return TransferError(
-            f"{what}: {text}", hint="check the store's credentials, which are its library's own matter"
-        )
+        return TransferError(f"{what}: {text}", hint="check the credentials; the store's own library reads them")
     if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.startswith(("aiohttp", "botocore")):
-        return Again(TransferError(f"{what}: {text}", hint="run the same again once it can be reached"))
+        return Again(TransferError(f"{what}: {text}", hint="run the same command again once the store can be reached"))
     return TransferError(f"{what}: {text}")

@@ -1,35 +1,45 @@
 """The sweep's child process, which imports torch and DeepGEMM.
 
-``python -m cachebuilder.sweep.child JOB`` reads JOB (JSON), calls DeepGEMM at every point of every op, and writes which
-kernels each call launched (on the virtual GPU; a real one does not tell). The parent sets the environment (GPU,
-compiler, cache root) and reads where we are from a shared mapping, so it can say which call an abort was in.
+``python -m cachebuilder.sweep.child FOLDER`` does the `SweepJob` in FOLDER: it calls DeepGEMM at every point of every
+op and answers which kernels each call launched. (Only the virtual GPU shows launches; a real one does not.) The
+parent has set the environment: GPU, compiler, cache roots.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
-import mmap
 import os
 import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cachebuilder.ops.catalog import OPS, OpBase
-from cachebuilder.ops.device import Device
+from cachebuilder.common.records import Record
+from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.ops.catalog import OpBase
+from cachebuilder.ops.device import Device as DeviceInUse
+from cachebuilder.sweep import protocol
+from cachebuilder.sweep.protocol import (
+    Answer,
+    Device,
+    Failure,
+    FailureKind,
+    Job,
+    OpSweep,
+    Position,
+    Refusal,
+    Span,
+    SweepJob,
+)
 
-#: Values in the shared mapping, as 64-bit integers: index of the op, value of its variable, calls done, calls in all.
-POSITION_FIELDS = 4
-#: What the op's index reads before the first op.
-CHECKING, IMPORTING = -1, -2
+J = TypeVar("J", bound=Job)
 
 
 class LaunchLog:
-    """Which cubins were launched since the last look, as the virtual GPU wrote it down."""
+    """The virtual GPU's log: which cubins were launched since the last look."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._count = ctypes.c_uint32.in_dll(library, "virtual_gpu_launch_count")
@@ -39,7 +49,7 @@ class LaunchLog:
         self._unanswered = (ctypes.c_char * 4096).in_dll(library, "virtual_gpu_unanswered")
 
     def take(self) -> tuple[int, ...]:
-        """Numbers of the cubins launched since the last call, in order. Raises RuntimeError if some are unknown."""
+        """Numbers of the cubins launched since the last call, in order. Raises RuntimeError if some were not noted."""
         count = self._count.value
         self._count.value = 0
         if count > len(self._numbers):
@@ -56,33 +66,34 @@ class LaunchLog:
 
 
 class NoLog:
-    """Stands for the log on a real GPU: nobody writes launches down there."""
+    """Stands for the log on a real GPU, which keeps none."""
 
     def take(self) -> tuple[int, ...]:
         """No launches."""
         return ()
 
     def entry(self, number: int) -> str:
-        """Not asked for."""
+        """Never called: there are no numbers."""
         raise LookupError(number)
 
     def unanswered(self) -> list[str]:
-        """A real GPU answers all."""
+        """None: a real GPU answers every call."""
         return []
 
 
-class Failure(Exception):
-    """What the parent turns into an error: a sentence, and where."""
+class JobError(Exception):
+    """The job failed; the parent makes an error of the `Failure`."""
 
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
+    def __init__(self, kind: FailureKind, reason: str) -> None:
+        super().__init__(reason)
+        self.failure = Failure(kind=kind, reason=reason)
 
 
-def _import_deep_gemm(path: str) -> Any:
+def import_deep_gemm(path: str) -> Any:
+    """Import the copy of DeepGEMM in the folder ``path``, as ``deep_gemm``."""
     spec = importlib.util.spec_from_file_location("deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path])
     assert spec is not None and spec.loader is not None
-    # What the copy itself imports may lie beside it, or beside the link that leads to it.
+    # What the copy imports may lie beside it, or beside the link that leads to it.
     sys.path += dict.fromkeys([str(Path(path).parent), str(Path(path).resolve().parent)])
     module = importlib.util.module_from_spec(spec)
     sys.modules["deep_gemm"] = module
@@ -90,172 +101,173 @@ def _import_deep_gemm(path: str) -> Any:
     return module
 
 
-def _check_tensors_are_read_right(device: Device) -> None:
-    """Have DeepGEMM bring scales of a known shape into TMA layout: the result must have that shape.
-
-    A DeepGEMM built against another torch misreads tensors: it asserts (``dim == 2 or dim == 3``: sgl-deep-gemm 0.1.7
-    under torch 2.11) or, worse, would plan for another shape.
-    """
-    from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
-
-    rows, columns, aligned = 70, 3, 72  # rows are padded to 16 bytes of float32
-    try:
-        read = get_mn_major_tma_aligned_tensor(device.empty(rows, columns, dtype="float32"))
-    except Exception as error:
-        raise Failure("misreads", str(error)) from error
-    if tuple(read.shape) != (rows, columns) or tuple(read.stride()) != (1, aligned):
-        raise Failure("misreads", f"scales [{rows}, {columns}] came back as {tuple(read.shape)}, {read.stride()}")
-
-
-def load(job: dict[str, Any], position: memoryview) -> Device:
-    """Import torch and DeepGEMM, and look at the GPU. Raises `Failure`."""
-    position[0] = IMPORTING
+def load(job: Job, position: Position) -> DeviceInUse:
+    """Import torch and DeepGEMM, and check a real GPU. Raises `JobError`."""
+    position.op = protocol.IMPORTING
     try:
         import torch
     except ImportError as error:
-        raise Failure("import", f"torch: {error}") from error
-    if job["device"] == "cuda":
-        _check_gpu(torch, job["gpu"])
+        raise JobError("import", f"torch: {error}") from error
+    if job.device == "cuda":
+        _check_gpu(torch, job.gpu)
     try:
-        deep_gemm = _import_deep_gemm(job["deep_gemm"])
+        deep_gemm = import_deep_gemm(job.deep_gemm)
     except Exception as error:
-        raise Failure("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
-    return Device(torch, deep_gemm, virtual=job["device"] == "virtual")
+        raise JobError("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
+    return DeviceInUse(torch, deep_gemm, virtual=job.device == "virtual")
 
 
-def _check_gpu(torch: Any, wanted: dict[str, Any]) -> None:
+def _check_gpu(torch: Any, target: Gpu) -> None:
     """The real GPU must be the one that the kernels are for."""
     try:
         torch.cuda.init()
-        found = properties(torch)
+        device = properties(torch)
         torch.zeros(1, device="cuda")
-    except Exception as error:  # no driver, too old a one, no device, one that another process holds
-        raise Failure("device", f"wanted a {wanted['name']}, found no GPU to use: {error}") from error
+    except Exception as error:  # no driver, one that is too old, no GPU, or a GPU that another process holds
+        raise JobError("device", f"wanted the GPU {target.name}, found no GPU to use: {error}") from error
     names = {"capability": "compute capability", "sm_count": "SMs", "l2_bytes": "bytes of L2"}
-    different = [
-        f"{text}: wanted {wanted[field]}, found {found[field]}"
-        for field, text in names.items()
-        if wanted[field] != found[field]
+    differences = [
+        f"{name}: wanted {getattr(target, field)}, found {getattr(device, field)}"
+        for field, name in names.items()
+        if getattr(target, field) != getattr(device, field)
     ]
-    if different:
-        raise Failure("device", f"wanted a {wanted['name']}, found {found['name']}: " + "; ".join(different))
+    if differences:
+        raise JobError("device", f"wanted the GPU {target.name}, found {device.name}: " + "; ".join(differences))
 
 
-def properties(torch: Any) -> dict[str, Any]:
-    """What the CUDA runtime says of the GPU, in `gpus.Gpu`'s names."""
-    found = torch.cuda.get_device_properties(0)
-    return {
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "sm_count": found.multi_processor_count,
-        "l2_bytes": found.L2_cache_size,
-        "shared_memory_bytes": found.shared_memory_per_block_optin,
-        "memory_bytes": found.total_memory,
-    }
+def properties(torch: Any) -> Device:
+    """The GPU, as the CUDA runtime describes it."""
+    device = torch.cuda.get_device_properties(0)
+    return Device(
+        name=device.name,
+        capability=f"{device.major}.{device.minor}",
+        sm_count=device.multi_processor_count,
+        l2_bytes=device.L2_cache_size,
+        shared_memory_bytes=device.shared_memory_per_block_optin,
+        memory_bytes=device.total_memory,
+    )
 
 
-def classify(torch: Any, error: Exception) -> Failure:
-    """A failed call, as the parent tells them apart."""
-    text = str(error) or type(error).__name__
-    return Failure("memory" if isinstance(error, torch.OutOfMemoryError) else "refused", text)
+def classify(torch: Any, error: Exception) -> JobError:
+    """A failed call: out of memory, or refused by DeepGEMM."""
+    return JobError("memory" if isinstance(error, torch.OutOfMemoryError) else "refused", _text(error))
 
 
-def _sweep(
-    op: OpBase, index: int, device: Device, log: LaunchLog | NoLog, position: memoryview
-) -> Iterator[dict[str, Any]]:
-    """Call DeepGEMM at every point; yields each run of points that launched the same kernels."""
+def _text(error: Exception) -> str:
+    """What ``error`` says, without the C++ frames that DeepJIT appends (deep_jit/utils/exception.hpp)."""
+    return (str(error) or type(error).__name__).partition("\nC++ trace")[0].rstrip()
+
+
+def _check_tensors_are_read_right(device: DeviceInUse) -> None:
+    """Have DeepGEMM bring scales of a known shape into TMA layout: the result must have that shape.
+
+    A DeepGEMM built against another torch misreads tensors: it asserts (``dim == 2 or dim == 3``: sgl-deep-gemm 0.1.7
+    under torch 2.11) or, worse, plans for another shape.
+    """
+    from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
+
+    rows, columns, aligned_rows = 70, 3, 72  # rows are padded to 16 bytes of float32
+    try:
+        scales = get_mn_major_tma_aligned_tensor(device.empty(rows, columns, dtype="float32"))
+    except Exception as error:
+        raise JobError("misreads", _text(error)) from error
+    if tuple(scales.shape) != (rows, columns) or tuple(scales.stride()) != (1, aligned_rows):
+        raise JobError("misreads", f"scales [{rows}, {columns}] came back as {tuple(scales.shape)}, {scales.stride()}")
+
+
+def _spans(op: OpBase, index: int, device: DeviceInUse, log: LaunchLog | NoLog, position: Position) -> Iterator[Span]:
+    """Call DeepGEMM at every point of ``op``; yields each span of points that launched the same kernels."""
     points = op.points(device)
-    position[0], position[1] = index, points.start  # a refusal while preparing is this op's too
+    position.op, position.value = index, points.start  # a refusal while preparing counts as the op's own
     call = op.prepare(device)
-    log.take()  # what preparing launched is torch's, not the op's
+    log.take()  # preparing launches torch's kernels, not the op's
     first = last = points.start
     before: tuple[int, ...] | None = None
     for value in points:
-        position[1] = value
+        position.value = value
         call(value)
-        position[2] += 1
+        position.done += 1
         launched = log.take()
         if launched != before:
             if before is not None:
-                yield _run(first, last, points.step, before, log)
+                yield _span(first, last, points.step, before, log)
             first, before = value, launched
         last = value
     if before is not None:
-        yield _run(first, last, points.step, before, log)
+        yield _span(first, last, points.step, before, log)
     if not device.virtual:
         device.torch.cuda.synchronize()  # an error of the last launches belongs to this op
 
 
-def _run(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog | NoLog) -> dict[str, Any]:
-    return {"first": first, "last": last, "step": step, "entries": [log.entry(number) for number in launched]}
+def _span(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog | NoLog) -> Span:
+    return Span(first=first, last=last, step=step, entries=tuple(map(log.entry, launched)))
 
 
-def run(job: dict[str, Any], position: memoryview) -> dict[str, Any]:
-    """Do the whole job; returns the result that the parent reads. Raises `Failure`."""
+def run(job: SweepJob, position: Position) -> Answer:
+    """Do the whole job. Raises `JobError`."""
     device = load(job, position)
     torch, deep_gemm = device.torch, device.deep_gemm
     log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"])) if device.virtual else NoLog()
-    position[0] = CHECKING
-    if job["self_check"]:
+    position.op = protocol.CHECKING
+    if job.self_check:
         log.take()
         _check_tensors_are_read_right(device)
-    checked = [log.entry(number) for number in log.take()]
+    checked = tuple(map(log.entry, log.take()))
 
-    ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
-    for op in ops:
+    sm_counts = [op.sm_counts or job.sm_counts for op in job.ops]
+    for index, op in enumerate(job.ops):
+        position.op = index
         try:
             op.function(deep_gemm)
         except LookupError as error:
-            raise Failure("missing", str(error)) from None
-    counts = [op.sm_counts or job["sm_counts"] for op in ops]
-    position[3] = sum(len(its) * len(op.points(device)) for op, its in zip(ops, counts, strict=True))
+            raise JobError("missing", str(error)) from None
+        position.total += len(sm_counts[index]) * len(op.points(device))
 
+    sweeps, refusals = [], []
     try:
-        sweeps, refusals = [], []
-        for sm_count in sorted({count for its in counts for count in its}):
+        for sm_count in sorted({count for counts in sm_counts for count in counts}):
             deep_gemm.set_num_sms(sm_count)
-            for index, op in enumerate(ops):
-                if sm_count not in counts[index]:
+            for index, op in enumerate(job.ops):
+                if sm_count not in sm_counts[index]:
                     continue
-                runs: list[dict[str, Any]] = []
+                spans: list[Span] = []
                 try:
-                    runs.extend(_sweep(op, index, device, log, position))
+                    spans.extend(_spans(op, index, device, log, position))
                 except Exception as error:
-                    failure = classify(torch, error)
-                    if not job["go_on"] or failure.kind == "memory":
-                        raise failure from error
-                    refusals.append({"op": index, "sm_count": sm_count, "value": position[1], "text": str(failure)})
-                sweeps.append({"op": index, "sm_count": sm_count, "runs": runs})
+                    job_error = classify(torch, error)
+                    if not job.go_on or job_error.failure.kind == "memory":
+                        raise job_error from error
+                    refusals.append(Refusal(op=index, sm_count=sm_count, value=position.value, text=str(job_error)))
+                sweeps.append(OpSweep(op=index, sm_count=sm_count, spans=tuple(spans)))
     finally:
         if names := log.unanswered():  # an error that followed from this one says less
-            raise Failure("unanswered", ", ".join(names))
-    return {
-        "sweeps": sweeps,
-        "refusals": refusals,
-        "checked": checked,
-        "calls": position[2],
-        "device": None if device.virtual else properties(torch),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
+            raise JobError("unanswered", ", ".join(names))
+    return Answer(
+        sweeps=tuple(sweeps),
+        refusals=tuple(refusals),
+        checked=checked,
+        calls=position.done,
+        device=None if device.virtual else properties(torch),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
 
 
-def main(work: Callable[[dict[str, Any], memoryview], dict[str, Any]]) -> None:
-    """Do the job whose file the command line names with ``work``; the job names the position's and the result's."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    with open(job["position"], "r+b") as file:
-        position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
+def main(kind: type[J], work: Callable[[J, Position], Record]) -> None:
+    """Do the job in the folder that the command line names, a ``kind``, with ``work``."""
+    folder = Path(sys.argv[1])
+    job = kind.model_validate_json((folder / protocol.JOB).read_bytes())
     try:
-        result = work(job, position)
-    except Failure as failure:
-        result = {"failure": {"kind": failure.kind, "text": str(failure)}}
+        answer = work(job, Position.shared(folder / protocol.POSITION))
+        (folder / protocol.ANSWER).write_text(answer.model_dump_json())
+    except JobError as error:
+        (folder / protocol.FAILURE).write_text(error.failure.model_dump_json())
     except Exception as error:  # DeepGEMM's assertions arrive as RuntimeError: the parent names op and point
-        result = {"failure": {"kind": "refused", "text": str(error) or type(error).__name__}}
-    Path(job["result"]).write_text(json.dumps(result))
+        (folder / protocol.FAILURE).write_text(Failure(kind="refused", reason=_text(error)).model_dump_json())
     sys.stdout.flush()
-    os._exit(0)  # DeepGEMM's and torch's destructors have nothing to tidy on a GPU that is not there
+    os._exit(0)  # DeepGEMM's and torch's destructors would tidy up a GPU that does not exist
 
 
 if __name__ == "__main__":
-    main(run)
+    main(SweepJob, run)

@@ -1,32 +1,30 @@
-"""The sweep's child process: the environment it lives in, the watch over it, and one sentence for what went wrong."""
+"""The parent of a sweep's child process: it prepares the child's environment, watches it, and explains a failure."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import mmap
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypeVar
 
-from cachebuilder.cuda.gpus import Gpu
-from cachebuilder.deepgemm.installation import Installation
-from cachebuilder.errors import DeviceError, InstallationError, PlanError
-from cachebuilder.ops.catalog import OpBase
-from cachebuilder.sweep.child import CHECKING, IMPORTING, POSITION_FIELDS
+from cachebuilder.common.progress import Progress
+from cachebuilder.common.records import Record
+from cachebuilder.errors import CacheBuilderError, DeviceError, InstallationError, PlanError
+from cachebuilder.sweep.protocol import ANSWER, CHECKING, FAILURE, IMPORTING, JOB, POSITION, Failure, Job, Position
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
-_PACKAGE_ROOT = Path(__file__).parents[2]
+A = TypeVar("A", bound=Record)
 
-#: Where DeepGEMM runs: on the virtual GPU or on this machine's own.
-DeviceName = Literal["virtual", "cuda"]
-#: Called now and then with (calls done, calls in all); all is 0 until it is known.
-Progress = Callable[[int, int], None]
+_PACKAGE_ROOT = Path(__file__).parents[2]
+#: Variables with these beginnings change what torch, CUDA or DeepGEMM do: a child does not inherit them.
+_DROPPED = ("DG_", "DJ_", "CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "VIRTUAL_GPU_")
+#: These two say which real GPU the process may use: a child that uses it does inherit them.
+_REAL_GPU = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")
 
 
 @dataclass(frozen=True)
@@ -36,143 +34,127 @@ class Compiler:
     Attributes:
         nvcc: the executable.
         home: ``CUDA_HOME``.
-        environment: further variables, the compiler's own or the virtual GPU's.
+        environment: further variables, for the compiler or the virtual GPU.
     """
 
     nvcc: Path
     home: Path
-    environment: dict[str, str]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a child process runs in; the fields are `call`'s arguments."""
+    """What a child process works with.
 
-    gpu: Gpu
-    installation: Installation
+    Attributes:
+        step: the name of the step that its progress is reported under.
+        compiler: what DeepGEMM takes for nvcc.
+        roots: DeepGEMM's cache roots, the writable one first; the legacy generation reads one root only.
+        scratch: a folder for the job and the answer.
+        environment: DeepGEMM's variables that the serving process will have.
+    """
+
+    step: str
     compiler: Compiler
     roots: Sequence[Path]
     scratch: Path
-    given: dict[str, str]
-    device: DeviceName
-
-    def environment(self) -> dict[str, str]:
-        """This process's environment without what would change DeepGEMM's or torch's behaviour, and with what is set
-        here.
-        """
-        drop = ("DG_", "DJ_", "CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "VIRTUAL_GPU_")
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(drop) or name in self._of_real_gpu
-        }
-        paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
-        virtual = virtual_gpu.environment(self.gpu) if self.device == "virtual" else {}
-        return (
-            kept
-            | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
-            | self.given
-            | virtual
-            | self.compiler.environment
-            | {
-                "DG_JIT_CACHE_DIR": ":".join(map(str, self.roots)),
-                "DG_JIT_NVCC_COMPILER": str(self.compiler.nvcc),
-                "CUDA_HOME": str(self.compiler.home),
-            }
-        )
-
-    @property
-    def _of_real_gpu(self) -> tuple[str, ...]:
-        """Variables that say which GPU this process may use."""
-        return ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER") if self.device == "cuda" else ()
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def run_child(
-    module: str, job: dict[str, Any], ops: Sequence[OpBase], setting: Setting, progress: Progress
-) -> dict[str, Any]:
+def run_child(module: str, job: Job, setting: Setting, answer: type[A], progress: Progress) -> A:
     """Run ``cachebuilder.sweep.<module>`` with ``job`` in ``setting``; returns its answer.
 
-    The child's position is read from a shared mapping, so that even of an abort the op and the point are known.
-
-    Raises: as `sweep.call` does.
+    Raises: as `sweep.run.call` does.
     """
-    scratch = setting.scratch
-    job |= {
-        "device": setting.device,
-        "gpu": setting.gpu.model_dump(),
-        "deep_gemm": str(setting.installation.imported_as),
-        "ops": [op.model_dump() for op in ops],
-        "position": str(scratch / "position"),
-        "result": str(scratch / "result.json"),
-    }
-    Path(job["position"]).write_bytes(bytes(POSITION_FIELDS * 8))
-    Path(job["result"]).unlink(missing_ok=True)  # of an earlier call in the same folder
-    (scratch / "job.json").write_text(json.dumps(job))
-    log = scratch / "log.txt"
-    with open(scratch / "position", "r+b") as file, log.open("wb") as output:
-        position = memoryview(mmap.mmap(file.fileno(), POSITION_FIELDS * 8)).cast("q")
+    folder = setting.scratch
+    (folder / JOB).write_text(job.model_dump_json())
+    (folder / POSITION).write_bytes(bytes(Position(op=IMPORTING)))
+    for reply in (ANSWER, FAILURE):
+        (folder / reply).unlink(missing_ok=True)  # from an earlier call in the same folder
+    position = Position.shared(folder / POSITION)
+    log = folder / "log.txt"
+    with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", f"cachebuilder.sweep.{module}", str(scratch / "job.json")],
-            env=setting.environment(),
+            [sys.executable, "-m", f"cachebuilder.sweep.{module}", str(folder)],
+            env=_environment(job, setting),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C comes to the parent, which ends the child
+            start_new_session=True,  # Ctrl-C reaches the parent only, which ends the child
         )
         try:
             while True:
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.05)
+                progress(setting.step, position.done, position.total)
+                if child.returncode is not None:
                     break
-                except subprocess.TimeoutExpired:
-                    progress(position[2], position[3])
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):  # it may have ended, and been waited for, in the meantime
+            with contextlib.suppress(ProcessLookupError):  # the child may have ended in the meantime
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
-        progress(position[2], position[3])
-        index, value = position[0], position[1]
-
-    result = scratch / "result.json"
-    if child.returncode == 0 and result.exists():
-        answer: dict[str, Any] = json.loads(result.read_text())
-        if "failure" not in answer:
-            return answer
-        raise _explain(answer["failure"]["kind"], answer["failure"]["text"], ops, index, value)
-    ended = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-    raise _explain("died", f"the sweep's process ended with {ended}\n{tail}".strip(), ops, index, value)
+    if child.returncode == 0 and (folder / ANSWER).exists():
+        return answer.model_validate_json((folder / ANSWER).read_bytes())
+    if child.returncode == 0 and (folder / FAILURE).exists():
+        raise _explain(Failure.model_validate_json((folder / FAILURE).read_bytes()), job, position)
+    end = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    last_lines = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
+    reason = f"the sweep's process ended with {end}\n{last_lines}".strip()
+    raise _explain(Failure(kind="died", reason=reason), job, position)
 
 
-def _explain(kind: str, text: str, ops: Sequence[OpBase], index: int, value: int) -> Exception:
-    """One error for what happened in the child."""
-    if kind == "import" or (kind == "died" and index == IMPORTING):
-        return InstallationError(
-            f"cannot load {text}",
-            hint="DeepGEMM must be built for the installed torch; the README lists pairs that work",
-        )
-    if kind == "misreads" or (kind == "died" and index == CHECKING):
-        return PlanError(
-            f"this DeepGEMM misreads tensors under this torch, a plan would be wrong: {text}",
-            hint="install the torch it was built for; the README lists pairs that work",
-        )
+def _environment(job: Job, setting: Setting) -> dict[str, str]:
+    """This process's environment, cleared of what steers torch, CUDA and DeepGEMM, and with what the job needs."""
+    inherited = _REAL_GPU if job.device == "cuda" else ()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED) or name in inherited}
+    paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    return (
+        kept
+        | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+        | setting.environment
+        | (virtual_gpu.environment(job.gpu) if job.device == "virtual" else {})
+        | setting.compiler.environment
+        | {
+            "DG_JIT_CACHE_DIR": ":".join(map(str, setting.roots)),
+            "DG_JIT_NVCC_COMPILER": str(setting.compiler.nvcc),
+            "CUDA_HOME": str(setting.compiler.home),
+        }
+    )
+
+
+def _explain(failure: Failure, job: Job, position: Position) -> CacheBuilderError:
+    """The error for what happened in the child."""
+    kind, reason = failure.kind, failure.reason
+    if kind == "device":
+        return DeviceError(reason, hint="name this GPU as the manifest's target, or use --device virtual")
     if kind == "missing":
-        return PlanError(f"the installed DeepGEMM has no {text}", hint="drop the op, or install a DeepGEMM that has it")
+        return PlanError(
+            f"the installed DeepGEMM has no {reason}", hint="drop the op, or install a DeepGEMM that has it"
+        )
     if kind == "unanswered":
         return PlanError(
-            f"the virtual GPU does not answer {text}",
+            f"the virtual GPU does not answer {reason}",
             hint="this torch or DeepGEMM is newer than cachebuilder: report it",
         )
-    if kind == "device":
-        return DeviceError(text, hint="name the GPU's own target in the manifest, or take --device virtual")
-    text = text.partition("\nC++ trace")[0]  # DeepJIT appends its stack: for its authors, not for a manifest's
-    op = ops[index]
-    where = f"ops[{index}] {op.op} {op.shape()} at {op.variable} {value}"
+    if position.op == IMPORTING:
+        return InstallationError(
+            f"cannot load {reason}" if kind == "import" else f"cannot load torch and DeepGEMM: {reason}",
+            hint="DeepGEMM must be built for the installed torch; the README lists pairs that work",
+        )
+    if position.op == CHECKING:
+        return PlanError(
+            f"this DeepGEMM misreads tensors under this torch, so a plan would be wrong: {reason}",
+            hint="install the torch that it was built for; the README lists pairs that work",
+        )
+    op = job.ops[position.op]
+    place = f"ops[{position.op}] {op.op} {op.shape()} at {op.variable} {position.value}"
     if kind == "memory":
         return DeviceError(
-            f"{where}: does not fit into the GPU's memory: {text}",
-            hint="end what else runs on the GPU, lower the op's maximum, or take --device virtual",
+            f"{place}: does not fit into the GPU's memory: {reason}",
+            hint="stop what else runs on the GPU, lower the op's maximum, or use --device virtual",
         )
     return PlanError(
-        f"{where}: DeepGEMM {'refused' if kind == 'refused' else 'died'}: {text}",
-        hint="copies of DeepGEMM differ in what they take (docs/entry-points.md): plan with the copy that serves",
+        f"{place}: DeepGEMM {'died' if kind == 'died' else 'refused'}: {reason}",
+        hint="copies of DeepGEMM differ in what they accept (docs/entry-points.md): plan with the copy that serves",
     )

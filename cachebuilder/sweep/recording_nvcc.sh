@@ -1,8 +1,8 @@
 #!/bin/sh
-# Stands in for nvcc while DeepGEMM is swept: answers --version with the real compiler's text, and for a compilation
-# writes a placeholder cubin with the command line beside it. DeepGEMM moves both into the cache entry.
-# Only the shell's own commands: it runs once a kernel, in the sweep's way. A real GPU loads the placeholder, so there
-# it is a cubin with one empty kernel.
+# Stands in for nvcc during a sweep. It answers --version with the real compiler's text. For a compilation it writes a
+# placeholder cubin, and the command line beside it; DeepGEMM moves both into the cache entry.
+# It uses the shell's own commands only: it runs once for each kernel, and the sweep waits for it. A real GPU loads the
+# placeholder, so placeholder.cubin, a cubin with one empty kernel, is taken where it exists.
 if [ "$1" = --version ]; then
     exec cat "${0%/*}/version.txt"
 fi
@@ -18,5 +18,5 @@ while [ $# -gt 1 ]; do
     esac
     shift
 done
-echo "recording nvcc: no output file in: $command" >&2
+echo "recording nvcc: wanted an output file (-o), found none in: $command" >&2
 exit 1

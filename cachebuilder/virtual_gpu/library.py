@@ -16,10 +16,10 @@ _SOURCE = _HERE / "virtual_gpu.c"
 
 
 def environment(gpu: Gpu) -> dict[str, str]:
-    """Variables under which a process sees ``gpu`` and no other; builds the library if it is not there yet.
+    """The variables that make a process see ``gpu`` and no other. Builds the library where it is not built yet.
 
     Raises:
-        InstallationError: no torch, no CUDA runtime beside it, or no C compiler.
+        InstallationError: torch, the CUDA runtime beside it or a C compiler is missing.
     """
     library = build()
     return {
@@ -36,7 +36,10 @@ def environment(gpu: Gpu) -> dict[str, str]:
 
 
 def build() -> Path:
-    """The library's path; compiled if this source was not yet, for this CUDA runtime, by this compiler."""
+    """Compile the library, unless it was compiled from this source for this CUDA runtime before; returns its path.
+
+    Raises: as `environment` does.
+    """
     runtime = _find_cuda_runtime()
     headers = runtime.parent.parent / "include"
     major = runtime.name.rpartition(".so.")[2].split(".")[0]
@@ -50,7 +53,7 @@ def build() -> Path:
 
 
 def _stubs(runtime: Path) -> str:
-    """C text: a weak function for each one that the CUDA runtime exports, which notes its own name and fails."""
+    """C source: for each function that the CUDA runtime exports, a weak one that notes its name and fails."""
     from elftools.elf.elffile import ELFFile
 
     with runtime.open("rb") as file:
@@ -67,19 +70,19 @@ def _stubs(runtime: Path) -> str:
 
 
 def _find_cuda_runtime() -> Path:
-    """Libcudart as torch will load it: in the wheels beside torch."""
+    """The libcudart that torch will load, from the wheels beside torch."""
     spec = util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise InstallationError(
-            "planning runs DeepGEMM itself, which needs torch: found none",
+            "wanted torch, which DeepGEMM needs, found none",
             hint="pip install 'cachebuilder[build]'",
         )
     torch = Path(next(iter(spec.submodule_search_locations)))
-    found = sorted(torch.parent.glob("nvidia/*/lib/libcudart.so.*")) + sorted(torch.glob("lib/libcudart*.so.*"))
-    for runtime in found:
+    candidates = sorted(torch.parent.glob("nvidia/*/lib/libcudart.so.*")) + sorted(torch.glob("lib/libcudart*.so.*"))
+    for runtime in candidates:
         if (runtime.parent.parent / "include" / "driver_types.h").exists():
             return runtime
     raise InstallationError(
         f"wanted a CUDA build of torch with its runtime wheel, found {torch} without libcudart and its headers",
-        hint="install torch from PyPI: it brings nvidia-cuda-runtime; a CPU build has none",
+        hint="install torch from PyPI, which brings nvidia-cuda-runtime; a CPU build does not",
     )

@@ -10,15 +10,16 @@ import pytest
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.process import Compiler
-from cachebuilder.verifying import report as verified
+from cachebuilder.sweep.process import Compiler, Setting
+from cachebuilder.sweep.protocol import SweepJob
+from cachebuilder.verifying import report as reports
 from tests.conftest import SMALL, TARGET, Run
 
 GPU = nvml.first_gpu()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        GPU is None or not gpus.is_called(gpus.find(TARGET), GPU.name),
+        GPU is None or not gpus.find(TARGET).is_called(GPU.name),
         reason=f"wants the GPU {TARGET} (CACHEBUILDER_TEST_GPU names another), found {GPU.name if GPU else 'none'}",
     ),
 ]
@@ -35,7 +36,7 @@ def test_the_gpu_asks_for_the_planned_kernels_and_each_is_right(
     assert real.read_bytes() == virtual.read_bytes()
     done = run("verify", real, *here, "--device", "cuda")
     assert done.returncode == 0, done.stderr
-    report = json.loads(verified.path_for(real).read_text())
+    report = json.loads(reports.path_for(real).read_text())
     assert report["right"] and report["replays"][0]["trials"]
     assert {kernel for trial in report["replays"][0]["trials"] for kernel in trial["kernels"]} == {
         entry["name"] for entry in json.loads(run("inspect", real, "--json").stdout)["entries"]
@@ -44,19 +45,10 @@ def test_the_gpu_asks_for_the_planned_kernels_and_each_is_right(
 
 
 def test_deepgemm_left_alone_with_nvcc_makes_exactly_the_planned_entries(built: building.Built, tmp_path: Path) -> None:
-    manifest, toolchain = built.inputs.manifest, built.inputs.toolchain
+    nvcc = built.inputs.toolchain.nvcc
     (root := tmp_path / "root").mkdir()
-    sweep.call(
-        manifest.ops,
-        manifest.target.gpu,
-        manifest.target.all_sm_counts,
-        built.inputs.installation,
-        Compiler(toolchain.nvcc, toolchain.nvcc.parents[1], {}),
-        [root],
-        tmp_path,
-        self_check=False,
-        device="cuda",
-    )
+    job = SweepJob.of(built.inputs.manifest, built.inputs.installation, "cuda", self_check=False)
+    sweep.call(job, Setting("compile", Compiler(nvcc, nvcc.parents[1]), [root], tmp_path))
     made = {folder.name for folder in (root / "cache").iterdir()}
     assert made == {kernel.entry for kernel in built.plan.kernels}
 

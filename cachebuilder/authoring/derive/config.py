@@ -1,4 +1,4 @@
-"""A Hugging Face ``config.json``: its numbers, and how its checkpoint is quantised."""
+"""A Hugging Face ``config.json``: its fields, and how its checkpoint is quantised."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachebuilder.authoring.derive.size import Size
 from cachebuilder.errors import ModelError
 
-#: The weight block that both engines' DeepGEMM paths take: N × K elements for one scale.
+#: The weight block that both engines' DeepGEMM paths take: BLOCK × BLOCK elements (N × K) share one scale.
 BLOCK = 128
 
 _MAX_BYTES = 16 << 20  # modules_to_not_convert of a large model alone is hundreds of kilobytes
@@ -23,8 +24,9 @@ class Config:
 
     Attributes:
         path: the file, for errors.
-        fields: of the text model; those of the whole model where it has no other part.
-        quantization: ``quantization_config``, empty where the checkpoint is not quantised.
+        fields: those of the text model, which is the whole model unless it is multimodal.
+        quantization: ``quantization_config``; empty where the checkpoint is not quantised.
+        architecture: the class of the text model, as ``DeepseekV3ForCausalLM``.
     """
 
     path: Path
@@ -37,7 +39,7 @@ class Config:
         """Read ``path``, a ``config.json`` or the folder that holds one.
 
         Raises:
-            ModelError: no such file, no JSON, or no configuration of a model.
+            ModelError: the file cannot be read, is no JSON, or is no model's configuration.
         """
         file = path / "config.json" if path.is_dir() else path
         try:
@@ -62,23 +64,27 @@ class Config:
         """The configuration in ``tree``. Raises ModelError where it is not a model's."""
         text = tree.get("text_config")
         fields = text if isinstance(text, dict) else tree
-        architectures = tree.get("architectures") or fields.get("architectures")
+        # In a multimodal model the text part serves the tokens, and the families know the class of that part.
+        architectures = fields.get("architectures") or tree.get("architectures")
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-            raise ModelError(f"{path}: architectures: wanted a list with the model's class, found {architectures!r}")
-        # A multimodal model's text part serves the tokens; its own class is the one whose layers are known.
-        inner = fields.get("architectures")
-        architecture = inner[0] if isinstance(inner, list) and inner else architectures[0]
+            raise ModelError(
+                f"{path}: architectures: wanted a list with the model's class, found {_short(architectures)}"
+            )
         quantization = tree.get("quantization_config") or fields.get("quantization_config") or {}
         if not isinstance(quantization, dict):
-            raise ModelError(f"{path}: quantization_config: wanted an object, found {quantization!r}")
-        return cls(path, fields, quantization, architecture)
+            raise ModelError(f"{path}: quantization_config: wanted an object, found {_short(quantization)}")
+        return cls(path, fields, quantization, architectures[0])
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and is not null."""
+        """Whether the config has the field, with another value than null."""
         return self.fields.get(name) is not None
 
-    def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 30) -> int:
-        """An integer field. Raises ModelError where it is missing (and has no default) or is no such number."""
+    def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 30) -> Size:
+        """An integer field, which keeps its name.
+
+        Raises:
+            ModelError: it is missing and has no default, or is not an integer from ``least`` to ``most``.
+        """
         value = self.fields.get(name)
         if value is None:
             value = default
@@ -86,13 +92,13 @@ class Config:
             raise ModelError(f"{self.path}: {name}: missing; {self.architecture} needs it")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise ModelError(f"{self.path}: {name}: wanted an integer from {least} to {most}, found {_short(value)}")
-        return value
+        return Size(value, f"{name} {value}")
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """A field that is a list of integers; empty where it is missing."""
+        """A field that is a list of integers; empty where it is missing. Raises ModelError for anything else."""
         value = self.fields.get(name) or []
         if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in value):
-            raise ModelError(f"{self.path}: {name}: wanted a list of integers, found {value!r}")
+            raise ModelError(f"{self.path}: {name}: wanted a list of integers, found {_short(value)}")
         return tuple(value)
 
     @property
@@ -101,7 +107,9 @@ class Config:
         for name in ("ignored_layers", "modules_to_not_convert", "ignore"):
             if value := self.quantization.get(name):
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                    raise ModelError(f"{self.path}: quantization_config.{name}: wanted a list of names")
+                    raise ModelError(
+                        f"{self.path}: quantization_config.{name}: wanted a list of names, found {_short(value)}"
+                    )
                 return tuple(value)
         return ()
 
@@ -114,10 +122,11 @@ def _short(value: object) -> str:
 def check_block_fp8(config: Config) -> str:
     """How the checkpoint says that it is block FP8, for the manifest's comment.
 
-    ``fp8`` is the checkpoint format of DeepSeek and Qwen: both engines send its linear layers to DeepGEMM for the
-    block 128 × 128 and dynamic activations (vLLM 0.25.0 to 0.33.0 ``model_executor/layers/quantization/fp8.py``;
-    SGLang 0.5.23 ``srt/layers/quantization/fp8_utils.py``, ``_deepgemm_block_fp8_supported``). ``compressed-tensors``
-    with the strategy ``block`` ends in the same functions (``compressed_tensors_w8a8_fp8.py`` of each).
+    ``fp8`` is the checkpoint format of DeepSeek and Qwen. Both engines send its linear layers to DeepGEMM where its
+    blocks are 128 × 128 and its activations dynamic (vLLM 0.25.0 to 0.33.0
+    ``model_executor/layers/quantization/fp8.py``; SGLang 0.5.23 ``srt/layers/quantization/fp8_utils.py``,
+    ``_deepgemm_block_fp8_supported``). ``compressed-tensors`` with the strategy ``block`` ends in the same functions
+    (``compressed_tensors_w8a8_fp8.py`` in each engine).
 
     Raises:
         ModelError: the engine would not send this model's linear layers to DeepGEMM; the text says why.
@@ -131,7 +140,7 @@ def check_block_fp8(config: Config) -> str:
         if block is None:
             raise _refusal(config, "its FP8 weights have one scale a tensor (no weight_block_size)")
         if block != [BLOCK, BLOCK]:
-            raise _refusal(config, f"its FP8 weights have a scale for each block of {block}")
+            raise _refusal(config, f"its FP8 weights have one scale for each block of {block}")
         if activations != "dynamic":
             raise _refusal(config, f"its activations are quantised with {activations} scales")
         return f"quant_method fp8, weight_block_size {block}"
@@ -149,7 +158,7 @@ def _check_compressed_tensors(config: Config) -> str:
         if not isinstance(weights, dict):
             raise _refusal(config, f"its compressed-tensors {name} quantises no weights")
         bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
-        targets = ", ".join(map(str, group.get("targets", []))) or "all layers"
+        targets = ", ".join(map(str, group.get("targets") or [])) or "all layers"
         if (bits, kind) != (8, "float"):
             what = "INT4" if (bits, kind) == (4, "int") else f"{bits}-bit {kind}"
             raise _refusal(config, f"its compressed-tensors weights are {what} ({targets})")
@@ -157,27 +166,27 @@ def _check_compressed_tensors(config: Config) -> str:
             structure = weights.get("block_structure")
             how = f"{strategy} {structure}" if structure else f"one for each {strategy}"
             raise _refusal(config, f"its compressed-tensors FP8 weights have other scales: {how} ({targets})")
-        activations = group.get("input_activations") or {}
-        if not activations.get("dynamic"):
+        activations = group.get("input_activations")
+        if not isinstance(activations, dict) or not activations.get("dynamic"):
             raise _refusal(config, "its compressed-tensors activations are not quantised dynamically")
     return "compressed-tensors, FP8 by blocks of [128, 128]"
 
 
 def _refusal(config: Config, reason: str) -> ModelError:
     return ModelError(
-        f"{config.path}: {config.architecture} would not reach DeepGEMM: wanted FP8 weights with a scale for each "
+        f"{config.path}: {config.architecture} would not reach DeepGEMM: wanted FP8 weights with one scale for each "
         f"block of 128 × 128, but {reason}",
-        hint="there is no DeepGEMM cache to build for it; serve the model's block-FP8 checkpoint, if it has one",
+        hint="this checkpoint needs no DeepGEMM cache; serve the model's block-FP8 checkpoint, if it has one",
     )
 
 
 def path_match(entry: str, module: str) -> bool:
-    """Whether ``entry`` is ``module`` or some of its dotted components in a row."""
+    """Whether ``entry`` is ``module``, or consecutive components of its dotted name."""
     return f".{entry.strip('.')}." in f".{module}."
 
 
 def pattern_match(entry: str, module: str) -> bool:
-    """compressed-tensors' ``re:`` entries; False for others. A pattern that does not compile matches nothing."""
+    """Whether a ``re:`` entry of compressed-tensors matches; other entries and invalid patterns match nothing."""
     if not entry.startswith("re:"):
         return False
     try:

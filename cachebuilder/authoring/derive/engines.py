@@ -1,8 +1,10 @@
 """The engines whose rules are known: which of a model's GEMMs each one sends to DeepGEMM.
 
-config.json ──► config ──► families ──► layers ──► vllm, sglang ──► derive ──► text
-(read)     (a model's   (a rank's  (what goes to    (joined    (the commented
-layers)      N and K)   DeepGEMM)        into ops)  manifest)
+config.json ──► config ──► families ──► derive ──► text
+                (fields)   (layers of   (ops of    (the commented
+                            a model)     a rank)    manifest)
+
+`families` and `derive` both ask the rules of the engine: `vllm` or `sglang`, whose questions `serving` states.
 """
 
 from __future__ import annotations

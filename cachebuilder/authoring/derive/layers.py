@@ -1,4 +1,4 @@
-"""A model's layers as a family describes them: whole, with what is needed to cut them for one rank."""
+"""A model's layers as a family describes them: whole, with what is needed to divide them among ranks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from cachebuilder.authoring.derive.size import Size
+
 
 @dataclass(frozen=True)
 class Part:
-    """One weight of the checkpoint in a linear layer that may hold several.
+    """One weight of the checkpoint in a linear layer, which may hold several.
 
     Attributes:
         name: below the decoder layer, as ``self_attn.q_proj``.
-        n: rows, whole.
-        how: where n comes from, in the config's own words.
-        least: rows below which it is not cut; further ranks hold copies (K and V heads under more ranks than heads).
+        n: rows of the whole weight.
+        least: rows that are never divided; further ranks hold copies (K and V heads, where ranks outnumber them).
     """
 
     name: str
-    n: int
-    how: str
+    n: Size
     least: int = 0
 
 
@@ -33,14 +33,13 @@ class Linear:
         split: the dimension that is divided among ``ranks``.
         layers: numbers of the decoder layers that have one.
         tokens: the largest M, where it is not the engine's batch.
-        beside: tokens up to which the engine also calls it beside other work, and the SM count that it sets then.
+        beside: up to how many tokens the engine also calls it beside other work, and the SM count that it then sets.
         note: one more sentence for the manifest.
     """
 
     module: str
     parts: tuple[Part, ...]
-    k: int
-    k_how: str
+    k: Size
     split: Literal["n", "k", "none"]
     ranks: int
     layers: tuple[int, ...]
@@ -48,10 +47,40 @@ class Linear:
     beside: tuple[int, int] | None = None
     note: str = ""
 
-    @property
-    def n(self) -> int:
-        """Rows, whole."""
-        return sum(part.n for part in self.parts)
+
+@dataclass(frozen=True)
+class Linears:
+    """Makes the linear layers that the same decoder layers have and the same ranks share.
+
+    Named after the engines' classes: ``ReplicatedLinear``, ``ColumnParallelLinear``, ``RowParallelLinear``.
+    """
+
+    layers: tuple[int, ...]
+    ranks: int
+
+    def replicated(self, module: str, n: Size | Sequence[Part], k: Size) -> Linear:
+        """Whole on every rank. ``n``: the rows of the one weight, or the weights that are fused."""
+        return Linear(module, _parts(module, n), k, "none", 1, self.layers)
+
+    def column(self, module: str, n: Size | Sequence[Part], k: Size) -> Linear:
+        """N divided among the ranks."""
+        return Linear(module, _parts(module, n), k, "n", self.ranks, self.layers)
+
+    def row(self, module: str, n: Size | Sequence[Part], k: Size) -> Linear:
+        """K divided among the ranks."""
+        return Linear(module, _parts(module, n), k, "k", self.ranks, self.layers)
+
+    def gated_mlp(self, module: str, hidden: Size, intermediate: Size) -> list[Linear]:
+        """``gate_up_proj`` and ``down_proj``."""
+        gate_and_up = [Part(f"{module}.{name}_proj", intermediate) for name in ("gate", "up")]
+        return [
+            self.column(f"{module}.gate_up_proj", gate_and_up, hidden),
+            self.row(f"{module}.down_proj", hidden, intermediate),
+        ]
+
+
+def _parts(module: str, n: Size | Sequence[Part]) -> tuple[Part, ...]:
+    return (Part(module, n),) if isinstance(n, Size) else tuple(n)
 
 
 @dataclass(frozen=True)
@@ -59,21 +88,21 @@ class Experts:
     """The routed experts of a layer: w13 [count, 2·intermediate, hidden] and w2 [count, hidden, intermediate].
 
     Attributes:
-        fused: shared experts that are more of them, on each rank.
+        topk: experts that a token goes to, the fused ones included.
+        fused: shared experts that each rank holds as additional routed ones.
         clamp: the limit of the activation, which a mega-MoE applies itself.
         mxfp4: weights in MXFP4; else in FP8 with block scales.
     """
 
-    module: str
-    count: int
+    count: Size
     topk: int
-    hidden: int
-    intermediate: int
+    hidden: Size
+    intermediate: Size
     layers: tuple[int, ...]
-    how: str
     fused: int = 0
     clamp: float | None = None
     mxfp4: bool = False
+    module: str = "mlp.experts"
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a DeepGEMM function that is neither a linear layer's nor the experts': the op and its fields.
+    """A call of a DeepGEMM function for something other than a linear layer or an expert GEMM: the op and its fields.
 
     Attributes:
         what: which part of the model makes it, for the manifest.
@@ -99,10 +128,10 @@ class Call:
 
 @dataclass
 class Model:
-    """All of a model's layers that matter here.
+    """All of a model's layers that can reach DeepGEMM.
 
     Attributes:
-        unknown: what a family could not tell from the config.
+        unknown: what the config leaves open.
     """
 
     linears: list[Linear] = field(default_factory=list)
@@ -112,14 +141,14 @@ class Model:
     unknown: list[str] = field(default_factory=list)
 
 
-def numbers_text(layers: Sequence[int]) -> str:
-    """Layer numbers as ``0–2, 5``."""
+def layers_text(layers: Sequence[int]) -> str:
+    """Layer numbers as ``layers 0–2, 5``."""
     runs: list[list[int]] = []
     for number in sorted(layers):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    shown = [f"{a}" if a == b else f"{a}–{b}" for a, b in runs]
-    # Layers in a fixed stride, as a hybrid model's, would fill lines.
-    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "…", *shown[-2:]])
+    texts = [f"{first}" if first == last else f"{first}–{last}" for first, last in runs]
+    # The layers of a hybrid model, each fourth one for example, would fill lines.
+    return "layers " + ", ".join(texts if len(texts) <= 6 else [*texts[:3], "…", *texts[-2:]])

@@ -1,4 +1,4 @@
-"""How an engine is run, and what its rules say about a model: the base of `vllm` and `sglang`."""
+"""How an engine is run, and the questions that its rules answer about a model: the base of `vllm` and `sglang`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,59 @@ from cachebuilder.authoring.derive.config import BLOCK, Config
 from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import ModelError
-from cachebuilder.ops.catalog import OPS, OpBase
+from cachebuilder.ops.catalog import OpBase
 
 
 @dataclass(frozen=True)
-class Serving:
-    """One deployment.
+class IndexerLogits:
+    """How an engine calls the logits of sparse attention's indexer.
 
     Attributes:
-        version: the engine's release; one of the engine's `versions`.
-        tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's own options take them.
+        prefill: the function for logits over a batch's own keys, and its fields beside ``heads``.
+        paged: the function for decoding over the paged cache, which follows its schedule's kernel; its fields.
+        batches: for each number of query rows that a sequence has (two with one speculated token), the most sequences.
+        flat: each row is a sequence of its own, whatever the number of rows.
+    """
+
+    prefill: tuple[str, Mapping[str, object]]
+    paged: tuple[str, Mapping[str, object]]
+    batches: Mapping[int, int]
+    flat: bool = False
+
+    def calls(self, heads: int, what: str) -> list[Call]:
+        """The calls of the layers that ``what`` names."""
+        function, fields = self.prefill
+        calls = [Call(function, {"heads": heads, **fields}, f"{what}, prefill")]
+        function, fields = self.paged
+        for size, rows in self._batch_fields():
+            where = f"{what}, decoding with {rows}"
+            calls.append(Call("get_paged_mqa_logits_metadata", size, where))
+            calls.append(Call(function, {"heads": heads, **fields, **size}, where))
+        return calls
+
+    def _batch_fields(self) -> list[tuple[dict[str, object], str]]:
+        if self.flat:
+            most = max(rows * batch for rows, batch in self.batches.items())
+            rows_text = f"up to {max(self.batches)} query rows a sequence, each row as a sequence of its own"
+            return [({"max_batch": most, "varlen": True}, rows_text)]
+        return [
+            ({"max_batch": batch, "next_n": rows}, f"{rows} query row{'s' if rows > 1 else ''} a sequence")
+            for rows, batch in self.batches.items()
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What the engine's own options set.
+
+    Attributes:
+        tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's options take them.
         max_tokens: the largest number of tokens in a step.
         max_seqs: the largest number of sequences in a step.
         max_model_len: the longest sequence; None: the model's own.
-        low_latency: experts through DeepEP's low-latency dispatch.
-        moe_deep_gemm: the routed experts are DeepGEMM's (an engine has other kernels for them, too).
-        mega_moe: they are its mega-MoE's: dispatch, both GEMMs and combine in one kernel.
+        low_latency: DeepEP's low-latency dispatch brings tokens to the experts.
     """
 
-    gpu: Gpu
-    version: str
     tp: int = 1
     ep: int = 1
     dp: int = 1
@@ -38,26 +71,40 @@ class Serving:
     max_seqs: int = 1024
     max_model_len: int | None = None
     low_latency: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving(EngineOptions):
+    """An engine's rules for one deployment.
+
+    Attributes:
+        version: the engine's release, which the rules cover (see `release`).
+        moe_deep_gemm: the routed experts run in DeepGEMM (engines have other kernels for them as well).
+        mega_moe: they run in its mega-MoE: dispatch, both GEMMs and combine in one kernel.
+    """
+
+    gpu: Gpu
+    version: str
     moe_deep_gemm: bool = True
     mega_moe: bool = False
 
     name: ClassVar[str]
-    #: Releases whose source was read, oldest first; rules of a release between two are those of the older one.
+    #: Releases whose source was read, oldest first. A release between two of them takes the older one's rules.
     versions: ClassVar[tuple[str, ...]]
 
     @classmethod
     def release(cls, version: str | None) -> str:
-        """``version`` if the rules reach back to it, else the newest release that was read.
+        """``version``, or for None the newest release that was read.
 
         Raises:
-            ModelError: no release, or one older than any that was read.
+            ModelError: ``version`` is no release, or is older than any that was read.
         """
         if version is None:
             return cls.versions[-1]
         if len(version_key(version)) < 2 or version_key(version) < version_key(cls.versions[0]):
             raise ModelError(
                 f"--engine-version: wanted a release of {cls.name} from {cls.versions[0]} on, found {version}",
-                hint=f"the source of {', '.join(cls.versions)} was read; a release between takes the older one's rules",
+                hint=f"the rules were read in {', '.join(cls.versions)}; a release between two takes the older one's",
             )
         return version
 
@@ -66,7 +113,7 @@ class Serving:
         return version_key(self.version) >= version_key(version)
 
     def check(self, config: Config) -> None:
-        """Raise ModelError where the engine would not run this way, or not use DeepGEMM for this model at all."""
+        """Raise ModelError where the engine would not run this way, or would not use DeepGEMM for this model."""
         if self.gpu.major not in (9, 10, 12):
             raise ModelError(f"wanted a Hopper or Blackwell GPU, found {self.gpu.name} ({self.gpu.capability})")
 
@@ -91,11 +138,11 @@ class Serving:
         raise NotImplementedError
 
     def prefix_tokens(self, config: Config) -> int | None:
-        """The largest M of ``kv_b_proj`` where it is also called for the context that is in the cache already."""
+        """The largest M of ``kv_b_proj``; None where it is not also called for context that is already in the cache."""
         return None
 
     def fuses_shared_experts(self, config: Config, shared: int) -> bool:
-        """Whether the shared expert is one more routed expert."""
+        """Whether the engine runs the shared expert as one more routed expert."""
         return False
 
     def keeps_unquantized(self, config: Config, module: str) -> bool:
@@ -103,19 +150,19 @@ class Serving:
         raise NotImplementedError
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
-        """Ops of one expert GEMM of weight [count, n, k] on a rank, each with the arithmetic of its M."""
+        """Ops of the GEMM of expert weights [count, n, k] on one rank, each with the arithmetic of its M."""
         raise NotImplementedError
 
     def fuses_into_mega_moe(self, shared: int) -> bool:
-        """Whether mega-MoE's kernel runs the shared experts, too."""
+        """Whether the mega-MoE kernel also runs the shared experts."""
         return False
 
     def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
-        """The calls of a mega-MoE layer: what DeepGEMM does besides it for this engine, and the layer's.
+        """The calls of a mega-MoE layer, and of the DeepGEMM functions that this engine calls around it.
 
         Args:
-            shared: shared experts.
-            hashed: layers whose experts a token's hash gives.
+            shared: how many shared experts a layer has.
+            hashed: layers in which a token's hash chooses the experts.
 
         Raises:
             ModelError: the engine does not run these experts this way.
@@ -123,7 +170,7 @@ class Serving:
         raise NotImplementedError
 
     def grouped_output_at_load(self, name: str, groups: int, rows: int, k: int) -> list[Call]:
-        """The calls that bring the scales of V4's grouped output [groups, rows, k] into DeepGEMM's layout.
+        """The calls at load that bring the scales of V4's grouped output [groups, rows, k] into DeepGEMM's layout.
 
         vLLM 0.33.0 ``deepgemm_post_process_fp8_weight_block`` with ``is_bmm`` (layers/quantization/utils/fp8_utils.py),
         SGLang 0.5.23 ``_setup_fp8_wo_a_scales`` (srt/models/deepseek_v4.py). On SM90 the scales stay as they are.
@@ -134,16 +181,16 @@ class Serving:
         return [Call("transform_sf_into_required_layout", fields, f"scales of {name} at load")]
 
     def projects_indexer_keys(self, config: Config) -> bool:
-        """Whether V3.2's indexer has a linear layer of its own for its keys."""
+        """Whether V3.2's indexer projects its keys in a linear layer of its own."""
         return False
 
     def indexer_beside(self) -> tuple[int, int] | None:
-        """Tokens up to which V3.2's indexer also projects queries beside other work, and the SM count then."""
+        """Up to how many tokens V3.2's indexer also projects queries beside other work, and the SM count then."""
         return None
 
-    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
-        """The calls that sparse attention's indexer makes besides its projections: V4's, or V3.2's."""
-        return []
+    def indexer_logits(self, v4: bool) -> IndexerLogits:
+        """How the engine calls the logits of sparse attention's indexer: DeepSeek V4's, or V3.2's."""
+        raise NotImplementedError
 
     def header(self, config: Config) -> list[str]:
         """Sentences about the engine for the head of the manifest."""
@@ -151,56 +198,16 @@ class Serving:
 
     @property
     def moe_rule(self) -> str:
-        """When the engine's routed experts are DeepGEMM's, for the manifest; empty where they always are."""
+        """For the manifest: when the engine runs routed experts in DeepGEMM; empty where it always does."""
         return ""
 
     def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
-        """What the engine does with the model that no op of the manifest covers."""
+        """What the engine asks of DeepGEMM for this model and no op of the manifest covers."""
         return []
 
 
-def knows(op: str, *fields: str) -> bool:
-    """Whether a manifest can name ``op`` with these fields."""
-    return op in OPS and set(fields) <= OPS[op].model_fields.keys()
-
-
-def indexer_calls(
-    prefill: str,
-    paged: str,
-    heads: int,
-    formats: Mapping[str, object],
-    batches: Mapping[int, int],
-    what: str,
-    flat: bool = False,
-) -> list[Call]:
-    """Logits over a batch's own keys, and for decoding over the paged cache after its schedule's kernel.
-
-    Args:
-        batches: for each number of query rows that a sequence has (two with one speculated token), the most sequences.
-        flat: each row is a sequence, however many there are.
-    """
-    calls = [Call(prefill, {"heads": heads, **formats}, f"{what}, prefill")]
-    shared = {name: value for name, value in formats.items() if name != "compressed"}
-    if flat:
-        most = max(rows * batch for rows, batch in batches.items())
-        what_rows = f"up to {max(batches)} query rows a sequence, each by itself"
-        sizes = [({"max_batch": most, "varlen": True}, what_rows)]
-    else:
-        sizes = [
-            ({"max_batch": batch, "next_n": rows}, f"{rows} query row{'s' if rows > 1 else ''} a sequence")
-            for rows, batch in batches.items()
-        ]
-    for size, rows in sizes:
-        where = f"{what}, decoding with {rows}"
-        calls += [
-            Call("get_paged_mqa_logits_metadata", size, where),
-            Call(paged, {"heads": heads, **shared, **size}, where),
-        ]
-    return calls
-
-
 def version_key(version: str) -> tuple[int, ...]:
-    """A release as numbers, for comparing: 0.25.0 → (0, 25, 0); what follows a non-number is dropped."""
+    """A release as numbers, to compare: 0.25.0 → (0, 25, 0). Drops everything from the first part that is no number."""
     numbers = []
     for part in version.split("."):
         if not part.isdigit():

@@ -1,13 +1,12 @@
-"""SGLang's rules: what it sends to DeepGEMM, over which M. Read in the wheel of 0.5.23."""
+"""SGLang's rules: which GEMMs it sends to DeepGEMM, and up to which M. Read in the wheel of 0.5.23."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import BLOCK, Config, path_match, pattern_match
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, numbers_text
-from cachebuilder.authoring.derive.serving import Serving, indexer_calls, knows
+from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, layers_text
+from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.device import round_up
@@ -15,12 +14,12 @@ from cachebuilder.ops.device import round_up
 _CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 
 _MEGA_MOE = "--moe-backend deep_gemm_mega_moe"
-#: Tokens of one rank that mega-MoE's buffer takes, and SMs that it leaves free on SM100: what
-#: SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK and …_RESERVED_SMS are where nobody sets them (srt/environ.py).
+#: How many tokens of one rank mega-MoE's buffer takes, and how many SMs it leaves free on SM100: the defaults of
+#: SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK and …_RESERVED_SMS (srt/environ.py).
 _MEGA_MOE_TOKENS, _MEGA_MOE_FREE_SMS = 8192, 2
 #: Architectures whose MoE block calls mega-MoE, and whether steps beyond the buffer go to other kernels: ``forward`` of
-#: ``DeepseekV2MoE`` (srt/models/deepseek_v2.py), ``_forward_mega_moe`` of srt/models/qwen3_moe.py and of qwen2_moe.py,
-#: whose block Qwen3-Next has; MEGA_MOE_NO_FALLBACK_ARCHS (srt/arg_groups/mega_moe_hook.py).
+#: ``DeepseekV2MoE`` (srt/models/deepseek_v2.py), ``_forward_mega_moe`` of srt/models/qwen3_moe.py and of qwen2_moe.py
+#: (Qwen3-Next has that block); MEGA_MOE_NO_FALLBACK_ARCHS (srt/arg_groups/mega_moe_hook.py).
 _MEGA_MOE_FALLS_BACK = {
     "DeepseekV3ForCausalLM": True,
     "DeepseekV32ForCausalLM": True,
@@ -32,16 +31,16 @@ _MEGA_MOE_FALLS_BACK = {
 
 
 class Sglang(Serving):
-    """An SGLang deployment: ``tp`` ranks in all, in which ``dp`` groups share attention (--enable-dp-attention).
+    """``tp`` ranks in all, divided into ``dp`` groups for attention (--enable-dp-attention).
 
-    ``max_tokens`` is the chunked prefill size as given, before SGLang divides it by dp.
+    ``max_tokens`` is the chunked prefill size of the command line, before SGLang divides it by dp.
     """
 
     name: ClassVar[str] = "sglang"
     versions: ClassVar[tuple[str, ...]] = ("0.5.23",)
 
     def check(self, config: Config) -> None:
-        """As the base says; besides, dp and ep divide tp (srt/arg_groups/parallel_hook.py)."""
+        """Also: dp and ep divide tp (srt/arg_groups/parallel_hook.py)."""
         super().check(config)
         for option, size in (("--dp", self.dp), ("--ep", self.ep)):
             if self.tp % size:
@@ -49,7 +48,7 @@ class Sglang(Serving):
                     f"SGLang divides its {self.tp} tensor parallel ranks: wanted {option} to divide --tp, found {size}"
                 )
         if self.low_latency and self.ep == 1:
-            raise ModelError("DeepEP dispatches between expert-parallel ranks: wanted --ep above 1, found 1")
+            raise ModelError("DeepEP dispatches between expert parallel ranks: wanted --ep above 1, found 1")
         if self.mega_moe:
             self._check_mega_moe(config)
 
@@ -68,25 +67,25 @@ class Sglang(Serving):
             )
         if self.low_latency:
             raise ModelError(
-                f"{_MEGA_MOE}: SGLang has one all-to-all backend: wanted no --low-latency, which is DeepEP's"
+                f"{_MEGA_MOE}: SGLang takes one all-to-all backend: wanted no --low-latency (DeepEP's), found both"
             )
-        if self.tp == 1:  # SGLang would run it, with some models' shared experts among the routed ones
-            raise ModelError(f"{_MEGA_MOE}: these rules know it between ranks: wanted --tp above 1, found 1")
+        if self.tp == 1:  # SGLang would run it, and fuse some models' shared experts into the routed ones
+            raise ModelError(f"{_MEGA_MOE}: these rules cover it between ranks only: wanted --tp above 1, found 1")
         if self.ep != self.tp:
             raise ModelError(
-                f"{_MEGA_MOE}: SGLang makes all ranks expert parallel: wanted --ep {self.tp}, found {self.ep}"
+                f"{_MEGA_MOE}: SGLang spreads the experts over all ranks: wanted --ep {self.tp}, found {self.ep}"
             )
         if not falls_back and self._mega_moe_rows > _MEGA_MOE_TOKENS:
             raise ModelError(
                 f"{_MEGA_MOE}: wanted at most {_MEGA_MOE_TOKENS} tokens a rank, found {self._mega_moe_rows} "
                 "(--max-num-batched-tokens / --dp): SGLang does not start",
-                hint="lower --max-num-batched-tokens; where SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK is "
-                "raised, give it as max_tokens of the written mega-MoE ops",
+                hint="lower --max-num-batched-tokens; if you raise "
+                "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK, set max_tokens of the mega-MoE ops to its value",
             )
 
     @property
     def _mega_moe_rows(self) -> int:
-        """Tokens that a prefill may bring to one rank, as SGLang counts them."""
+        """How many tokens a prefill may bring to one rank, as SGLang counts them."""
         return round_up(self.max_tokens // self.dp, self.attention_ranks)
 
     @property
@@ -96,23 +95,24 @@ class Sglang(Serving):
 
     @property
     def shared_ranks(self) -> int:
-        """All ranks; 1 under DeepEP, where each has the whole shared expert (models/deepseek_v2.py, glm4_moe.py), and
-        under mega-MoE (models/deepseek_v2.py, qwen2_moe.py).
+        """All ranks; 1 where each rank has the whole shared expert.
+
+        That is so under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE (models/deepseek_v2.py, qwen2_moe.py).
         """
         return 1 if self.low_latency or self.mega_moe else self.tp
 
     @property
     def expert_ranks(self) -> int:
-        """As ``moe_tp``: tp / ep."""
+        """``moe_tp``: tp / ep."""
         return self.tp // self.ep
 
     @property
     def largest_m(self) -> int:
-        """The end of the list that SGLang's own pre-compilation goes through.
+        """The end of the list of M that SGLang's own pre-compilation goes through.
 
         ``update_deep_gemm_config`` (srt/layers/deep_gemm_wrapper/compile_utils.py): 16 Ki; twice the chunked prefill
-        size where that is above 8192; at most 128 Ki. ``_handle_data_parallelism``
-        (srt/arg_groups/parallel_hook.py) has divided that size by dp; what all ranks share sees all dp groups' tokens.
+        size where that is above 8192; at most 128 Ki. ``_handle_data_parallelism`` (srt/arg_groups/parallel_hook.py)
+        has divided that size by dp, but layers that all ranks share get the tokens of all dp groups.
         """
         chunk = self.max_tokens // self.dp
         return max(min(2 * chunk if chunk > 8192 else 16 * 1024, 128 * 1024), self.max_tokens)
@@ -120,17 +120,17 @@ class Sglang(Serving):
     def prefix_tokens(self, config: Config) -> int:
         """SGLANG_MAX_KV_CHUNK_CAPACITY (srt/environ.py): the most tokens of the cache that are projected at once.
 
-        With the batch's own, or by chunks: srt/models/deepseek_common/attention_forward_methods/forward_mha.py; V3.2's,
-        too, while its sequences are short (srt/layers/attention/dsa_backend.py).
+        With the batch's own, or in chunks: srt/models/deepseek_common/attention_forward_methods/forward_mha.py.
+        V3.2 also takes this path while its sequences are short (srt/layers/attention/dsa_backend.py).
         """
         return max(128 * 1024, self.largest_m)
 
     def fuses_shared_experts(self, config: Config, shared: int) -> bool:
-        """``shared_experts_fusion_disable_reason`` of models/deepseek_v2.py and models/glm4_moe.py, and
-        ``can_fuse_shared_expert`` of models/qwen2_moe.py, which models/qwen3_next.py asks.
+        """By ``shared_experts_fusion_disable_reason`` (models/deepseek_v2.py, models/glm4_moe.py) or
+        ``can_fuse_shared_expert`` (models/qwen2_moe.py, called by models/qwen3_next.py).
 
-        DeepSeek V3 and GLM-5 with 256 experts and one shared, and GLM-4.5 to 4.7: fused, but not under expert
-        parallelism. Qwen3-Next, whose shared expert is as wide as a routed one: under expert parallelism, too.
+        Without expert parallelism: DeepSeek V3 and GLM-5 with 256 experts and one shared, and GLM-4.5 to 4.7. With and
+        without it: Qwen3-Next, where the shared expert is as wide as a routed one.
         """
         if self.low_latency or self.mega_moe or not self.moe_deep_gemm:
             return False
@@ -148,7 +148,7 @@ class Sglang(Serving):
         )
 
     def keeps_unquantized(self, config: Config, module: str) -> bool:
-        """SGLang matches components of a dotted name (``_module_path_match``, srt/layers/quantization/utils.py)."""
+        """Entries match components of a dotted name (``_module_path_match``, srt/layers/quantization/utils.py)."""
         tail = module.split("layers.", 1)[-1]
         return any(
             path_match(entry.split("layers.", 1)[-1] if "layers." in entry else entry, tail)
@@ -157,47 +157,47 @@ class Sglang(Serving):
         )
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
-        """Both layouts: srt/layers/moe/moe_runner/deep_gemm.py takes masked or compact rows by free memory.
+        """Both layouts: srt/layers/moe/moe_runner/deep_gemm.py chooses masked or compact rows by the free memory.
 
-        Under DeepEP it is contiguous for prefill, masked for decoding. expected_m is about tokens · top-k / experts,
-        less than a batch of tokens, in all of them; SGLang's pre-compilation sweeps it to the same end as M.
+        Under DeepEP, prefill is contiguous and decoding masked. expected_m is always about tokens · top-k / experts,
+        less than a batch of tokens; SGLang's pre-compilation sweeps it as far as M.
         """
         rows = self.largest_m
         weights = {"experts": count, "n": n, "k": k}
         contiguous: dict[str, object] = {"op": _CONTIGUOUS, **weights, "topk": experts.topk}
-        if self.gpu.major != 9 and knows(_CONTIGUOUS, "alignment"):
+        if self.gpu.major != 9:
             contiguous["alignment"] = "per-call"
         masked = {"op": _MASKED, **weights, "max_m": rows}
         return [
             (OPS[_CONTIGUOUS].model_validate(contiguous), ""),
-            (OPS[_MASKED].model_validate(masked), f"expected_m as far as SGLang's own list: {rows}"),
+            (OPS[_MASKED].model_validate(masked), f"expected_m up to {rows}, the end of SGLang's own list"),
         ]
 
     def fuses_into_mega_moe(self, shared: int) -> bool:
-        """FP8 shared experts beside MXFP4 ones, on SM100: ``should_fuse_mega_moe_shared_experts``
-        (srt/layers/moe/mega_moe.py), which models/deepseek_v4.py alone asks.
+        """FP8 shared experts beside MXFP4 routed ones, on SM100.
 
-        Not with SGLANG_OPT_DEEPGEMM_MEGA_MOE_FUSE_SHARED_EXPERTS=0.
+        ``should_fuse_mega_moe_shared_experts`` (srt/layers/moe/mega_moe.py), which only models/deepseek_v4.py calls.
+        Switched off by SGLANG_OPT_DEEPGEMM_MEGA_MOE_FUSE_SHARED_EXPERTS=0, which these rules take to be unset.
         """
         return self.mega_moe and shared > 0 and self.gpu.major == 10
 
     def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
-        """SM90: FP8 experts; SM100: MXFP4 ones. srt/layers/moe/mega_moe.py and mega_moe_sm90.py.
+        """SM90: FP8 experts; SM100: MXFP4 experts. srt/layers/moe/mega_moe.py and mega_moe_sm90.py.
 
-        Other experts are not made ready for mega-MoE (``is_mega_moe_experts_ready``, quantization/fp8.py). On SM100 the
-        pre-dispatch is a kernel of SGLang's own (``sglang.kernels.ops.moe.dsv4``), the router DeepGEMM's for no model
-        that these rules know (``mega_gate_supported``, srt/layers/moe/mega_gate.py), and weights' scales are brought
+        SGLang prepares no other experts for mega-MoE (``is_mega_moe_experts_ready``, quantization/fp8.py). On SM100 the
+        pre-dispatch is a kernel of SGLang's own (``sglang.kernels.ops.moe.dsv4``). The router is not DeepGEMM's for any
+        model of these rules (``mega_gate_supported``, srt/layers/moe/mega_gate.py). The weights' scales are brought
         into DeepGEMM's layout at load.
         """
         fp4 = self.gpu.major == 10
         if experts.mxfp4 != fp4:
             raise ModelError(
-                f"{_MEGA_MOE}: SGLang {self.version} runs experts in {'MXFP4' if fp4 else 'FP8'} this way on "
-                f"{self.gpu.name}: found experts in {'MXFP4' if experts.mxfp4 else 'FP8'}",
+                f"{_MEGA_MOE}: wanted experts in {'MXFP4' if fp4 else 'FP8'}, which SGLang {self.version} runs this "
+                f"way on {self.gpu.name}, found experts in {'MXFP4' if experts.mxfp4 else 'FP8'}",
                 hint="leave --moe-backend out, or name another GPU",
             )
         if experts.count % self.ep:
-            raise ModelError(f"{_MEGA_MOE}: wanted {experts.how} a multiple of the {self.ep} ranks")
+            raise ModelError(f"{_MEGA_MOE}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
         layer: dict[str, object] = {
             "ranks": self.ep,
             "experts": experts.count,
@@ -207,7 +207,7 @@ class Sglang(Serving):
             "max_tokens": _MEGA_MOE_TOKENS,
         }
         clamp: dict[str, object] = {} if experts.clamp is None else {"activation_clamp": experts.clamp}
-        what = f"{experts.module}, layers {numbers_text(experts.layers)}: {experts.how}, over ep {self.ep} ranks"
+        what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
         if not fp4:
             return [
                 Call("mega_moe_pre_dispatch_sm90", layer, f"{what}; tokens into the buffer"),
@@ -223,14 +223,14 @@ class Sglang(Serving):
         if shared:
             layer["shared_experts"] = shared
             what += f", with n_shared_experts {shared}"
-        what += f"; SMs: {self.gpu.sm_count} but {_MEGA_MOE_FREE_SMS}, made even"
+        what += f"; SMs: {self.gpu.sm_count} - {_MEGA_MOE_FREE_SMS}, rounded down to an even number"
         return [
             Call("fp8_fp4_mega_moe", layer, what),
             *_scales_at_load(experts, experts.count // self.ep, shared * experts.intermediate),
         ]
 
     def projects_indexer_keys(self, config: Config) -> bool:
-        """``wk`` is fused with the weights' projection only where rotary embedding is interleaved.
+        """True unless rotary embedding is interleaved: then ``wk`` is fused with the weights' projection.
 
         ``use_dsa_indexer_fusion`` of srt/layers/attention/dsa/dsa_indexer.py; ``indexer_rope_interleave`` in
         srt/models/deepseek_v2.py.
@@ -238,96 +238,91 @@ class Sglang(Serving):
         return config.fields.get("indexer_rope_interleave") is not True
 
     def indexer_beside(self) -> tuple[int, int] | None:
-        """In CUDA graphs of up to DUAL_STREAM_TOKEN_THRESHOLD tokens, beside the keys: on half of the SMs.
+        """In CUDA graphs of up to DUAL_STREAM_TOKEN_THRESHOLD tokens, beside the keys, on half of the SMs.
 
-        Rounded up to 8: ``_get_q_k_bf16``, ``half_device_sm_count`` of srt/layers/attention/dsa/dsa_indexer.py.
+        Half is rounded up to a multiple of 8: ``_get_q_k_bf16``, ``half_device_sm_count`` of
+        srt/layers/attention/dsa/dsa_indexer.py.
         """
         return 1024, round_up(self.gpu.sm_count // 2, 8)
 
-    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
-        """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, logits at their own columns.
+    def indexer_logits(self, v4: bool) -> IndexerLogits:
+        """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, whose logits are at their own columns.
 
         V3.2: with speculation a request has 4 rows (``_auto_choose_speculative_params``, speculative_hook.py in
-        srt/arg_groups). On SM90 they are 4 sequences; on SM100 so while they are drafted, not when they are checked
-        (srt/layers/attention/dsa_backend.py). With pipeline parallelism, all ranks but the last leave an SM to
-        receiving while they compute a prefill's logits (``_with_real_sm_count``). V4: compressed logits, whose columns
-        are as many as the longest sequence has keys (srt/layers/attention/dsv4/indexer.py).
+        srt/arg_groups). On SM90 they are 4 sequences; on SM100 they are so while they are drafted, but not while they
+        are verified (srt/layers/attention/dsa_backend.py). With pipeline parallelism, all ranks but the last leave an
+        SM to receiving while they compute a prefill's logits (``_with_real_sm_count``).
+
+        V4: compressed logits, with as many columns as the longest sequence has keys
+        (srt/layers/attention/dsv4/indexer.py).
         """
-        formats = {"compressed": True} if v4 else {}
         batches = {1: self.max_seqs, 2: self.max_seqs}
-        if not v4:
-            drafted = 4 * self.max_seqs
-            batches = {1: drafted} if self.gpu.major == 9 else batches | {1: drafted, 4: self.max_seqs}
-        calls = indexer_calls("fp8_mqa_logits", "fp8_paged_mqa_logits", heads, formats, batches, what)
-        if self.pp > 1 and not v4:
-            sms = [self.gpu.sm_count - 1, self.gpu.sm_count]
-            calls[0] = replace(calls[0], fields={**calls[0].fields, "sm_counts": sms})
-        return calls
+        prefill: dict[str, object] = {}
+        if v4:
+            prefill["compressed"] = True
+        else:
+            drafted = {1: 4 * self.max_seqs}
+            batches = drafted if self.gpu.major == 9 else batches | drafted | {4: self.max_seqs}
+            if self.pp > 1:
+                prefill["sm_counts"] = [self.gpu.sm_count - 1, self.gpu.sm_count]
+        return IndexerLogits(("fp8_mqa_logits", prefill), ("fp8_paged_mqa_logits", {}), batches)
 
     def header(self, config: Config) -> list[str]:
-        """As the base says."""
+        """About compiled_dims, which linear layers, and the end of M."""
         return [
-            "compiled_dims is left out: SGLang passes none, so sgl-deep-gemm's own default holds, nothing compiled in "
-            "for dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
+            "compiled_dims is left out: SGLang does not pass it, so sgl-deep-gemm's own default holds, which compiles "
+            "no dimension into dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
             "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (srt/layers/quantization/fp8_utils.py, "
             "_deepgemm_block_fp8_supported). max_tokens is the end of SGLang's own list of M "
             "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
         ]
 
     def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
-        """As the base says."""
-        found = []
-        if has_experts and self.moe_deep_gemm and self.gpu.major != 9 and not knows(_CONTIGUOUS, "alignment"):
-            found.append(
-                LeftOut(
-                    "expert GEMMs at the smaller alignments that SGLang sets for each call on SM100 and SM120",
-                    "the op sweeps DeepGEMM's default alignment only in this version of cachebuilder "
-                    "(srt/layers/deep_gemm_wrapper/entrypoint.py, get_contiguous_layout_alignment)",
-                )
-            )
+        """On SM90, an optional form of ``kv_b_proj``; with mega-MoE, steps beyond its buffer."""
+        left_out = []
         if config.has("kv_lora_rank") and self.gpu.major == 9:
-            found.append(
+            left_out.append(
                 LeftOut(
                     "m_grouped_fp8_gemm_nt_masked for the absorbed kv_b projection",
-                    "only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)",
+                    "SGLang calls it only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)",
                 )
             )
         if self.mega_moe and self._mega_moe_rows > _MEGA_MOE_TOKENS:
-            found.append(
+            left_out.append(
                 LeftOut(
-                    f"experts in steps of more than {_MEGA_MOE_TOKENS} tokens a rank, mega-MoE's buffer",
-                    "they go to the kernels of --moe-runner-backend, Triton's where that is not given "
+                    f"experts in steps of more than {_MEGA_MOE_TOKENS} tokens a rank, the size of mega-MoE's buffer",
+                    "they go to the kernels of --moe-runner-backend, by default Triton's "
                     "(should_use_mega_moe in srt/layers/moe/mega_moe.py, forward_normal in srt/models/deepseek_v2.py)",
                 )
             )
-        return found
+        return left_out
 
     @property
     def moe_rule(self) -> str:
-        """When the routed experts are DeepGEMM's: ``is_deepgemm_moe_runner_backend_enabled`` (quantization/fp8.py)."""
+        """By ``is_deepgemm_moe_runner_backend_enabled`` (quantization/fp8.py)."""
         if self.low_latency:
             return ""
         if self.mega_moe:
             rule = (
-                "SGLang's experts are mega-MoE's with --moe-a2a-backend megamoe (srt/arg_groups/mega_moe_hook.py). Its "
-                f"buffer's {_MEGA_MOE_TOKENS} tokens a rank are the default of "
-                "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK: another number is to be max_tokens of these ops."
+                "SGLang runs experts in mega-MoE with --moe-a2a-backend megamoe (srt/arg_groups/mega_moe_hook.py). Its "
+                f"buffer holds {_MEGA_MOE_TOKENS} tokens a rank, the default of "
+                "SGLANG_OPT_DEEPGEMM_MEGA_MOE_NUM_MAX_TOKENS_PER_RANK; for another, change max_tokens of these ops."
             )
             if self.gpu.major == 10:
                 rule += (
-                    f" That {_MEGA_MOE_FREE_SMS} SMs stay free and that shared experts are in the kernel are defaults, "
-                    "too (…_RESERVED_SMS, …_FUSE_SHARED_EXPERTS, srt/environ.py). --enable-w4a4-mxfp4-megamoe calls "
-                    "other kernels."
+                    f" It leaves {_MEGA_MOE_FREE_SMS} SMs free and runs shared experts in the kernel: also defaults "
+                    "(…_RESERVED_SMS, …_FUSE_SHARED_EXPERTS, srt/environ.py). --enable-w4a4-mxfp4-megamoe calls other "
+                    "kernels."
                 )
             return rule
         return (
-            "SGLang's experts are DeepGEMM's with --moe-runner-backend deep_gemm, or with DeepEP "
-            "(srt/layers/quantization/fp8.py). --moe-backend other leaves them out here."
+            "SGLang runs experts in DeepGEMM with --moe-runner-backend deep_gemm, or with DeepEP "
+            "(srt/layers/quantization/fp8.py). cachebuilder manifest leaves them out with --moe-backend other."
         )
 
 
 def _architecture(config: Config) -> str:
-    """The model's class; DeepSeek V4's checkpoints are told apart by model_type, as `families.describe` does."""
+    """The model's class. DeepSeek V4's checkpoints are known by their model_type, as in `families.describe`."""
     return "DeepseekV4ForCausalLM" if config.fields.get("model_type") == "deepseek_v4" else config.architecture
 
 
@@ -335,14 +330,16 @@ def _scales_at_load(experts: Experts, local: int, shared: int) -> list[Call]:
     """Scales of a mega-MoE layer's weights on SM100, brought into DeepGEMM's layout when they are loaded.
 
     ``build_mega_moe_experts_weights`` and ``_transform_mega_moe_shared_sf`` (srt/layers/moe/mega_moe.py). A shared
-    expert is made ready as a linear layer before (``transform_scale_ue8m0``, srt/layers/quantization/fp8_utils.py).
+    expert is first prepared as a linear layer (``transform_scale_ue8m0``, srt/layers/quantization/fp8_utils.py).
 
     Args:
-        local: routed experts of a rank.
+        local: how many routed experts a rank has.
         shared: the shared experts' width; 0: they are not in the kernel.
     """
     transform, pack = "transform_sf_into_required_layout", "get_mn_major_tma_aligned_packed_ue8m0_tensor"
-    inner, hidden, calls = experts.intermediate, experts.hidden, []
+    inner: int = experts.intermediate
+    hidden: int = experts.hidden
+    calls = []
     for name, rows, k in (("w13", 2 * inner, hidden), ("w2", hidden, inner)):
         fields = {"k": k, "recipe": [1, 32], "groups": local, "rows": rows}
         calls.append(Call(transform, fields, f"scales of {experts.module} {name} at load"))

@@ -1,4 +1,4 @@
-"""The written manifest: YAML with, above each op, the layers that it serves and the arithmetic of its shape."""
+"""Writes the manifest: YAML in which comments above each op name its layers and give the arithmetic of its shape."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDTH = 120
 def manifest_text(config: Config, serving: Serving, derived: Derived, name: str | None = None) -> str:
     """The manifest as text. ``name`` defaults to the model's folder, the ranks, the GPU and the engine.
 
-    The same input gives the same text: no time, no path of this machine.
+    Equal inputs give equal texts: there is no time and no path of this machine in it.
     """
     size = f"tp {serving.tp}, ep {serving.ep}, dp {serving.dp}, pp {serving.pp}"
     lines = [
@@ -32,7 +32,7 @@ def manifest_text(config: Config, serving: Serving, derived: Derived, name: str 
     for sentence in (_scales(serving), *serving.header(config), serving.moe_rule if _has_experts(derived) else ""):
         lines += _comment(sentence) if sentence else []
     if serving.pp > 1:
-        lines += _comment(f"The layers of all {serving.pp} pipeline stages: each stage asks for some of them.")
+        lines += _comment(f"The layers of all {serving.pp} pipeline stages; each stage asks for some of them.")
     for title, items in (
         ("Not known", derived.unknown),
         ("Not in this manifest", [f"{item.what}: {item.why}" for item in derived.left_out]),
@@ -64,13 +64,13 @@ def default_name(config: Config, serving: Serving) -> str:
 
 
 def model_name(config: Config) -> str:
-    """The name of the folder that holds the config, or the model's type where that says nothing."""
+    """The name of the folder that holds the config; the model's type where that name has no letter."""
     folder = config.path.resolve().parent.name if config.path.name == "config.json" else config.path.stem
     return folder if re.search(r"[A-Za-z]", folder) else str(config.fields.get("model_type", "model"))
 
 
 def _scales(serving: Serving) -> str:
-    """Which scales: vLLM 0.33.0 utils/deep_gemm.py, DeepGemmQuantScaleFMT; SGLang 0.5.23 configurer.py."""
+    """The format of scales: vLLM 0.33.0 utils/deep_gemm.py, DeepGemmQuantScaleFMT; SGLang 0.5.23 configurer.py."""
     if serving.gpu.major == 9:
         return "SM90: float32 scales, 1 × 128 for activations and 128 × 128 for weights."
     return "SM100 and SM120: UE8M0 scales, packed four to an int32, from blocks of 128."
@@ -81,13 +81,14 @@ def _has_experts(derived: Derived) -> bool:
 
 
 def _flow(op: OpBase) -> str:
-    """An op as a YAML flow mapping, without what it leaves to defaults."""
+    """An op as a YAML flow mapping, without the fields that have their defaults."""
     fields = op.model_dump(exclude_defaults=True)
-    shown = ((name, str(value).lower() if isinstance(value, bool) else value) for name, value in fields.items())
-    return "{" + ", ".join(f"{name}: {value}" for name, value in shown) + "}"
+    texts = (f"{name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in fields.items())
+    return "{" + ", ".join(texts) + "}"
 
 
 def _comment(text: str, indent: str = "", width: int = _WIDTH) -> Sequence[str]:
+    """Lines of YAML comments, those after the first indented by ``indent``."""
     return textwrap.wrap(
         text,
         width,

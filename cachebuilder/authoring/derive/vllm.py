@@ -1,12 +1,12 @@
-"""vLLM's rules: what it sends to DeepGEMM, over which M. Read in the wheels of 0.25.0, 0.32.0 and 0.33.0."""
+"""vLLM's rules: which GEMMs it sends to DeepGEMM, up to which M. Read in the wheels of 0.25.0, 0.32.0 and 0.33.0."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import Config, path_match, pattern_match
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, numbers_text
-from cachebuilder.authoring.derive.serving import Serving, indexer_calls, knows
+from cachebuilder.authoring.derive.layers import Call, Experts, layers_text
+from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 
@@ -15,12 +15,8 @@ _NOT_ON_BLACKWELL = ("qwen3_5_text", "qwen3_5_moe_text")
 
 _CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 
-#: Tokens in a KV-cache block, which the chunked-context workspace counts in; 64 is the MLA backends' usual one.
+#: Tokens in a KV-cache block, the unit of the chunked-context workspace; the MLA backends usually have 64.
 _CACHE_BLOCK = 64
-
-
-def _layers(numbers: tuple[int, ...]) -> str:
-    return f"layers {numbers_text(numbers)}"
 
 
 class Vllm(Serving):
@@ -30,7 +26,7 @@ class Vllm(Serving):
     versions: ClassVar[tuple[str, ...]] = ("0.25.0", "0.32.0", "0.33.0")
 
     def check(self, config: Config) -> None:
-        """As the base says; besides, experts are spread over tp · dp ranks or none (config/parallel.py, 0.33.0)."""
+        """Also: experts are spread over all tp · dp ranks, or not at all (config/parallel.py, 0.33.0)."""
         super().check(config)
         if self.ep not in (1, self.tp * self.dp):
             raise ModelError(
@@ -46,7 +42,7 @@ class Vllm(Serving):
             raise ModelError(
                 "vLLM dispatches with low latency only between data-parallel ranks with expert parallelism: wanted "
                 f"--dp and --ep above 1, found --dp {self.dp} --ep {self.ep}",
-                hint="use_batched_dp_moe in vllm/config/parallel.py, 0.33.0",
+                hint="raise --dp and --ep, or leave --low-latency out (use_batched_dp_moe in vllm/config/parallel.py)",
             )
 
     @property
@@ -56,7 +52,7 @@ class Vllm(Serving):
 
     @property
     def shared_ranks(self) -> int:
-        """Tensor parallel ranks; 1 where tokens are spread over them instead: ``use_sequence_parallel_moe``.
+        """Tensor parallel ranks; 1 where the tokens are spread over them instead: ``use_sequence_parallel_moe``.
 
         vllm/config/parallel.py, 0.33.0; 0.25.0 has the same condition.
         """
@@ -76,11 +72,11 @@ class Vllm(Serving):
         return self.max_tokens
 
     def prefix_tokens(self, config: Config) -> int | None:
-        """Rows of the chunked-context workspace, all of which ``kv_b_proj`` may be called for.
+        """Rows of the chunked-context workspace: one call of ``kv_b_proj`` may take all of them.
 
         ``determine_chunked_prefill_workspace_size`` (vllm/model_executor/layers/attention/mla_attention.py, 0.25.0 and
         0.33.0): min(max(8 · max_model_len, 4 · max_num_seqs · block_size), 64 Ki), at least a block for each sequence.
-        No warm-up of vLLM's reaches beyond max_num_batched_tokens here. Sparse attention reads the cache through the
+        vLLM's own warm-up of this layer ends at max_num_batched_tokens. Sparse attention reads the cache through the
         absorbed projection only.
         """
         if config.has("index_topk"):
@@ -90,7 +86,7 @@ class Vllm(Serving):
         return max(rows, self.max_seqs * _CACHE_BLOCK, self.max_tokens)
 
     def keeps_unquantized(self, config: Config, module: str) -> bool:
-        """Whole names match (``is_layer_skipped``, utils/quant_utils.py, 0.33.0), and compressed-tensors patterns."""
+        """Entries match whole names (``is_layer_skipped``, utils/quant_utils.py, 0.33.0), or are patterns."""
         tail = module.split("layers.", 1)[-1]
         return any(
             (entry.split("layers.", 1)[-1] == tail if "layers." in entry else entry == module)
@@ -100,12 +96,12 @@ class Vllm(Serving):
         )
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
-        """Contiguous rows, or with low-latency dispatch a buffer for each expert.
+        """Contiguous rows; with low-latency dispatch, a buffer for each expert.
 
         Contiguous: ``compute_aligned_M_and_alignment`` (fused_moe/deep_gemm_utils.py) with the tokens of all dp ranks.
         Masked: ``BatchedDeepGemmExperts`` (fused_moe/experts/batched_deep_gemm_moe.py), max_num_tokens · dispatchers
-        rows for each expert; ``estimate_expected_m`` gives any multiple of 16 up to that, or that.
-        0.33.0; 0.25.0 the same.
+        rows for each expert; ``estimate_expected_m`` gives that number or any multiple of 16 below it.
+        Both in 0.33.0; 0.25.0 has the same.
         """
         if self.low_latency:
             rows = self.max_tokens * self.ep
@@ -118,10 +114,10 @@ class Vllm(Serving):
         if self.dp > 1:
             fields["max_tokens"] = tokens
             how = f"tokens of all ranks: dp {self.dp} · max_num_batched_tokens {self.max_tokens} = {tokens}"
-        if self.gpu.major != 9 and knows(_CONTIGUOUS, "alignment"):
+        if self.gpu.major != 9:
             fields["alignment"] = "per-call"
         layouts: list[dict[str, object]] = [fields]
-        if self._psum and knows(_CONTIGUOUS, "psum"):  # as serving calls it; the other is the warm-up's
+        if self._psum:  # serving calls this layout, vLLM's warm-up the other
             layouts.append({**fields, "psum": True})
         return [(OPS[_CONTIGUOUS].model_validate({"op": _CONTIGUOUS, **layout}), how) for layout in layouts]
 
@@ -131,18 +127,18 @@ class Vllm(Serving):
         return self.at_least("0.32.0") and self.gpu.major in (9, 10)
 
     def fuses_into_mega_moe(self, shared: int) -> bool:
-        """Where each rank has whole shared experts: with one tensor-parallel rank, or tokens spread over the ranks.
+        """Where each rank has whole shared experts: with one tensor parallel rank, or tokens spread over the ranks.
 
-        ``_init_mega_moe_experts``, ``_use_sequence_parallel`` of models/deepseek_v4/nvidia/model.py, 0.33.0; not with
-        VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION=1.
+        ``_init_mega_moe_experts``, ``_use_sequence_parallel`` of models/deepseek_v4/nvidia/model.py, 0.33.0. Switched
+        off by VLLM_DISABLE_DSV4_MEGAMOE_SHARED_EXPERT_FUSION=1, which these rules take to be unset.
         """
         return self.mega_moe and shared > 0 and (self.tp == 1 or self.pp == 1)
 
     def mega_moe_calls(self, experts: Experts, shared: int = 0, hashed: tuple[int, ...] = ()) -> list[Call]:
-        """DeepSeek V4's: models/deepseek_v4/nvidia/model.py and fused_moe/deep_gemm_mega_moe.py, 0.33.0.
+        """DeepSeek V4's layers: models/deepseek_v4/nvidia/model.py and fused_moe/deep_gemm_mega_moe.py, 0.33.0.
 
-        The buffer is sized for max_num_batched_tokens, the manifest's max_tokens. Up to 16 tokens (1 for 128 experts)
-        the router is not DeepGEMM's.
+        The buffer has the size max_num_batched_tokens, the manifest's max_tokens. For up to 16 tokens (1 with 128
+        experts) the router is a kernel outside DeepGEMM.
         """
         what = "--moe-backend deep_gemm_mega_moe"
         if not experts.mxfp4:
@@ -155,92 +151,61 @@ class Vllm(Serving):
         if self.ep != self.tp * self.dp:
             raise ModelError(f"{what}: wanted expert parallelism, --ep {self.tp * self.dp} (tp · dp), found {self.ep}")
         if experts.count % self.ep:
-            raise ModelError(f"{what}: wanted {experts.how} a multiple of the {self.ep} ranks")
+            raise ModelError(f"{what}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
         sizes: dict[str, object] = {"experts": experts.count, "topk": experts.topk, "hidden": experts.hidden}
         calls = []
-        given: dict[str, object] = {"bias": False, "hashed": True}
-        for layers, fields, how in (
-            (tuple(number for number in experts.layers if number not in hashed), {}, "chosen by score"),
-            (hashed, given, "given by the token's hash"),
-        ):
-            if layers:
-                calls.append(Call("bf16_mega_gate", sizes | fields, f"mlp.gate, {_layers(layers)}: experts {how}"))
+        if scored := [number for number in experts.layers if number not in hashed]:
+            gate = f"mlp.gate, {layers_text(scored)}: experts chosen by score"
+            calls.append(Call("bf16_mega_gate", sizes, gate))
+        if hashed:
+            gate = f"mlp.gate, {layers_text(hashed)}: experts chosen by the token's hash"
+            calls.append(Call("bf16_mega_gate", sizes | {"bias": False, "hashed": True}, gate))
         layer: dict[str, object] = {"ranks": self.ep, **sizes, "intermediate": experts.intermediate}
         if experts.clamp is not None:
             layer["activation_clamp"] = experts.clamp
-        fused = self.fuses_into_mega_moe(shared)
-        if fused:
+        what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
+        if self.fuses_into_mega_moe(shared):
             layer["shared_experts"] = shared
-        kept = f", with n_shared_experts {shared}" if fused else ""
-        what = f"mlp.experts, {_layers(experts.layers)}: {experts.how}, over ep {self.ep} ranks{kept}"
+            what += f", with n_shared_experts {shared}"
         calls.append(Call("fp8_fp4_mega_moe", layer, what))
         return calls
 
-    def indexer_calls(self, heads: int, what: str, v4: bool) -> list[Call]:
-        """vllm/utils/deep_gemm.py: ``fp8_fp4_mqa_logits`` and its paged form; 0.33.0 gives max_seqlen_k, and MX scales
-        on SM100 (``mqa_logits_mx_inputs``), where decoding is varlen (``fp8_fp4_paged_mqa_logits``).
+    def indexer_logits(self, v4: bool) -> IndexerLogits:
+        """vllm/utils/deep_gemm.py, ``fp8_fp4_mqa_logits`` and its paged form.
+
+        0.33.0 gives max_seqlen_k. On SM100 it gives MX scales (``mqa_logits_mx_inputs``), and decoding is varlen
+        (``fp8_fp4_paged_mqa_logits``).
         """
-        formats: dict[str, object] = {}
-        flat = self.at_least("0.33.0") and self.gpu.major == 10
-        if self.at_least("0.33.0"):
-            formats["compressed"] = True
-            if flat:
-                formats |= {"scales": "mx", "weights": "bfloat16", "logits": "bfloat16"}
+        new = self.at_least("0.33.0")
+        flat = new and self.gpu.major == 10
+        formats: dict[str, object] = {"scales": "mx", "weights": "bfloat16", "logits": "bfloat16"} if flat else {}
+        prefill = {"compressed": True, **formats} if new else formats
         batches = {1: self.max_seqs, 2: self.max_seqs}
-        return indexer_calls("fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", heads, formats, batches, what, flat)
+        return IndexerLogits(("fp8_fp4_mqa_logits", prefill), ("fp8_fp4_paged_mqa_logits", formats), batches, flat)
 
     def header(self, config: Config) -> list[str]:
-        """As the base says."""
+        """About compiled_dims, and which linear layers."""
         return [
-            "compiled_dims is left out: vLLM passes none, so DeepGEMM's own default holds, N and K compiled in for the "
-            "copy in vLLM's wheel (vllm/third_party/deep_gemm). vLLM takes an installed deep_gemm first: plan with "
-            "the copy that serves.",
+            "compiled_dims is left out: vLLM does not pass it, so DeepGEMM's own default holds. In the copy of vLLM's "
+            "wheel (vllm/third_party/deep_gemm), N and K are compiled in. vLLM prefers an installed deep_gemm to that "
+            "copy: plan with the one that serves.",
             "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
             "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
-            "(kernels/linear/scaled_mm/flashinfer.py); those M are swept all the same.",
+            "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
         ]
-
-    def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
-        """As the base says."""
-        found = []
-        if (
-            has_experts
-            and self.moe_deep_gemm
-            and not self.low_latency
-            and self._psum
-            and not knows(_CONTIGUOUS, "psum")
-        ):
-            found.append(
-                LeftOut(
-                    "m_grouped_fp8_gemm_nt_contiguous with use_psum_layout=True, as serving calls it on SM90 and SM100",
-                    "the op has no such field in this version of cachebuilder: what is swept is the layout that vLLM's "
-                    "own warm-up calls (fused_moe/experts/deep_gemm_moe.py, warmup/deep_gemm_warmup.py)",
-                )
-            )
-        if (
-            has_experts
-            and self.moe_deep_gemm
-            and not self.low_latency
-            and self.gpu.major != 9
-            and not knows(_CONTIGUOUS, "alignment")
-        ):
-            found.append(
-                LeftOut(
-                    "expert GEMMs at the smaller alignments that vLLM sets for each call on SM100 and SM120",
-                    "the op sweeps DeepGEMM's default alignment only in this version of cachebuilder "
-                    "(fused_moe/deep_gemm_utils.py, compute_aligned_M_and_alignment)",
-                )
-            )
-        return found
 
     @property
     def moe_rule(self) -> str:
-        """When the routed experts are DeepGEMM's: ``select_fp8_moe_backend`` (fused_moe/oracle/fp8.py)."""
-        first = {9: "Triton (tensor parallel) or FlashInfer's CUTLASS (expert parallel)", 10: "FlashInfer's TRT-LLM"}
-        other = first.get(self.gpu.major)
-        if other is None or self.low_latency:
+        """By ``select_fp8_moe_backend`` (fused_moe/oracle/fp8.py)."""
+        preferred = {
+            9: "Triton (tensor parallel) or FlashInfer's CUTLASS (expert parallel)",
+            10: "FlashInfer's TRT-LLM",
+        }
+        backend = preferred.get(self.gpu.major)
+        if backend is None or self.low_latency:
             return ""
         return (
-            f"vLLM prefers {other} for block-FP8 experts on this GPU; they are DeepGEMM's with --moe-backend deep_gemm "
-            "or with VLLM_USE_DEEP_GEMM=1 set (fused_moe/oracle/fp8.py). --moe-backend other leaves them out here."
+            f"vLLM prefers {backend} for block-FP8 experts on this GPU. It runs them in DeepGEMM with --moe-backend "
+            "deep_gemm or with VLLM_USE_DEEP_GEMM=1 (fused_moe/oracle/fp8.py). cachebuilder manifest leaves them out "
+            "with --moe-backend other."
         )

@@ -9,10 +9,10 @@ from typing import Any
 
 import altair as alt
 
-from cachebuilder.compiling.record import BuildRecord, Run
+from cachebuilder.compiling.record import BuildRecord, CompilerCall
 from cachebuilder.inspecting.report.facts import Facts, KernelFacts
 from cachebuilder.ops.trial import TOLERANCE
-from cachebuilder.verifying.report import Verified
+from cachebuilder.verifying.report import GpuReport
 
 #: The relative error of BF16's rounding to 8 bits of significand: the output's type alone costs it (`ops.trial`).
 _BF16_ROUNDING = 1.7e-3
@@ -129,7 +129,7 @@ def timeline(facts: Facts, record: BuildRecord) -> Spec:
     return _spec(bars.properties(height=max(_LANE * record.jobs, 80)))
 
 
-def errors(verified: Verified) -> Spec:
+def errors(verified: GpuReport) -> Spec:
     """Each trial's relative error against M, the largest that is accepted, and that of BF16's rounding alone."""
     rows = [row for row in _trials(verified) if row["error"] is not None]
     limits = [
@@ -160,7 +160,7 @@ def errors(verified: Verified) -> Spec:
     return _spec(alt.layer(points, rules, names).properties(height=260))
 
 
-def times(verified: Verified) -> Spec:
+def times(verified: GpuReport) -> Spec:
     """Each trial's time against M, and that of torch in BF16 for the same product, where it was measured."""
     rows = [
         row | {"by": by, "microseconds": row[field]}
@@ -236,7 +236,7 @@ def _labelled_rows(field: str, order: list[str]) -> alt.Y:
     return alt.Y(f"{field}:N", title=None, sort=order, axis=axis)
 
 
-def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
+def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
     """A run, cut into nvcc's phases one after another; the rest of its time is nvcc's own.
 
     A held front end reports no phases.
@@ -266,7 +266,7 @@ def _phases(run: Run, kernels: dict[str, KernelFacts]) -> list[dict[str, object]
     return rows
 
 
-def _trials(verified: Verified) -> list[dict[str, Any]]:
+def _trials(verified: GpuReport) -> list[dict[str, Any]]:
     return [
         {
             # The shape comes first, because a phone cuts the end off.

@@ -21,11 +21,11 @@ from cachebuilder.deepgemm import templates
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import ArtifactError
 from cachebuilder.ops.catalog import OPS
-from cachebuilder.planning.make import Plan
+from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring.compatibility import Difference, between
 from cachebuilder.verifying import report as verified
-from cachebuilder.verifying.report import Verified
+from cachebuilder.verifying.report import GpuReport
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Facts:
     fingerprint_digest: str | None = None
     recorded: Mapping[str, str] | None = None
     build: BuildRecord | None = None
-    verified: Verified | None = None
+    verified: GpuReport | None = None
 
     @property
     def kind(self) -> str:

@@ -1,4 +1,4 @@
-/* The annotations that CUDA's driver_types.h needs, empty: torch's wheels ship that header without crt/. */
+/* Empty definitions of the annotations in CUDA's driver_types.h: torch's wheels ship that header without crt/. */
 #define __host__
 #define __device__
 #define __device_builtin__

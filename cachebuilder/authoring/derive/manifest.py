@@ -1,0 +1,82 @@
+"""From a model's config and a deployment to a manifest, in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_args
+
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import Derived, derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.serving import EngineOptions, Serving
+from cachebuilder.authoring.derive.text import manifest_text
+from cachebuilder.cuda import gpus
+from cachebuilder.errors import ModelError
+from cachebuilder.manifest import schema as manifests
+
+MoeBackend = Literal["deep_gemm", "deep_gemm_mega_moe", "other"]
+MOE_BACKENDS: tuple[MoeBackend, ...] = get_args(MoeBackend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment(EngineOptions):
+    """How a person describes a deployment.
+
+    Attributes:
+        engine: one of `ENGINES`.
+        engine_version: its release; None: the newest whose source was read.
+        gpu: a known GPU's name.
+        moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
+    """
+
+    engine: str
+    engine_version: str | None = None
+    gpu: str
+    moe_backend: MoeBackend = "deep_gemm"
+
+    def serving(self) -> Serving:
+        """The engine's rules for this deployment.
+
+        Raises:
+            ModelError: no such GPU is known, or the rules do not reach back to the engine's release.
+        """
+        rules = ENGINES[self.engine]
+        try:
+            gpu = gpus.find(self.gpu)
+        except ValueError as error:
+            raise ModelError(f"--gpu: {error}") from None
+        return rules(
+            gpu=gpu,
+            version=rules.release(self.engine_version),
+            moe_deep_gemm=self.moe_backend != "other",
+            mega_moe=self.moe_backend == "deep_gemm_mega_moe",
+            **{field.name: getattr(self, field.name) for field in fields(EngineOptions)},
+        )
+
+
+@dataclass(frozen=True)
+class DerivedManifest:
+    """A manifest's text, and what it was written from."""
+
+    text: str
+    config: Config
+    serving: Serving
+    derived: Derived
+
+
+def derive_manifest(model: Path, deployment: Deployment, name: str | None = None) -> DerivedManifest:
+    """Write the manifest of the model at ``model``, a ``config.json`` or its folder.
+
+    Args:
+        name: the manifest's; None: from the model's folder, the ranks, the GPU and the engine.
+
+    Raises:
+        ModelError: the config cannot be read, or the engine would not serve the model with DeepGEMM like this.
+        ManifestError: ``name`` is no name for a manifest.
+    """
+    config, serving = Config.read(model), deployment.serving()
+    derived = derive(config, serving)
+    text = manifest_text(config, serving, derived, name)
+    manifests.parse(text.encode(), "the written manifest")
+    return DerivedManifest(text, config, serving, derived)

@@ -1,0 +1,220 @@
+"""Put an artifact where DeepGEMM reads it: checked whole first, then entry by entry, each by one rename.
+
+DIR afterwards::
+
+    cache/<entry>/…                          what DeepGEMM reads
+    cachebuilder/bin/nvcc, version.txt       the frozen nvcc and its text
+    cachebuilder/artifacts/<digest>.<sha>.json, .yaml    each restored artifact's index and manifest, written last
+
+Entries are not flushed to the disk. A killed restore still leaves whole entries only, since DeepGEMM reads them through
+the page cache. After a power cut, restore into a fresh DIR.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from cachebuilder.artifact.index import Fingerprint, Index
+from cachebuilder.artifact.read import Archive
+from cachebuilder.artifact.trust import Trust
+from cachebuilder.artifact.whole import open_file
+from cachebuilder.common.files import make_folders, write_atomically
+from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.errors import ArtifactError, RestoreError
+from cachebuilder.restoring import frozen
+from cachebuilder.restoring.compatibility import Difference
+from cachebuilder.restoring.destination import Destination
+from cachebuilder.restoring.folder import own_files
+from cachebuilder.restoring.machine import Compared, Machine, choose
+from cachebuilder.restoring.relocation import Relocation
+
+if TYPE_CHECKING:  # imports cryptography
+    from cachebuilder.artifact.signature import TrustedKey
+
+#: DeepGEMM puts paths below DIR on a shell's command line without quotes.
+_PLAIN_PATH = re.compile(r"[\w./+@,=-]+")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did.
+
+    Attributes:
+        dir: DIR, absolute.
+        index: the artifact's, with the entries' names as restored.
+        artifact: the artifact that was taken.
+        differences: how that one differs: worth knowing, or overruled by force.
+        others: the artifacts that were not taken, in the order given; each says whether it fits, and how it differs.
+        written: entries made.
+        skipped: entries that were already there, with equal bytes.
+        relocated: legacy entries were renamed for this install path.
+        signed_by: the trusted key that signed it; None where no key was given to check with.
+    """
+
+    dir: Path
+    index: Index
+    artifact: Path
+    differences: tuple[Difference, ...]
+    others: tuple[Compared[Path], ...]
+    written: int
+    skipped: int
+    relocated: bool
+    signed_by: TrustedKey | None
+
+
+def restore(
+    artifacts: Sequence[str | Path],
+    to: str | Path,
+    *,
+    machine: Machine | None = None,
+    trust: Trust | None = None,
+    force: bool = False,
+) -> Restored:
+    """Restore the first of ``artifacts`` that fits a machine into ``to``, beside a frozen nvcc.
+
+    Every artifact is checked and compared before anything is written: all signatures, then all indexes, then that the
+    files are whole. Nothing becomes visible to DeepGEMM before every byte of the one that is taken has been checked.
+    If the restore fails, ``to`` is as it was. ``to`` may be in use.
+
+        restored = restore(["small.tar.zst"], "/opt/deep_gemm", trust=Trust.load(["team.pub"]))
+        print(restored.index.name, restored.written, "kernels")
+
+    Args:
+        artifacts: the artifacts' files, at least one; the first that fits is taken.
+        to: the folder that DeepGEMM will read; made if it does not exist.
+        machine: what will serve; default: this machine with the DeepGEMM that is installed.
+        trust: the keys, one of which must have signed each artifact; None takes artifacts of any origin.
+        force: take the first artifact where none fits. DeepGEMM will then not find its kernels.
+
+    Raises:
+        SignatureError: an artifact is not signed by a trusted key, or its provenance is not valid.
+        CompatibilityError: none fits, or the entries cannot be relocated.
+        ArtifactError: an artifact cannot be read, or is damaged or hostile, or there is none.
+        RestoreError: ``to`` holds a different entry, or cannot be written.
+        InstallationError: the DeepGEMM is incomplete.
+    """
+    if not artifacts:
+        raise ArtifactError("wanted at least one artifact, found none")
+    to = Path(os.path.abspath(to))
+    machine = machine or Machine.here()
+    nvcc = frozen.frozen_nvcc(to)
+    with contextlib.ExitStack() as stack:
+        paths = [Path(artifact) for artifact in artifacts]
+        files = [stack.enter_context(_checked(path, trust)) for path in paths]
+        opened = [_Opened(path, Archive(file, path), key) for path, (file, key) in zip(paths, files, strict=True)]
+        compared = [
+            Compared(one, tuple(machine.differences(one.archive.index, relocates=True, frozen_nvcc=nvcc)))
+            for one in opened
+        ]
+        hint = "--force restores the first one all the same; DeepGEMM will not find its kernels then"
+        choice = choose(compared, force=force, hint=hint)
+        others = [one for one in compared if one is not choice]
+        for one in others:
+            one.artifact.archive.drain()
+        taken = choice.artifact
+        written, index = _restore(taken.archive, to, Relocation(taken.archive.index, machine.installation))
+    return Restored(
+        dir=to,
+        index=index,
+        artifact=taken.path,
+        differences=choice.differences,
+        others=tuple(Compared(one.artifact.path, one.differences) for one in others),
+        written=written,
+        skipped=len(index.entries) - written,
+        relocated=index is not taken.archive.index,
+        signed_by=taken.signed_by,
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One of the artifacts, with its index read."""
+
+    path: Path
+    archive: Archive
+    signed_by: TrustedKey | None
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@contextlib.contextmanager
+def _checked(path: Path, trust: Trust | None) -> Iterator[tuple[BinaryIO, TrustedKey | None]]:
+    """An artifact's bytes, and who signed them; with ``trust``, exactly the bytes whose signature was checked."""
+    if trust is None:
+        with open_file(path) as file:
+            yield file, None
+    else:
+        signed = trust.check_file(path)
+        yield io.BytesIO(signed.data), signed.key
+
+
+def _restore(archive: Archive, to: Path, relocation: Relocation) -> tuple[int, Index]:
+    """Write an artifact; returns how many entries were written, and the index as restored."""
+    different: list[str] = []
+    try:
+        _check_destination(to, archive.index.fingerprint)
+        with Destination(to) as destination:
+            present = destination.entries()
+            for entry, file, data in archive.files():
+                if file.name == entry_files.SOURCE:
+                    name = relocation.add(entry, data)
+                    if name not in present:
+                        destination.new(name)
+                    elif not destination.holds(name, entry):
+                        different.append(name)
+                if (name := relocation.names[entry.name]) not in present:
+                    destination.write(name, file.name, data)
+            if different:
+                raise _different(to, different)
+            entries = {relocation.names[entry.name]: entry for entry in archive.index.entries}
+            made_by_others = destination.publish(entries)
+            if different := [name for name, equal in made_by_others.items() if not equal]:
+                raise _different(to, different)
+            index, index_bytes = relocation.index(), relocation.index_bytes(archive.index_bytes)
+            own = own_files(index, archive.index_bytes, archive.manifest, index_bytes)
+            for name, (data, mode) in own.items():
+                make_folders((to / name).parent)
+                write_atomically(to / name, data, RestoreError, mode)
+            destination.keep()
+    except OSError as error:
+        named = error.filename2 or error.filename  # for a rename, the new name
+        where = named if isinstance(named, str) and named.startswith("/") else to
+        raise RestoreError(f"{where}: cannot be written: {error.strerror}") from error
+    return len(destination.made) - len(made_by_others), index
+
+
+def _check_destination(to: Path, fingerprint: Fingerprint) -> None:
+    """Raises `RestoreError` where DeepGEMM could not use the folder, or where it holds another compiler's kernels."""
+    if not _PLAIN_PATH.fullmatch(str(to)):
+        raise RestoreError(
+            f"{to}: wanted a path of letters, digits and ./_+@,=- only",
+            hint="DeepGEMM puts it on a shell's command line without quotes, and splits lists of roots at ':'",
+        )
+    with contextlib.suppress(NotADirectoryError):
+        text = frozen.version_text(to)
+        if text is not None and text != fingerprint.compiler:
+            raise RestoreError(
+                f"{to}: its frozen nvcc answers for another compiler\nwanted: {_last_line(fingerprint.compiler)}\n"
+                f"found:  {_last_line(text)}",
+                hint="restore into another folder: one root serves one compiler",
+            )
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def _different(to: Path, names: Sequence[str]) -> RestoreError:
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return RestoreError(
+        f"{to}: wanted no entry or an equal one, found a different {', '.join(sorted(names)[:3])}{more}",
+        hint="restore into a fresh folder, or remove the entry if it is yours to remove",
+    )

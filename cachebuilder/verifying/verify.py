@@ -1,0 +1,78 @@
+"""Prove that DeepGEMM would find every kernel in an artifact or a restored folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.cuda import device as devices
+from cachebuilder.cuda.device import DeviceChoice
+from cachebuilder.deepgemm import installation as installations
+from cachebuilder.manifest import schema as manifests
+from cachebuilder.verifying import real, virtual
+from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
+from cachebuilder.verifying.virtual import Launches, Serving
+
+
+def verify(
+    target: str | Path,
+    *,
+    deep_gemm: str | Path | None = None,
+    manifest: str | Path | None = None,
+    device: DeviceChoice = "virtual",
+    progress: Progress = no_progress,
+) -> Report:
+    """Replay every call of a manifest against ``target`` with a compiler that refuses to compile.
+
+    The replay runs on a virtual GPU and needs no real one. With ``device="cuda"``, a complete cache is then also
+    served from on this machine's GPU, and every kernel's results on random inputs are compared with a reference in
+    float32. Nothing is written to ``target``. A report of missing kernels is no error; `Report.require_right` raises.
+
+        report = verify("small.tar.zst")
+        assert report.complete, report.problem()
+
+    Args:
+        target: an artifact, or a folder that artifacts were restored into.
+        deep_gemm: the ``deep_gemm`` package that will serve; left out, the installed one, else vLLM's own copy.
+        manifest: the shapes to replay; left out, those that each artifact was built for.
+        device: ``cuda`` to use this machine's GPU as well, which must be the manifest's target; ``auto`` to use it if
+            it is the target.
+        progress: its steps are the manifests' names; done and total count calls of DeepGEMM.
+
+    Raises:
+        ArtifactError: ``target`` is neither an artifact nor a restored folder, or the folder's own files are damaged.
+        ManifestError: ``manifest`` cannot be read or is wrong.
+        InstallationError: torch or DeepGEMM is missing or does not load.
+        PlanError: DeepGEMM died or misreads tensors. (A call that it refuses is part of the report.)
+        DeviceError: the real GPU is missing, not the target, or out of memory.
+    """
+    target = Path(target)
+    installation = installations.find(Path(deep_gemm) if deep_gemm else None)
+    with scratch_folder() as scratch:
+        folder = virtual.open_target(target, installation, scratch)
+        if manifest:
+            replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
+        else:
+            replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
+        chosen = devices.choose(device, replayed[0][0].target.gpu)
+        damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
+        replays: list[Replay] = []
+        servings: list[tuple[Serving, Launches]] = []
+        for number, (model, artifacts) in enumerate(replayed):
+            (work := scratch / str(number)).mkdir()
+            serving = Serving(folder, installation, model, compiler_text, work)
+            replay, launches = virtual.replay(serving, artifacts, damage, progress)
+            replays.append(replay)
+            servings.append((serving, launches))
+        complete = not damage and not any(replay.missing or replay.refusals for replay in replays)
+        on_gpu = real.check(target, servings, progress) if complete and chosen == "cuda" else None
+    return Report(
+        complete=complete,
+        target=str(target),
+        deep_gemm=DeepGemmCopy(path=str(installation.path), version=installation.version),
+        entries=len(folder.listed),
+        damage=damage,
+        replays=tuple(replays),
+        on_gpu=on_gpu,
+    )
