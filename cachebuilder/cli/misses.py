@@ -31,7 +31,7 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
         if addition.without_source:
             click.echo(f"note: {addition.without_source} kernels have no kept source: add their ops by hand", err=True)
     if as_json:
-        click.echo(missed.text())
+        click.echo(missed.model_dump_json(indent=1))
         return
     for miss in missed.misses:
         _print(miss)
