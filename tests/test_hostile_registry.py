@@ -49,7 +49,7 @@ def a_page(body: bytes) -> tuple[int, bytes]:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (wrong_bytes, r"not the bytes that were asked for\nwanted: sha256 [0-9a-f]{64}\nfound:  sha256 [0-9a-f]{64}"),
+        (wrong_bytes, r"not the bytes that were asked for\nwanted: sha256:[0-9a-f]{64}\nfound:  sha256:[0-9a-f]{64}"),
         (too_short, "truncated: it ends after"),
         (too_long, r"wanted \d+ bytes, found more"),
         (nothing, "truncated: it ends after 0 of"),
