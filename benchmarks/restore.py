@@ -78,7 +78,7 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
         python=index.recorded["python"],
         peak_bytes=0,
     )
-    return pack_as(output, index.name, manifest, plan, cubins, fingerprint)
+    return pack_as(index.name, manifest, plan, cubins, fingerprint).write(output)
 
 
 def timed(command: Sequence[str | Path]) -> Times:

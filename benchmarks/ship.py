@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cachebuilder.artifact import archive, pack
+from cachebuilder.artifact import pack
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.cuda.gpus import find
 from cachebuilder.deepgemm import entries
@@ -66,8 +66,8 @@ def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
         ops=index.ops, kernels=tuple(kernels), calls=0, torch=index.recorded["torch"],
         python=index.recorded["python"], peak_bytes=0,
     )  # fmt: skip
-    archive._LEVEL = 1
-    pack.pack_as(output, index.name, manifest, plan, cubins, fingerprint)
+    pack._LEVEL = 1
+    pack.pack_as(index.name, manifest, plan, cubins, fingerprint).write(output)
 
 
 def timed(command: Command) -> tuple[float, float]:

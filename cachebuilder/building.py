@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cachebuilder.artifact.pack import Packed, pack, publish
+from cachebuilder.artifact.pack import Packed, pack
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
-from cachebuilder.cuda import device as devices
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
-from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Plan
-from cachebuilder.sweep import run as sweep
-from cachebuilder.verifying import real
+from cachebuilder.verifying.real import Confirmation
 
 
 @dataclass(frozen=True)
@@ -88,23 +85,24 @@ def build(
         DeviceError: the GPU is not the target, or a call on it is not served from the artifact.
         InstallationError, ToolchainError: something that is needed is missing on this machine.
     """
-    chosen = devices.choose(device, inputs.manifest.target.gpu)
+    chosen = inputs.manifest.target.choose(device)
+    on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
         made = planning.make(inputs, reuse=options.use_store, progress=progress, on_kernel=compiler.expect)
-        if chosen == "cuda":
-            _require_same_plan(inputs, made, progress)
+        if on_gpu:
+            on_gpu.require_same_plan(made)
         planned = time.monotonic()
         compiled = compiler.compile(made.kernels, progress)
     packing = time.monotonic()
-    with scratch_folder() as scratch:
-        # The GPU launches from the finished artifact, which gets its final name only when that has succeeded.
-        unproven = scratch / "artifact.tar.zst" if chosen == "cuda" else Path(output)
-        packed = pack(unproven, inputs, made, compiled.cubins)
-        launching = time.monotonic()
-        if chosen == "cuda":
-            real.require_served(unproven, inputs, progress)
-            packed = publish(packed, Path(output))
+    artifact = pack(inputs, made, compiled.cubins)
+    launching = time.monotonic()
+    if on_gpu:
+        with scratch_folder() as scratch:
+            unproven = scratch / "artifact.tar.zst"  # the artifact gets its name only when the GPU has served from it
+            artifact.write(unproven)
+            on_gpu.require_served(unproven)
+    packed = artifact.write(Path(output))
     built = Built(
         inputs,
         made,
@@ -117,19 +115,6 @@ def build(
     )
     record.write(packed.path, _record_of(built))
     return built
-
-
-def _require_same_plan(inputs: Inputs, planned: Plan, progress: Progress) -> None:
-    """Raise `PlanError` if DeepGEMM asks for other kernels on the real GPU than on the virtual one."""
-    asked = sweep.entries_on_gpu(inputs, progress)
-    virtual_entries = {kernel.entry for kernel in planned.kernels if kernel.selected_by}
-    if asked != virtual_entries:
-        more, fewer = sorted(asked - virtual_entries), sorted(virtual_entries - asked)
-        raise PlanError(
-            "wanted the same kernels on the GPU as on the virtual GPU, "
-            f"found {len(more)} more ({', '.join(more[:3])}) and {len(fewer)} fewer ({', '.join(fewer[:3])})",
-            hint="cachebuilder has a wrong property of this card: report it, with the output of cachebuilder doctor",
-        )
 
 
 def _record_of(built: Built) -> record.BuildRecord:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
 from cachebuilder.cuda import gpus, nvml
+from cachebuilder.errors import DeviceError
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.sweep.protocol import Point
 from cachebuilder.verifying import real
 from cachebuilder.verifying import report as reports
 from tests.conftest import Run
+from tests.test_report import report_on
 
 
 @pytest.mark.slow
@@ -44,6 +48,23 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     }
 
 
+def test_a_nan_is_a_wrong_result_in_the_written_report_and_no_reference_is_none(tmp_path: Path) -> None:
+    """Both could become null in JSON, and then a wrong kernel would look like one that was only launched."""
+    report = json.loads(json.dumps(report_on("0" * 64, "kernel")))
+    [nan] = report["replays"][0]["trials"]
+    nan |= {"relative_error": math.nan, "problems": ["d: relative error nan"]}
+    report["replays"][0]["trials"].append(nan | {"relative_error": None, "problems": []})
+    written = reports.GpuReport.model_validate_json(json.dumps(report)).to_json()
+    (tmp_path / "report.json").write_text(written)
+    read = reports.read(tmp_path / "report.json", "0" * 64)
+    assert read is not None and json.loads(written).keys() == report.keys()
+    [replay] = read.replays
+    assert [trial.value for trial in replay.wrong] == [1] and replay.worst == replay.wrong[0]
+    assert replay.trials[1].relative_error is None and not replay.right
+    with pytest.raises(DeviceError, match="at m 1: d: relative error nan"):
+        replay.require_right("small.tar.zst", [])
+
+
 @pytest.mark.parametrize(
     ("card", "gpu"),
     [
@@ -59,4 +80,4 @@ def test_kernels_are_tried_at_the_ends_of_the_ranges_that_select_them() -> None:
     ],
 )
 def test_a_card_is_known_by_the_name_that_its_driver_says(card: str, gpu: str) -> None:
-    assert [known.name for known in gpus.GPUS.values() if gpus.is_called(known, card)] == [gpu]
+    assert [known.name for known in gpus.GPUS.values() if known.is_called(card)] == [gpu]

@@ -55,29 +55,29 @@ def report_on(sha256: str, entry: str) -> dict[str, object]:
 
 
 def test_facts_of_an_artifact_are_its_kernels_with_what_the_cubins_say(built: Built) -> None:
-    found = facts.gather(built.packed.path)
-    assert found.kind == "artifact" and found.sha256 == built.packed.sha256 and found.size == built.packed.size
-    assert {kernel.entry for kernel in found.kernels} == {kernel.entry for kernel in built.plan.kernels}
-    assert all(kernel.resources and kernel.resources.registers > 0 and kernel.size for kernel in found.kernels)
-    assert found.build is not None and found.verified is None
-    assert found.ops[0].title.startswith("fp8_gemm_nt n=576 k=512")
-    gemm = next(kernel for kernel in found.kernels if "gemm" in kernel.name)
+    gathered = facts.gather(built.packed.path)
+    assert gathered.kind == "artifact" and gathered.sha256 == built.packed.sha256 and gathered.size == built.packed.size
+    assert {kernel.entry for kernel in gathered.kernels} == {kernel.entry for kernel in built.plan.kernels}
+    assert all(kernel.resources and kernel.resources.registers > 0 and kernel.size for kernel in gathered.kernels)
+    assert gathered.build is not None and gathered.verified is None
+    assert gathered.ops[0].title.startswith("fp8_gemm_nt n=576 k=512")
+    gemm = next(kernel for kernel in gathered.kernels if "gemm" in kernel.name)
     assert set(gemm.highlights) == {"block", "stages", "cluster"}
 
 
 def test_facts_of_a_plan_have_no_cubins(built: Built, tmp_path: Path) -> None:
     (path := tmp_path / "plan.json").write_text(built.plan.model_dump_json(exclude_none=True))
-    found = facts.gather(path)
-    assert found.kind == "plan" and len(found.kernels) == len(built.plan.kernels)
-    assert all(kernel.resources is None for kernel in found.kernels)
+    gathered = facts.gather(path)
+    assert gathered.kind == "plan" and len(gathered.kernels) == len(built.plan.kernels)
+    assert all(kernel.resources is None for kernel in gathered.kernels)
 
 
 def test_a_verify_report_is_read_where_it_is_of_these_bytes(built: Built, tmp_path: Path) -> None:
     artifact = Path(shutil.copy(built.packed.path, tmp_path / "small.tar.zst"))
     beside, entry = verified.path_for(artifact), built.plan.kernels[0].entry
     beside.write_text(json.dumps(report_on(built.packed.sha256, entry)))
-    found = facts.gather(artifact).verified
-    assert found is not None and found.replays[0].trials[0].relative_error == 1.7e-3
+    verified_facts = facts.gather(artifact).verified
+    assert verified_facts is not None and verified_facts.replays[0].trials[0].relative_error == 1.7e-3
     beside.write_text(json.dumps(report_on("0" * 64, entry)))
     assert facts.gather(artifact).verified is None
     with pytest.raises(ArtifactError, match="wanted the report of verify"):
@@ -85,17 +85,17 @@ def test_a_verify_report_is_read_where_it_is_of_these_bytes(built: Built, tmp_pa
 
 
 @pytest.mark.parametrize("text", ["{}", "{", '{"kernels": 1}', "plain"])
-def test_what_is_neither_artifact_nor_plan_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_neither_artifact_nor_plan_is_refused(tmp_path: Path, text: str) -> None:
     (path := tmp_path / "file").write_text(text)
     with pytest.raises(ArtifactError):
         facts.gather(path)
 
 
 def test_changes_against_the_same_artifact_are_none(built: Built) -> None:
-    found = facts.gather(built.packed.path)
-    changes = facts.compare(found, found)
+    gathered = facts.gather(built.packed.path)
+    changes = facts.compare(gathered, gathered)
     assert not (changes.fields or changes.added or changes.removed or changes.changed)
-    assert changes.equal == len(found.kernels)
+    assert changes.equal == len(gathered.kernels)
 
 
 @pytest.fixture(scope="session")
@@ -131,15 +131,15 @@ def test_the_page_holds_everything_and_is_one_small_file(pages: Path, built: Bui
     assert not re.search(r"""(src|href)=(?!"#)|@import|url\(""", own), "the page loads something"
 
 
-def test_a_plan_has_a_page_too_that_says_what_it_cannot_tell(pages: Path) -> None:
+def test_a_plan_has_a_page_that_says_what_a_plan_lacks(pages: Path) -> None:
     plan = facts.gather(pages / "plan.json")
     text = page.render(plan, facts.compare(plan, plan))
     assert "report on a plan" in text and "nothing is built yet" in text and 'id="size"' not in text
 
 
 def test_equal_artifacts_have_equal_pages(pages: Path) -> None:
-    found = facts.gather(pages / "small.tar.zst")
-    assert page.render(found, facts.compare(found, found)) == (pages / "small.tar.zst.html").read_text()
+    gathered = facts.gather(pages / "small.tar.zst")
+    assert page.render(gathered, facts.compare(gathered, gathered)) == (pages / "small.tar.zst.html").read_text()
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_p
 
 
 @pytest.mark.slow
-def test_a_kernel_that_writes_nan_is_told_in_words(built: Built, tmp_path: Path) -> None:
+def test_a_kernel_that_writes_nan_is_reported_in_words(built: Built, tmp_path: Path) -> None:
     artifact = Path(shutil.copy(built.packed.path, tmp_path / "small.tar.zst"))
     report = report_on(built.packed.sha256, built.plan.kernels[0].entry)
     [replay] = report["replays"]  # type: ignore[misc]
@@ -168,9 +168,7 @@ def test_a_kernel_that_writes_nan_is_told_in_words(built: Built, tmp_path: Path)
 
 
 @pytest.mark.parametrize("selection", [{"op": 7}, {"ranges": ()}], ids=["no such op", "no point"])
-def test_a_kernel_that_nothing_can_ask_for_is_refused(
-    built: Built, tmp_path: Path, selection: dict[str, object]
-) -> None:
+def test_a_kernel_that_no_op_can_ask_for_is_refused(built: Built, tmp_path: Path, selection: dict[str, object]) -> None:
     [first, *others] = built.plan.kernels
     wrong = first.model_copy(update={"selected_by": (first.selected_by[0].model_copy(update=selection),)})
     path = tmp_path / "plan.json"
@@ -180,7 +178,7 @@ def test_a_kernel_that_nothing_can_ask_for_is_refused(
 
 
 @pytest.mark.slow
-def test_in_a_browser_it_is_drawn_without_complaint_and_the_hover_tells_the_kernel(pages: Path) -> None:
+def test_in_a_browser_it_is_drawn_without_complaint_and_the_tooltip_names_the_kernel(pages: Path) -> None:
     look = [
         sys.executable,
         str(ROOT / "tools" / "look.py"),
@@ -189,11 +187,11 @@ def test_in_a_browser_it_is_drawn_without_complaint_and_the_hover_tells_the_kern
         chromium(),
     ]
     done = subprocess.run(look, capture_output=True, text=True, check=False, timeout=180)
-    found = json.loads(done.stdout)
-    assert done.returncode == 0 and not found["problems"], found
-    assert found["charts"] >= 5
+    looked = json.loads(done.stdout)
+    assert done.returncode == 0 and not looked["problems"], looked
+    assert looked["charts"] >= 5
     for word in ("block", "stages", "cluster", "cubin", "registers", "shared memory"):
-        assert word in found["tooltip"]
+        assert word in looked["tooltip"]
 
 
 def chromium() -> str:
@@ -205,5 +203,5 @@ def chromium() -> str:
             ["apt-get", "install", "-yq", "--no-install-recommends", "chromium"],
         ):
             subprocess.run(command, capture_output=True, check=False, timeout=240)
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    return found or pytest.skip("no chromium on PATH, and apt-get did not install one")
+    browser = next((path for name in names if (path := shutil.which(name))), None)
+    return browser or pytest.skip("no chromium on PATH, and apt-get did not install one")

@@ -1,4 +1,4 @@
-"""The names of template arguments, from the headers of the copies that are here."""
+"""The names of template arguments, held against the headers of the installed copies."""
 
 from pathlib import Path
 
@@ -35,15 +35,15 @@ def test_arguments_of_built_kernels_have_the_names_of_the_headers_they_were_buil
             assert parameter.name in (None, declared[template or ""][position].split()[-1].rstrip("?"))
 
 
-def test_a_gemm_is_told_in_words() -> None:
-    found = templates.parameters(SOURCE)
-    assert templates.highlights(found) == {"block": "128×96×128", "stages": "7", "cluster": "1"}
-    assert {parameter.plain_name: parameter.words for parameter in found}["NumStages"] == (
+def test_a_gemms_arguments_have_words() -> None:
+    parameters = templates.parameters(SOURCE)
+    assert templates.highlights(parameters) == {"block": "128×96×128", "stages": "7", "cluster": "1"}
+    assert {parameter.plain_name: parameter.words for parameter in parameters}["NumStages"] == (
         "pipeline stages in shared memory"
     )
 
 
 @pytest.mark.parametrize("source", ["", "int x;", SOURCE.replace("sm90_fp8", "sm999")])
-def test_what_the_table_does_not_know_has_no_names(source: str) -> None:
+def test_a_template_that_the_table_lacks_has_no_names(source: str) -> None:
     assert all(parameter.name is None for parameter in templates.parameters(source))
     assert templates.highlights(templates.parameters(source)) == {}

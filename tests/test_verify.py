@@ -266,7 +266,7 @@ def test_a_folder_that_was_not_restored_is_one_sentence(built: building.Built, r
 
 def test_a_frozen_compiler_that_is_gone_is_one_sentence(built: building.Built, folder: Path) -> None:
     frozen_nvcc(folder).unlink()
-    with pytest.raises(ArtifactError, match="wanted the frozen nvcc") as error:
+    with pytest.raises(ArtifactError, match="the frozen nvcc does not run") as error:
         check(folder, built.inputs.installation)
     assert error.value.hint == "restore the artifact again"
 

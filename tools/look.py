@@ -1,10 +1,10 @@
-"""Open a report in headless Chromium, check it, and take its pictures.
+"""Opens a report in headless Chromium, checks it, and takes its pictures.
 
     python tools/look.py REPORT.html [--pictures FOLDER] [--chromium FILE]
 
-It fails where the page asks for anything from a network, writes an error to the console, leaves a chart undrawn, or
-shows no tooltip under the pointer; it prints how long the page took to open. The pictures are report-light.png of a
-desktop and report-dark-phone.png.
+It fails if the page requests anything from a network, writes an error to the console, leaves a chart undrawn, or shows
+no tooltip under the pointer. It prints how long the page took to open. The pictures are report-light.png, of a desktop,
+and report-dark-phone.png.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _DESKTOP, _PHONE = {"width": 1100, "height": 1250}, {"width": 390, "height": 844
 
 
 def chromium() -> str | None:
-    """The Chromium of this machine."""
-    return next((found for name in _NAMES if (found := shutil.which(name))), None)
+    """The path of this machine's Chromium."""
+    return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
 class Look:
-    """One page, opened; ``problems`` grows with what the browser complains of."""
+    """One open page; ``problems`` collects the browser's complaints."""
 
     def __init__(self, browser: Browser, report: Path, scheme: str, size: dict[str, int], phone: bool = False) -> None:
         self.problems: list[str] = []
@@ -37,10 +37,12 @@ class Look:
         self.page: Page = context.new_page()
         self.page.on("console", lambda m: self._note("console", m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: self._note("error", str(error)))
-        self.page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else self._note("asks", r.url))
+        self.page.on(
+            "request", lambda r: None if r.url.startswith(("file:", "data:")) else self._note("request", r.url)
+        )
         self.page.goto(report.absolute().as_uri(), wait_until="load")
         self.page.wait_for_selector(".chart svg")
-        #: Milliseconds from the navigation until the page was loaded, and until its first charts were drawn.
+        #: Milliseconds from the navigation until the page was loaded and until its first charts were drawn.
         self.loaded = self.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
         self.drawn = self.page.evaluate("performance.now()")
 
@@ -49,12 +51,12 @@ class Look:
 
     def draw_all(self) -> None:
         """Scroll through the page, so that every chart is drawn."""
-        for place in self.page.query_selector_all(".chart"):
-            place.scroll_into_view_if_needed()
-            place.wait_for_selector("svg")
+        for chart in self.page.query_selector_all(".chart"):
+            chart.scroll_into_view_if_needed()
+            chart.wait_for_selector("svg")
 
     def hover(self) -> str:
-        """The tooltip's text with the pointer on a band of the first map."""
+        """The text of the tooltip when the pointer is on a band of the first map."""
         band = self.page.locator(".chart svg .mark-rect path").nth(3)
         band.scroll_into_view_if_needed()
         band.hover()
@@ -63,45 +65,45 @@ class Look:
         return tooltip.inner_text()
 
     def widest(self) -> int:
-        """How far the page reaches to the right, pixels: more than the screen's width means scrolling sideways."""
+        """The page's width in pixels; a page that is wider than the screen scrolls sideways."""
         return int(self.page.evaluate("document.documentElement.scrollWidth"))
 
 
 def main() -> int:
-    """Look at the report named on the command line; 1 where something is wrong."""
+    """Check the report that the command line names; returns 1 if something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("report", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--chromium", default=chromium())
-    wanted = parser.parse_args()
-    if wanted.chromium is None:
+    arguments = parser.parse_args()
+    if arguments.chromium is None:
         print("wanted chromium on PATH, found none: apt-get install chromium, or name one with --chromium")
         return 1
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=wanted.chromium, args=["--no-sandbox"])
-        desktop = Look(browser, wanted.report, "light", _DESKTOP)
+        browser = play.chromium.launch(executable_path=arguments.chromium, args=["--no-sandbox"])
+        desktop = Look(browser, arguments.report, "light", _DESKTOP)
         tooltip = desktop.hover()
-        if wanted.pictures:
-            desktop.page.screenshot(path=wanted.pictures / "report-light.png")
+        if arguments.pictures:
+            desktop.page.screenshot(path=arguments.pictures / "report-light.png")
         desktop.draw_all()
-        phone = Look(browser, wanted.report, "dark", _PHONE, phone=True)
-        if wanted.pictures:
-            phone.page.screenshot(path=wanted.pictures / "report-dark-phone.png")
+        phone = Look(browser, arguments.report, "dark", _PHONE, phone=True)
+        if arguments.pictures:
+            phone.page.screenshot(path=arguments.pictures / "report-dark-phone.png")
         phone.draw_all()
         problems = desktop.problems + phone.problems
         if phone.widest() > _PHONE["width"]:
             problems.append(f"a phone scrolls sideways: {phone.widest()} pixels")
         charts = len(desktop.page.query_selector_all(".chart"))
         browser.close()
-    found = {
-        "bytes": wanted.report.stat().st_size,
+    summary = {
+        "bytes": arguments.report.stat().st_size,
         "charts": charts,
         "loaded_ms": round(desktop.loaded),
         "first_charts_ms": round(desktop.drawn),
         "tooltip": tooltip,
         "problems": problems,
     }
-    print(json.dumps(found, indent=1, ensure_ascii=False))
+    print(json.dumps(summary, indent=1, ensure_ascii=False))
     return 1 if problems else 0
 
 

@@ -1,8 +1,8 @@
-"""Write cachebuilder/deepgemm/templates.json: the parameters of every kernel template in some copies of DeepGEMM.
+"""Writes cachebuilder/deepgemm/templates.json: the parameters of every kernel template in several copies of DeepGEMM.
 
     python tools/templates.py DEEP_GEMM_FOLDER…
 
-What the table has already is kept: it grows by the copies that are named.
+The file keeps what it has; the named copies add to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cachebuilder.deepgemm import templates
 
 
 def main() -> None:
-    """Read the copies named on the command line, write the table, say what is new."""
+    """Read the copies that the command line names, write the table, and print what is new."""
     path = Path(templates.__file__).with_suffix(".json")
     table: dict[str, list[list[str]]] = json.loads(path.read_text()) if path.exists() else {}
     for folder in sys.argv[1:]:
@@ -24,7 +24,7 @@ def main() -> None:
             if declared not in table.setdefault(name, []):
                 table[name].append(declared)
                 added += 1
-        print(f"{folder}: {added} declarations that the table did not have")
+        print(f"{folder}: {added} new declarations")
     lines = [
         f' "{name}": [\n' + ",\n".join(f"  {json.dumps(one)}" for one in sorted(ways)) + "\n ]"
         for name, ways in sorted(table.items())

@@ -7,10 +7,11 @@ import io
 import os
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachebuilder.artifact.archive import add, compress
+import zstandard
+
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
 from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
@@ -19,10 +20,14 @@ from cachebuilder.errors import ArtifactError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel, Plan
 
+#: The tar of DeepSeek-V3's cache has 9.2 MB. Level 17 leaves 591 kB of it, level 19 571 kB, and level 22, with a window
+#: of 16 MiB, 568 kB.
+_LEVEL = 19
+
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written: the file, its sha256, its size in bytes, and the bytes of all entries' files unpacked."""
+    """An artifact that was written: its file, its sha256, its size, and the size of all its entries' files; bytes."""
 
     path: Path
     sha256: str
@@ -30,23 +35,29 @@ class Packed:
     unpacked_size: int
 
 
-def pack(output: Path, inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes]) -> Packed:
-    """Write the artifact of ``plan`` to ``output``, whole or not at all.
+@dataclass(frozen=True)
+class PackedBytes:
+    """An artifact in memory, and the size of all its entries' files."""
 
-    Args:
-        cubins: each entry's compiled kernel.
+    data: bytes = field(repr=False)
+    unpacked_size: int
 
-    Raises:
-        ArtifactError: ``output`` cannot be written.
-    """
+    def write(self, path: Path) -> Packed:
+        """Write the artifact, whole or not at all. Raises `ArtifactError` where it cannot be written."""
+        write_atomically(path, self.data, ArtifactError)
+        return Packed(path, hashlib.sha256(self.data).hexdigest(), len(self.data), self.unpacked_size)
+
+
+def pack(inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes]) -> PackedBytes:
+    """Pack the artifact of ``plan``; ``cubins`` are by entry."""
     name, manifest = inputs.manifest.name, inputs.manifest_bytes
-    return pack_as(output, name, manifest, plan, cubins, fingerprint_of(plan, inputs))
+    return pack_as(name, manifest, plan, cubins, fingerprint_of(plan, inputs))
 
 
 def pack_as(
-    output: Path, name: str, manifest: bytes, plan: Plan, cubins: Mapping[str, bytes], fingerprint: Fingerprint
-) -> Packed:
-    """Write an artifact with this name, this manifest's bytes and this fingerprint. Raises as `pack` does."""
+    name: str, manifest: bytes, plan: Plan, cubins: Mapping[str, bytes], fingerprint: Fingerprint
+) -> PackedBytes:
+    """Pack an artifact with this name, this manifest's bytes and this fingerprint."""
     contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
     index = Index(
         schema_version=1,
@@ -68,11 +79,8 @@ def pack_as(
         ),
         recorded={"cachebuilder": __version__, "torch": plan.torch, "python": plan.python, "gpu": plan.gpu.name},
     )
-    tar = _tar(index, manifest, plan, contents)
-    data = compress(tar)
-    write_atomically(output, data, ArtifactError)
-    files = sum(file.size for entry in index.entries for file in entry.files)
-    return Packed(output, hashlib.sha256(data).hexdigest(), len(data), files)
+    unpacked_size = sum(file.size for entry in index.entries for file in entry.files)
+    return PackedBytes(compress(_tar(index, manifest, plan, contents)), unpacked_size)
 
 
 def fingerprint_of(plan: Plan, inputs: Inputs) -> Fingerprint:
@@ -93,12 +101,6 @@ def fingerprint_of(plan: Plan, inputs: Inputs) -> Fingerprint:
     )
 
 
-def publish(packed: Packed, output: Path) -> Packed:
-    """Put a packed artifact at ``output``, whole or not at all. Raises `ArtifactError` where it cannot be written."""
-    write_atomically(output, packed.path.read_bytes(), ArtifactError)
-    return replace(packed, path=output)
-
-
 def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
     """An entry's files as DeepGEMM would have written them."""
     data = {
@@ -111,14 +113,56 @@ def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
 
 
 def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mapping[str, bytes]]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
-        add(tar, INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n", time=time)
-        add(tar, MANIFEST, manifest, time=time)
-        # By file name first, then by source: similar files stand next to each other, so they compress well.
-        by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
-        for file in entry_files.FILES[plan.generation]:
-            for kernel in by_source:
-                add(tar, f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file], time=time)
-    return buffer.getvalue()
+    tar = Tar(time=int(os.environ.get("SOURCE_DATE_EPOCH", "0")))
+    tar.add(INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+    tar.add(MANIFEST, manifest)
+    # By file name first, then by source: like stands next to like, which is what the compressor needs.
+    by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
+    for file in entry_files.FILES[plan.generation]:
+        for kernel in by_source:
+            tar.add(f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file])
+    return tar.bytes()
+
+
+class Tar:
+    """A tar in memory. Every member has owner 0 and the same time, so that nothing of this machine is in its header.
+
+    Args:
+        time: of every member, seconds since 1970.
+    """
+
+    def __init__(self, time: int = 0) -> None:
+        self._time = time
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, name: str, data: bytes, mode: int = 0o644) -> None:
+        """Add a file."""
+        self._add(name, mode, data)
+
+    def add_folder(self, name: str) -> None:
+        """Add an empty folder."""
+        self._add(name, 0o755, None)
+
+    def _add(self, name: str, mode: int, data: bytes | None) -> None:
+        member = tarfile.TarInfo(name)
+        member.mode, member.mtime = mode, self._time
+        if data is None:
+            member.type = tarfile.DIRTYPE
+            self._tar.addfile(member)
+        else:
+            member.size = len(data)
+            self._tar.addfile(member, io.BytesIO(data))
+
+    def bytes(self) -> bytes:
+        """The whole tar, ended: nothing can be added afterwards."""
+        self._tar.close()
+        return self._buffer.getvalue()
+
+
+def compress(data: bytes) -> bytes:
+    """One zstd frame with content size and checksum."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        _LEVEL, source_size=len(data), write_content_size=True, write_checksum=True
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)

@@ -65,7 +65,7 @@ def dir(as_json: bool) -> None:
     "--max-size",
     type=_Size(),
     metavar="SIZE",
-    help="Then remove the least recently used items, until this much is left, such as 10GB.",
+    help="Then remove the least recently used items until the folder is down to this size, such as 10GB.",
 )
 @click.option("--dry-run", is_flag=True, help="Remove nothing; print what would be removed.")
 def prune(older_than: float | None, max_size: int | None, dry_run: bool) -> None:

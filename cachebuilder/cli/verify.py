@@ -51,7 +51,7 @@ def verify(
     """
     with shared.show_progress() as progress:
         report = verifying.verify(target, deep_gemm=deep_gemm, manifest=manifest, device=device, progress=progress)
-    report.write(report_file)
+    report.write_gpu_report(report_file)
     if as_json:
         click.echo(report.to_json())
     else:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cachebuilder.common.files import write_atomically
+from cachebuilder.errors import CacheBuilderError
 
 R = TypeVar("R", bound="Record")
 
@@ -32,6 +36,10 @@ class Record(BaseModel):
     def to_json(self) -> str:
         """The record as ``--json`` prints it: indented, a field that is none as null."""
         return self.model_dump_json(indent=1)
+
+    def write(self, path: Path, error: type[CacheBuilderError]) -> None:
+        """Put the record at ``path`` as JSON, whole or not at all. Raises ``error`` if it cannot be written."""
+        write_atomically(path, self.to_json().encode() + b"\n", error)
 
 
 class RecordError(ValueError):

@@ -95,7 +95,7 @@ class Compiler:
         self._options = options
         self._store = store or options.store
         self._jobs = options.jobs or available_cores()
-        self._front_ends = FrontEnds(inputs, self._jobs)
+        self._inputs = inputs
         # Everything that a cubin's bytes depend on, except its source and its flags.
         self._key_parts = [
             code_digest(CODE),
@@ -105,6 +105,7 @@ class Compiler:
         ]
 
     def __enter__(self) -> Compiler:
+        self._front_ends = FrontEnds(self._inputs, self._jobs)
         self._front_ends.__enter__()
         return self
 

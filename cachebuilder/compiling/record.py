@@ -11,7 +11,6 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from cachebuilder.common.files import write_atomically
 from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError
 
@@ -81,8 +80,7 @@ def path_for(artifact: Path) -> Path:
 
 def write(artifact: Path, record: BuildRecord) -> None:
     """Write the record beside ``artifact``. Raises `ArtifactError` if it cannot be written."""
-    path = path_for(artifact)
-    write_atomically(path, record.model_dump_json(indent=1).encode() + b"\n", ArtifactError)
+    record.write(path_for(artifact), ArtifactError)
 
 
 def read(artifact: Path, sha256: str) -> BuildRecord | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cachebuilder.cuda import gpus, nvml
+from cachebuilder.cuda import nvml
 from cachebuilder.cuda.gpus import Gpu
 
 DeviceName = Literal["virtual", "cuda"]
@@ -21,6 +21,6 @@ def choose(choice: DeviceChoice, target: Gpu) -> DeviceName:
         gpu is not None
         and gpu.capability == (target.major, target.minor)
         and gpu.sm_count in (None, target.sm_count)
-        and gpus.is_called(target, gpu.name)
+        and target.is_called(gpu.name)
     )
     return "cuda" if is_target else "virtual"

@@ -55,6 +55,12 @@ class Gpu(Record):
         """Minor compute capability."""
         return int(self.capability.split(".")[1])
 
+    def is_called(self, card: str) -> bool:
+        """Whether ``card``, a driver's name (NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe), is this GPU's."""
+        card_words = frozenset(re.split(r"[\s-]+", card.upper()))
+        gpu_words = frozenset(self.name.upper().split("-")) - {"SXM"}
+        return gpu_words <= card_words and gpu_words & _FORMS == card_words & _FORMS
+
 
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04"
 _SAME_DIE = "the H100 SXM5's or the H200's figures, whose die it shares; clock from the card's data sheet"
@@ -117,10 +123,3 @@ def find(name: str) -> Gpu:
     nearest = difflib.get_close_matches(key, [*GPUS, *_ALIASES], n=1)
     guess = f"; did you mean {nearest[0]}?" if nearest else ""
     raise ValueError(f"wanted one of {', '.join(GPUS)} or explicit fields, found {name!r}{guess}")
-
-
-def is_called(gpu: Gpu, card: str) -> bool:
-    """Whether ``card``, a driver's name (NVIDIA H100 80GB HBM3, NVIDIA H100 PCIe), is this GPU's."""
-    card_words = frozenset(re.split(r"[\s-]+", card.upper()))
-    gpu_words = frozenset(gpu.name.upper().split("-")) - {"SXM"}
-    return gpu_words <= card_words and gpu_words & _FORMS == card_words & _FORMS

@@ -13,7 +13,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from cachebuilder.cuda import device as devices
 from cachebuilder.cuda import gpus
+from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.errors import ManifestError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 from cachebuilder.ops.catalog import OPS, Op, OpBase
@@ -67,6 +69,10 @@ class Target(BaseModel):
         if counts and max(counts) > self.gpu.sm_count:
             return f"wanted SM counts up to {self.gpu.name}'s {self.gpu.sm_count}, found {max(counts)}"
         return None
+
+    def choose(self, device: DeviceChoice) -> DeviceName:
+        """Where to run: ``auto`` is ``cuda`` where this machine's first GPU is the target, else ``virtual``."""
+        return devices.choose(device, self.gpu)
 
     @property
     def all_sm_counts(self) -> list[int]:

@@ -12,15 +12,14 @@ from pydantic import ValidationError
 
 from cachebuilder.common.cache import cache_folder
 from cachebuilder.common.code import code_digest
-from cachebuilder.common.files import write_atomically
 from cachebuilder.common.kept import touch
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.inputs import Inputs
-from cachebuilder.planning import requests
 from cachebuilder.planning.plan import Plan
-from cachebuilder.planning.sources import KeyFormula, from_sources
-from cachebuilder.sweep import run as sweep
+from cachebuilder.planning.requests import Requests, flags_of
+from cachebuilder.planning.sources import Sources
+from cachebuilder.sweep.run import Result, Sweep
 
 #: The folders whose code decides what a plan holds: a plan that other code made is not reused.
 CODE = ("common", "cuda", "deepgemm", "manifest", "ops", "planning", "sweep", "virtual_gpu")
@@ -49,10 +48,10 @@ def make(
     if reuse and (plan := _read(plan_file)):
         return plan
     include = str(inputs.installation.include)
-    swept = sweep.run(inputs, progress, lambda entry: on_kernel(entry.source, requests.flags_of(entry, include)))
+    swept = Sweep(inputs, progress).run(lambda entry: on_kernel(entry.source, flags_of(entry, include)))
     plan = _join(inputs, swept)
     if reuse:
-        write_atomically(plan_file, plan.model_dump_json().encode(), InstallationError)
+        plan.write(plan_file, InstallationError)
     return plan
 
 
@@ -86,31 +85,26 @@ def _torch_version() -> str | None:
         return None
 
 
-def _join(inputs: Inputs, swept: sweep.Result) -> Plan:
+def _join(inputs: Inputs, swept: Result) -> Plan:
     """Make the plan from the result of a sweep."""
     manifest, generation = inputs.manifest, inputs.installation.generation
     if not swept.entries and not manifest.sources:
         raise PlanError("no op of this manifest needs a kernel of DeepGEMM's own, so there is nothing to build")
-    by_entry = requests.kernels(swept, inputs)
-    asked = list(by_entry.values())
-    planned = [kernel for kernel in asked if kernel.entry in swept.entries]
-    legacy_flags = None
-    if generation == "legacy":
-        legacy_flags = requests.legacy_flags(next(iter((swept.entries | swept.checked).values())))
-    formula = KeyFormula(inputs, asked[0], legacy_flags)
+    requests = Requests(inputs, swept)
+    sources = Sources(inputs, requests)
     if generation == "legacy":  # a restore to another install path recomputes every entry's name
-        formula.require_holds(asked)
-    arch = asked[0].arch
-    if arch is None:
-        raise PlanError(f"wanted --gpu-architecture among DeepGEMM's flags, found {' '.join(asked[0].flags)}")
-    kernels = [*planned, *from_sources(inputs, asked, planned, formula)]
+        sources.check_formula(requests.kernels)
+    first = requests.kernels[0]
+    if first.arch is None:
+        raise PlanError(f"wanted --gpu-architecture among DeepGEMM's flags, found {' '.join(first.flags)}")
+    kernels = [*requests.planned, *sources.kernels()]
     return Plan(
         generation=generation,
         gpu=manifest.target.gpu,
         sm_counts=tuple(manifest.all_sm_counts),
-        arch=arch,
+        arch=first.arch,
         include=str(inputs.installation.include) if generation == "legacy" else None,
-        legacy_flags=legacy_flags,
+        legacy_flags=requests.legacy_flags,
         ops=tuple(op.model_dump(mode="json") for op in manifest.ops),
         kernels=tuple(sorted(kernels, key=lambda kernel: kernel.entry)),
         calls=swept.answer.calls,

@@ -10,33 +10,43 @@ from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.planning.selection import Range, Selection
-from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.protocol import OpSweep
 from cachebuilder.sweep.recorder import RecordedEntry
+from cachebuilder.sweep.run import Result
 
 
-def kernels(swept: sweep.Result, inputs: Inputs) -> dict[str, Kernel]:
-    """Every kernel that the sweep asked for, by entry: those of the ops and of the check that runs before the ops.
+class Requests:
+    """What DeepGEMM asked its compiler for in a sweep.
+
+    Attributes:
+        kernels: every kernel that was asked for: those of the ops and of the check that runs before the ops.
+        planned: those that the manifest's ops launch.
+        legacy_flags: legacy only: the flags as DeepGEMM joins them for its keys.
 
     Raises:
         PlanError: two kernels of one family have different flags, or a command has an include path that is not
             DeepGEMM's own.
     """
-    include = str(inputs.installation.include)
-    selected_by = selections(swept.answer.sweeps)
-    asked = {
-        entry.name: Kernel(
-            entry=entry.name,
-            name=entry.kernel_name,
-            source=entry.source,
-            flags=flags_of(entry, include),
-            metadata=_portable_metadata(entry, str(swept.cache_root), str(inputs.installation.imported_as)),
-            selected_by=selected_by.get(entry.name, ()),
-        )
-        for entry in (swept.entries | swept.checked).values()
-    }
-    _check_flags(asked.values())
-    return asked
+
+    def __init__(self, inputs: Inputs, swept: Result) -> None:
+        entries = swept.entries | swept.checked
+        include, deep_gemm = str(inputs.installation.include), str(inputs.installation.imported_as)
+        selected_by = selections(swept.answer.sweeps)
+        self.kernels = [
+            Kernel(
+                entry=entry.name,
+                name=entry.kernel_name,
+                source=entry.source,
+                flags=flags_of(entry, include),
+                metadata=_portable_metadata(entry, str(swept.cache_root), deep_gemm),
+                selected_by=selected_by.get(entry.name, ()),
+            )
+            for entry in entries.values()
+        ]
+        self.planned = [kernel for kernel in self.kernels if kernel.entry in swept.entries]
+        legacy = inputs.installation.generation == "legacy"
+        self.legacy_flags = _legacy_flags(next(iter(entries.values()))) if legacy else None
+        _check_flags(self.kernels)
 
 
 def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
@@ -61,7 +71,7 @@ def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def legacy_flags(entry: RecordedEntry) -> str:
+def _legacy_flags(entry: RecordedEntry) -> str:
     """The flags as legacy DeepGEMM hashes them: everything after the output file in its command."""
     return entry.arguments.split(" -o ", 1)[1].split(" ", 1)[1]
 

@@ -9,16 +9,14 @@ equal images, since an image holds no time and nothing of the machine that made 
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cachebuilder.artifact.archive import add, compress
 from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
+from cachebuilder.artifact.pack import Tar, compress
 from cachebuilder.artifact.read import Archive
 from cachebuilder.restoring.folder import own_files
 from cachebuilder.ship.description import TITLE, describe
@@ -76,17 +74,14 @@ def read(path: Path, file: BinaryIO) -> Contents:
     for part in unpacked(file, path):  # checks the frame's checksum
         tar_digest.update(part)
     index = archive.index
-    second = io.BytesIO()
-    with tarfile.open(fileobj=second, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
-            add(tar, name, content, mode)
-        if index.fingerprint.generation == "legacy":
-            # Legacy DeepGEMM makes this folder at its first call, and dies if it cannot (sgl-deep-gemm 0.1.7,
-            # csrc/utils/system.hpp). With the folder in the image, the root may be read-only.
-            folder = tarfile.TarInfo("tmp")
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-    return Contents(index, f"sha256:{tar_digest.hexdigest()}", second.getvalue())
+    second = Tar()
+    for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
+        second.add(name, content, mode)
+    if index.fingerprint.generation == "legacy":
+        # Legacy DeepGEMM makes this folder at its first call, and dies if it cannot (sgl-deep-gemm 0.1.7,
+        # csrc/utils/system.hpp). With the folder in the image, the root may be read-only.
+        second.add_folder("tmp")
+    return Contents(index, f"sha256:{tar_digest.hexdigest()}", second.bytes())
 
 
 def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> Image:

@@ -1,6 +1,6 @@
 """Run DeepGEMM itself over every point of every op and write down which kernels it requests.
 
-`run` finds out what an empty cache would be asked for: nothing is compiled, and no GPU is needed. `call` is the same
+`Sweep` finds out what an empty cache would be asked for: nothing is compiled, and no GPU is needed. `call` is the same
 child process with any compiler and any cache roots, which `verify` uses. `try_on_gpu` compares results on a real GPU.
 """
 
@@ -36,61 +36,69 @@ class Result:
     cache_root: Path
 
 
-def run(
-    inputs: Inputs, progress: Progress = no_progress, found: Callable[[RecordedEntry], None] = lambda entry: None
-) -> Result:
-    """Sweep the manifest's ops on a virtual GPU from an empty cache.
+class Sweep:
+    """A sweep of a manifest's ops from an empty cache, with the compiler that records.
 
     Args:
-        found: called with each entry soon after DeepGEMM requested it, before the sweep ends.
-
-    Raises: what `call` raises, and `PlanError` where a launched kernel has no entry.
+        progress: the units are calls of DeepGEMM.
     """
-    generation = inputs.installation.generation
-    with scratch_folder() as scratch:
-        setting = _recording(inputs, "plan", scratch)
-        [root] = setting.roots
-        newcomers = Newcomers(root, generation)
 
-        def watch(step: str, done: int, total: int, share: float | None = None) -> None:
-            progress(step, done, total, share)
-            for entry in newcomers.take():
-                found(entry)
+    def __init__(self, inputs: Inputs, progress: Progress = no_progress) -> None:
+        self._inputs = inputs
+        self._progress = progress
+        self._generation = inputs.installation.generation
 
-        answer = call(SweepJob.of(inputs.manifest, inputs.installation), setting, watch)
-        entries = read_entries(root, generation)
-        if lost := answer.launched - entries.keys():
-            raise PlanError(f"wanted an entry for every launched kernel, found none for {min(lost)}")
-        return Result(
-            answer=answer,
-            entries={name: entries[name] for name in sorted(answer.launched)},
-            checked={name: entries[name] for name in answer.checked},
-            cache_root=root,
-        )
+    def run(self, on_entry: Callable[[RecordedEntry], None] = lambda entry: None) -> Result:
+        """Sweep on a virtual GPU. The step's name is "plan".
 
+        Args:
+            on_entry: called with each entry soon after DeepGEMM requested it, before the sweep ends.
 
-def entries_on_gpu(inputs: Inputs, progress: Progress = no_progress) -> set[str]:
-    """Names of all entries that DeepGEMM requests on the real GPU, which must be the manifest's target.
+        Raises: what `call` raises, and `PlanError` where a launched kernel has no entry.
+        """
+        with scratch_folder() as scratch:
+            setting = self._setting("plan", scratch)
+            [root] = setting.roots
+            newcomers = Newcomers(root, self._generation)
 
-    Each kernel is launched, but is an empty one.
+            def watch(step: str, done: int, total: int, share: float | None = None) -> None:
+                self._progress(step, done, total, share)
+                for entry in newcomers.take():
+                    on_entry(entry)
 
-    Raises: what `call` raises.
-    """
-    with scratch_folder() as scratch:
-        setting = _recording(inputs, "plan on the GPU", scratch)
-        gpu = inputs.manifest.target.gpu
-        placeholder = setting.compiler.nvcc.with_name("placeholder.cubin")
-        placeholder.write_bytes(empty_kernel(inputs.toolchain, f"sm_{gpu.major}{gpu.minor}", scratch))
-        # No self-check: it would request a kernel of its own.
-        call(SweepJob.of(inputs.manifest, inputs.installation, "cuda", self_check=False), setting, progress)
-        return set(read_entries(setting.roots[0], inputs.installation.generation))
+            answer = call(SweepJob.of(self._inputs.manifest, self._inputs.installation), setting, watch)
+            entries = read_entries(root, self._generation)
+            if lost := answer.launched - entries.keys():
+                raise PlanError(f"wanted an entry for every launched kernel, found none for {min(lost)}")
+            return Result(
+                answer=answer,
+                entries={name: entries[name] for name in sorted(answer.launched)},
+                checked={name: entries[name] for name in answer.checked},
+                cache_root=root,
+            )
 
+    def entries_on_gpu(self) -> set[str]:
+        """The names of all entries that DeepGEMM requests on the real GPU, which must be the manifest's target.
 
-def _recording(inputs: Inputs, step: str, scratch: Path) -> Setting:
-    """An empty cache root in ``scratch``, and the compiler that records."""
-    compiler = recording_compiler(scratch, inputs.toolchain.version_text)
-    (root := scratch / "root").mkdir()
-    return Setting(step, compiler, [root], scratch, inputs.manifest.environment)
+        Each kernel is launched, but it is an empty one. The step's name is "plan on the GPU".
+
+        Raises: what `call` raises.
+        """
+        inputs = self._inputs
+        with scratch_folder() as scratch:
+            setting = self._setting("plan on the GPU", scratch)
+            gpu = inputs.manifest.target.gpu
+            placeholder = setting.compiler.nvcc.with_name("placeholder.cubin")
+            placeholder.write_bytes(empty_kernel(inputs.toolchain, f"sm_{gpu.major}{gpu.minor}", scratch))
+            # No self-check: it would request a kernel of its own.
+            call(SweepJob.of(inputs.manifest, inputs.installation, "cuda", self_check=False), setting, self._progress)
+            return set(read_entries(setting.roots[0], self._generation))
+
+    def _setting(self, step: str, scratch: Path) -> Setting:
+        """An empty cache root in ``scratch``, and the compiler that records."""
+        compiler = recording_compiler(scratch, self._inputs.toolchain.version_text)
+        (root := scratch / "root").mkdir()
+        return Setting(step, compiler, [root], scratch, self._inputs.manifest.environment)
 
 
 def call(job: SweepJob, setting: Setting, progress: Progress = no_progress) -> Answer:

@@ -15,12 +15,15 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress
 from cachebuilder.common.version import __version__
 from cachebuilder.cuda import nvml
+from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring import misses
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.protocol import Answer, Point, TrialsJob
+from cachebuilder.sweep.run import Sweep
 from cachebuilder.verifying.report import GpuReplay, GpuReport, Identity, Trial
 from cachebuilder.verifying.virtual import Launches, Serving, open_target
 
@@ -54,17 +57,40 @@ def check(target: Path, servings: Sequence[tuple[Serving, Launches]], progress: 
     )
 
 
-def require_served(artifact: Path, inputs: Inputs, progress: Progress) -> None:
-    """Make every call of the manifest on the real GPU from ``artifact``.
+class Confirmation:
+    """Confirms a build, step by step, on the GPU of this machine, which must be the manifest's target."""
 
-    Raises:
-        DeviceError: a call was not served, or the GPU is missing, not the target, or too small.
-    """
-    with scratch_folder() as scratch:
-        folder = open_target(artifact, inputs.installation, scratch)
-        serving = Serving(folder, inputs.installation, inputs.manifest, inputs.toolchain.version_text, scratch)
-        replay, _ = _serve(serving, "launch", progress)
-    replay.require_right(inputs.manifest.name, inputs.manifest.ops)
+    def __init__(self, inputs: Inputs, progress: Progress) -> None:
+        self._inputs = inputs
+        self._progress = progress
+
+    def require_same_plan(self, plan: Plan) -> None:
+        """Raise `PlanError` where the GPU asks for other kernels than the virtual one.
+
+        Raises: also as `sweep.run.call` does on the real GPU.
+        """
+        requested = Sweep(self._inputs, self._progress).entries_on_gpu()
+        planned = {kernel.entry for kernel in plan.kernels if kernel.selected_by}
+        if requested != planned:
+            more, fewer = sorted(requested - planned), sorted(planned - requested)
+            raise PlanError(
+                "the GPU does not ask for the kernels that the virtual one does: "
+                f"{len(more)} more ({', '.join(more[:3])}), {len(fewer)} fewer ({', '.join(fewer[:3])})",
+                hint="a property of this card is not what cachebuilder knows of it: report it with cachebuilder doctor",
+            )
+
+    def require_served(self, artifact: Path) -> None:
+        """Make every call of the manifest on the GPU from ``artifact``.
+
+        Raises:
+            DeviceError: a call was not served, or the GPU is missing, not the target, or too small.
+        """
+        inputs = self._inputs
+        with scratch_folder() as scratch:
+            folder = open_target(artifact, inputs.installation, scratch)
+            serving = Serving(folder, inputs.installation, inputs.manifest, inputs.toolchain.version_text, scratch)
+            replay, _ = _serve(serving, "launch", self._progress)
+        replay.require_right(inputs.manifest.name, inputs.manifest.ops)
 
 
 def _serve(serving: Serving, step: str, progress: Progress) -> tuple[GpuReplay, Answer]:

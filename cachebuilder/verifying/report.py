@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, PlainSerializer, ValidationError, WithJsonSchema
 
 from cachebuilder.artifact.index import REPORT_SUFFIX
-from cachebuilder.common.files import write_atomically
 from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError, DeviceError, VerifyError
 from cachebuilder.ops.catalog import OpBase
@@ -205,7 +204,7 @@ class Report(_Document):
     replays: tuple[Replay, ...]
     on_gpu: GpuReport | None
 
-    def write(self, path: Path | None = None) -> None:
+    def write_gpu_report(self, path: Path | None = None) -> None:
         """Write what the real GPU showed; without ``path`` beside the artifact, and for a folder nowhere.
 
         Raises:
@@ -213,7 +212,7 @@ class Report(_Document):
         """
         target = Path(self.target)
         if self.on_gpu and (path or not target.is_dir()):
-            write_atomically(path or path_for(target), self.on_gpu.to_json().encode() + b"\n", ArtifactError)
+            self.on_gpu.write(path or path_for(target), ArtifactError)
 
     def problem(self) -> str | None:
         """Why the cache is not complete, in one sentence; None where it is."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
-from cachebuilder.cuda import device as devices
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
@@ -29,7 +28,7 @@ def verify(
     served from on this machine's GPU, and every kernel's results on random inputs are compared with a reference in
     float32. Nothing is written to ``target``. A report of missing kernels is no error; `Report.require_right` raises.
 
-        report = verify(Path("small.tar.zst"))
+        report = verify("small.tar.zst")
         assert report.complete, report.problem()
 
     Args:
@@ -55,7 +54,7 @@ def verify(
             replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
         else:
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
-        chosen = devices.choose(device, replayed[0][0].target.gpu)
+        chosen = replayed[0][0].target.choose(device)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
         replays: list[Replay] = []
         servings: list[tuple[Serving, Launches]] = []

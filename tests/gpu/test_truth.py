@@ -19,7 +19,7 @@ GPU = nvml.first_gpu()
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        GPU is None or not gpus.is_called(gpus.find(TARGET), GPU.name),
+        GPU is None or not gpus.find(TARGET).is_called(GPU.name),
         reason=f"wants the GPU {TARGET} (CACHEBUILDER_TEST_GPU names another), found {GPU.name if GPU else 'none'}",
     ),
 ]
