@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from cachebuilder import building
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.restoring.folder import RestoredFolder
 from cachebuilder.ship import image
-from cachebuilder.ship.documents import digest_of
 from cachebuilder.sweep.process import Compiler
 from cachebuilder.verifying import virtual
 from cachebuilder.verifying.verify import verify
@@ -27,11 +25,7 @@ from tests.shipping import apply
 def volume(built: building.Built, tmp_path: Path) -> Iterator[Path]:
     path = built.packed.path
     data = path.read_bytes()
-    made = image.make(
-        image.read(path, io.BytesIO(data)),
-        image.artifact_layer(path.name, digest_of(data), len(data)),
-        ("linux/amd64",),
-    )
+    made = image.make(path, data, ("linux/amd64",))
     apply([data, made.blobs[0][1]], tmp_path / "image")
     where = tmp_path / "volume"
     where.mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from cachebuilder.ship import fetch, image, locations
-from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
+from cachebuilder.ship.documents import INDEX, MANIFEST
 from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.push import push
 from cachebuilder.ship.registry import Repository
@@ -120,9 +119,7 @@ def test_the_layers_one_over_the_other_are_the_restored_folder_and_diff_ids_are_
 def test_a_legacy_image_has_the_folder_that_legacy_deep_gemm_would_make(tmp_path: Path) -> None:
     path = ROOT / "tests" / "data" / "v1-legacy.tar.zst"
     data = path.read_bytes()
-    made = image.make(
-        image.read(path, io.BytesIO(data)), image.artifact_layer(path.name, digest_of(data), len(data)), ONE
-    )
+    made = image.make(path, data, ONE)
     apply([data, made.blobs[0][1]], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "artifact.json", "cache", "cachebuilder", "manifest.yaml", "tmp",

@@ -57,7 +57,7 @@ def pack(inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes]) -> PackedBytes
 def pack_as(
     name: str, manifest: bytes, plan: Plan, cubins: Mapping[str, bytes], fingerprint: Fingerprint
 ) -> PackedBytes:
-    """Pack an artifact with this name, this manifest's bytes and this fingerprint."""
+    """Pack an artifact with this name, these bytes of a manifest and this fingerprint."""
     contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
     index = Index(
         schema_version=1,
@@ -125,11 +125,7 @@ def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mappi
 
 
 class Tar:
-    """A tar in memory. Every member has owner 0 and the same time, so that nothing of this machine is in its header.
-
-    Args:
-        time: of every member, seconds since 1970.
-    """
+    """A tar in memory. Every member has owner 0 and the same time, so that nothing of this machine is in its header."""
 
     def __init__(self, time: int = 0) -> None:
         self._time = time
@@ -138,21 +134,15 @@ class Tar:
 
     def add(self, name: str, data: bytes, mode: int = 0o644) -> None:
         """Add a file."""
-        self._add(name, mode, data)
+        member = tarfile.TarInfo(name)
+        member.size, member.mode, member.mtime = len(data), mode, self._time
+        self._tar.addfile(member, io.BytesIO(data))
 
     def add_folder(self, name: str) -> None:
         """Add an empty folder."""
-        self._add(name, 0o755, None)
-
-    def _add(self, name: str, mode: int, data: bytes | None) -> None:
         member = tarfile.TarInfo(name)
-        member.mode, member.mtime = mode, self._time
-        if data is None:
-            member.type = tarfile.DIRTYPE
-            self._tar.addfile(member)
-        else:
-            member.size = len(data)
-            self._tar.addfile(member, io.BytesIO(data))
+        member.type, member.mode, member.mtime = tarfile.DIRTYPE, 0o755, self._time
+        self._tar.addfile(member)
 
     def bytes(self) -> bytes:
         """The whole tar, ended: nothing can be added afterwards."""

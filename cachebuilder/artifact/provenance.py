@@ -59,14 +59,7 @@ def sign_file(path: Path, key: ec.EllipticCurvePrivateKey) -> tuple[str, list[Pa
 
 
 def statement(path: Path, data: bytes) -> dict[str, Any]:
-    """The statement about an artifact: from its index, and from the report beside it where there is one.
-
-    Args:
-        data: the artifact's bytes, which are checked whole.
-
-    Raises:
-        ArtifactError: it is damaged, or the report is about another artifact.
-    """
+    """The statement about an artifact, which is checked whole: from its index, and from the report beside it if any."""
     archive = Archive(io.BytesIO(data), path)
     for _ in archive.files():
         pass

@@ -44,7 +44,8 @@ class Archive:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         """Read the index. Errors call the artifact ``path``; raises as `open_archive` does."""
-        self._tar = TarReader(unpacked(file, path), path)
+        self._parts = unpacked(file, path)
+        self._tar = TarReader(self._parts, path)
         name, size = self._tar.header()
         if name != INDEX:
             raise self._tar.error(f"wanted {INDEX} as the first member, found {name!r}")
@@ -55,7 +56,8 @@ class Archive:
 
     def drain(self) -> None:
         """Decompress the rest and throw it away. Raises `ArtifactError` where it is truncated or a bit is flipped."""
-        self._tar.drain()
+        for _ in self._parts:
+            pass
 
     def files(self) -> Iterator[tuple[Entry, File, bytes]]:
         """Every file of every entry, its bytes checked against the index; ``manifest`` is set before the first.
@@ -119,32 +121,20 @@ class Archive:
 
 @contextmanager
 def open_archive(path: Path) -> Iterator[Archive]:
-    """Open an artifact and check its index; read the rest with `Archive.files`.
-
-    Raises:
-        ArtifactError: not an artifact, damaged, hostile, or of another schema version.
-    """
+    """Open an artifact and check its index. Raises `ArtifactError` if it is not an artifact of this schema version."""
     with open_file(path) as file:
         yield Archive(file, path)
 
 
 def read_index(path: Path) -> Index:
-    """The index of an artifact that is whole: the rest is decompressed and thrown away.
-
-    Raises:
-        ArtifactError: not an artifact, truncated, damaged, or of another schema version.
-    """
+    """The index of an artifact that is whole: raises as `open_archive` and `Archive.drain` do."""
     with open_archive(path) as archive:
         archive.drain()
         return archive.index
 
 
 def parse_index(data: bytes, path: Path) -> Index:
-    """The index in ``data``, checked against itself and against the grammar of cache entries.
-
-    Raises:
-        ArtifactError: it is not an index, or of another schema version.
-    """
+    """The index in ``data``, checked against itself and the grammar of cache entries; raises `ArtifactError`."""
     if data.count(b"{") + data.count(b"[") > _MAX_INDEX_NESTED:
         raise ArtifactError(f"{path}: {INDEX}: wanted at most {_MAX_INDEX_NESTED} objects and lists, found more")
     try:

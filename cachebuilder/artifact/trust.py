@@ -28,7 +28,6 @@ class Signed:
 
     Attributes:
         data: the bytes that were signed, whatever the file holds by now: parse these and not the file.
-        key: the trusted key that signed them.
         statement: the signed provenance; None where only the artifact is signed.
     """
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Destination:
     def __exit__(self, *_: object) -> None:
         if self._work is not None and self._work_path is not None:
             for name in os.listdir(self._work):
-                _remove_entry(self._work, name)
+                shutil.rmtree(name, ignore_errors=True, dir_fd=self._work)
             with contextlib.suppress(OSError):
                 self._work_path.rmdir()
             os.close(self._work)
@@ -122,8 +123,7 @@ class Destination:
     def _make_work(self) -> None:
         root = self.to / frozen.FOLDER / "tmp"
         with self._locked(root) as handle:
-            for left in os.listdir(handle):
-                _sweep(handle, left)
+            _sweep(handle)
             name = f"{os.getpid()}-{os.urandom(8).hex()}"
             os.mkdir(name, 0o700, dir_fd=handle)
             self._work_path = root / name
@@ -156,39 +156,22 @@ def _remove_root(root: Path) -> None:
         handle = os.open(root, _FOLDER_FLAGS)
         try:
             if lock(handle):
-                for left in os.listdir(handle):
-                    _sweep(handle, left)
+                _sweep(handle)
                 root.rmdir()
         finally:
             os.close(handle)
 
 
-def _sweep(root: int, name: str) -> None:
-    """Remove a working folder if no restore holds its lock: a killed one left it."""
-    try:
-        folder = os.open(name, _FOLDER_FLAGS, dir_fd=root)
-    except OSError:
-        return
-    try:
-        if lock(folder):
-            for entry in os.listdir(folder):
-                _remove_entry(folder, entry)
-            with contextlib.suppress(OSError):
-                os.rmdir(name, dir_fd=root)
-    finally:
-        os.close(folder)
-
-
-def _remove_entry(folder: int, name: str) -> None:
-    """Remove an entry's folder with the files directly in it."""
-    with contextlib.suppress(OSError):
-        entry = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
-        try:
-            for file in os.listdir(entry):
-                os.unlink(file, dir_fd=entry)
-        finally:
-            os.close(entry)
-        os.rmdir(name, dir_fd=folder)
+def _sweep(root: int) -> None:
+    """Remove the working folders whose lock no restore holds: killed restores left them."""
+    for name in os.listdir(root):
+        with contextlib.suppress(OSError):
+            folder = os.open(name, _FOLDER_FLAGS, dir_fd=root)
+            try:
+                if lock(folder):
+                    shutil.rmtree(name, ignore_errors=True, dir_fd=root)
+            finally:
+                os.close(folder)
 
 
 def _equal(folder: int, name: str, size: int, sha256: str) -> bool:

@@ -19,13 +19,7 @@ RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
 
 @dataclass(frozen=True)
 class RestoredArtifact:
-    """One artifact in a restored folder.
-
-    Attributes:
-        stem: the name of its files in ``cachebuilder/artifacts``.
-        index: the index after relocation.
-        manifest: the manifest's bytes.
-    """
+    """One artifact in a restored folder: the stem of its two files' names, its index after relocation, its manifest."""
 
     stem: str
     index: Index
@@ -79,11 +73,7 @@ class RestoredFolder:
         return frozenset(entry.name for artifact in self.artifacts for entry in artifact.index.entries)
 
     def compiler_text(self) -> str:
-        """What the frozen nvcc answers to ``--version``.
-
-        Raises:
-            ArtifactError: it is missing, or does not run.
-        """
+        """What the frozen nvcc answers to ``--version``. Raises `ArtifactError` if it is missing or does not run."""
         nvcc = frozen_nvcc(self.path)
         hint = "restore the artifact again"
         try:

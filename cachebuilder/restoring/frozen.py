@@ -6,7 +6,6 @@ kernel is found. It logs each request to compile, and then answers it by policy.
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 
@@ -24,7 +23,6 @@ NVCC_VARIABLE = "CACHEBUILDER_REAL_NVCC"
 FOLDER = "cachebuilder"
 
 _TEMPLATE = Path(__file__).with_name("frozen_nvcc.sh")
-_LOG = "misses.jsonl"
 
 
 def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dict[str, tuple[bytes, int]]:
@@ -46,14 +44,7 @@ def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dic
 
 
 def write(folder: Path, version_text: str, artifact_name: str, fingerprint_digest: str) -> Path:
-    """Write the `files` below ``folder``, each whole or not at all; returns the script.
-
-    Args:
-        folder: ``DIR/cachebuilder`` of a restored DIR.
-
-    Raises:
-        RestoreError: the folder cannot be written.
-    """
+    """Write the `files` into ``folder``, which is ``DIR/cachebuilder``; returns the script. Raises `RestoreError`."""
     make_folders(folder / "bin")
     for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
         write_atomically(folder.parent / name, data, RestoreError, mode)
@@ -75,20 +66,8 @@ def is_frozen(nvcc: Path) -> bool:
 
 
 def version_text(dir: Path) -> str | None:
-    """The version text of DIR's frozen nvcc; None where there is none yet.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """The version text of DIR's frozen nvcc; None where there is none yet. Raises `OSError` if it cannot be read."""
     try:
         return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
-
-
-def miss_log(dir: Path) -> Path:
-    """The file where DIR's frozen nvcc would log a miss of this process, by the script's own rule."""
-    log = Path(os.environ.get(LOG_VARIABLE) or dir / FOLDER / _LOG)
-    if os.access(log if log.exists() else log.parent, os.W_OK):
-        return log
-    return Path(os.environ.get("TMPDIR") or "/tmp") / f"cachebuilder-{_LOG}"

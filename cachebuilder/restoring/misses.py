@@ -54,11 +54,7 @@ class Miss(Record):
 
 
 class Log(Record):
-    """A whole log; the kernel that was missed most often comes first.
-
-    Attributes:
-        unreadable_lines: how many lines the frozen nvcc did not write.
-    """
+    """A whole log, the kernel missed most often first. Lines that are not the frozen nvcc's are only counted."""
 
     unreadable_lines: int
     misses: tuple[Miss, ...]

@@ -47,11 +47,11 @@ class Restored:
     """What a restore did.
 
     Attributes:
-        dir: DIR, absolute.
+        dir: absolute.
         index: the artifact's, with the entries' names as restored.
-        artifact: the artifact that was taken.
+        artifact: the one that was taken.
         differences: how that one differs: worth knowing, or overruled by force.
-        others: the artifacts that were not taken, in the order given; each says whether it fits, and how it differs.
+        others: the artifacts that were not taken, in the order given.
         written: entries made.
         skipped: entries that were already there, with equal bytes.
         relocated: legacy entries were renamed for this install path.
@@ -108,41 +108,29 @@ def restore(
     with contextlib.ExitStack() as stack:
         paths = [Path(artifact) for artifact in artifacts]
         files = [stack.enter_context(_checked(path, trust)) for path in paths]
-        opened = [_Opened(path, Archive(file, path), key) for path, (file, key) in zip(paths, files, strict=True)]
+        archives = [Archive(file, path) for path, (file, _) in zip(paths, files, strict=True)]
         compared = [
-            Compared(one, tuple(machine.differences(one.archive.index, relocates=True, frozen_nvcc=nvcc)))
-            for one in opened
+            Compared(path, tuple(machine.differences(archive.index, relocates=True, frozen_nvcc=nvcc)))
+            for path, archive in zip(paths, archives, strict=True)
         ]
         hint = "--force restores the first one all the same; DeepGEMM will not find its kernels then"
         choice = choose(compared, force=force, hint=hint)
-        others = [one for one in compared if one is not choice]
-        for one in others:
-            one.artifact.archive.drain()
-        taken = choice.artifact
-        written, index = _restore(taken.archive, to, Relocation(taken.archive.index, machine.installation))
+        position = compared.index(choice)
+        for other in archives[:position] + archives[position + 1 :]:
+            other.drain()
+        archive = archives[position]
+        written, index = _restore(archive, to, Relocation(archive.index, machine.installation))
     return Restored(
         dir=to,
         index=index,
-        artifact=taken.path,
+        artifact=choice.artifact,
         differences=choice.differences,
-        others=tuple(Compared(one.artifact.path, one.differences) for one in others),
+        others=tuple(one for one in compared if one is not choice),
         written=written,
         skipped=len(index.entries) - written,
-        relocated=index is not taken.archive.index,
-        signed_by=taken.signed_by,
+        relocated=index is not archive.index,
+        signed_by=files[position][1],
     )
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """One of the artifacts, with its index read."""
-
-    path: Path
-    archive: Archive
-    signed_by: TrustedKey | None
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 @contextlib.contextmanager

@@ -16,11 +16,7 @@ from cachebuilder.restoring.folder import RESTORE_AGAIN, RestoredFolder, open_fo
 
 
 def own_folder(artifact: Path) -> Path:
-    """The folder in the user's cache folder for these bytes of an artifact: no two artifacts share one.
-
-    Raises:
-        ArtifactError: the artifact cannot be read.
-    """
+    """The folder in the user's cache folder for these bytes of an artifact: no two artifacts share one."""
     with open_file(artifact) as file:
         return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

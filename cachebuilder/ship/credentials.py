@@ -44,11 +44,7 @@ def config_path(environment: Mapping[str, str]) -> Path:
 
 
 def find(host: str, environment: Mapping[str, str] = os.environ) -> Credentials | None:
-    """The credentials for a registry's host; None if docker's config has none.
-
-    Raises:
-        TransferError: the config cannot be read, or its credential helper fails.
-    """
+    """The credentials for a registry's host; None if docker's config has none. Raises `TransferError`."""
     path = config_path(environment)
     config = _read(path)
     names = [_DOCKER_HUB, "docker.io"] if host == "docker.io" else [host, f"https://{host}", f"https://{host}/v2/"]

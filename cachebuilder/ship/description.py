@@ -44,12 +44,7 @@ def describe(index: Index, digest: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Described:
-    """What annotations say of an artifact. All of it may be shown on a terminal.
-
-    Attributes:
-        digest: the artifact's, which is that of the image's first layer.
-        gpu: the name of the GPU that was planned for; empty where they do not say.
-    """
+    """What annotations say of an artifact; the GPU is empty where they do not say. All of it may go to a terminal."""
 
     digest: str
     name: str

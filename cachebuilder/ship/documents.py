@@ -26,13 +26,7 @@ _MAX_ENTRIES = 1000
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A blob or a manifest: its type, digest and size (image-spec, descriptor.md).
-
-    Attributes:
-        digest: ``sha256:`` and 64 hexadecimal digits.
-        size: in bytes.
-        platform: ``os/architecture``; an entry of an index has one.
-    """
+    """A blob or a manifest (image-spec, descriptor.md); an entry of an index has a platform, ``os/architecture``."""
 
     media_type: str
     digest: str

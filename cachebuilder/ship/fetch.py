@@ -19,7 +19,8 @@ from cachebuilder.ship.download import sha256_of
 from cachebuilder.ship.pull import Candidate, Check, Puller
 from cachebuilder.ship.retry import Retries
 
-#: How many fetched artifacts are kept, so that the next verb on the same one need not fetch it.
+#: How many fetched artifacts are kept, so that the next verb on the same one need not fetch it. They may be removed at
+#: any time.
 _KEPT = 8
 
 
@@ -29,7 +30,7 @@ class Located:
 
     Attributes:
         version: changes when the artifact does.
-        name: the artifact's name for a person.
+        name: what a person calls the artifact.
         get: fetches the artifact. Given its file name, the first argument says where to write it; with the second, one
             of its keys must have signed the artifact.
     """
@@ -76,15 +77,11 @@ def fetch(
 ) -> Path:
     """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
     located = look_up(location, machine, retries, force=force)
-    folder = fetched_folder() / hashlib.sha256(f"{located.name} {located.version}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{located.name} {located.version}".encode()).hexdigest()[:32]
+    folder = cache_folder() / "fetched" / key
     path = located.get(lambda name: folder / name, trust)
     _keep_newest(folder)
     return path
-
-
-def fetched_folder() -> Path:
-    """The folder of the last `_KEPT` fetched artifacts, each in a folder of its own. It may be emptied at any time."""
-    return cache_folder() / "fetched"
 
 
 def checker(trust: Trust | None, location: str) -> Check | None:

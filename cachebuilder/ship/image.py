@@ -9,10 +9,10 @@ equal images, since an image holds no time and nothing of the machine that made 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import Index
@@ -34,67 +34,39 @@ PLATFORMS = ("linux/amd64", "linux/arm64")
 
 @dataclass(frozen=True)
 class Image:
-    """An image's blobs without the artifact, and its manifest for each platform; only the configs differ."""
+    """An artifact's image. The manifest and the config differ for each platform.
 
+    Attributes:
+        layer: the first layer, the artifact itself.
+        blobs: the second layer, then the configs.
+    """
+
+    index: Index
+    layer: Descriptor
     blobs: tuple[tuple[Descriptor, bytes], ...]
     manifests: tuple[tuple[Descriptor, bytes], ...]
 
 
-def artifact_layer(name: str, digest: str, size: int) -> Descriptor:
-    """The first layer, the artifact itself. Tools that pull files store it as ``name``."""
-    return Descriptor(LAYER, digest, size, {TITLE: name})
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What an image needs of an artifact.
-
-    Attributes:
-        diff_id: digest of the artifact's tar.
-        second_tar: the tar of the second layer.
-    """
-
-    index: Index
-    diff_id: str
-    second_tar: bytes
-
-
-def read(path: Path, file: BinaryIO) -> Contents:
-    """Read an artifact. Its index and its checksum are checked here, every single file at a restore.
+def make(path: Path, artifact: bytes, platforms: Sequence[str]) -> Image:
+    """Make the image of an artifact. Its index and its checksum are checked here, every single file at a restore.
 
     Args:
-        path: what errors call ``file``.
+        path: what errors call the artifact; tools that pull files store the first layer under its name.
+        platforms: each ``os/architecture``, as in `PLATFORMS`.
 
     Raises:
         ArtifactError: the artifact is damaged.
     """
-    archive = Archive(file, path)
+    archive = Archive(io.BytesIO(artifact), path)
     next(archive.files(), None)  # reads the manifest, and checks the index
     tar_digest = hashlib.sha256()
-    for part in unpacked(file, path):  # checks the frame's checksum
+    for part in unpacked(io.BytesIO(artifact), path):  # checks the frame's checksum
         tar_digest.update(part)
-    index = archive.index
-    second = Tar()
-    for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
-        second.add(name, content, mode)
-    if index.fingerprint.generation == "legacy":
-        # Legacy DeepGEMM makes this folder at its first call, and dies if it cannot (sgl-deep-gemm 0.1.7,
-        # csrc/utils/system.hpp). With the folder in the image, the root may be read-only.
-        second.add_folder("tmp")
-    return Contents(index, f"sha256:{tar_digest.hexdigest()}", second.bytes())
-
-
-def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> Image:
-    """Make the image of an artifact.
-
-    Args:
-        artifact: the first layer, from `artifact_layer`.
-        platforms: each ``os/architecture``, as in `PLATFORMS`.
-    """
-    second_layer = compress(contents.second_tar)
-    layers = artifact, Descriptor.of(LAYER, second_layer)
-    diff_ids = [contents.diff_id, digest_of(contents.second_tar)]
-    annotations = describe(contents.index, artifact.digest)
+    second_tar = _second_tar(archive)
+    second_layer = compress(second_tar)
+    layers = Descriptor.of(LAYER, artifact, annotations={TITLE: path.name}), Descriptor.of(LAYER, second_layer)
+    diff_ids = [f"sha256:{tar_digest.hexdigest()}", digest_of(second_tar)]
+    annotations = describe(archive.index, layers[0].digest)
     blobs = [(layers[1], second_layer)]
     manifests = []
     for platform in platforms:
@@ -117,7 +89,18 @@ def make(contents: Contents, artifact: Descriptor, platforms: Sequence[str]) -> 
             }
         )
         manifests.append((Descriptor.of(MANIFEST, manifest, annotations=annotations, platform=platform), manifest))
-    return Image(tuple(blobs), tuple(manifests))
+    return Image(archive.index, layers[0], tuple(blobs), tuple(manifests))
+
+
+def _second_tar(archive: Archive) -> bytes:
+    index, tar = archive.index, Tar()
+    for name, (content, mode) in own_files(index, archive.index_bytes, archive.manifest).items():
+        tar.add(name, content, mode)
+    if index.fingerprint.generation == "legacy":
+        # Legacy DeepGEMM makes this folder at its first call, and dies if it cannot (sgl-deep-gemm 0.1.7,
+        # csrc/utils/system.hpp). With the folder in the image, the root may be read-only.
+        tar.add_folder("tmp")
+    return tar.bytes()
 
 
 def attachment(kind: str, subject: Descriptor, layers: Sequence[Descriptor]) -> tuple[Descriptor, bytes]:

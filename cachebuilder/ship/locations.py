@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from cachebuilder.errors import TransferError
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 # Host, name, tag and digest: distribution-spec 1.1, "Pulling manifests", and docker's reference grammar.
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::[0-9]{1,5})?|\[[0-9a-fA-F:]+\](?::[0-9]{1,5})?")
 _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
@@ -26,8 +25,7 @@ class Reference:
 
     Attributes:
         host: with the port, if the reference has one.
-        tag: None if the reference has only a digest.
-        digest: ``sha256:…`` of the manifest or index; None if the reference has only a tag.
+        digest: ``sha256:…`` of the manifest or index.
         plain: whether the registry is spoken to without TLS.
     """
 
@@ -53,15 +51,9 @@ class Reference:
         return replace(self, tag=None, digest=digest)
 
 
-def scheme(text: str) -> str | None:
-    """The scheme of a location; None for a path."""
-    match = _SCHEME.match(text)
-    return match[1] if match else None
-
-
 def is_oci(text: str) -> bool:
     """Whether ``text`` names something in a registry."""
-    return scheme(text) in _OCI
+    return text.startswith(tuple(f"{scheme}://" for scheme in _OCI))
 
 
 def is_digest(text: object) -> bool:
@@ -70,22 +62,18 @@ def is_digest(text: object) -> bool:
 
 
 def parse(text: str) -> Reference:
-    """The reference in ``oci://HOST/NAME:TAG``, ``oci://HOST/NAME@sha256:…``, or both.
-
-    Raises:
-        TransferError: ``text`` is no such reference.
-    """
+    """The reference in ``oci://HOST/NAME:TAG``, ``…@sha256:…``, or both. Raises `TransferError` for another text."""
     if "@" in (authority := text.partition("://")[2].partition("/")[0]):
         raise TransferError(
             f"wanted a registry's host, found {authority.rpartition('@')[2]} with a user in front",
             hint="remove the user; credentials come from docker's config, which docker login HOST writes",
         )
-    kind, rest = scheme(text), text.partition("://")[2]
+    scheme, _, rest = text.partition("://")
     rest, _, digest = rest.partition("@")
     host, _, name = rest.partition("/")
     name, _, tag = name.partition(":")
     hint = "as in oci://registry.example/team/cache:v1, or …/cache@sha256:… to pin the bytes"
-    if kind not in _OCI or not _HOST.fullmatch(host):
+    if scheme not in _OCI or not _HOST.fullmatch(host):
         raise TransferError(f"{text}: wanted oci://HOST/NAME:TAG", hint=hint)
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
         raise TransferError(f"{text}: wanted a repository's name in lower case, found {name!r}", hint=hint)
@@ -95,7 +83,7 @@ def parse(text: str) -> Reference:
         raise TransferError(f"{text}: wanted @sha256: and 64 hexadecimal digits, found {digest!r}", hint=hint)
     if not tag and not digest:
         raise TransferError(f"{text}: wanted a tag or a digest, found neither", hint=hint)
-    return Reference(host, name, tag or None, digest or None, kind == "oci+http" or _is_loopback(host))
+    return Reference(host, name, tag or None, digest or None, scheme == "oci+http" or _is_loopback(host))
 
 
 def printable(text: str) -> str:

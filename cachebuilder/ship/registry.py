@@ -26,7 +26,7 @@ from cachebuilder.ship.documents import (
 from cachebuilder.ship.locations import Reference, is_digest
 from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.session import Request, Session, parts, read
-from cachebuilder.ship.upload import Blob, Upload
+from cachebuilder.ship.upload import Upload
 
 #: Docker's names for the two, accepted because some registries convert ours.
 _DOCKER = (
@@ -130,20 +130,13 @@ class Repository:
 
     # Writing
 
-    def has_blob(self, digest: str) -> bool:
-        """Whether the repository has this blob."""
-        request = Request("HEAD", f"{self._path}/blobs/{digest}", str(self.reference), accept=(200, 404))
-        return self._retries.run(lambda: self._session.send_unread(request)).status_code == 200
-
-    def push_blob(self, blob: Blob, step: str) -> None:
-        """Send a blob that the repository lacks.
-
-        Args:
-            step: the name under which the progress of the upload is reported.
-        """
+    def push_blob(self, blob: Descriptor, data: bytes, step: str) -> None:
+        """Send a blob if the repository lacks it; ``step`` is the name under which progress is reported."""
         progress = self._retries.watcher.progress
-        if not self.has_blob(blob.digest):
-            upload = Upload(self._session, f"{self._path}/blobs/uploads/", blob, f"push to {self.reference}")
+        request = Request("HEAD", f"{self._path}/blobs/{blob.digest}", str(self.reference), accept=(200, 404))
+        if self._retries.run(lambda: self._session.send_unread(request)).status_code == 404:
+            what = f"push to {self.reference}"
+            upload = Upload(self._session, f"{self._path}/blobs/uploads/", blob.digest, data, what)
             self._retries.run(lambda: upload.send(step, progress))
         progress(step, blob.size, blob.size)
 

@@ -19,21 +19,12 @@ _DEFAULT = 5
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 
 
-def _no_notice(text: str) -> None:
-    """Nobody reads."""
-
-
 @dataclass(frozen=True)
 class Watcher:
-    """The two calls that report on a transfer.
-
-    Attributes:
-        progress: takes the bytes done, of how many, for each step.
-        notice: takes a line of text about a try that failed or an artifact that was refused.
-    """
+    """The two calls that report on a transfer: its bytes, and a line for each failed try or refused artifact."""
 
     progress: Progress = no_progress
-    notice: Callable[[str], object] = _no_notice
+    notice: Callable[[str], object] = lambda text: None
 
 
 class Again(Exception):
@@ -41,7 +32,7 @@ class Again(Exception):
 
     Attributes:
         error: what to raise after the last try.
-        after: seconds that the other side asked to wait; None if it did not ask.
+        after: seconds that the other side asked to wait.
         moved: the failed try transferred a good part, so it counts as the first failure.
     """
 

@@ -27,12 +27,7 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}")
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as the store describes it now.
-
-    Attributes:
-        size: in bytes.
-        version: changes when the object does: its ETag, or what the store has instead.
-    """
+    """An object as the store describes it now; its version is its ETag, or what the store has instead."""
 
     size: int
     version: str
@@ -73,15 +68,7 @@ class Store:
         return Stored(size, str(version).strip('"'))
 
     def fetch(self, stored: Stored, to: Callable[[str], Path], check: Check | None = None) -> Path:
-        """Fetch the object into a file, and the signed objects beside it into files beside; returns the file.
-
-        Args:
-            to: gives the file for a name.
-
-        Raises:
-            SignatureError: ``check`` refuses the object.
-            RestoreError: the file cannot be written.
-        """
+        """Fetch the object and the signed objects beside it; arguments, result and errors as of `Puller.fetch`."""
         path = to(self.name)
 
         def accept(whole: Path) -> None:
@@ -152,11 +139,7 @@ class Store:
 
 
 def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> list[str]:
-    """Store one artifact as ``destination``, or several in the folder ``destination``, which ends with ``/``.
-
-    Returns:
-        The location of each artifact.
-    """
+    """Store one artifact as ``destination``, or several in it if it ends with ``/``; returns each one's location."""
     if not destination.endswith("/") and len(artifacts) > 1:
         raise TransferError(
             f"{destination}: wanted a folder, which ends with /, for {len(artifacts)} artifacts, found an object's name"

@@ -50,7 +50,6 @@ class Synced:
 
     Attributes:
         generation: the folder that ``current`` is now.
-        changed: ``current`` was another one before.
         restored: the restore that made the generation; None where it existed already.
         removed: names of the older generations that were removed.
         stale: why the source could not be reached, where ``current`` was allowed to stay.

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from urllib.parse import urljoin
 
 import requests
 
 from cachebuilder.common.progress import Progress
-from cachebuilder.errors import ArtifactError, TransferError
+from cachebuilder.errors import TransferError
 from cachebuilder.ship.documents import wrong_digest
 from cachebuilder.ship.locations import is_digest
 from cachebuilder.ship.session import Request, Session, origin
 
 _PART_BYTES = 1 << 20
 _NO_BODY = {"Content-Length": "0"}
-
-
-@dataclass(frozen=True)
-class Blob:
-    """Bytes to send; those of a file are read part by part.
-
-    Attributes:
-        digest: ``sha256:…`` of all of them.
-        size: in bytes.
-        read: takes an offset and a count, and returns bytes from there on, at most so many.
-    """
-
-    digest: str
-    size: int
-    read: Callable[[int, int], bytes]
-
-
-def in_memory(digest: str, data: bytes) -> Blob:
-    """A blob of these bytes."""
-    return Blob(digest, len(data), lambda offset, count: data[offset : offset + count])
-
-
-def in_file(digest: str, size: int, handle: int, path: Path) -> Blob:
-    """A blob of a file that stays open. Reading it does not move the handle's position."""
-
-    def read(offset: int, count: int) -> bytes:
-        data = os.pread(handle, count, offset)
-        if not data and offset < size:
-            raise ArtifactError(f"{path}: wanted a file that does not change, found one that became shorter")
-        return data
-
-    return Blob(digest, size, read)
 
 
 class Upload:
@@ -60,11 +25,12 @@ class Upload:
 
     Args:
         start: the path of the repository's uploads.
+        digest: ``sha256:…`` of ``data``.
         what: what errors call the upload.
     """
 
-    def __init__(self, session: Session, start: str, blob: Blob, what: str) -> None:
-        self._session, self._start, self._blob, self._what = session, start, blob, what
+    def __init__(self, session: Session, start: str, digest: str, data: bytes, what: str) -> None:
+        self._session, self._start, self._digest, self._data, self._what = session, start, digest, data, what
         self._location: str | None = None
 
     def send(self, step: str, progress: Progress) -> None:
@@ -78,22 +44,22 @@ class Upload:
             TransferError: the registry refuses the blob.
         """
         location, offset = self._location_and_offset()
-        size = self._blob.size
+        size = len(self._data)
         if offset < size:
             headers = {"Content-Type": "application/octet-stream"}
             if offset:
                 headers["Content-Range"] = f"{offset}-{size - 1}"
-            body = _Body(self._blob, offset, step, progress)
+            body = _Body(self._data, offset, step, progress)
             request = Request("PATCH", location, self._what, accept=(202,), headers=headers, body=lambda: body)
             response = self._session.send_unread(request)
             location = self._location = self._next_location(response)
-        digest = {"digest": self._blob.digest}
-        request = Request("PUT", location, self._what, accept=(201,), headers=_NO_BODY, params=digest)
+        parameters = {"digest": self._digest}
+        request = Request("PUT", location, self._what, accept=(201,), headers=_NO_BODY, params=parameters)
         response = self._session.send_unread(request)
         self._location = None
         stored_digest = response.headers.get("Docker-Content-Digest")
-        if is_digest(stored_digest) and stored_digest != self._blob.digest:
-            raise wrong_digest(self._what, self._blob.digest, str(stored_digest))
+        if is_digest(stored_digest) and stored_digest != self._digest:
+            raise wrong_digest(self._what, self._digest, str(stored_digest))
 
     def _location_and_offset(self) -> tuple[str, int]:
         """Where to send the rest, and the offset at which the rest begins."""
@@ -103,7 +69,7 @@ class Upload:
             response = self._session.send_unread(request)
             first, _, last = response.headers.get("Range", "").rpartition("=")[2].partition("-")
             # A registry says 0-0 both for an empty upload and for one byte: begin again then.
-            has_part = first == "0" and last.isdigit() and 0 < int(last) < self._blob.size
+            has_part = first == "0" and last.isdigit() and 0 < int(last) < len(self._data)
             if response.status_code in (200, 204) and has_part:
                 self._location = self._next_location(response)
                 return self._location, int(last) + 1
@@ -127,18 +93,17 @@ class Upload:
 
 
 class _Body:
-    """A request's body: the blob from an offset on. It reports the bytes that were handed to the connection."""
+    """A request's body: the data from an offset on. It reports the bytes that were handed to the connection."""
 
-    def __init__(self, blob: Blob, offset: int, step: str, progress: Progress) -> None:
-        self._blob, self._offset, self._step, self._progress = blob, offset, step, progress
+    def __init__(self, data: bytes, offset: int, step: str, progress: Progress) -> None:
+        self._data, self._offset, self._step, self._progress = data, offset, step, progress
 
     def __len__(self) -> int:
-        return self._blob.size - self._offset
+        return len(self._data) - self._offset
 
     def __iter__(self) -> Iterator[bytes]:
-        sent, size = self._offset, self._blob.size
-        while sent < size:
-            part = self._blob.read(sent, min(_PART_BYTES, size - sent))
-            yield part
-            sent += len(part)
-            self._progress(self._step, sent, size)
+        size = len(self._data)
+        for start in range(self._offset, size, _PART_BYTES):
+            end = min(start + _PART_BYTES, size)
+            yield self._data[start:end]
+            self._progress(self._step, end, size)
