@@ -11,7 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from cachebuilder.ops.without_op import WITHOUT_OP
+from tests.without_op import WITHOUT_OP
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "entry-points.md"

@@ -77,7 +77,7 @@ def on_virtual_gpu(gpu: str, folder: Path, *arguments: str | Path) -> Any:
 
 FUNCTIONS = """
 import json, os, sys
-from cachebuilder.ops import without_op
+from tests import without_op
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.sweep.child import import_deep_gemm
 deep_gemm = import_deep_gemm(sys.argv[1])
@@ -90,7 +90,7 @@ os._exit(0)
 def test_every_function_of_deepgemm_has_an_op_or_a_reason(deep_gemm: Path | None, tmp_path: Path) -> None:
     functions, unexplained = on_virtual_gpu("H200", tmp_path, "-c", FUNCTIONS, installation.find(deep_gemm).path)
     assert len(functions) > 40
-    assert unexplained == [], "give each an op, or a reason in ops/without_op.py"
+    assert unexplained == [], "give each an op, or a reason in tests/without_op.py"
 
 
 @pytest.mark.slow

@@ -23,10 +23,7 @@ FLAGS: dict[Generation, tuple[str, ...]] = {
     ),
     "legacy": ("JIT_DEBUG", "JIT_PTXAS_VERBOSE", "JIT_PTXAS_CHECK", "JIT_WITH_LINEINFO", "JIT_USE_NVRTC"),
 }
-_FLAGS_OF_OTHERS: dict[Generation, frozenset[str]] = {
-    "deepjit": frozenset(FLAGS["legacy"]) - frozenset(FLAGS["deepjit"]),
-    "legacy": frozenset(FLAGS["deepjit"]) - frozenset(FLAGS["legacy"]),
-}
+_ALL_FLAGS = frozenset(FLAGS["deepjit"] + FLAGS["legacy"])
 #: Variables that change no kernel: where to look, what to print or dump, how cuBLASLt is used.
 _HARMLESS = re.compile(
     r"JIT_CACHE_DIR|JIT_NVCC_COMPILER|JIT_PRINT_\w+|JIT_DUMP_\w+|PRINT_CONFIGS|USE_(PYTORCH|TEMP)_\w*CUBLASLT\w*"
@@ -54,7 +51,8 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
     changing = {}
     for name in environment:
         prefix, _, suffix = name.partition("_")
-        if prefix not in PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or suffix in _FLAGS_OF_OTHERS[generation]:
+        of_other_generation = suffix in _ALL_FLAGS and suffix not in FLAGS[generation]
+        if prefix not in PREFIXES[generation] or _HARMLESS.fullmatch(suffix) or of_other_generation:
             continue
         taken, value = get(generation, environment, suffix) or (name, "")
         off = value.lower() in _OFF if suffix in FLAGS[generation] else not value

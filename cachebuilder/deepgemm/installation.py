@@ -107,10 +107,10 @@ def find(path: Path | None = None) -> Installation:
     """
     if path is not None:
         return _at(path)
-    installed = _package_folder("deep_gemm")
+    installed = package_folder("deep_gemm")
     if installed is not None:
         return _at(installed)
-    vllm = _package_folder("vllm")
+    vllm = package_folder("vllm")
     if vllm is not None and (vllm / "third_party" / "deep_gemm").is_dir():
         return _at(vllm / "third_party" / "deep_gemm")
     raise InstallationError(
@@ -119,7 +119,7 @@ def find(path: Path | None = None) -> Installation:
     )
 
 
-def _package_folder(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
     """The folder that Python would import a package from, without importing it; None if it is not installed."""
     spec = util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from cachebuilder.common.records import Record
@@ -129,25 +128,6 @@ def highlights(of: tuple[Parameter, ...]) -> dict[str, str]:
     return shown
 
 
-def declared_templates(include: Path) -> dict[str, list[str]]:
-    """Every kernel template in the headers below ``include``, with its parameters.
-
-    Each parameter is its type, its name, and a ``?`` where it has a default.
-    """
-    declared = {}
-    for header in sorted(include.rglob("*.cuh")):
-        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", header.read_text(errors="replace"), flags=re.DOTALL)
-        for start in re.finditer(r"\btemplate\s*<", text):
-            end = _closing(text, start.end())
-            signature = text[end + 1 : _first(text, "{;", end)]
-            if not re.search(r"\bCUTLASS_GLOBAL\b|\b__global__\b", signature):
-                continue
-            name = re.search(r"\b(?!__)(\w+)\s*\(", _without_attributes(signature))
-            if name:
-                declared[name[1]] = [_declaration(part) for part in _parts(text[start.end() : end])]
-    return declared
-
-
 @functools.cache
 def _table() -> dict[str, list[list[str]]]:
     return dict(json.loads(_TABLE.read_text()))
@@ -174,49 +154,3 @@ def _kind(argument: str) -> str:
     if argument in ("true", "false"):
         return "bool"
     return "number" if argument.isdigit() else "name"
-
-
-def _declaration(text: str) -> str:
-    declared, _, default = (" ".join(text.split())).partition("=")
-    return declared.strip() + ("?" if default else "")
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Split at the commas outside of brackets."""
-    start = 0
-    for index, depth in _depths(text, 0):
-        if text[index] == "," and depth == 0:
-            yield text[start:index]
-            start = index + 1
-    yield text[start:]
-
-
-def _closing(text: str, start: int) -> int:
-    """The position of the bracket that closes the one just before ``start``."""
-    return next((index for index, depth in _depths(text, start) if depth < 0), len(text))
-
-
-def _depths(text: str, start: int) -> Iterator[tuple[int, int]]:
-    """Each position from ``start`` on, and the brackets that are open after it.
-
-    ``<`` and ``>`` in parentheses do not count: they may mean "less" and "greater".
-    """
-    angles = rounds = 0
-    for index in range(start, len(text)):
-        rounds += {"(": 1, ")": -1}.get(text[index], 0)
-        if rounds == 0:
-            angles += {"<": 1, ">": -1}.get(text[index], 0)
-        yield index, angles + rounds
-
-
-def _first(text: str, characters: str, start: int) -> int:
-    """The position of the first of these characters from ``start`` on; the end where there is none."""
-    positions = [text.find(character, start) for character in characters]
-    return min((position for position in positions if position >= 0), default=len(text))
-
-
-def _without_attributes(signature: str) -> str:
-    """``signature`` without ``__launch_bounds__(…)``, whose arguments may contain brackets."""
-    while match := re.search(r"\b__\w+__\s*\(", signature):
-        signature = signature[: match.start()] + signature[_closing(signature, match.end()) + 1 :]
-    return signature

@@ -32,8 +32,6 @@ FEWEST_KEYS = 64
 MX = scaled.Quantisation(1, 32, "ue8m0")
 MXFP4 = scaled.Quantisation(1, 32, "ue8m0", fp4=True)
 
-Batch = Annotated[int, Field(ge=1, le=1 << 16, description="the most sequences in one call (max_num_seqs)")]
-
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """Whether ``function`` has a parameter ``name``: from the signature in Python, from the docstring in pybind."""
@@ -48,7 +46,7 @@ class BatchOp(OpBase):
 
     variable: ClassVar[str] = "batch"
 
-    max_batch: Batch
+    max_batch: Annotated[int, Field(ge=1, le=1 << 16, description="the most sequences in one call (max_num_seqs)")]
 
     def points(self, device: Device) -> range:
         """Every batch from 1 to ``max_batch``."""

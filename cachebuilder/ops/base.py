@@ -1,4 +1,4 @@
-"""The base of all ops: the fields that every op has, and the methods that a sweep calls.
+"""The base of all ops.
 
 An op is one of DeepGEMM's functions as a manifest names it. The fields of its model are the manifest's; its methods say
 which values are swept, how DeepGEMM is called for one of them, and what the result must be. Ops of one family share a
@@ -9,15 +9,13 @@ modules in a `Device`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.trial import Trial
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 #: DeepGEMM reads A and B through TMA descriptors, whose row strides are multiples of 16 bytes (CUDA driver API,
 #: ``cuTensorMapEncodeTiled``, parameter ``globalStrides``): 16 FP8 elements of K, 8 BF16 elements of N.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -18,6 +17,7 @@ def round_up(a: int, b: int) -> int:
     return ceil_div(a, b) * b
 
 
+@dataclass(frozen=True)
 class Device:
     """The device that a sweep runs on: the loaded torch and DeepGEMM, and the allocation of tensors.
 
@@ -26,11 +26,10 @@ class Device:
         virtual: it is the virtual GPU, whose memory is address space that nothing may read or write.
     """
 
-    def __init__(self, torch: ModuleType, deep_gemm: ModuleType, name: str = "cuda", virtual: bool = False) -> None:
-        self.torch = torch
-        self.deep_gemm = deep_gemm
-        self.name = name
-        self.virtual = virtual
+    torch: ModuleType
+    deep_gemm: ModuleType
+    name: str = "cuda"
+    virtual: bool = False
 
     @property
     def major(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from pydantic import Field
@@ -16,9 +17,6 @@ from cachebuilder.ops.base import Fp8K, TokenOp
 from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.scaled import Size, unpack
 from cachebuilder.ops.trial import Inputs, Output, Trial
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 Groups = Annotated[int | None, Field(ge=1, le=4096, description="experts; left out: one matrix")]
 Rows = Annotated[int | None, Field(ge=1, le=1 << 20, description="one number of rows only, as a weight has")]

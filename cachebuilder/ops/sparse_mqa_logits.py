@@ -154,13 +154,14 @@ class RowsOp(SparseOp):
         make = device.deep_gemm.get_sparse_mqa_logits_metadata
         return make(starts, ends, KEYS, block_ids, kind, self.block, **self.alignment())
 
-    def bounds(self, device: Device, inputs: Inputs | None, rows: int) -> tuple[Any, Any]:
-        """First and last keys, int32 [rows] each."""
+    def keys_of_rows(self, device: Device, inputs: Inputs | None, rows: int) -> tuple[Any, Any, Any]:
+        """Each row's first key and the end of its keys, int32 [rows], and its `block_ids`."""
         if inputs is None:
-            return device.empty(rows, dtype="int32"), device.empty(rows, dtype="int32")
-        first = inputs.integers(0, self.block - 1, rows) if self.unaligned else [0] * rows
-        last = inputs.integers(KEYS // 2, self.most_keys, rows)
-        return device.integers(first), device.integers(last)
+            starts, ends = device.empty(rows, dtype="int32"), device.empty(rows, dtype="int32")
+        else:
+            starts = device.integers(inputs.integers(0, self.block - 1, rows) if self.unaligned else [0] * rows)
+            ends = device.integers(inputs.integers(KEYS // 2, self.most_keys, rows))
+        return starts, ends, self.block_ids(device, inputs, rows)
 
 
 class PagedSparseOp(SparseOp):
@@ -220,8 +221,7 @@ class GetSparseMqaLogitsMetadata(RowsOp, TokenOp):
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Bounds and blocks of the most rows, sliced at each call."""
-        starts, ends = self.bounds(device, None, self.largest_m)
-        block_ids = self.block_ids(device, None, self.largest_m)
+        starts, ends, block_ids = self.keys_of_rows(device, None, self.largest_m)
 
         def call(m: int) -> None:
             self.schedule(device, starts[:m], ends[:m], block_ids[:m])
@@ -231,8 +231,7 @@ class GetSparseMqaLogitsMetadata(RowsOp, TokenOp):
     def trial(self, device: Device, value: int, seed: int) -> Trial:
         """``value`` rows with random blocks."""
         inputs = Inputs(device, seed)
-        starts, ends = self.bounds(device, inputs, value)
-        block_ids = self.block_ids(device, inputs, value)
+        starts, ends, block_ids = self.keys_of_rows(device, inputs, value)
         schedule = self.schedule(device, starts, ends, block_ids)
         first_keys = self.positions(device, block_ids, starts)[:, :: self.block]
         return self.schedule_trial(device, schedule, first_keys, ends - starts)
@@ -251,8 +250,7 @@ class Fp8Fp4SparseMqaLogits(HeadsOp, RowsOp, TokenOp):
         rows = self.largest_m
         q, kv = self.vectors(device, None, rows, self.heads), self.vectors(device, None, KEYS)
         weights = device.empty(rows, self.heads, dtype="bfloat16")
-        starts, ends = self.bounds(device, None, rows)
-        block_ids = self.block_ids(device, None, rows)
+        starts, ends, block_ids = self.keys_of_rows(device, None, rows)
         function, options = self.function(device.deep_gemm), self.alignment()
 
         def call(m: int) -> None:
@@ -267,8 +265,7 @@ class Fp8Fp4SparseMqaLogits(HeadsOp, RowsOp, TokenOp):
         inputs = Inputs(device, seed)
         q, kv = self.vectors(device, inputs, value, self.heads), self.vectors(device, inputs, KEYS)
         weights = inputs.normal(value, self.heads)
-        starts, ends = self.bounds(device, inputs, value)
-        block_ids = self.block_ids(device, inputs, value)
+        starts, ends, block_ids = self.keys_of_rows(device, inputs, value)
         schedule = self.schedule(device, starts, ends, block_ids)
         function = self.function(device.deep_gemm)
         logits = function(q.pair, kv.pair, weights, schedule, self.blocks, self.block, **self.alignment())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import platform
 import resource
@@ -39,9 +40,12 @@ J = TypeVar("J", bound=Job)
 
 
 class LaunchLog:
-    """The virtual GPU's log: which cubins were launched since the last look."""
+    """The virtual GPU's log: which cubins were launched since the last look. Empty on a real GPU, which keeps none."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL | None) -> None:
+        self._library = library
+        if library is None:
+            return
         self._count = ctypes.c_uint32.in_dll(library, "virtual_gpu_launch_count")
         self._numbers = (ctypes.c_uint32 * 4096).in_dll(library, "virtual_gpu_launches")
         self._path = library.virtual_gpu_library_path
@@ -50,6 +54,8 @@ class LaunchLog:
 
     def take(self) -> tuple[int, ...]:
         """Numbers of the cubins launched since the last call, in order. Raises RuntimeError if some were not noted."""
+        if self._library is None:
+            return ()
         count = self._count.value
         self._count.value = 0
         if count > len(self._numbers):
@@ -62,23 +68,7 @@ class LaunchLog:
 
     def unanswered(self) -> list[str]:
         """Names of CUDA calls that the virtual GPU did not answer."""
-        return self._unanswered.value.decode().split()
-
-
-class NoLog:
-    """Stands for the log on a real GPU, which keeps none."""
-
-    def take(self) -> tuple[int, ...]:
-        """No launches."""
-        return ()
-
-    def entry(self, number: int) -> str:
-        """Never called: there are no numbers."""
-        raise LookupError(number)
-
-    def unanswered(self) -> list[str]:
-        """None: a real GPU answers every call."""
-        return []
+        return self._unanswered.value.decode().split() if self._library else []
 
 
 class JobError(Exception):
@@ -175,39 +165,31 @@ def _check_tensors_are_read_right(device: DeviceInUse) -> None:
         raise JobError("misreads", f"scales [{rows}, {columns}] came back as {tuple(scales.shape)}, {scales.stride()}")
 
 
-def _spans(op: OpBase, index: int, device: DeviceInUse, log: LaunchLog | NoLog, position: Position) -> Iterator[Span]:
+def _spans(op: OpBase, index: int, device: DeviceInUse, log: LaunchLog, position: Position) -> Iterator[Span]:
     """Call DeepGEMM at every point of ``op``; yields each span of points that launched the same kernels."""
     points = op.points(device)
     position.op, position.value = index, points.start  # a refusal while preparing counts as the op's own
     call = op.prepare(device)
     log.take()  # preparing launches torch's kernels, not the op's
-    first = last = points.start
-    before: tuple[int, ...] | None = None
-    for value in points:
+
+    def launched_at(value: int) -> tuple[int, ...]:
         position.value = value
         call(value)
         position.done += 1
-        launched = log.take()
-        if launched != before:
-            if before is not None:
-                yield _span(first, last, points.step, before, log)
-            first, before = value, launched
-        last = value
-    if before is not None:
-        yield _span(first, last, points.step, before, log)
+        return log.take()
+
+    for launched, group in itertools.groupby(points, launched_at):
+        values = list(group)
+        yield Span(first=values[0], last=values[-1], step=points.step, entries=tuple(map(log.entry, launched)))
     if not device.virtual:
         device.torch.cuda.synchronize()  # an error of the last launches belongs to this op
-
-
-def _span(first: int, last: int, step: int, launched: tuple[int, ...], log: LaunchLog | NoLog) -> Span:
-    return Span(first=first, last=last, step=step, entries=tuple(map(log.entry, launched)))
 
 
 def run(job: SweepJob, position: Position) -> Answer:
     """Do the whole job. Raises `JobError`."""
     device = load(job, position)
     torch, deep_gemm = device.torch, device.deep_gemm
-    log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"])) if device.virtual else NoLog()
+    log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"]) if device.virtual else None)
     position.op = protocol.CHECKING
     if job.self_check:
         log.take()

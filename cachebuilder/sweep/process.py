@@ -32,7 +32,6 @@ class Compiler:
     """What a sweep's DeepGEMM takes for nvcc.
 
     Attributes:
-        nvcc: the executable.
         home: ``CUDA_HOME``.
         environment: further variables, for the compiler or the virtual GPU.
     """
@@ -48,7 +47,6 @@ class Setting:
 
     Attributes:
         step: the name of the step that its progress is reported under.
-        compiler: what DeepGEMM takes for nvcc.
         roots: DeepGEMM's cache roots, the writable one first; the legacy generation reads one root only.
         scratch: a folder for the job and the answer.
         environment: DeepGEMM's variables that the serving process will have.

@@ -1,7 +1,7 @@
 """Run DeepGEMM itself over every point of every op and write down which kernels it requests.
 
 `Sweep` finds out what an empty cache would be asked for: nothing is compiled, and no GPU is needed. `call` is the same
-child process with any compiler and any cache roots, which `verify` uses. `try_on_gpu` compares results on a real GPU.
+child process with any compiler and any cache roots, which `verify` uses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cachebuilder.cuda.toolchain import empty_kernel
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.sweep.process import Setting, run_child
-from cachebuilder.sweep.protocol import Answer, SweepJob, TrialsAnswer, TrialsJob
+from cachebuilder.sweep.protocol import Answer, SweepJob
 from cachebuilder.sweep.recorder import Newcomers, RecordedEntry, read_entries, recording_compiler
 
 
@@ -111,11 +111,3 @@ def call(job: SweepJob, setting: Setting, progress: Progress = no_progress) -> A
         InstallationError: torch or DeepGEMM does not load.
     """
     return run_child("child", job, setting, Answer, progress)
-
-
-def try_on_gpu(job: TrialsJob, setting: Setting, progress: Progress = no_progress) -> TrialsAnswer:
-    """Call DeepGEMM on random inputs at the points of ``job`` on the real GPU, and compare with a float32 reference.
-
-    Raises: as `call` does on the real GPU.
-    """
-    return run_child("trials", job, setting, TrialsAnswer, progress)

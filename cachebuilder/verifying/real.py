@@ -22,7 +22,8 @@ from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring import misses
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.protocol import Answer, Point, TrialsJob
+from cachebuilder.sweep.process import run_child
+from cachebuilder.sweep.protocol import Answer, Point, TrialsAnswer, TrialsJob
 from cachebuilder.sweep.run import Sweep
 from cachebuilder.verifying.report import GpuReplay, GpuReport, Identity, Trial
 from cachebuilder.verifying.virtual import Launches, Serving, open_target
@@ -30,9 +31,6 @@ from cachebuilder.verifying.virtual import Launches, Serving, open_target
 
 def check(target: Path, servings: Sequence[tuple[Serving, Launches]], progress: Progress) -> GpuReport:
     """Serve each manifest on the real GPU and try its kernels, at points out of what the virtual GPU launched.
-
-    Args:
-        target: the artifact or the folder.
 
     Raises:
         DeviceError: the GPU is missing, not the target, or too small.
@@ -119,7 +117,7 @@ def _try_kernels(serving: Serving, launches: Launches, progress: Progress) -> tu
         points=tuple(kernels_at),
     )
     setting = serving.setting("trials", f"{serving.manifest.name} against float32")
-    answer = sweep.try_on_gpu(job, setting, progress)
+    answer = run_child("trials", job, setting, TrialsAnswer, progress)
     trials = []
     for point, result in zip(job.points, answer.results, strict=True):
         op = job.ops[point.op]

@@ -23,7 +23,6 @@ from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.requests import selections
 from cachebuilder.planning.selection import Selection
-from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.folder import Damage, RestoredArtifact, RestoredFolder, open_folder
 from cachebuilder.restoring.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
 from cachebuilder.restoring.machine import Machine
@@ -114,6 +113,10 @@ def replay(
         refusals = tuple(dict.fromkeys([*answer.refusals, *unexplained]))
     missing += _missing_sources(serving, damaged)
     hits = sorted(answer.launched - {kernel.entry for kernel in missing})
+    machine = Machine(
+        serving.installation, None, manifest.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
+    )
+    nearest = min((machine.differences(artifact.index) for artifact in artifacts), key=len)
     report = Replay(
         manifest=manifest.name,
         ops=tuple(manifest.ops),
@@ -122,18 +125,9 @@ def replay(
         unlisted=tuple(entry for entry in hits if entry not in folder.listed),
         missing=missing,
         refusals=refusals,
-        differences=tuple(_differences(serving, artifacts)),
+        differences=tuple(nearest),
     )
     return report, selections(answer.sweeps)
-
-
-def _differences(serving: Serving, artifacts: Sequence[RestoredArtifact]) -> list[Difference]:
-    """How the artifact that differs least differs from what is here."""
-    manifest = serving.manifest
-    machine = Machine(
-        serving.installation, None, manifest.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
-    )
-    return min((machine.differences(artifact.index) for artifact in artifacts), key=len)
 
 
 def linked_roots(

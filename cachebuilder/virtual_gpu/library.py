@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 from cachebuilder.common import native
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.deepgemm.installation import package_folder
 from cachebuilder.errors import InstallationError
 
 _HERE = Path(__file__).parent
@@ -71,13 +71,12 @@ def _stubs(runtime: Path) -> str:
 
 def _find_cuda_runtime() -> Path:
     """The libcudart that torch will load, from the wheels beside torch."""
-    spec = util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
+    torch = package_folder("torch")
+    if torch is None:
         raise InstallationError(
             "wanted torch, which DeepGEMM needs, found none",
             hint="pip install 'cachebuilder[build]'",
         )
-    torch = Path(next(iter(spec.submodule_search_locations)))
     candidates = sorted(torch.parent.glob("nvidia/*/lib/libcudart.so.*")) + sorted(torch.glob("lib/libcudart*.so.*"))
     for runtime in candidates:
         if (runtime.parent.parent / "include" / "driver_types.h").exists():
