@@ -21,12 +21,7 @@ _Files = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two caches.
-
-    Attributes:
-        fingerprints: an artifact's one, or those of all artifacts in a restored folder.
-        kernels: entry → sha256 of its files: from the index of an artifact, from the bytes on disk of a folder.
-    """
+    """One of the two caches: an artifact as its index says, or a restored folder, whose files are hashed."""
 
     path: Path
     fingerprints: tuple[Fingerprint, ...]
@@ -70,11 +65,7 @@ class Comparison(Record):
 
 
 def read(path: Path) -> Side:
-    """The artifact or the restored folder at ``path``.
-
-    Raises:
-        ArtifactError: it is neither, or damaged.
-    """
+    """The artifact or the restored folder at ``path``. Raises `ArtifactError` where it is neither, or damaged."""
     if path.is_dir():
         folder = open_folder(path)
         fingerprints = tuple(artifact.index.fingerprint for artifact in folder.artifacts)

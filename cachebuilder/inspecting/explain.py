@@ -17,14 +17,7 @@ from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
 from cachebuilder.deepgemm.templates import Parameter
 from cachebuilder.errors import ArtifactError
-from cachebuilder.inspecting.report.facts import (
-    KernelFacts,
-    OpFacts,
-    check_selections,
-    gather,
-    op_facts,
-    resources_of,
-)
+from cachebuilder.inspecting.report.facts import KernelFacts, OpFacts, check_selections, gather, op_facts, resources_of
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring.folder import is_restored, open_folder
 
@@ -117,15 +110,9 @@ def _in_folder(folder: Path) -> Explanation:
         cubin = (folder / entry_files.CUBIN).read_bytes()
     except OSError as error:
         raise ArtifactError(f"{folder}: {error.filename} cannot be read: {error.strerror}") from error
-    kernel = KernelFacts(
-        entry=folder.name,
-        name=entry_files.kernel_name(generation, folder.name) or "",
-        digest="",
-        source=source,
-        selected_by=(),
-        size=len(cubin),
-        resources=resources_of(folder, entry_files.CUBIN, cubin),
-    )
+    name = entry_files.kernel_name(generation, folder.name) or ""
+    resources = resources_of(folder, entry_files.CUBIN, cubin)
+    kernel = KernelFacts(folder.name, name, "", source, (), len(cubin), resources)
     return _explanation(kernel, generation, folder, _askers(folder, indexes))
 
 

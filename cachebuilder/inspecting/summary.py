@@ -27,11 +27,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """An artifact.
+    """An artifact, with sizes in bytes.
 
     Attributes:
-        sha256, size: of the file, bytes.
-        unpacked_size: of all its entries' files, bytes.
         families: number of kernels by DeepGEMM's name for their family.
         verdict: None where no report lies beside the artifact.
     """
@@ -45,11 +43,7 @@ class Summary:
 
 
 def summarise(artifact: Path) -> Summary:
-    """The summary of ``artifact``.
-
-    Raises:
-        ArtifactError: it cannot be read, or is damaged.
-    """
+    """The summary of ``artifact``. Raises `ArtifactError` where it cannot be read or is damaged."""
     index = read_index(artifact)
     with artifact.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

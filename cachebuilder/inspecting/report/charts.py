@@ -21,6 +21,14 @@ _BAND, _LANE = 46, 22
 #: The lines in the chart of times, and the field of a trial that holds the microseconds.
 _TIMED = {"DeepGEMM": "microseconds", "torch in BF16": "reference"}
 
+_TRIAL_TOOLTIPS = [
+    alt.Tooltip("op:N"),
+    alt.Tooltip("point:N"),
+    alt.Tooltip("error:Q", format=".2e", title="relative error"),
+    alt.Tooltip("microseconds:Q", format=".1f", title="µs"),
+    alt.Tooltip("kernels:N"),
+]
+
 #: A Vega-Lite specification.
 Spec = dict[str, Any]
 
@@ -44,26 +52,16 @@ def kernel_map(facts: Facts, op: int) -> Spec:
         for kernel, selection in selected
         for points in selection.ranges
     ]
+    ends = [row[end] for row in rows for end in ("first", "end")]
+    labels = alt.Axis(domain=False, ticks=False, labelAlign="left", labelPadding=0, labelOffset=-20, labelLimit=400)
     hovered = alt.selection_point(fields=["order"], on="pointerover", clear="pointerout")
     bands = (
         alt.Chart(alt.InlineData(rows))
         .mark_rect(strokeWidth=0.6, cursor="pointer")
         .encode(
-            x=alt.X(
-                "first:Q",
-                scale=_log(row[end] for row in rows for end in ("first", "end")),
-                title=None,
-                axis=alt.Axis(tickCount=8, format="d", grid=False),
-            ),
+            x=alt.X("first:Q", scale=_log(ends), title=None, axis=alt.Axis(tickCount=8, format="d", grid=False)),
             x2="end:Q",
-            y=alt.Y(
-                "row:N",
-                title=None,
-                scale=alt.Scale(paddingInner=0.5, paddingOuter=0.25),
-                axis=alt.Axis(
-                    domain=False, ticks=False, labelAlign="left", labelPadding=0, labelOffset=-20, labelLimit=400
-                ),
-            ),
+            y=alt.Y("row:N", title=None, scale=alt.Scale(paddingInner=0.5, paddingOuter=0.25), axis=labels),
             color=alt.Color("order:N", scale=alt.Scale(scheme="tableau20"), legend=None),
             opacity=alt.condition(hovered, alt.value(1.0), alt.value(0.3)),
             tooltip=[alt.Tooltip("kernel:N"), alt.Tooltip("points:N", title=variable), *_tooltips(rows)],
@@ -79,20 +77,19 @@ def size_by_op(facts: Facts) -> Spec:
     for number, op in enumerate(facts.ops):
         kernels = {kernel.entry: kernel for kernel, _ in facts.kernels_of(number)}.values()
         if kernels:
-            rows.append(
-                {
-                    "op": f"{number}: {op.title}",
-                    "family": op.op,
-                    "kilobytes": sum(kernel.size or 0 for kernel in kernels) / 1000,
-                    "kernels": len(kernels),
-                }
-            )
+            kilobytes = sum(kernel.size or 0 for kernel in kernels) / 1000
+            label = f"{number}: {op.title}"
+            rows.append({"op": label, "family": op.op, "kilobytes": kilobytes, "kernels": len(kernels)})
+    # The labels stand above the bars, inside the plot: a phone has no room beside it.
+    labels = alt.Axis(
+        domain=False, ticks=False, labelAlign="left", labelPadding=-2, labelOffset=-12, labelLimit=600, zindex=1
+    )
     bars = (
         alt.Chart(alt.InlineData(rows))
         .mark_bar(height=10)
         .encode(
             x=alt.X("kilobytes:Q", title="kB of cubins", axis=alt.Axis(tickCount=5)),
-            y=_labelled_rows("op", [row["op"] for row in rows]),
+            y=alt.Y("op:N", title=None, sort=[row["op"] for row in rows], axis=labels),
             color=alt.Color("family:N", legend=None),
             tooltip=["op:N", alt.Tooltip("kilobytes:Q", format=",.1f", title="kB"), "kernels:Q"],
         )
@@ -104,26 +101,17 @@ def timeline(facts: Facts, record: BuildRecord) -> Spec:
     """Which compiler ran when on which of the parallel jobs, cut into nvcc's phases where nvcc reported them."""
     kernels = {kernel.entry: kernel for kernel in facts.kernels}
     rows = [row for run in record.runs for row in _phases(run, kernels)]
+    ticks = alt.Axis(tickCount=8)
+    seconds = [alt.Tooltip(f"{field}:Q", format=".2f") for field in ("seconds", "start")]
     bars = (
         alt.Chart(alt.InlineData(rows))
         .mark_rect(strokeWidth=0.4)
         .encode(
-            x=alt.X(
-                "start:Q",
-                title="seconds since compiling began",
-                scale=alt.Scale(nice=False),
-                axis=alt.Axis(tickCount=8),
-            ),
+            x=alt.X("start:Q", title="seconds since compiling began", scale=alt.Scale(nice=False), axis=ticks),
             x2="end:Q",
             y=alt.Y("job:O", title="job", scale=alt.Scale(padding=0.15)),
             color=alt.Color("phase:N", legend=alt.Legend(orient="top", title=None, columns=3)),
-            tooltip=[
-                "phase:N",
-                "what:N",
-                alt.Tooltip("seconds:Q", format=".2f"),
-                alt.Tooltip("start:Q", format=".2f"),
-                "job:O",
-            ],
+            tooltip=["phase:N", "what:N", *seconds, "job:O"],
         )
     )
     return _spec(bars.properties(height=max(_LANE * record.jobs, 80)))
@@ -140,15 +128,10 @@ def errors(verified: GpuReport) -> Spec:
         alt.Chart(alt.InlineData(rows))
         .mark_circle(size=36, opacity=0.8)
         .encode(
-            x=alt.X(
-                "value:Q",
-                scale=_log((row["value"] for row in rows), padding=6),
-                title="M",
-                axis=alt.Axis(tickCount=8, format="d"),
-            ),
+            x=_over_m(rows),
             y=alt.Y("error:Q", title="relative error", axis=alt.Axis(format=".0e", tickCount=5)),
             color=_op_colour(),
-            tooltip=_trial_tooltips(),
+            tooltip=_TRIAL_TOOLTIPS,
         )
     )
     rules = alt.Chart(alt.InlineData(limits)).mark_rule(strokeDash=[5, 3]).encode(y="error:Q")
@@ -169,27 +152,18 @@ def times(verified: GpuReport) -> Spec:
         if row[field] is not None
     ]
     names = [by for by in _TIMED if any(row["by"] == by for row in rows)]
+    dashes = alt.Scale(domain=names, range=[[1, 0], [4, 3]][: len(names)])
+    ticks = alt.Axis(tickCount=5, gridOpacity=0.4)
     lines = (
         alt.Chart(alt.InlineData(rows))
         .mark_line(strokeWidth=1, point=alt.OverlayMarkDef(size=24))
         .encode(
-            x=alt.X(
-                "value:Q",
-                scale=_log((row["value"] for row in rows), padding=6),
-                title="M",
-                axis=alt.Axis(tickCount=8, format="d"),
-            ),
-            y=alt.Y(
-                "microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=alt.Axis(tickCount=5, gridOpacity=0.4)
-            ),
+            x=_over_m(rows),
+            y=alt.Y("microseconds:Q", scale=alt.Scale(type="log"), title="µs", axis=ticks),
             color=_op_colour(),
-            strokeDash=alt.StrokeDash(
-                "by:N",
-                scale=alt.Scale(domain=names, range=[[1, 0], [4, 3]][: len(names)]),
-                legend=_stroke_legend() if len(names) > 1 else None,
-            ),
+            strokeDash=alt.StrokeDash("by:N", scale=dashes, legend=_stroke_legend() if len(names) > 1 else None),
             detail="sms:N",
-            tooltip=["by:N", *_trial_tooltips()],
+            tooltip=["by:N", *_TRIAL_TOOLTIPS],
         )
     )
     return _spec(lines.properties(height=260))
@@ -228,12 +202,9 @@ def _log(values: Iterable[float], padding: int = 0) -> alt.Scale:
     return alt.Scale(type="log", base=2, domain=[ordered[0], ordered[-1]], nice=False, padding=padding)
 
 
-def _labelled_rows(field: str, order: list[str]) -> alt.Y:
-    """Rows with their labels above them, inside the plot: a phone has no room beside the plot."""
-    axis = alt.Axis(
-        domain=False, ticks=False, labelAlign="left", labelPadding=-2, labelOffset=-12, labelLimit=600, zindex=1
-    )
-    return alt.Y(f"{field}:N", title=None, sort=order, axis=axis)
+def _over_m(rows: Sequence[dict[str, Any]]) -> alt.X:
+    scale = _log((row["value"] for row in rows), padding=6)
+    return alt.X("value:Q", scale=scale, title="M", axis=alt.Axis(tickCount=8, format="d"))
 
 
 def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str, object]]:
@@ -249,19 +220,12 @@ def _phases(run: CompilerCall, kernels: dict[str, KernelFacts]) -> list[dict[str
     pieces = [(phase.name, phase.seconds) for phase in run.phases if not phase.name.startswith("nvcc")]
     rest = run.seconds - sum(seconds for _, seconds in pieces)
     whole_run = {"headers": "headers", "ptx": "cicc, forked", "cubin": "nvcc", "check": "to compare"}[run.step]
-    rows, start = [], run.start
+    rows: list[dict[str, object]] = []
+    start = run.start
     for name, seconds in [*pieces, ("nvcc" if pieces else whole_run, max(rest, 0.0))]:
         end = start + seconds
-        rows.append(
-            {
-                "job": run.job,
-                "phase": name,
-                "what": what,
-                "start": round(start, 3),
-                "end": round(end, 3),
-                "seconds": seconds,
-            }
-        )
+        interval = {"start": round(start, 3), "end": round(end, 3), "seconds": seconds}
+        rows.append({"job": run.job, "phase": name, "what": what, **interval})
         start = end
     return rows
 
@@ -295,22 +259,5 @@ def _op_colour() -> alt.Color:
 
 def _stroke_legend() -> alt.Legend:
     """A legend of dashes, in a grey that is visible on white and on black."""
-    return alt.Legend(
-        orient="top",
-        title=None,
-        symbolType="stroke",
-        symbolFillColor="transparent",
-        symbolStrokeColor="#888",
-        symbolStrokeWidth=2,
-        symbolSize=400,
-    )
-
-
-def _trial_tooltips() -> list[alt.Tooltip]:
-    return [
-        alt.Tooltip("op:N"),
-        alt.Tooltip("point:N"),
-        alt.Tooltip("error:Q", format=".2e", title="relative error"),
-        alt.Tooltip("microseconds:Q", format=".1f", title="µs"),
-        alt.Tooltip("kernels:N"),
-    ]
+    lines: Spec = {"symbolType": "stroke", "symbolStrokeColor": "#888", "symbolStrokeWidth": 2, "symbolSize": 400}
+    return alt.Legend(orient="top", title=None, symbolFillColor="transparent", **lines)

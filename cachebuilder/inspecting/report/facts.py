@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.compiling import record as build_record
 from cachebuilder.compiling.record import BuildRecord
@@ -30,15 +30,10 @@ from cachebuilder.verifying.report import GpuReport
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """One kernel.
+    """One kernel. A plan has no cubin, so no ``size`` and no ``resources``.
 
     Attributes:
-        entry: its folder's name, the key.
-        name: DeepGEMM's name for its family.
-        digest: of its files; in a plan, which has no cubins, of its source.
-        source: the text of ``kernel.cu``.
-        size: bytes of the cubin; None in a plan.
-        resources: what the cubin says; None in a plan.
+        digest: of its files; in a plan, of its source.
     """
 
     entry: str
@@ -76,7 +71,7 @@ class OpFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """An artifact or a plan. A plan has no size, no sha256, no fingerprint and no files beside it."""
+    """An artifact or a plan. A plan has no size, no sha256, no index and no files beside it."""
 
     path: Path
     name: str
@@ -87,9 +82,7 @@ class Facts:
     kernels: tuple[KernelFacts, ...]
     size: int | None = None
     sha256: str | None = None
-    fingerprint: Fingerprint | None = None
-    fingerprint_digest: str | None = None
-    recorded: Mapping[str, str] | None = None
+    index: Index | None = None
     build: BuildRecord | None = None
     verified: GpuReport | None = None
 
@@ -146,7 +139,7 @@ def compare(old: Facts, new: Facts) -> Changes:
     both = before.keys() & after.keys()
     comparable = old.kind == new.kind
     changed = {entry for entry in both if comparable and before[entry].digest != after[entry].digest}
-    fields = between(old.fingerprint, new.fingerprint) if old.fingerprint and new.fingerprint else []
+    fields = between(old.index.fingerprint, new.index.fingerprint) if old.index and new.index else []
     return Changes(
         old=old,
         fields=tuple(fields),
@@ -217,15 +210,13 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         path=path,
         name=index.name,
         generation=index.fingerprint.generation,
-        gpu=index.recorded.get("gpu", ""),
+        gpu=index.gpu,
         arch=index.fingerprint.arch,
         ops=tuple(map(op_facts, index.ops)),
         kernels=kernels,
         size=path.stat().st_size,
         sha256=sha256,
-        fingerprint=index.fingerprint,
-        fingerprint_digest=index.fingerprint_digest,
-        recorded=index.recorded,
+        index=index,
         build=build_record.read(path, sha256),
         verified=gpu_report,
     )

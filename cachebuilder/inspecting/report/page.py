@@ -28,9 +28,6 @@ def write(
 
     Returns:
         what the page is about, and its size in bytes.
-
-    Raises:
-        ArtifactError: a file is not what its name promises, or the page cannot be written.
     """
     facts = gather(target, verify_report)
     changes = compare(gather(against), facts) if against else None
@@ -41,15 +38,11 @@ def write(
 
 def render(facts: Facts, changes: Changes | None = None) -> str:
     """The page's HTML. Equal facts give equal pages."""
+    loader, undefined = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["size"] = _size
-    environment.filters["ranges"] = _ranges
+    environment.filters |= {"size": _size, "ranges": _ranges}
     specs = _charts(facts)
     return environment.get_template("page.html").render(
         facts=facts,
