@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from cachebuilder.building import Built
 from cachebuilder.common import kept
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.compiling.store import CubinStore
@@ -103,3 +106,16 @@ def test_a_wrong_prune_says_what_was_wanted(arguments: tuple[str, ...], words: s
     before = items(folder)
     process = run("cache", "prune", *arguments, CACHEBUILDER_CACHE_DIR=str(folder))
     assert process.returncode == 2 and words in process.stderr and items(folder) == before
+
+
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
+def test_a_folder_that_a_program_serves_from_is_left_alone(built: Built, folder: Path) -> None:
+    program = "import sys; print('serving', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-m", "cachebuilder", "run", built.packed.path, "--", sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as serving:
+        assert serving.stdout is not None and serving.stdout.readline() == b"serving\n"
+        [served] = [path.parent for path in folder.glob("restored/*/cachebuilder")]
+        assert kept.prune(unused_seconds=0).in_use == 1 and (served / "cache").is_dir()
+        serving.communicate()
+    kept.prune(unused_seconds=0)
+    assert not served.exists()

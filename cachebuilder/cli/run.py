@@ -51,6 +51,7 @@ def run(
     else:
         restored = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
         dir, indexes = restored.dir, [restored.index]
+    serving.keep_in_use(dir)
     environment = serving.process_environment(dir, indexes, how.engine, how.scratch)
     try:
         os.execvpe(command[0], command, environment)

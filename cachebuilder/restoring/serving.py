@@ -10,6 +10,8 @@ from pathlib import Path
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.kept import touch
+from cachebuilder.common.locks import lock
 from cachebuilder.errors import VerifyError
 from cachebuilder.restoring.environment import Engine, variables
 from cachebuilder.restoring.folder import RESTORE_AGAIN, RestoredFolder, open_folder
@@ -35,6 +37,14 @@ def open_whole(dir: Path) -> RestoredFolder:
         more = f" and {len(damage) - 1} more" if damage[1:] else ""
         raise VerifyError(f"{folder.path}: damaged: {damage[0]}{more}", hint=RESTORE_AGAIN)
     return folder
+
+
+def keep_in_use(dir: Path) -> None:
+    """Lock ``dir`` for this process and for the program that it becomes, so that `cache prune` leaves it alone."""
+    touch(dir)
+    handle = os.open(dir, os.O_RDONLY | os.O_DIRECTORY)
+    os.set_inheritable(handle, True)  # the lock ends when the program ends
+    lock(handle, shared=True)
 
 
 def process_environment(dir: Path, indexes: Sequence[Index], engine: Engine, scratch: Path | None) -> dict[str, str]:
