@@ -73,6 +73,15 @@ class EngineOptions:
     low_latency: bool = False
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks attention's projections, a shared expert and each routed expert are divided among."""
+
+    attention: int
+    shared: int
+    expert: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Serving(EngineOptions):
     """An engine's rules for one deployment.
@@ -118,18 +127,8 @@ class Serving(EngineOptions):
             raise ModelError(f"wanted a Hopper or Blackwell GPU, found {self.gpu.name} ({self.gpu.capability})")
 
     @property
-    def attention_ranks(self) -> int:
-        """Ranks that attention's projections are divided among."""
-        raise NotImplementedError
-
-    @property
-    def shared_ranks(self) -> int:
-        """Ranks that a shared expert is divided among."""
-        raise NotImplementedError
-
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that each routed expert is divided among."""
+    def ranks(self) -> Ranks:
+        """How many ranks share each kind of layer."""
         raise NotImplementedError
 
     @property

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import BLOCK, Config, path_match, pattern_match
 from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, layers_text
-from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
+from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.device import round_up
@@ -86,25 +86,16 @@ class Sglang(Serving):
     @property
     def _mega_moe_rows(self) -> int:
         """How many tokens a prefill may bring to one rank, as SGLang counts them."""
-        return round_up(self.max_tokens // self.dp, self.attention_ranks)
+        return round_up(self.max_tokens // self.dp, self.ranks.attention)
 
     @property
-    def attention_ranks(self) -> int:
-        """``attn_tp``: tp / dp."""
-        return self.tp // self.dp
+    def ranks(self) -> Ranks:
+        """Attention: ``attn_tp``, tp / dp; routed experts: ``moe_tp``, tp / ep; a shared expert: all, or 1.
 
-    @property
-    def shared_ranks(self) -> int:
-        """All ranks; 1 where each rank has the whole shared expert.
-
-        That is so under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE (models/deepseek_v2.py, qwen2_moe.py).
+        Each rank has the whole shared expert under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE
+        (models/deepseek_v2.py, qwen2_moe.py).
         """
-        return 1 if self.low_latency or self.mega_moe else self.tp
-
-    @property
-    def expert_ranks(self) -> int:
-        """``moe_tp``: tp / ep."""
-        return self.tp // self.ep
+        return Ranks(self.tp // self.dp, 1 if self.low_latency or self.mega_moe else self.tp, self.tp // self.ep)
 
     @property
     def largest_m(self) -> int:
@@ -198,14 +189,8 @@ class Sglang(Serving):
             )
         if experts.count % self.ep:
             raise ModelError(f"{_MEGA_MOE}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
-        layer: dict[str, object] = {
-            "ranks": self.ep,
-            "experts": experts.count,
-            "topk": experts.topk,
-            "hidden": experts.hidden,
-            "intermediate": experts.intermediate,
-            "max_tokens": _MEGA_MOE_TOKENS,
-        }
+        layer: dict[str, object] = {"ranks": self.ep, **experts.sizes, "intermediate": experts.intermediate}
+        layer["max_tokens"] = _MEGA_MOE_TOKENS
         clamp: dict[str, object] = {} if experts.clamp is None else {"activation_clamp": experts.clamp}
         what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
         if not fp4:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import Config, path_match, pattern_match
 from cachebuilder.authoring.derive.layers import Call, Experts, layers_text
-from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
+from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 
@@ -46,25 +46,16 @@ class Vllm(Serving):
             )
 
     @property
-    def attention_ranks(self) -> int:
-        """Tensor parallel ranks."""
-        return self.tp
+    def ranks(self) -> Ranks:
+        """Tensor parallel ranks, with two exceptions.
 
-    @property
-    def shared_ranks(self) -> int:
-        """Tensor parallel ranks; 1 where the tokens are spread over them instead: ``use_sequence_parallel_moe``.
-
-        vllm/config/parallel.py, 0.33.0; 0.25.0 has the same condition.
+        A shared expert is whole where the tokens are spread over the ranks instead: ``use_sequence_parallel_moe``
+        (vllm/config/parallel.py, 0.33.0; 0.25.0 has the same condition). A routed expert is whole with expert
+        parallelism, else divided among all tp · dp ranks: ``flatten_tp_across_dp_and_pcp``
+        (vllm/model_executor/layers/fused_moe/config.py, 0.33.0).
         """
-        return 1 if self.ep > 1 and self.tp > 1 and self.dp > 1 else self.tp
-
-    @property
-    def expert_ranks(self) -> int:
-        """1 with expert parallelism, else all tp · dp ranks: ``flatten_tp_across_dp_and_pcp``.
-
-        vllm/model_executor/layers/fused_moe/config.py, 0.33.0.
-        """
-        return 1 if self.ep > 1 else self.tp * self.dp
+        spreads_tokens = self.ep > 1 and self.tp > 1 and self.dp > 1
+        return Ranks(self.tp, 1 if spreads_tokens else self.tp, 1 if self.ep > 1 else self.tp * self.dp)
 
     @property
     def largest_m(self) -> int:
@@ -152,15 +143,14 @@ class Vllm(Serving):
             raise ModelError(f"{what}: wanted expert parallelism, --ep {self.tp * self.dp} (tp · dp), found {self.ep}")
         if experts.count % self.ep:
             raise ModelError(f"{what}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
-        sizes: dict[str, object] = {"experts": experts.count, "topk": experts.topk, "hidden": experts.hidden}
         calls = []
         if scored := [number for number in experts.layers if number not in hashed]:
             gate = f"mlp.gate, {layers_text(scored)}: experts chosen by score"
-            calls.append(Call("bf16_mega_gate", sizes, gate))
+            calls.append(Call("bf16_mega_gate", experts.sizes, gate))
         if hashed:
             gate = f"mlp.gate, {layers_text(hashed)}: experts chosen by the token's hash"
-            calls.append(Call("bf16_mega_gate", sizes | {"bias": False, "hashed": True}, gate))
-        layer: dict[str, object] = {"ranks": self.ep, **sizes, "intermediate": experts.intermediate}
+            calls.append(Call("bf16_mega_gate", experts.sizes | {"bias": False, "hashed": True}, gate))
+        layer: dict[str, object] = {"ranks": self.ep, **experts.sizes, "intermediate": experts.intermediate}
         if experts.clamp is not None:
             layer["activation_clamp"] = experts.clamp
         what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
