@@ -87,7 +87,7 @@ def _derive(config: Config, serving: Serving) -> Derived:
         )
     for call in calls:
         rank.add_call(call)
-    left_out = [*rank.left_out, *model.left_out, *serving.left_out(config, bool(model.experts))]
+    left_out = [*rank.left_out, *model.left_out, *serving.left_out(config)]
     return Derived(_joined(rank.ops), tuple(dict.fromkeys(left_out)), tuple(model.unknown), quantization)
 
 
@@ -115,11 +115,8 @@ class _Rank:
         quantized: list[int] = []
         unquantized: list[int] = []
         for number in layers:
-            names = {
-                name
-                for name in weights
-                if self._serving.keeps_unquantized(self._config, f"model.layers.{number}.{name}")
-            }
+            prefix = f"model.layers.{number}."
+            names = {name for name in weights if self._serving.keeps_unquantized(self._config, prefix + name)}
             if names and len(names) < len(set(weights)):
                 raise ModelError(
                     f"{self._config.path}: layer {number}'s {module} is fused: wanted all or none of its weights "
@@ -179,14 +176,11 @@ class _Rank:
             count += f" + {fused} (the shared expert, fused in), top-k {experts.topk - fused} + {fused}"
         ranks, hidden = serving.ranks.expert, experts.hidden
         over = f" / {ranks} ranks" if ranks > 1 else ""
+        w13 = f"N = 2 · {intermediate.how}{over} = {2 * width}; K = {hidden.how}"
+        w2 = f"N = {hidden.how}; K = {_divided(intermediate, over, width)}"
         for name, n, k, arithmetic in (
-            (
-                "w13 (gate and up)",
-                2 * width,
-                hidden,
-                f"N = 2 · {intermediate.how}{over} = {2 * width}; K = {hidden.how}",
-            ),
-            ("w2 (down)", hidden, width, f"N = {hidden.how}; K = {_divided(intermediate, over, width)}"),
+            ("w13 (gate and up)", 2 * width, hidden, w13),
+            ("w2 (down)", hidden, width, w2),
         ):
             for op, rows in serving.expert_ops(experts, routed + fused, n, k):
                 text = f"{experts.module} {name}, {layers_text(experts.layers)}: {count}; {arithmetic}"

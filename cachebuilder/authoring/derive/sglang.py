@@ -38,6 +38,13 @@ class Sglang(Serving):
 
     name: ClassVar[str] = "sglang"
     versions: ClassVar[tuple[str, ...]] = ("0.5.23",)
+    header: ClassVar[tuple[str, ...]] = (
+        "compiled_dims is left out: SGLang does not pass it, so sgl-deep-gemm's own default holds, which compiles "
+        "no dimension into dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
+        "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (srt/layers/quantization/fp8_utils.py, "
+        "_deepgemm_block_fp8_supported). max_tokens is the end of SGLang's own list of M "
+        "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
+    )
 
     def check(self, config: Config) -> None:
         """Also: dp and ep divide tp (srt/arg_groups/parallel_hook.py)."""
@@ -252,26 +259,13 @@ class Sglang(Serving):
                 prefill["sm_counts"] = [self.gpu.sm_count - 1, self.gpu.sm_count]
         return IndexerLogits(("fp8_mqa_logits", prefill), ("fp8_paged_mqa_logits", {}), batches)
 
-    def header(self, config: Config) -> list[str]:
-        """About compiled_dims, which linear layers, and the end of M."""
-        return [
-            "compiled_dims is left out: SGLang does not pass it, so sgl-deep-gemm's own default holds, which compiles "
-            "no dimension into dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
-            "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (srt/layers/quantization/fp8_utils.py, "
-            "_deepgemm_block_fp8_supported). max_tokens is the end of SGLang's own list of M "
-            "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
-        ]
-
-    def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
+    def left_out(self, config: Config) -> list[LeftOut]:
         """On SM90, an optional form of ``kv_b_proj``; with mega-MoE, steps beyond its buffer."""
         left_out = []
         if config.has("kv_lora_rank") and self.gpu.major == 9:
-            left_out.append(
-                LeftOut(
-                    "m_grouped_fp8_gemm_nt_masked for the absorbed kv_b projection",
-                    "SGLang calls it only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)",
-                )
-            )
+            what = "m_grouped_fp8_gemm_nt_masked for the absorbed kv_b projection"
+            why = "SGLang calls it only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)"
+            left_out.append(LeftOut(what, why))
         if self.mega_moe and self._mega_moe_rows > _MEGA_MOE_TOKENS:
             left_out.append(
                 LeftOut(

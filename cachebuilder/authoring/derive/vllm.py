@@ -24,6 +24,14 @@ class Vllm(Serving):
 
     name: ClassVar[str] = "vllm"
     versions: ClassVar[tuple[str, ...]] = ("0.25.0", "0.32.0", "0.33.0")
+    header: ClassVar[tuple[str, ...]] = (
+        "compiled_dims is left out: vLLM does not pass it, so DeepGEMM's own default holds. In the copy of vLLM's "
+        "wheel (vllm/third_party/deep_gemm), N and K are compiled in. vLLM prefers an installed deep_gemm to that "
+        "copy: plan with the one that serves.",
+        "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
+        "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
+        "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
+    )
 
     def check(self, config: Config) -> None:
         """Also: experts are spread over all tp · dp ranks, or not at all (config/parallel.py, 0.33.0)."""
@@ -108,14 +116,10 @@ class Vllm(Serving):
         if self.gpu.major != 9:
             fields["alignment"] = "per-call"
         layouts: list[dict[str, object]] = [fields]
-        if self._psum:  # serving calls this layout, vLLM's warm-up the other
+        # Serving passes use_psum_layout (DeepGemmExperts.apply, fused_moe/experts/deep_gemm_moe.py), warm-up does not.
+        if self.at_least("0.32.0") and self.gpu.major in (9, 10):
             layouts.append({**fields, "psum": True})
         return [(OPS[_CONTIGUOUS].model_validate({"op": _CONTIGUOUS, **layout}), how) for layout in layouts]
-
-    @property
-    def _psum(self) -> bool:
-        """Whether ``DeepGemmExperts.apply`` passes use_psum_layout (fused_moe/experts/deep_gemm_moe.py)."""
-        return self.at_least("0.32.0") and self.gpu.major in (9, 10)
 
     def fuses_into_mega_moe(self, shared: int) -> bool:
         """Where each rank has whole shared experts: with one tensor parallel rank, or tokens spread over the ranks.
@@ -172,17 +176,6 @@ class Vllm(Serving):
         prefill = {"compressed": True, **formats} if new else formats
         batches = {1: self.max_seqs, 2: self.max_seqs}
         return IndexerLogits(("fp8_fp4_mqa_logits", prefill), ("fp8_fp4_paged_mqa_logits", formats), batches, flat)
-
-    def header(self, config: Config) -> list[str]:
-        """About compiled_dims, and which linear layers."""
-        return [
-            "compiled_dims is left out: vLLM does not pass it, so DeepGEMM's own default holds. In the copy of vLLM's "
-            "wheel (vllm/third_party/deep_gemm), N and K are compiled in. vLLM prefers an installed deep_gemm to that "
-            "copy: plan with the one that serves.",
-            "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
-            "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
-            "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
-        ]
 
     @property
     def moe_rule(self) -> str:
