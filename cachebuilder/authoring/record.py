@@ -51,7 +51,6 @@ class KnownManifest:
     """A manifest to add to, as `known_manifest` read it.
 
     Attributes:
-        data: its bytes.
         deep_gemm: the package to plan its ops with; None: the one that a build takes.
     """
 
@@ -59,11 +58,7 @@ class KnownManifest:
     manifest: Manifest
     data: bytes
     deep_gemm: Path | None
-
-    @property
-    def gpu(self) -> Gpu:
-        """Its target."""
-        return self.manifest.target.gpu
+    gpu: Gpu
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class Written:
     """What was written into a manifest.
 
     Attributes:
-        sources: how many kernels were written into it.
-        covered: how many of the recorded kernels its own ops ask for, so that they were not written.
+        sources: how many kernels were written.
+        covered: how many were not, because the manifest's own ops ask for them.
         ops: lines for a manifest that ask for such kernels at every M, as far as the sources name them.
         remarks: what the user should know, a sentence each.
     """
@@ -86,9 +81,7 @@ class Written:
 def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
     """A manifest to write to ``path``, for the GPU called ``gpu`` or, for None, the one of this machine.
 
-    Raises:
-        ManifestError: ``path`` exists or cannot be written, or ``name`` is no name for a manifest.
-        RecordingError: no such GPU is known, or none is seen here.
+    Raises `ManifestError` where ``path`` cannot be written or exists, `RecordingError` where no such GPU is known.
     """
     target = _find_gpu(gpu)
     if path.exists():
@@ -103,16 +96,12 @@ def known_manifest(path: Path, deep_gemm: Path | None = None) -> KnownManifest:
     """The manifest at ``path``. Raises `ManifestError` where it cannot be read or written."""
     manifest, data = manifests.load(path)
     _check_writable(path)
-    return KnownManifest(path, manifest, data, deep_gemm)
+    return KnownManifest(path, manifest, data, deep_gemm, manifest.target.gpu)
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Records one program into one manifest; `open_recorder` makes it.
-
-    Attributes:
-        folder: where the recording is until the manifest is written.
-    """
+    """Records one program into one manifest; ``folder`` holds the recording until the manifest is written."""
 
     manifest: NewManifest | KnownManifest
     toolchain: Toolchain
@@ -120,11 +109,7 @@ class Recorder:
     folder: Path
 
     def run(self, command: Sequence[str]) -> Recording:
-        """Run ``command`` and return what it asked for.
-
-        Raises:
-            RecordingError: the command cannot be run, asked for nothing, or for kernels of another GPU.
-        """
+        """Run ``command``. Raises `RecordingError` where it fails to start, or asks for nothing or for another GPU."""
         recording = recordings.record(self.folder, command, self.toolchain, self.environment)
         recording.check_kernels()
         recording.check_target(self.manifest.gpu.name, self.manifest.gpu.major)
@@ -133,9 +118,7 @@ class Recorder:
     def write(self, recording: Recording, progress: Progress = no_progress) -> Written:
         """Write the recorded kernels into the manifest.
 
-        Raises:
-            ManifestError: the manifest cannot be written.
-            RecordingError: the kernels are of another generation than the DeepGEMM that the manifest is planned for.
+        Raises `RecordingError` where they are of another generation than the DeepGEMM that plans the manifest.
         """
         if isinstance(self.manifest, NewManifest):
             return self._create(self.manifest, recording)
@@ -191,17 +174,9 @@ class Recorder:
 def open_recorder(
     manifest: NewManifest | KnownManifest, nvcc: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> Iterator[Recorder]:
-    """Check all that a recording needs, and make its folder; remove that afterwards.
+    """Check all that a recording of a program with this environment needs, and make its folder; remove it afterwards.
 
     After an error or Ctrl-C, a recording that holds kernels is kept; the error's hint says where.
-
-    Args:
-        nvcc: the compiler, as `recording.find_compiler` takes it.
-        environment: the program's.
-
-    Raises:
-        RecordingError: with this environment, a program would not ask nvcc.
-        ToolchainError: there is no nvcc that compiles.
     """
     recordings.check_environment(environment)
     toolchain = recordings.find_compiler(nvcc, environment)

@@ -32,12 +32,7 @@ _NVRTC = ("DG_JIT_USE_NVRTC", "SGLANG_DG_USE_NVRTC")
 
 @dataclass(frozen=True)
 class RecordedKernel:
-    """A kernel that DeepGEMM asked for and that was compiled.
-
-    Attributes:
-        name: DeepGEMM's name for its family.
-        source: the text of ``kernel.cu``.
-    """
+    """A kernel that DeepGEMM asked for and that was compiled: the name of its family, and the text of ``kernel.cu``."""
 
     name: str
     source: str
@@ -104,11 +99,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
 
 
 def find_compiler(nvcc: Path | None, environment: Mapping[str, str]) -> Toolchain:
-    """``nvcc``, else the compiler that ``environment`` names for DeepGEMM, else the one that a build takes.
-
-    Raises:
-        ToolchainError: there is none, or it is a frozen nvcc, which cannot compile.
-    """
+    """``nvcc``, else the compiler that ``environment`` names for DeepGEMM, else the one that a build takes."""
     named = environment.get("DG_JIT_NVCC_COMPILER")
     if nvcc is None and named and not frozen.is_frozen(Path(named)) and os.access(named, os.X_OK):
         nvcc = Path(named)
@@ -122,12 +113,7 @@ def find_compiler(nvcc: Path | None, environment: Mapping[str, str]) -> Toolchai
 
 
 def record(folder: Path, command: Sequence[str], toolchain: Toolchain, environment: Mapping[str, str]) -> Recording:
-    """Run ``command`` to its end; its cache and its log are below ``folder``, which is empty.
-
-    Raises:
-        RecordingError: the command cannot be run.
-        ArtifactError: the log cannot be read.
-    """
+    """Run ``command`` to its end; its cache and its log are below ``folder``, which is empty."""
     exit_code, stopped = _run(command, {**environment, **_variables(folder, toolchain, environment)})
     generation, kernels = _read_cache(folder / _ROOT / "cache")
     path = folder / _LOG

@@ -14,18 +14,13 @@ from ruamel.yaml.scalarstring import LiteralScalarString
 from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.schema import Manifest
 from cachebuilder.restoring import misses
 
 
 @dataclass(frozen=True)
 class NewSource:
-    """A kernel to write.
-
-    Attributes:
-        text: of ``kernel.cu``.
-        comment: to stand above it.
-        kernel: DeepGEMM's name for it, if known.
-    """
+    """A kernel to write: the text of ``kernel.cu``, the comment above it, and DeepGEMM's name for it if known."""
 
     text: str
     comment: str
@@ -44,21 +39,13 @@ class Addition:
 def add(path: Path, sources: Sequence[NewSource]) -> int:
     """Write kernels into the manifest at ``path`` and keep its comments; returns how many were new to it.
 
-    Raises:
-        ManifestError: ``path`` is no manifest, or would be none afterwards; it is left as it was.
+    Raises `ManifestError` where it is no manifest, or would be none afterwards; it is left as it was.
     """
     before, data = manifests.load(path)
     known = {source.source for source in before.sources}
     new = [source for source in sources if source.text not in known]
-    if not new:
-        return 0
-    tree = _yaml().load(data.decode())
-    written = _append(tree, new)
-    after = manifests.parse(written, str(path))
-    expected = [*(source.source for source in before.sources), *(source.text for source in new)]
-    if [source.source for source in after.sources] != expected or after.ops != before.ops:
-        raise _unwritable(path)
-    write_atomically(path, written, ManifestError)
+    if new:
+        _write(path, _yaml().load(data.decode()), new, before)
     return len(new)
 
 
@@ -74,22 +61,13 @@ def add_missed(path: Path, log: misses.Log) -> Addition:
 
 
 def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequence[NewSource]) -> None:
-    """Write a manifest of nothing but ``sources`` to ``path``, replacing what is there.
+    """Write a manifest of ``fields`` and ``sources``, headed by ``comment``, to ``path``, replacing what is there.
 
-    Args:
-        fields: of the manifest: its name, its target and what else it needs.
-        comment: for its head.
-
-    Raises:
-        ManifestError: this makes no manifest; nothing is written then.
+    Raises `ManifestError` where this makes no manifest; nothing is written then.
     """
     tree = CommentedMap(fields)
     tree.yaml_set_start_comment(comment)
-    written = _append(tree, sources)
-    manifest = manifests.parse(written, str(path))
-    if [source.source for source in manifest.sources] != [source.text for source in sources]:
-        raise _unwritable(path)
-    write_atomically(path, written, ManifestError)
+    _write(path, tree, sources)
 
 
 def _yaml() -> YAML:
@@ -99,9 +77,10 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _append(tree: CommentedMap, sources: Sequence[NewSource]) -> bytes:
+def _write(path: Path, tree: CommentedMap, new: Sequence[NewSource], before: Manifest | None = None) -> None:
+    """Write ``tree`` with these sources to ``path``, if it reads back as them and all that was in it before."""
     listed = tree.setdefault("sources", CommentedSeq())
-    for source in sources:
+    for source in new:
         kernel = {"kernel": source.kernel} if source.kernel else {}
         listed.append(CommentedMap(kernel | {"source": LiteralScalarString(source.text)}))
         listed.yaml_set_comment_before_after_key(len(listed) - 1, before=source.comment, indent=2)
@@ -109,10 +88,11 @@ def _append(tree: CommentedMap, sources: Sequence[NewSource]) -> bytes:
     yaml.indent(mapping=2, sequence=4, offset=2)
     written = io.BytesIO()
     yaml.dump(tree, written)
-    return written.getvalue()
-
-
-def _unwritable(path: Path) -> ManifestError:
-    return ManifestError(
-        f"{path}: wanted YAML that reads back as the kernel's source, found a change", hint="add the source by hand"
-    )
+    after = manifests.parse(written.getvalue(), str(path))
+    known, ops = (before.sources, before.ops) if before else ((), after.ops)
+    expected = [*(source.source for source in known), *(source.text for source in new)]
+    if [source.source for source in after.sources] != expected or after.ops != ops:
+        raise ManifestError(
+            f"{path}: wanted YAML that reads back as the kernel's source, found a change", hint="add the source by hand"
+        )
+    write_atomically(path, written.getvalue(), ManifestError)

@@ -109,11 +109,7 @@ class Findings(Record):
 
 
 def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findings:
-    """Examine this machine, and ``target``, an artifact or a restored folder, against it.
-
-    Raises:
-        ArtifactError: ``target`` is neither.
-    """
+    """Examine this machine, and the artifact or the restored folder ``target`` against it."""
     problems: list[str] = []
     installation = _attempt(problems, installations.find, deep_gemm)
     described = _attempt(problems, _describe, installation) if installation else None

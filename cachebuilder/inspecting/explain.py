@@ -66,14 +66,11 @@ class Explanation(Record):
 
 
 def explain(target: str, inside: Path | None = None) -> Explanation:
-    """The kernel called ``target``.
+    """The kernel called ``target``. Raises `ArtifactError` where no kernel or several are called so, or it is damaged.
 
     Args:
         target: an entry's folder, or a key: an entry's name, its 32 digits, or at least the first 4 of them.
         inside: the artifact or the restored folder with that key; default: the cache roots that DeepGEMM uses here.
-
-    Raises:
-        ArtifactError: no kernel has that name or key, several have, or it is damaged.
     """
     if inside is None and (Path(target) / entry_files.SOURCE).is_file():
         return _in_folder(Path(target).absolute())

@@ -80,11 +80,7 @@ class Config:
         return self.fields.get(name) is not None
 
     def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 30) -> Size:
-        """An integer field, which keeps its name.
-
-        Raises:
-            ModelError: it is missing and has no default, or is not an integer from ``least`` to ``most``.
-        """
+        """An integer field with its name. Raises ModelError where it is missing, too small, too large or no integer."""
         value = self.fields.get(name)
         if value is None:
             value = default
@@ -128,8 +124,7 @@ def check_block_fp8(config: Config) -> str:
     ``_deepgemm_block_fp8_supported``). ``compressed-tensors`` with the strategy ``block`` ends in the same functions
     (``compressed_tensors_w8a8_fp8.py`` in each engine).
 
-    Raises:
-        ModelError: the engine would not send this model's linear layers to DeepGEMM; the text says why.
+    Raises ModelError where the engine would not send this model's linear layers to DeepGEMM; the text says why.
     """
     quantization = config.quantization
     method = quantization.get("quant_method")

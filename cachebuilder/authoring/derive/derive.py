@@ -46,8 +46,7 @@ class Derived:
 def derive(config: Config, serving: Serving) -> Derived:
     """The ops that one rank of ``serving`` asks DeepGEMM for.
 
-    Raises:
-        ModelError: the engine would not send this model to DeepGEMM, or would not load it when divided like this.
+    Raises ModelError where the engine would not send this model to DeepGEMM, or not load it when divided like this.
     """
     try:
         return _derive(config, serving)
@@ -88,7 +87,7 @@ def _derive(config: Config, serving: Serving) -> Derived:
         )
     for call in calls:
         rank.add_call(call)
-    left_out = [*rank.left_out, *model.left_out, *serving.left_out(config, bool(model.experts))]
+    left_out = [*rank.left_out, *model.left_out, *serving.left_out(config)]
     return Derived(_joined(rank.ops), tuple(dict.fromkeys(left_out)), tuple(model.unknown), quantization)
 
 
@@ -116,11 +115,8 @@ class _Rank:
         quantized: list[int] = []
         unquantized: list[int] = []
         for number in layers:
-            names = {
-                name
-                for name in weights
-                if self._serving.keeps_unquantized(self._config, f"model.layers.{number}.{name}")
-            }
+            prefix = f"model.layers.{number}."
+            names = {name for name in weights if self._serving.keeps_unquantized(self._config, prefix + name)}
             if names and len(names) < len(set(weights)):
                 raise ModelError(
                     f"{self._config.path}: layer {number}'s {module} is fused: wanted all or none of its weights "
@@ -165,29 +161,26 @@ class _Rank:
             self.left_out.append(LeftOut(f"{experts.module} in {layers_text(experts.layers)}", "--moe-backend other"))
             return
         routed = _share(experts.count, serving.ep, f"{experts.module}: experts")
-        width = _share(intermediate, serving.expert_ranks, f"{experts.module}: intermediate size")
+        width = _share(intermediate, serving.ranks.expert, f"{experts.module}: intermediate size")
         if width % BLOCK:
             # vLLM 0.25.0 refuses to load these (validate_fp8_block_shape_moe); 0.33.0 serves them with Triton, whose
             # scales may be finer, or pads them for --moe-backend deep_gemm (fused_moe/oracle/fp8.py,
             # resolve_fp8_moe_weight_block_shape). SGLang 0.5.23 refuses (quantization/fp8.py).
             raise ModelError(
                 f"{experts.module}: wanted each rank's intermediate size a multiple of {BLOCK}, the checkpoint's "
-                f"block, found {intermediate.how} / {serving.expert_ranks} = {width}",
+                f"block, found {intermediate.how} / {serving.ranks.expert} = {width}",
                 hint="divide the experts among fewer ranks (--ep), or leave them out with --moe-backend other",
             )
         count = f"{experts.count.how} / ep {serving.ep} = {routed}" if serving.ep > 1 else experts.count.how
         if fused := experts.fused:
             count += f" + {fused} (the shared expert, fused in), top-k {experts.topk - fused} + {fused}"
-        ranks, hidden = serving.expert_ranks, experts.hidden
+        ranks, hidden = serving.ranks.expert, experts.hidden
         over = f" / {ranks} ranks" if ranks > 1 else ""
+        w13 = f"N = 2 · {intermediate.how}{over} = {2 * width}; K = {hidden.how}"
+        w2 = f"N = {hidden.how}; K = {_divided(intermediate, over, width)}"
         for name, n, k, arithmetic in (
-            (
-                "w13 (gate and up)",
-                2 * width,
-                hidden,
-                f"N = 2 · {intermediate.how}{over} = {2 * width}; K = {hidden.how}",
-            ),
-            ("w2 (down)", hidden, width, f"N = {hidden.how}; K = {_divided(intermediate, over, width)}"),
+            ("w13 (gate and up)", 2 * width, hidden, w13),
+            ("w2 (down)", hidden, width, w2),
         ):
             for op, rows in serving.expert_ops(experts, routed + fused, n, k):
                 text = f"{experts.module} {name}, {layers_text(experts.layers)}: {count}; {arithmetic}"

@@ -52,7 +52,7 @@ def _mla(config: Config, serving: Serving) -> Model:
     hidden, heads = config.number("hidden_size"), config.number("num_attention_heads")
     nope, rope = config.number("qk_nope_head_dim"), config.number("qk_rope_head_dim", least=0)
     value, kv_rank = config.number("v_head_dim"), config.number("kv_lora_rank")
-    attention = Linears(layers, serving.attention_ranks)
+    attention = Linears(layers, serving.ranks.attention)
     q, kv_a = heads * (nope + rope), kv_rank + rope
     model = Model()
     if config.has("q_lora_rank"):
@@ -119,15 +119,14 @@ def _deepseek_v4(config: Config, serving: Serving) -> Model:
 def _add_v4_attention(model: Model, config: Config, serving: Serving, layers: _Layers) -> None:
     hidden, heads, dim = (config.number(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
     q_rank, o_rank, groups = (config.number(name) for name in ("q_lora_rank", "o_lora_rank", "o_groups"))
-    attention = Linears(layers, serving.attention_ranks)
+    attention = Linears(layers, serving.ranks.attention)
+    fused = [Part("self_attn.wq_a", q_rank), Part("self_attn.wkv", dim)]
     model.linears += [
-        attention.replicated(
-            "attn.fused_wqa_wkv", [Part("self_attn.wq_a", q_rank), Part("self_attn.wkv", dim)], hidden
-        ),
+        attention.replicated("attn.fused_wqa_wkv", fused, hidden),
         attention.column("attn.wq_b", [Part("self_attn.wq_b", heads * dim)], q_rank),
         attention.row("attn.wo_b", [Part("self_attn.wo_b", hidden)], groups * o_rank),
     ]
-    ranks, per_group = serving.attention_ranks, heads * dim // groups
+    ranks, per_group = serving.ranks.attention, heads * dim // groups
     if groups % ranks:
         raise ModelError(f"attn.wo_a: wanted o_groups a multiple of the {ranks} ranks that share them, found {groups}")
     # Both engines: float32 scales on SM90, packed ones for each row from SM100 on (vLLM 0.33.0
@@ -155,17 +154,11 @@ def _add_v4_experts(model: Model, config: Config, serving: Serving, layers: _Lay
     hidden, intermediate = config.number("hidden_size"), config.number("moe_intermediate_size")
     shared = config.number("n_shared_experts", 0, least=0)
     if shared and not serving.fuses_into_mega_moe(shared):
-        linears = Linears(layers, serving.shared_ranks)
+        linears = Linears(layers, serving.ranks.shared)
         model.linears += linears.gated_mlp("mlp.shared_experts", hidden, shared * intermediate)
-    routed = Experts(
-        count=config.number("n_routed_experts"),
-        topk=config.number("num_experts_per_tok"),
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=layers,
-        clamp=_v4_clamp(config),
-        mxfp4=config.fields.get("expert_dtype", "fp4") != "fp8",
-    )
+    count, topk = config.number("n_routed_experts"), config.number("num_experts_per_tok")
+    mxfp4 = config.fields.get("expert_dtype", "fp4") != "fp8"
+    routed = Experts(count, topk, hidden, intermediate, layers, clamp=_v4_clamp(config), mxfp4=mxfp4)
     if not routed.mxfp4:
         model.experts.append(routed)
     elif serving.mega_moe:
@@ -207,17 +200,14 @@ def _attention(config: Config, serving: Serving, layers: _Layers, gate: bool = F
     hidden, heads = config.number("hidden_size"), config.number("num_attention_heads")
     kv_heads = config.number("num_key_value_heads", heads)
     dim = config.number("head_dim", hidden // heads)
-    attention = Linears(layers, serving.attention_ranks)
+    attention = Linears(layers, serving.ranks.attention)
     q = heads * dim
     parts = [
         Part("self_attn.q_proj", Size(2, "2 (query and gate)") * q if gate else q),
         Part("self_attn.k_proj", kv_heads * dim, least=dim),
         Part("self_attn.v_proj", kv_heads * dim, least=dim),
     ]
-    return [
-        attention.column("self_attn.qkv_proj", parts, hidden),
-        attention.row("self_attn.o_proj", hidden, q),
-    ]
+    return [attention.column("self_attn.qkv_proj", parts, hidden), attention.row("self_attn.o_proj", hidden, q)]
 
 
 def _gqa(config: Config, serving: Serving) -> Model:
@@ -253,7 +243,7 @@ def _qwen3_next(config: Config, serving: Serving) -> Model:
         hidden = config.number("hidden_size")
         keys = config.number("linear_num_key_heads") * config.number("linear_key_head_dim")
         values = config.number("linear_num_value_heads") * config.number("linear_value_head_dim")
-        linears = Linears(delta_net, serving.attention_ranks)
+        linears = Linears(delta_net, serving.ranks.attention)
         model.linears += [
             linears.column("linear_attn.in_proj_qkvz", 2 * (keys + values), hidden),
             linears.row("linear_attn.out_proj", hidden, values),
@@ -285,7 +275,8 @@ def _unknown(config: Config, serving: Serving) -> Model:
 def _add_mlp(model: Model, config: Config, serving: Serving, layers: _Layers) -> None:
     """The feed-forward part: dense in the first layers or those listed, else routed and shared experts."""
     hidden = config.number("hidden_size")
-    count = _expert_count(config)
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    count = next((config.number(name) for name in names if config.has(name)), None)
     dense, sparse = (layers, ()) if count is None else _dense_and_sparse(config, layers)
     if dense:
         model.linears += Linears(dense, serving.tp).gated_mlp("mlp", hidden, config.number("intermediate_size"))
@@ -299,13 +290,8 @@ def _add_mlp(model: Model, config: Config, serving: Serving, layers: _Layers) ->
         module, width = "mlp.shared_expert", config.number("shared_expert_intermediate_size", 0, least=0)
     fused = (shared or 1) if width and serving.fuses_shared_experts(config, shared) else 0
     if width and not fused:
-        model.linears += Linears(sparse, serving.shared_ranks).gated_mlp(module, hidden, width)
+        model.linears += Linears(sparse, serving.ranks.shared).gated_mlp(module, hidden, width)
     model.experts.append(Experts(count, topk + fused, hidden, intermediate, sparse, fused))
-
-
-def _expert_count(config: Config) -> Size | None:
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    return next((config.number(name) for name in names if config.has(name)), None)
 
 
 def _dense_and_sparse(config: Config, layers: _Layers) -> tuple[_Layers, _Layers]:
@@ -320,11 +306,8 @@ def _dense_and_sparse(config: Config, layers: _Layers) -> tuple[_Layers, _Layers
     only_dense = set(config.numbers("mlp_only_layers"))
     step = config.number("decoder_sparse_step", 1)
     frequency = config.number("moe_layer_freq", 1) if isinstance(config.fields.get("moe_layer_freq"), int) else 1
-    sparse = tuple(
-        number
-        for number in layers
-        if number >= first and number not in only_dense and (number + 1) % step == 0 and number % frequency == 0
-    )
+    candidates = (number for number in layers if number >= first and number not in only_dense)
+    sparse = tuple(number for number in candidates if (number + 1) % step == 0 and number % frequency == 0)
     return tuple(number for number in layers if number not in sparse), sparse
 
 

@@ -104,6 +104,11 @@ class Experts:
     mxfp4: bool = False
     module: str = "mlp.experts"
 
+    @property
+    def sizes(self) -> dict[str, object]:
+        """The fields that the ops around a mega-MoE have in common."""
+        return {"experts": self.count, "topk": self.topk, "hidden": self.hidden}
+
 
 @dataclass(frozen=True)
 class LeftOut:

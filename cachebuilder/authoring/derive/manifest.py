@@ -25,8 +25,7 @@ class Deployment(EngineOptions):
 
     Attributes:
         engine: one of `ENGINES`.
-        engine_version: its release; None: the newest whose source was read.
-        gpu: a known GPU's name.
+        engine_version: None: the newest whose source was read.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
     """
 

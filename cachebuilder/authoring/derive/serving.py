@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import BLOCK, Config
@@ -33,22 +34,22 @@ class IndexerLogits:
         """The calls of the layers that ``what`` names."""
         function, fields = self.prefill
         calls = [Call(function, {"heads": heads, **fields}, f"{what}, prefill")]
-        function, fields = self.paged
-        for size, rows in self._batch_fields():
-            where = f"{what}, decoding with {rows}"
-            calls.append(Call("get_paged_mqa_logits_metadata", size, where))
-            calls.append(Call(function, {"heads": heads, **fields, **size}, where))
-        return calls
-
-    def _batch_fields(self) -> list[tuple[dict[str, object], str]]:
+        sizes: dict[str, dict[str, object]]
         if self.flat:
             most = max(rows * batch for rows, batch in self.batches.items())
             rows_text = f"up to {max(self.batches)} query rows a sequence, each row as a sequence of its own"
-            return [({"max_batch": most, "varlen": True}, rows_text)]
-        return [
-            ({"max_batch": batch, "next_n": rows}, f"{rows} query row{'s' if rows > 1 else ''} a sequence")
-            for rows, batch in self.batches.items()
-        ]
+            sizes = {rows_text: {"max_batch": most, "varlen": True}}
+        else:
+            sizes = {
+                f"{rows} query row{'s' if rows > 1 else ''} a sequence": {"max_batch": batch, "next_n": rows}
+                for rows, batch in self.batches.items()
+            }
+        function, fields = self.paged
+        for rows_text, size in sizes.items():
+            where = f"{what}, decoding with {rows_text}"
+            calls.append(Call("get_paged_mqa_logits_metadata", size, where))
+            calls.append(Call(function, {"heads": heads, **fields, **size}, where))
+        return calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,7 @@ class EngineOptions:
 
     Attributes:
         tp, ep, dp, pp: tensor, expert, data and pipeline parallel sizes as the engine's options take them.
-        max_tokens: the largest number of tokens in a step.
-        max_seqs: the largest number of sequences in a step.
+        max_tokens, max_seqs: the largest numbers of tokens and of sequences in a step.
         max_model_len: the longest sequence; None: the model's own.
         low_latency: DeepEP's low-latency dispatch brings tokens to the experts.
     """
@@ -71,6 +71,15 @@ class EngineOptions:
     max_seqs: int = 1024
     max_model_len: int | None = None
     low_latency: bool = False
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks attention's projections, a shared expert and each routed expert are divided among."""
+
+    attention: int
+    shared: int
+    expert: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +100,8 @@ class Serving(EngineOptions):
     name: ClassVar[str]
     #: Releases whose source was read, oldest first. A release between two of them takes the older one's rules.
     versions: ClassVar[tuple[str, ...]]
+    #: Sentences about the engine for the head of the manifest.
+    header: ClassVar[tuple[str, ...]]
 
     @classmethod
     def release(cls, version: str | None) -> str:
@@ -118,18 +129,8 @@ class Serving(EngineOptions):
             raise ModelError(f"wanted a Hopper or Blackwell GPU, found {self.gpu.name} ({self.gpu.capability})")
 
     @property
-    def attention_ranks(self) -> int:
-        """Ranks that attention's projections are divided among."""
-        raise NotImplementedError
-
-    @property
-    def shared_ranks(self) -> int:
-        """Ranks that a shared expert is divided among."""
-        raise NotImplementedError
-
-    @property
-    def expert_ranks(self) -> int:
-        """Ranks that each routed expert is divided among."""
+    def ranks(self) -> Ranks:
+        """How many ranks share each kind of layer."""
         raise NotImplementedError
 
     @property
@@ -192,25 +193,16 @@ class Serving(EngineOptions):
         """How the engine calls the logits of sparse attention's indexer: DeepSeek V4's, or V3.2's."""
         raise NotImplementedError
 
-    def header(self, config: Config) -> list[str]:
-        """Sentences about the engine for the head of the manifest."""
-        raise NotImplementedError
-
     @property
     def moe_rule(self) -> str:
         """For the manifest: when the engine runs routed experts in DeepGEMM; empty where it always does."""
         return ""
 
-    def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
+    def left_out(self, config: Config) -> list[LeftOut]:
         """What the engine asks of DeepGEMM for this model and no op of the manifest covers."""
         return []
 
 
 def version_key(version: str) -> tuple[int, ...]:
     """A release as numbers, to compare: 0.25.0 → (0, 25, 0). Drops everything from the first part that is no number."""
-    numbers = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))

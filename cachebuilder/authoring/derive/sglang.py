@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import BLOCK, Config, path_match, pattern_match
 from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, layers_text
-from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
+from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.device import round_up
@@ -38,6 +38,13 @@ class Sglang(Serving):
 
     name: ClassVar[str] = "sglang"
     versions: ClassVar[tuple[str, ...]] = ("0.5.23",)
+    header: ClassVar[tuple[str, ...]] = (
+        "compiled_dims is left out: SGLang does not pass it, so sgl-deep-gemm's own default holds, which compiles "
+        "no dimension into dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
+        "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (srt/layers/quantization/fp8_utils.py, "
+        "_deepgemm_block_fp8_supported). max_tokens is the end of SGLang's own list of M "
+        "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
+    )
 
     def check(self, config: Config) -> None:
         """Also: dp and ep divide tp (srt/arg_groups/parallel_hook.py)."""
@@ -86,25 +93,16 @@ class Sglang(Serving):
     @property
     def _mega_moe_rows(self) -> int:
         """How many tokens a prefill may bring to one rank, as SGLang counts them."""
-        return round_up(self.max_tokens // self.dp, self.attention_ranks)
+        return round_up(self.max_tokens // self.dp, self.ranks.attention)
 
     @property
-    def attention_ranks(self) -> int:
-        """``attn_tp``: tp / dp."""
-        return self.tp // self.dp
+    def ranks(self) -> Ranks:
+        """Attention: ``attn_tp``, tp / dp; routed experts: ``moe_tp``, tp / ep; a shared expert: all, or 1.
 
-    @property
-    def shared_ranks(self) -> int:
-        """All ranks; 1 where each rank has the whole shared expert.
-
-        That is so under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE (models/deepseek_v2.py, qwen2_moe.py).
+        Each rank has the whole shared expert under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE
+        (models/deepseek_v2.py, qwen2_moe.py).
         """
-        return 1 if self.low_latency or self.mega_moe else self.tp
-
-    @property
-    def expert_ranks(self) -> int:
-        """``moe_tp``: tp / ep."""
-        return self.tp // self.ep
+        return Ranks(self.tp // self.dp, 1 if self.low_latency or self.mega_moe else self.tp, self.tp // self.ep)
 
     @property
     def largest_m(self) -> int:
@@ -198,14 +196,8 @@ class Sglang(Serving):
             )
         if experts.count % self.ep:
             raise ModelError(f"{_MEGA_MOE}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
-        layer: dict[str, object] = {
-            "ranks": self.ep,
-            "experts": experts.count,
-            "topk": experts.topk,
-            "hidden": experts.hidden,
-            "intermediate": experts.intermediate,
-            "max_tokens": _MEGA_MOE_TOKENS,
-        }
+        layer: dict[str, object] = {"ranks": self.ep, **experts.sizes, "intermediate": experts.intermediate}
+        layer["max_tokens"] = _MEGA_MOE_TOKENS
         clamp: dict[str, object] = {} if experts.clamp is None else {"activation_clamp": experts.clamp}
         what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
         if not fp4:
@@ -267,26 +259,13 @@ class Sglang(Serving):
                 prefill["sm_counts"] = [self.gpu.sm_count - 1, self.gpu.sm_count]
         return IndexerLogits(("fp8_mqa_logits", prefill), ("fp8_paged_mqa_logits", {}), batches)
 
-    def header(self, config: Config) -> list[str]:
-        """About compiled_dims, which linear layers, and the end of M."""
-        return [
-            "compiled_dims is left out: SGLang does not pass it, so sgl-deep-gemm's own default holds, which compiles "
-            "no dimension into dense GEMMs (srt/layers/deep_gemm_wrapper/entrypoint.py).",
-            "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (srt/layers/quantization/fp8_utils.py, "
-            "_deepgemm_block_fp8_supported). max_tokens is the end of SGLang's own list of M "
-            "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
-        ]
-
-    def left_out(self, config: Config, has_experts: bool) -> list[LeftOut]:
+    def left_out(self, config: Config) -> list[LeftOut]:
         """On SM90, an optional form of ``kv_b_proj``; with mega-MoE, steps beyond its buffer."""
         left_out = []
         if config.has("kv_lora_rank") and self.gpu.major == 9:
-            left_out.append(
-                LeftOut(
-                    "m_grouped_fp8_gemm_nt_masked for the absorbed kv_b projection",
-                    "SGLang calls it only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)",
-                )
-            )
+            what = "m_grouped_fp8_gemm_nt_masked for the absorbed kv_b projection"
+            why = "SGLang calls it only with SGLANG_USE_DEEPGEMM_BMM=1, which is off by default (srt/environ.py)"
+            left_out.append(LeftOut(what, why))
         if self.mega_moe and self._mega_moe_rows > _MEGA_MOE_TOKENS:
             left_out.append(
                 LeftOut(

@@ -29,14 +29,13 @@ def manifest_text(config: Config, serving: Serving, derived: Derived, name: str 
         "#",
         *_comment(f"Checkpoint: {derived.quantization}."),
     ]
-    for sentence in (_scales(serving), *serving.header(config), serving.moe_rule if _has_experts(derived) else ""):
+    has_experts = any("experts" in item.op.model_dump() for item in derived.ops)
+    for sentence in (_scales(serving), *serving.header, serving.moe_rule if has_experts else ""):
         lines += _comment(sentence) if sentence else []
     if serving.pp > 1:
         lines += _comment(f"The layers of all {serving.pp} pipeline stages; each stage asks for some of them.")
-    for title, items in (
-        ("Not known", derived.unknown),
-        ("Not in this manifest", [f"{item.what}: {item.why}" for item in derived.left_out]),
-    ):
+    left_out = [f"{item.what}: {item.why}" for item in derived.left_out]
+    for title, items in (("Not known", derived.unknown), ("Not in this manifest", left_out)):
         if items:
             lines += ["#", f"# {title}:"]
             for sentence in items:
@@ -76,10 +75,6 @@ def _scales(serving: Serving) -> str:
     return "SM100 and SM120: UE8M0 scales, packed four to an int32, from blocks of 128."
 
 
-def _has_experts(derived: Derived) -> bool:
-    return any("experts" in item.op.model_dump() for item in derived.ops)
-
-
 def _flow(op: OpBase) -> str:
     """An op as a YAML flow mapping, without the fields that have their defaults."""
     fields = op.model_dump(exclude_defaults=True)
@@ -89,11 +84,5 @@ def _flow(op: OpBase) -> str:
 
 def _comment(text: str, indent: str = "", width: int = _WIDTH) -> Sequence[str]:
     """Lines of YAML comments, those after the first indented by ``indent``."""
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent="# ",
-        subsequent_indent=f"# {indent}",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    wrapper = textwrap.TextWrapper(width, "# ", f"# {indent}", break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import Config, path_match, pattern_match
 from cachebuilder.authoring.derive.layers import Call, Experts, layers_text
-from cachebuilder.authoring.derive.serving import IndexerLogits, Serving
+from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 
@@ -24,6 +24,14 @@ class Vllm(Serving):
 
     name: ClassVar[str] = "vllm"
     versions: ClassVar[tuple[str, ...]] = ("0.25.0", "0.32.0", "0.33.0")
+    header: ClassVar[tuple[str, ...]] = (
+        "compiled_dims is left out: vLLM does not pass it, so DeepGEMM's own default holds. In the copy of vLLM's "
+        "wheel (vllm/third_party/deep_gemm), N and K are compiled in. vLLM prefers an installed deep_gemm to that "
+        "copy: plan with the one that serves.",
+        "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
+        "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
+        "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
+    )
 
     def check(self, config: Config) -> None:
         """Also: experts are spread over all tp · dp ranks, or not at all (config/parallel.py, 0.33.0)."""
@@ -46,25 +54,16 @@ class Vllm(Serving):
             )
 
     @property
-    def attention_ranks(self) -> int:
-        """Tensor parallel ranks."""
-        return self.tp
+    def ranks(self) -> Ranks:
+        """Tensor parallel ranks, with two exceptions.
 
-    @property
-    def shared_ranks(self) -> int:
-        """Tensor parallel ranks; 1 where the tokens are spread over them instead: ``use_sequence_parallel_moe``.
-
-        vllm/config/parallel.py, 0.33.0; 0.25.0 has the same condition.
+        A shared expert is whole where the tokens are spread over the ranks instead: ``use_sequence_parallel_moe``
+        (vllm/config/parallel.py, 0.33.0; 0.25.0 has the same condition). A routed expert is whole with expert
+        parallelism, else divided among all tp · dp ranks: ``flatten_tp_across_dp_and_pcp``
+        (vllm/model_executor/layers/fused_moe/config.py, 0.33.0).
         """
-        return 1 if self.ep > 1 and self.tp > 1 and self.dp > 1 else self.tp
-
-    @property
-    def expert_ranks(self) -> int:
-        """1 with expert parallelism, else all tp · dp ranks: ``flatten_tp_across_dp_and_pcp``.
-
-        vllm/model_executor/layers/fused_moe/config.py, 0.33.0.
-        """
-        return 1 if self.ep > 1 else self.tp * self.dp
+        spreads_tokens = self.ep > 1 and self.tp > 1 and self.dp > 1
+        return Ranks(self.tp, 1 if spreads_tokens else self.tp, 1 if self.ep > 1 else self.tp * self.dp)
 
     @property
     def largest_m(self) -> int:
@@ -117,14 +116,10 @@ class Vllm(Serving):
         if self.gpu.major != 9:
             fields["alignment"] = "per-call"
         layouts: list[dict[str, object]] = [fields]
-        if self._psum:  # serving calls this layout, vLLM's warm-up the other
+        # Serving passes use_psum_layout (DeepGemmExperts.apply, fused_moe/experts/deep_gemm_moe.py), warm-up does not.
+        if self.at_least("0.32.0") and self.gpu.major in (9, 10):
             layouts.append({**fields, "psum": True})
         return [(OPS[_CONTIGUOUS].model_validate({"op": _CONTIGUOUS, **layout}), how) for layout in layouts]
-
-    @property
-    def _psum(self) -> bool:
-        """Whether ``DeepGemmExperts.apply`` passes use_psum_layout (fused_moe/experts/deep_gemm_moe.py)."""
-        return self.at_least("0.32.0") and self.gpu.major in (9, 10)
 
     def fuses_into_mega_moe(self, shared: int) -> bool:
         """Where each rank has whole shared experts: with one tensor parallel rank, or tokens spread over the ranks.
@@ -152,15 +147,14 @@ class Vllm(Serving):
             raise ModelError(f"{what}: wanted expert parallelism, --ep {self.tp * self.dp} (tp · dp), found {self.ep}")
         if experts.count % self.ep:
             raise ModelError(f"{what}: wanted {experts.count.how} a multiple of the {self.ep} ranks")
-        sizes: dict[str, object] = {"experts": experts.count, "topk": experts.topk, "hidden": experts.hidden}
         calls = []
         if scored := [number for number in experts.layers if number not in hashed]:
             gate = f"mlp.gate, {layers_text(scored)}: experts chosen by score"
-            calls.append(Call("bf16_mega_gate", sizes, gate))
+            calls.append(Call("bf16_mega_gate", experts.sizes, gate))
         if hashed:
             gate = f"mlp.gate, {layers_text(hashed)}: experts chosen by the token's hash"
-            calls.append(Call("bf16_mega_gate", sizes | {"bias": False, "hashed": True}, gate))
-        layer: dict[str, object] = {"ranks": self.ep, **sizes, "intermediate": experts.intermediate}
+            calls.append(Call("bf16_mega_gate", experts.sizes | {"bias": False, "hashed": True}, gate))
+        layer: dict[str, object] = {"ranks": self.ep, **experts.sizes, "intermediate": experts.intermediate}
         if experts.clamp is not None:
             layer["activation_clamp"] = experts.clamp
         what = f"{experts.module}, {layers_text(experts.layers)}: {experts.count.how}, over ep {self.ep} ranks"
@@ -182,17 +176,6 @@ class Vllm(Serving):
         prefill = {"compressed": True, **formats} if new else formats
         batches = {1: self.max_seqs, 2: self.max_seqs}
         return IndexerLogits(("fp8_fp4_mqa_logits", prefill), ("fp8_fp4_paged_mqa_logits", formats), batches, flat)
-
-    def header(self, config: Config) -> list[str]:
-        """About compiled_dims, and which linear layers."""
-        return [
-            "compiled_dims is left out: vLLM does not pass it, so DeepGEMM's own default holds. In the copy of vLLM's "
-            "wheel (vllm/third_party/deep_gemm), N and K are compiled in. vLLM prefers an installed deep_gemm to that "
-            "copy: plan with the one that serves.",
-            "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
-            "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
-            "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
-        ]
 
     @property
     def moe_rule(self) -> str:
