@@ -19,9 +19,6 @@ __all__ = ["progress_options", "quiet", "remark", "show_progress"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The hint for a folder with damaged entries.
-RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
-
 manifest_argument = click.argument("manifest", type=click.Path(path_type=Path, dir_okay=False))
 deep_gemm_option = click.option(
     "--deep-gemm",
