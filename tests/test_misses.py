@@ -189,8 +189,8 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     ("change", "words"),
     [
         (("sm90_fp8_gemm_1d2d_impl", "sm100_fp8_gemm_impl"), ["kernel for sm_90a, found sm100_fp8_gemm_impl"]),
-        (("GemmType::Normal", "GemmType::Other"), ["Other cannot be told", "kernel: NAME"]),
-        (("#include <deep_gemm/", "#include <deep_gemm/none/"), ["includes", "which this DeepGEMM has not"]),
+        (("GemmType::Normal", "GemmType::Other"), ["Other is unknown", "kernel: NAME"]),
+        (("#include <deep_gemm/", "#include <deep_gemm/none/"), ["includes", "which this DeepGEMM does not have"]),
     ],
 )
 def test_a_source_that_this_deepgemm_would_not_ask_for_is_refused(
@@ -223,5 +223,5 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     text = f"// of other headers\n{source.partition(chr(10))[2]}"
     sources.add(tmp_path / "m.yaml", [NewSource(text, "old")])
     inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
-    with pytest.raises(PlanError, match="written by a DeepGEMM with other headers"):
+    with pytest.raises(PlanError, match="a DeepGEMM with other headers wrote it"):
         planning.make(inputs)
