@@ -1,9 +1,9 @@
 """Folders by handle: what is done below an open folder stays below it, whoever else may write there.
 
 Each call looks a path up anew. Another user who may write into a folder on that path can put a link there between two
-calls. A handle stays what it was when it was opened. So a folder is opened once, and everything below it is opened, made,
-renamed and removed by its name in that open folder. A name is one name, never a path of several. Links are not followed,
-and files that are not regular are not read.
+calls. A handle stays what it was when it was opened. So a folder is opened once, and everything below it is opened,
+made, renamed and removed by its name in that open folder. A name is one name, never a path of several. Links are not
+followed, and files that are not regular are not read.
 """
 
 from __future__ import annotations
