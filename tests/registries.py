@@ -174,3 +174,36 @@ class Middleman:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Raw:
+    """A server that gets each connection as it is, when the headers of a request have arrived, and says what it likes."""
+
+    def __init__(self, answer: Callable[[socket.socket, bytes], object]) -> None:
+        self.requests: list[bytes] = []
+        self._answer = answer
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listening.accept()
+                threading.Thread(target=self._one, args=(connection,), daemon=True).start()
+
+    def _one(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError), connection:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                if not (part := connection.recv(65536)):
+                    return
+                head += part
+            self.requests.append(head)
+            self._answer(connection, head)
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.close()

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cachebuilder.errors import TransferError
 from cachebuilder.ship import credentials, locations
+from cachebuilder.ship.documents import Descriptor
 from cachebuilder.ship.pull import Puller
+from cachebuilder.ship.registry import Repository
+from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.session import origin
 from tests.conftest import Run
-from tests.registries import Answer, Asked, Middleman, Registry, registry
+from tests.registries import Answer, Asked, Middleman, Raw, Registry, registry
 from tests.shipping import FEW, push_to
 
 #: One generation is enough: a transfer treats the artifacts of both alike.
 GENERATIONS = ("deepjit",)
+
+ONCE = Retries(0)
 
 
 def challenge(path: str, host: str) -> str:
@@ -127,6 +137,169 @@ def test_a_bad_config_is_told_without_what_is_in_it(text: str, tmp_path: Path) -
     with pytest.raises(TransferError, match=r"config\.json") as caught:
         credentials.find("h", {"DOCKER_CONFIG": str(tmp_path)})
     assert "hunter2" not in str(caught.value)
+
+
+# Trust goes by who answers
+
+
+def reply(connection: socket.socket, status: str, *headers: str, body: bytes = b"") -> None:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+
+
+def secrets_in(requests: list[bytes]) -> list[bytes]:
+    """The requests that hold the password, in whatever form."""
+    basic = base64.b64encode(b"fleet:swordfish")
+    return [head for head in requests if basic in head or b"swordfish" in head or b"authorization" in head.lower()]
+
+
+@pytest.fixture
+def logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def login(host: str, **entry: str) -> None:
+        entry = entry or {"username": "fleet", "password": "swordfish"}
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {host: entry}}))
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+
+    return login
+
+
+@pytest.mark.parametrize("kind", ["bearer", "basic"])
+def test_another_host_that_a_redirect_leads_to_and_that_answers_401_is_given_no_password(
+    kind: str, logged_in: Callable[..., None]
+) -> None:
+    def challenge_of_its_own(connection: socket.socket, head: bytes) -> None:
+        realm = f"http://{evil.host}/token"
+        asks = f'Bearer realm="{realm}",service="s",scope="x"' if kind == "bearer" else f'Basic realm="{realm}"'
+        reply(connection, "401 Who", f"WWW-Authenticate: {asks}")
+
+    with Raw(challenge_of_its_own) as evil:
+
+        def redirect(connection: socket.socket, head: bytes) -> None:
+            reply(connection, "307 There", f"Location: http://{evil.host}{head.split()[1].decode()}")
+
+        with Raw(redirect) as honest:
+            logged_in(honest.host)
+            with pytest.raises(TransferError, match=f"{evil.host} answers 401") as caught:
+                Puller(locations.parse(f"oci://{honest.host}/a:b"), ONCE).look_up()
+            assert evil.requests and not secrets_in(evil.requests)
+            assert caught.value.hint is None, "a login there would be a login at another host"
+
+
+@pytest.mark.parametrize("entry", [{}, {"identitytoken": "swordfish"}], ids=["password", "refresh-token"])
+@pytest.mark.parametrize("status", ["301 There", "302 There", "307 There", "308 There"])
+def test_a_redirect_of_the_token_service_is_not_followed_with_the_secret(
+    entry: dict[str, str], status: str, logged_in: Callable[..., None]
+) -> None:
+    with Raw(lambda connection, head: reply(connection, "200 OK", body=b'{"token": "t"}')) as evil:
+
+        def answer(connection: socket.socket, head: bytes) -> None:
+            if b"/token" in head.split()[1]:
+                reply(connection, status, f"Location: http://{evil.host}/token")
+            else:
+                reply(connection, "401 Who", f'WWW-Authenticate: Bearer realm="http://{honest.host}/token",service="s"')
+
+        with Raw(answer) as honest:
+            logged_in(honest.host, **entry)
+            with pytest.raises(TransferError, match=r"wanted a token from .*, found a redirect"):
+                Puller(locations.parse(f"oci://{honest.host}/a:b"), ONCE).look_up()
+            assert not evil.requests
+
+
+@pytest.mark.parametrize(
+    "where", ["http://{evil}/up", "http://{evil}\\@{honest}/up", "//{evil}/up", "http://{honest}@{evil}/up"]
+)
+def test_an_upload_that_goes_on_at_another_host_takes_no_password_there(
+    where: str, logged_in: Callable[..., None]
+) -> None:
+    """However the address is written: the header goes by the host that is connected to."""
+    with Raw(lambda connection, head: reply(connection, "401 Who", 'WWW-Authenticate: Basic realm="x"')) as evil:
+
+        def answer(connection: socket.socket, head: bytes) -> None:
+            if b"authorization" not in head.lower():
+                reply(connection, "401 Who", 'WWW-Authenticate: Basic realm="x"')
+            elif head.startswith(b"POST"):
+                reply(connection, "202 Go", f"Location: {where.format(evil=evil.host, honest=honest.host)}")
+            else:
+                reply(connection, "404 No")
+
+        with Raw(answer) as honest:
+            logged_in(honest.host)
+            repository = Repository(locations.parse(f"oci://{honest.host}/a:b"), ONCE)
+            with pytest.raises(TransferError):
+                repository.push_blob(Descriptor.of("x", b"data"), b"data", "push")
+            assert evil.requests and not secrets_in(evil.requests)
+
+
+def test_netrc_is_not_read_for_a_redirect_nor_for_a_token(
+    tmp_path: Path, logged_in: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login fleet password swordfish\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    logged_in("nobody.example")
+    with Raw(lambda connection, head: reply(connection, "404 No")) as other:
+
+        def answer(connection: socket.socket, head: bytes) -> None:
+            if b"/token" in head.split()[1]:
+                reply(connection, "200 OK", body=b'{"token": "t"}')
+            elif b"authorization" not in head.lower():
+                reply(connection, "401 Who", f'WWW-Authenticate: Bearer realm="http://{honest.host}/token"')
+            else:
+                reply(connection, "307 There", f"Location: http://{other.host}/x")
+
+        with Raw(answer) as honest:
+            with pytest.raises(TransferError):
+                Puller(locations.parse(f"oci://{honest.host}/a:b"), ONCE).look_up()
+            assert other.requests and not secrets_in(other.requests)
+            assert not [head for head in secrets_in(honest.requests) if b"Bearer t" not in head]
+
+
+@pytest.mark.parametrize("realm", ["http://[", "ftp://h/", "", "token", "http://u:swordfish@", "http://h:99999/"])
+def test_a_challenge_that_names_no_service_is_one_sentence(realm: str, logged_in: Callable[..., None]) -> None:
+    with Raw(
+        lambda connection, head: reply(connection, "401 Who", f'WWW-Authenticate: Bearer realm="{realm}"')
+    ) as server:
+        logged_in(server.host)
+        with pytest.raises(TransferError) as caught:
+            Puller(locations.parse(f"oci://{server.host}/a:b"), ONCE).look_up()
+        assert "swordfish" not in str(caught.value)
+
+
+# The config's file
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "huge", "folder", "deep", "loop"])
+def test_a_config_that_is_no_small_file_is_one_sentence_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "zero":
+            path.symlink_to("/dev/zero")
+        case "huge":
+            path.write_bytes(b'{"auths": {' + b" " * (2 << 20) + b"}}")
+        case "folder":
+            path.mkdir()
+        case "deep":
+            path.write_bytes(b'{"auths": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+        case _:
+            path.symlink_to(path)
+    with pytest.raises(TransferError, match=r"config\.json"):
+        credentials.find("h", {"DOCKER_CONFIG": str(tmp_path)})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a name")
+def test_a_user_without_a_home_has_no_config() -> None:
+    code = "import os, encodings.idna\nfrom cachebuilder.ship import credentials\nos.setuid(54321)\nprint(credentials.find('h', {}))"
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "None\n", done.stderr
+
+
+@pytest.mark.parametrize("entry", [{"username": "\ud800", "password": "p"}, {"identitytoken": "\udfff"}])
+def test_half_a_character_in_a_config_is_one_sentence(entry: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"h": entry}}))
+    with pytest.raises(TransferError, match="h: wanted auth, or username and password"):
+        credentials.find("h", {"DOCKER_CONFIG": str(tmp_path)})
 
 
 def test_credentials_are_for_the_registrys_origin_however_it_is_spelt() -> None:

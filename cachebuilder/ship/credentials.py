@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cachebuilder.errors import TransferError
+from cachebuilder.artifact.whole import open_file
+from cachebuilder.errors import ArtifactError, TransferError
 
 #: The name of docker.io's entry (docker/cli, config/configfile).
 _DOCKER_HUB = "https://index.docker.io/v1/"
 _HELPER = re.compile(r"[A-Za-z0-9._-]+")
 _HELPER_SECONDS = 60
-_MAX_CONFIG_BYTES = 4 << 20
+#: A config of a hundred registries has 30 kB.
+_MAX_CONFIG_BYTES = 1 << 20
 _LOGIN = "run docker login HOST to write them again"
 
 
@@ -35,17 +37,26 @@ class Credentials:
     secret: str = field(repr=False)
 
 
-def config_path(environment: Mapping[str, str]) -> Path:
-    """``$REGISTRY_AUTH_FILE`` (skopeo's and podman's), else ``$DOCKER_CONFIG/config.json``, else docker's default."""
+def config_path(environment: Mapping[str, str]) -> Path | None:
+    """``$REGISTRY_AUTH_FILE`` (skopeo's and podman's), else ``$DOCKER_CONFIG/config.json``, else docker's default.
+
+    None if no variable names it and the user has no home folder.
+    """
     if named := environment.get("REGISTRY_AUTH_FILE"):
         return Path(named)
-    folder = environment.get("DOCKER_CONFIG")
-    return (Path(folder) if folder else Path.home() / ".docker") / "config.json"
+    if folder := environment.get("DOCKER_CONFIG"):
+        return Path(folder) / "config.json"
+    try:
+        return Path.home() / ".docker" / "config.json"
+    except RuntimeError:
+        return None
 
 
 def find(host: str, environment: Mapping[str, str] = os.environ) -> Credentials | None:
     """The credentials for a registry's host; None if docker's config has none. Raises `TransferError`."""
     path = config_path(environment)
+    if path is None:
+        return None
     config = _read(path)
     names = [_DOCKER_HUB, "docker.io"] if host == "docker.io" else [host, f"https://{host}", f"https://{host}/v2/"]
     helpers = config.get("credHelpers")
@@ -63,12 +74,18 @@ def find(host: str, environment: Mapping[str, str] = os.environ) -> Credentials 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(_MAX_CONFIG_BYTES))
-    except FileNotFoundError:
-        return {}
+        with open_file(path) as file:  # a regular file only: a FIFO would wait for a writer
+            data = file.read(_MAX_CONFIG_BYTES + 1)
+    except ArtifactError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise TransferError(str(error)) from None
     except OSError as error:
         raise TransferError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > _MAX_CONFIG_BYTES:
+        raise TransferError(f"{path}: wanted docker's config of at most {_MAX_CONFIG_BYTES} bytes, found more")
+    try:
+        config = json.loads(data)
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
@@ -79,7 +96,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
-    if isinstance(token := entry.get("identitytoken"), str) and token:
+    token = entry.get("identitytoken")
+    if isinstance(token, str) and _is_text(token):
         return Credentials("", token)
     user, secret = entry.get("username"), entry.get("password")
     if isinstance(auth := entry.get("auth"), str) and auth:
@@ -87,7 +105,7 @@ def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
             user, _, secret = base64.b64decode(auth, validate=True).decode().partition(":")
         except (binascii.Error, ValueError):
             user = None
-    if not isinstance(user, str) or not isinstance(secret, str) or not user:
+    if not isinstance(user, str) or not isinstance(secret, str) or not _is_text(user) or not _is_text(secret or "-"):
         raise TransferError(f"{path}: {name}: wanted auth, or username and password, found neither", hint=_LOGIN)
     return Credentials(user, secret.rstrip("\0"))
 
@@ -107,8 +125,15 @@ def _ask(helper: str, name: str, path: Path) -> Credentials | None:
     try:
         answer = json.loads(process.stdout if process.returncode == 0 else b"{}")
         user, secret = answer["Username"], answer["Secret"]
-    except (ValueError, TypeError, KeyError):
+        if not isinstance(user, str) or not isinstance(secret, str) or not _is_text(user) or not _is_text(secret):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise TransferError(
             f"{command}: wanted the credentials for {name}, found none (exit code {process.returncode})", hint=_LOGIN
         ) from None
-    return Credentials("" if user == "<token>" else str(user), str(secret))
+    return Credentials("" if user == "<token>" else user, secret)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it is a text that can be sent, and not empty: JSON can hold half a character."""
+    return bool(text) and text.encode(errors="ignore").decode() == text

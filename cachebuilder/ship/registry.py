@@ -49,7 +49,7 @@ class Repository:
         self._retries = retries
         host = "registry-1.docker.io" if reference.host == "docker.io" else reference.host
         base = f"{'http' if reference.plain else 'https'}://{host}"
-        self._session = Session(base, lambda: credentials.find(reference.host))
+        self._session = Session(base, lambda: credentials.find(reference.host), retries.patience)
         self._path = f"/v2/{reference.name}"
 
     # Reading
@@ -64,7 +64,8 @@ class Repository:
     def _manifest(self, tag_or_digest: str, what: str) -> Manifest | None:
         """As `manifest`; None if the repository does not have it."""
         headers = {"Accept": ", ".join((INDEX, MANIFEST, *_DOCKER))}
-        request = Request("GET", f"{self._path}/manifests/{tag_or_digest}", what, accept=(200, 404), headers=headers)
+        url = f"{self._path}/manifests/{tag_or_digest}"
+        request = Request("GET", url, what, accept=(200, 404), headers=headers, most=MAX_MANIFEST_BYTES)
 
         def get() -> Manifest | None:
             response = self._session.send(request)
@@ -94,19 +95,20 @@ class Repository:
         """
         url = f"{self._path}/blobs/{blob.digest}"
         headers = {"Range": f"bytes={offset}-"} if offset else None
-        response = self._session.send(Request("GET", url, what, accept=(200, 206, 416), headers=headers))
+        request = Request("GET", url, what, accept=(200, 206, 416), headers=headers, most=blob.size)
+        response = self._session.send(request)
         if response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
             return offset, parts(response, what)
         if response.status_code != 200:
             response.close()
-            response = self._session.send(Request("GET", url, what))
+            response = self._session.send(Request("GET", url, what, most=blob.size))
         return 0, parts(response, what)
 
     def small_blob(self, blob: Descriptor, most: int, what: str) -> bytes:
         """The bytes of a blob of at most ``most`` bytes; their digest is checked."""
         if blob.size > most:
             raise TransferError(f"{what}: wanted at most {most} bytes, found {blob.size}")
-        request = Request("GET", f"{self._path}/blobs/{blob.digest}", what)
+        request = Request("GET", f"{self._path}/blobs/{blob.digest}", what, most=most)
         data = self._retries.run(lambda: read(self._session.send(request), most, what))
         if (digest := digest_of(data)) != blob.digest:
             raise wrong_digest(what, blob.digest, digest)
@@ -116,7 +118,7 @@ class Repository:
         """The manifests that refer to a manifest, by the registry's API or, without one, by the tag in its place."""
         what = f"what is attached to {self.reference.at(digest)}"
         url, accept = f"{self._path}/referrers/{digest}", (200, *_NO_REFERRERS)
-        request = Request("GET", url, what, accept, headers={"Accept": INDEX})
+        request = Request("GET", url, what, accept, headers={"Accept": INDEX}, most=MAX_MANIFEST_BYTES)
 
         def get() -> Manifest | None:
             response = self._session.send(request)

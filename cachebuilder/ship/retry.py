@@ -27,6 +27,19 @@ class Watcher:
     notice: Callable[[str], object] = lambda text: None
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How slowly an answer may come.
+
+    Attributes:
+        seconds: the time for the headers, and what the body may lag behind its rate.
+        bytes_per_second: the rate at which the body must come, on average since the request was sent.
+    """
+
+    seconds: float = 60.0
+    bytes_per_second: int = 16 << 10
+
+
 class Again(Exception):
     """A failure that another try may mend.
 
@@ -45,7 +58,7 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try again, and the first wait in seconds.
+    """How often to try again, the first wait in seconds, and how slowly an answer may come.
 
     Each wait is about twice the one before, partly random, and at most 30 seconds long, even if the other side asks
     for more. No wait depends on the time of day, which may be wrong here or there.
@@ -54,6 +67,7 @@ class Retries:
     count: int = _DEFAULT
     first_wait: float = _FIRST_WAIT
     watcher: Watcher = field(default_factory=Watcher)
+    patience: Patience = Patience()
 
     def run(self, action: Callable[[], T]) -> T:
         """Call ``action`` until it works. Raises its last error, a `TransferError`."""

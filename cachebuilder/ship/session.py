@@ -1,8 +1,11 @@
 """HTTP to a registry: `requests` with docker's authentication, limits on what is read, and errors a person can act on.
 
 Proxies and CA bundles come from the environment, as requests takes them (``HTTPS_PROXY``, ``REQUESTS_CA_BUNDLE``).
-Credentials go only to the registry's own origin and to the token service that it names. No message holds a URL's query
-or a header, because tokens are in them.
+
+Who answers decides, not who was asked. Credentials go only to the registry's own origin and to the token service that
+this origin names in a challenge of its own. Another host that a redirect leads to gets none, and its challenge is not
+answered. At the token service no redirect is followed. No message holds a URL's query or a header, because tokens are
+in them.
 """
 
 from __future__ import annotations
@@ -22,9 +25,10 @@ import urllib3
 
 from cachebuilder.common.version import __version__
 from cachebuilder.errors import TransferError
+from cachebuilder.ship.connection import Adapter, Answer, expected
 from cachebuilder.ship.credentials import Credentials
 from cachebuilder.ship.locations import printable
-from cachebuilder.ship.retry import Again
+from cachebuilder.ship.retry import Again, Patience
 
 #: Seconds to connect, and without a byte.
 _TIMEOUT = (10.0, 60.0)
@@ -35,6 +39,7 @@ _MAX_ERROR_BYTES = 64 << 10
 _PART_BYTES = 1 << 20
 #: Failures that may pass (RFC 9110, 15.5 and 15.6; RFC 6585, 4).
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+_REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
 _CHALLENGE = re.compile(r'([a-zA-Z]+)="([^"]*)"')
 _UNREACHED = "run the same command again once the registry can be reached; what arrived is kept"
@@ -49,6 +54,7 @@ class Request:
         what: what errors call the thing that is requested.
         accept: status codes that are an answer; any other is an error.
         body: makes the body, anew each time it is sent.
+        most: bytes of the answer's body that are worth waiting for.
     """
 
     method: str
@@ -58,31 +64,28 @@ class Request:
     headers: Mapping[str, str] | None = None
     params: Mapping[str, str] | None = None
     body: Callable[[], Any] | None = None
+    most: int = _MAX_ERROR_BYTES
 
 
 class _Http(requests.Session):
-    """requests' session, changed to send no credentials to another host on a redirect, whatever ~/.netrc holds."""
+    """requests' session without its redirects, which read a whole body into memory and look into ~/.netrc."""
 
-    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        if origin(response.request.url or "") != origin(prepared_request.url or ""):
-            prepared_request.headers.pop("Authorization", None)
-
-    def rebuild_method(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        before, after = response.request.url or "", prepared_request.url or ""
-        if urlsplit(before).scheme == "https" and urlsplit(after).scheme != "https":
-            raise TransferError(f"{origin(before)} redirects to {origin(after)}, which has no TLS")
-        super().rebuild_method(prepared_request, response)
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
 
 
 class _Header(requests.auth.AuthBase):
-    """Sets our Authorization header, or none. With an ``auth`` of our own, requests does not look into ~/.netrc."""
+    """Sets our Authorization header if the request goes to the origin that the header is for, else none.
 
-    def __init__(self, value: str | None) -> None:
-        self.value = value
+    The URL is the one that requests connects to. With an ``auth`` of our own, requests does not look into ~/.netrc.
+    """
+
+    def __init__(self, for_origin: str, value: str | None) -> None:
+        self._origin, self._value = for_origin, value
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self.value is not None:
-            request.headers["Authorization"] = self.value
+        if self._value is not None and origin(request.url or "") == self._origin:
+            request.headers["Authorization"] = self._value
         return request
 
 
@@ -94,12 +97,17 @@ class Session:
         credentials: finds the credentials; called each time the registry asks for some.
     """
 
-    def __init__(self, base: str, credentials: Callable[[], Credentials | None]) -> None:
+    def __init__(
+        self, base: str, credentials: Callable[[], Credentials | None], patience: Patience | None = None
+    ) -> None:
         self.base = origin(base)
         self._credentials = credentials
+        self._patience = patience or Patience()
         self._authorization: str | None = None
+        self._token_service = ""
         self._http = _Http()
-        self._http.max_redirects = _MAX_REDIRECTS
+        for scheme in _PORTS:
+            self._http.mount(f"{scheme}://", Adapter())
         # Harbor sets a session cookie, takes a client that returns it for a browser, and wants a CSRF token from it.
         self._http.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._http.headers.update({"User-Agent": f"cachebuilder/{__version__}", "Accept-Encoding": "identity"})
@@ -112,11 +120,12 @@ class Session:
             TransferError: another try will not work.
         """
         request = replace(request, url=urljoin(self.base + "/", request.url))
-        response = self._send(request)
-        if response.status_code == 401 and origin(request.url) == self.base:
+        response = self._follow(request)
+        # The registry's own challenge only: another host, which a redirect led to, could name a service of its own.
+        if response.status_code == 401 and origin(response.url) == self.base:
             self._authorization = self._answer_challenge(response, request.what)
             response.close()
-            response = self._send(request)
+            response = self._follow(request)
         if response.status_code not in request.accept:
             raise self._refusal(response, request.what)
         return response
@@ -127,28 +136,54 @@ class Session:
         response.close()
         return response
 
-    def _send(self, request: Request) -> requests.Response:
-        host = origin(request.url)
+    def next_url(self, response: requests.Response, location: str, what: str) -> str:
+        """The URL that a response leads to. Raises `TransferError` if it is not HTTP, or without TLS after TLS."""
         try:
-            return self._http.request(
+            url = urljoin(response.url, location)
+        except ValueError:
+            url = ""
+        before, after = origin(response.url), origin(url)
+        if after.startswith("http://") and (before.startswith("https://") or self.base.startswith("https://")):
+            raise TransferError(f"{what}: {before} leads to {after}, which has no TLS")
+        if not after.startswith(("http://", "https://")):
+            raise TransferError(f"{what}: wanted an http or https address from {before}, found another")
+        return url
+
+    def _follow(self, request: Request) -> requests.Response:
+        """The response behind the redirects, where the request is one that can be sent elsewhere unchanged."""
+        first = origin(request.url)
+        for _ in range(_MAX_REDIRECTS + 1):
+            response = self._ask(
                 request.method,
                 request.url,
+                request.what,
+                request.most,
                 headers=request.headers,
                 params=request.params,
                 data=request.body() if request.body else None,
-                auth=_Header(self._authorization if host == self.base else None),
-                timeout=_TIMEOUT,
-                stream=True,
-                allow_redirects=request.method in ("GET", "HEAD"),
+                auth=_Header(self.base, self._authorization),
             )
-        except requests.exceptions.TooManyRedirects:
-            raise TransferError(f"{request.what}: {host} redirects more than {_MAX_REDIRECTS} times") from None
+            location = response.headers.get("Location")
+            if not location or response.status_code not in _REDIRECTS or request.method not in ("GET", "HEAD"):
+                return response
+            response.close()
+            request = replace(request, url=self.next_url(response, location, request.what), params=None)
+        raise TransferError(f"{request.what}: {first} redirects more than {_MAX_REDIRECTS} times")
+
+    def _ask(self, method: str, url: str, what: str, most: int, **options: Any) -> requests.Response:
+        """Send one request, and read the headers of its answer."""
+        host = origin(url)
+        token = expected.set(Answer(self._patience, most))
+        try:
+            return self._http.request(method, url, timeout=_TIMEOUT, stream=True, allow_redirects=False, **options)
         except requests.exceptions.SSLError as error:
-            raise TransferError(f"{request.what}: {host}: {why(error)}", hint=_tls_hint(error)) from None
+            raise TransferError(f"{what}: {host}: {why(error)}", hint=_tls_hint(error)) from None
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            raise Again(TransferError(f"{request.what}: {host}: {why(error)}", hint=_UNREACHED)) from None
+            raise Again(TransferError(f"{what}: {host}: {why(error)}", hint=_UNREACHED)) from None
         except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-            raise TransferError(f"{request.what}: {host}: the request failed: {type(error).__name__}") from None
+            raise TransferError(f"{what}: {host}: the request failed: {type(error).__name__}") from None
+        finally:
+            expected.reset(token)
 
     # Credentials
 
@@ -166,24 +201,19 @@ class Session:
     def _token(self, challenge: dict[str, str], credentials: Credentials | None, what: str) -> str:
         realm = challenge.get("realm", "")
         scope = {name: challenge.get(name, "") for name in ("service", "scope")}
-        if urlsplit(realm).scheme not in (("https",) if self.base.startswith("https:") else ("https", "http")):
-            raise TransferError(f"{what}: wanted a token service with TLS from {self.base}, found {origin(realm)!r}")
-        service = f"the token service {origin(realm)}"
-        try:
-            if credentials is not None and not credentials.user:
-                grant = {
-                    "grant_type": "refresh_token",
-                    "client_id": "cachebuilder",
-                    "refresh_token": credentials.secret,
-                }
-                response = self._http.post(realm, data=scope | grant, auth=_Header(None), timeout=_TIMEOUT, stream=True)
-            else:
-                header = _Header(_basic(credentials) if credentials else None)
-                response = self._http.get(realm, params=scope, auth=header, timeout=_TIMEOUT, stream=True)
-        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            raise Again(TransferError(f"{what}: {service}: {why(error)}")) from None
-        except requests.exceptions.RequestException as error:
-            raise TransferError(f"{what}: {service}: {type(error).__name__}") from None
+        at = self._token_service = origin(realm)
+        if not at.startswith("https://" if self.base.startswith("https://") else ("https://", "http://")):
+            raise TransferError(f"{what}: wanted a token service with TLS from {self.base}, found {at!r}")
+        service = f"the token service {at}"
+        header = _Header(at, _basic(credentials) if credentials and credentials.user else None)
+        if credentials is not None and not credentials.user:
+            grant = {"grant_type": "refresh_token", "client_id": "cachebuilder", "refresh_token": credentials.secret}
+            response = self._ask("POST", realm, f"{what}: {service}", _MAX_TOKEN_BYTES, data=scope | grant, auth=header)
+        else:
+            response = self._ask("GET", realm, f"{what}: {service}", _MAX_TOKEN_BYTES, params=scope, auth=header)
+        if response.status_code in _REDIRECTS:  # the credentials are for this address, and no other
+            response.close()
+            raise TransferError(f"{what}: wanted a token from {service}, found a redirect")
         if response.status_code != 200:
             raise self._refusal(response, f"{what}: token service")
         try:
@@ -202,7 +232,7 @@ class Session:
         if message := _error_message(response):
             text += f": {message}"
         hint = None
-        if status in (401, 403):
+        if status in (401, 403) and host in (self.base, self._token_service):
             hint = f"docker login {urlsplit(self.base).netloc}, as a user who may do this"
         elif status == 404:
             hint = "check the repository and the tag or digest"
@@ -277,9 +307,9 @@ def _error_message(response: requests.Response) -> str:
 def origin(url: str) -> str:
     """Scheme, host and port: the part of a URL that messages may show, and for which credentials hold."""
     try:
-        split = urlsplit(url)
-        port = split.port
+        parsed = urllib3.util.parse_url(url)  # as requests reads it when it connects
     except ValueError:
         return "a bad URL"
-    host = split.netloc.rpartition("@")[2].lower()
-    return f"{split.scheme}://{host.removesuffix(f':{port}') if port == _PORTS.get(split.scheme) else host}"
+    scheme, host = (parsed.scheme or "").lower(), (parsed.host or "").lower()
+    port = "" if parsed.port in (None, _PORTS.get(scheme)) else f":{parsed.port}"
+    return f"{scheme}://{host}{port}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import urljoin
 
 import requests
 
@@ -84,12 +83,7 @@ class Upload:
             raise TransferError(
                 f"{self._what}: wanted the upload's next location from {origin(response.url)}, found none"
             )
-        url = urljoin(response.url, location)
-        if origin(url).startswith("http:") and self._session.base.startswith("https:"):
-            raise TransferError(
-                f"{self._what}: {self._session.base} continues the upload at {origin(url)}, without TLS"
-            )
-        return url
+        return self._session.next_url(response, location, self._what)
 
 
 class _Body:
