@@ -244,11 +244,11 @@ def folder_for_the_text(dir: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        pytest.param(cache_is_a_link, "wanted a folder or nothing, found a link", id="cache-is-a-link"),
+        pytest.param(cache_is_a_link, "cache: wanted a folder, found a link", id="cache-is-a-link"),
         pytest.param(file_for("cache"), "cache: cannot be written: Not a directory", id="cache-is-a-file"),
         pytest.param(file_for("cachebuilder"), "cannot be written: ", id="our-folder-is-a-file"),
         pytest.param(file_for("cachebuilder/bin"), "bin: cannot be written: ", id="bin-is-a-file"),
-        pytest.param(folder_for_the_text, "version.txt: cannot be written: Is a dir", id="the-text-is-a-folder"),
+        pytest.param(folder_for_the_text, "version.txt: wanted a regular file", id="the-text-is-a-folder"),
         pytest.param(
             lambda dir: (dir / "cachebuilder" / "bin" / "version.txt").write_bytes(b"\xff"),
             "answers for another compiler",

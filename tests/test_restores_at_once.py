@@ -32,13 +32,15 @@ def test_ten_restores_at_once_end_with_one_whole_cache(built: building.Built, ma
     assert snapshot(tmp_path / "dir") == snapshot(alone)
 
 
-#: A restore that kills itself at its N-th file, folder or rename in DIR; if it ends, it prints how many there were.
+#: A restore that kills itself at its N-th new file, folder or rename; if it ends, it prints how many there were.
 KILLED_AT_ITS_NTH_STEP = """
 import os, signal, sys
-n, dir, seen = int(sys.argv.pop(1)), sys.argv[sys.argv.index("--to") + 1], 0
+n, seen = int(sys.argv.pop(1)), 0
+sys.dont_write_bytecode = True
 def count(event, arguments):
     global seen
-    if event in ("open", "os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove") and dir in str(arguments):
+    new_file = event == "open" and isinstance(arguments[0], str) and arguments[2] & os.O_CREAT
+    if new_file or event in ("os.mkdir", "os.rename", "os.chmod", "os.remove", "os.rmdir"):
         seen += 1
         if seen == n:
             os.kill(os.getpid(), signal.SIGKILL)

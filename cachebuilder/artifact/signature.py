@@ -19,7 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact.whole import read_beside
-from cachebuilder.common.files import write_new, writing
+from cachebuilder.common.files import writing
+from cachebuilder.common.folders import write_new
 from cachebuilder.errors import SignatureError
 
 #: A key in PEM has under 1 kB.

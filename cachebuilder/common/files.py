@@ -1,32 +1,13 @@
-"""Write files whole or not at all, and make folders."""
+"""Write files whole or not at all, and make folders, at paths that the user named."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cachebuilder.common.folders import Folder
 from cachebuilder.errors import CacheBuilderError
-
-_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> None:
-    """Write a new file, with exactly ``mode`` regardless of the umask. Follows no link.
-
-    Args:
-        dir_fd: an open folder that a relative ``name`` is in; None for the current folder.
-
-    Raises:
-        OSError: it exists already, or cannot be written.
-    """
-    handle = os.open(name, _NEW_FILE, mode, dir_fd=dir_fd)
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(handle, mode)
-        file.write(data)
 
 
 def write_atomically(path: Path, data: bytes, error: type[CacheBuilderError], mode: int = 0o644) -> None:
@@ -41,22 +22,8 @@ def write_atomically(path: Path, data: bytes, error: type[CacheBuilderError], mo
     Raises:
         CacheBuilderError: of the kind ``error``: the file or its folder cannot be written.
     """
-    with contextlib.suppress(OSError):
-        if stat.S_IMODE(path.lstat().st_mode) == mode and path.read_bytes() == data:
-            return
-    with writing(path, error):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fchmod(handle, mode)
-                os.fsync(handle)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with writing(path, error), Folder.make_at(path.parent, exact=False) as folder:
+        folder.write(path.name, data, mode)
 
 
 @contextlib.contextmanager
@@ -68,18 +35,10 @@ def writing(path: Path, error: type[CacheBuilderError], hint: str | None = None)
         raise error(f"{path}: cannot be written: {reason.strerror}", hint=hint) from reason
 
 
-def make_folders(path: Path) -> list[Path]:
-    """Make a folder and its missing parents, each with mode 0755 regardless of the umask; returns the new ones.
+def make_folders(path: Path) -> None:
+    """Make a folder and its missing parents, each with mode 0755 regardless of the umask.
 
     Raises:
         OSError: one of them cannot be made.
     """
-    made = [] if path.parent.is_dir() else make_folders(path.parent)
-    try:
-        os.mkdir(path, 0o755)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-        return made
-    os.chmod(path, 0o755)
-    return [*made, path]
+    Folder.make_at(path).close()

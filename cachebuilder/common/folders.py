@@ -26,6 +26,25 @@ _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class WrongFile(OSError):
+    """What is there is not what may be used: a link, another kind of file, one that is too large or another user's."""
+
+
+def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> None:
+    """Write a new file, with exactly ``mode`` regardless of the umask. Follows no link.
+
+    Args:
+        dir_fd: an open folder that a relative ``name`` is in; None for the current folder.
+
+    Raises:
+        OSError: it exists already, or cannot be written.
+    """
+    handle = os.open(name, _NEW_FILE, mode, dir_fd=dir_fd)
+    with os.fdopen(handle, "wb") as file:
+        os.fchmod(handle, mode)
+        file.write(data)
+
+
 def is_safe(status: os.stat_result) -> bool:
     """Whether nobody but this user and root can change a file or folder: by its owner and its mode."""
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -52,25 +71,26 @@ class Folder:
         return cls(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), path)
 
     @classmethod
-    def make_at(cls, path: Path, mode: int = 0o755, made: list[MadeFolder] | None = None) -> Self:
+    def make_at(cls, path: Path, *, exact: bool = True, made: list[MadeFolder] | None = None) -> Self:
         """Open the folder at a path that the user named; it and its missing parents are made as `make` makes them."""
         with contextlib.suppress(FileNotFoundError):
             return cls.at(path)
-        with cls.make_at(path.parent, mode, made) as parent:
-            return parent.make(path.name, mode, made)
+        with cls.make_at(path.parent, exact=exact, made=made) as parent:
+            return parent.make(path.name, exact=exact, made=made)
 
     def open(self, name: str) -> Self:
-        """Open a folder in this one. Raises `OSError` if it is a link or something else."""
+        """Open a folder in this one. Raises `WrongFile` if it is a link, `OSError` if it is no folder."""
         path = self.path / name
         try:
             return type(self)(os.open(name, _OPEN_FOLDER, dir_fd=self.handle), path)
         except OSError as error:
             raise self._explained(error, name, "a folder") from None
 
-    def make(self, name: str, mode: int = 0o755, made: list[MadeFolder] | None = None) -> Self:
+    def make(self, name: str, mode: int = 0o755, *, exact: bool = True, made: list[MadeFolder] | None = None) -> Self:
         """Open a folder in this one; if it is missing, it is made, with exactly ``mode`` regardless of the umask.
 
         Args:
+            exact: False lets the umask take permissions away.
             made: gets the folder appended if it was made now.
         """
         try:
@@ -85,7 +105,7 @@ class Folder:
                 raise OSError(
                     errno.EPERM, "wanted the folder that was just made, found another user's", str(folder.path)
                 )
-            if stat.S_IMODE(folder.status().st_mode) != mode:
+            if exact and stat.S_IMODE(folder.status().st_mode) != mode:
                 os.fchmod(folder.handle, mode)
             if made is not None:
                 made.append(MadeFolder(self._duplicate(), name))
@@ -131,32 +151,28 @@ class Folder:
         return self.status().st_uid != 0 and not self.is_ours()
 
     def open_file(self, name: str) -> BufferedReader:
-        """Open a regular file in it for reading. Raises `OSError` if it is a link or not a regular file."""
+        """Open a regular file in it for reading. Raises `WrongFile` if it is a link or not a regular file."""
         try:
             handle = os.open(name, _OPEN_FILE, dir_fd=self.handle)
         except OSError as error:
             raise self._explained(error, name, "a file") from None
-        file = os.fdopen(handle, "rb")
         if not stat.S_ISREG(os.fstat(handle).st_mode):
-            file.close()
-            raise OSError(errno.EINVAL, "wanted a regular file, found another kind of file", str(self.path / name))
-        return file
+            os.close(handle)
+            raise WrongFile(errno.EINVAL, "wanted a regular file, found another kind of file", str(self.path / name))
+        return os.fdopen(handle, "rb")
 
     def read(self, name: str, most: int) -> bytes:
-        """All bytes of a regular file in it. Raises `OSError` as `open_file` does, or if it has more than ``most``."""
+        """All bytes of a regular file. Raises `WrongFile` as `open_file` does, and if it has more than ``most``."""
         with self.open_file(name) as file:
             data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else bytes(most + 1)
         if len(data) > most:
-            raise OSError(errno.EFBIG, f"wanted at most {most} bytes, found more", str(self.path / name))
+            raise WrongFile(errno.EFBIG, f"wanted at most {most} bytes, found more", str(self.path / name))
         return data
 
     def write_new(self, name: str, data: bytes, mode: int) -> None:
         """Write a file that must not exist yet, with exactly ``mode`` regardless of the umask."""
         with self._naming(name):
-            handle = os.open(name, _NEW_FILE, mode, dir_fd=self.handle)
-            with os.fdopen(handle, "wb") as file:
-                os.fchmod(handle, mode)
-                file.write(data)
+            write_new(name, data, mode, self.handle)
 
     def write(self, name: str, data: bytes, mode: int) -> None:
         """Write a file whole or not at all, in place of the one that was there, and flush it to the disk.
@@ -254,7 +270,7 @@ class Folder:
         except OSError:
             is_link = False
         if is_link:
-            return OSError(errno.ELOOP, f"wanted {wanted}, found a link", path)
+            return WrongFile(errno.ELOOP, f"wanted {wanted}, found a link", path)
         return OSError(error.errno, error.strerror, path)
 
 

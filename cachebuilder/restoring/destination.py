@@ -1,4 +1,7 @@
-"""DIR while a restore writes it: no reader and no other restore ever sees half an entry."""
+"""DIR while a restore writes it: no reader and no other restore ever sees half an entry.
+
+Other users may be able to write into DIR. So everything below it is done by handle (`common.folders`).
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,20 @@ import contextlib
 import errno
 import hashlib
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachebuilder.artifact.index import CACHE, Entry
-from cachebuilder.common.files import make_folders, write_new
+from cachebuilder.common.folders import Folder, MadeFolder, write_new
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring import frozen
 
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_WORKING_FOLDERS = "tmp"
+#: The name of a working folder: the process's number and random digits.
+_WORKING_FOLDER = re.compile(r"[0-9]+-[0-9a-f]{16}")
 
 
 @dataclass
@@ -27,60 +31,69 @@ class Destination:
 
     In the end the working folder is removed; without `keep`, so are the folders that did not exist before.
 
+    Args:
+        force: write into folders of another user as well.
+
     Attributes:
         made: names of the entries that were made, in order.
     """
 
     to: Path
+    force: bool = False
     made: list[str] = field(default_factory=list)
-    _new_folders: list[Path] = field(default_factory=list)
-    _work: int | None = None
-    _work_path: Path | None = None
-    _cache: int | None = None
+    _new_folders: list[MadeFolder] = field(default_factory=list)
+    #: The folders that are open: names below DIR → the folder.
+    _open: dict[tuple[str, ...], Folder] = field(default_factory=dict)
+    _owners: set[int] = field(default_factory=lambda: {0, os.geteuid()})
+    _work: Folder | None = None
     _kept: bool = False
 
     def __enter__(self) -> Destination:
-        cache = self.to / CACHE
         try:
-            self._cache = os.open(cache, _FOLDER_FLAGS)
-        except FileNotFoundError:
-            pass
-        except NotADirectoryError:
-            if cache.is_symlink():
-                raise RestoreError(
-                    f"{cache}: wanted a folder or nothing, found a link", hint="make DIR itself the link"
-                ) from None
+            for names in ((), (CACHE,), (frozen.FOLDER,), (frozen.FOLDER, "bin"), (frozen.FOLDER, "artifacts")):
+                self._existing(*names)
+        except BaseException:
+            self._close()
             raise
         return self
 
+    def version_text(self) -> str | None:
+        """The text that DIR's frozen nvcc answers with; None where there is none yet."""
+        folder = self._existing(frozen.FOLDER, "bin")
+        return frozen.version_text_in(folder) if folder is not None else None
+
     def entries(self) -> set[str]:
         """The names in ``cache/`` now."""
-        return set(os.listdir(self._cache)) if self._cache is not None else set()
+        cache = self._existing(CACHE)
+        return set(cache.names()) if cache is not None else set()
 
     def new(self, name: str) -> None:
         """Begin an entry."""
         if self._work is None:
-            self._make_work()
-        os.mkdir(name, 0o755, dir_fd=self._work)
-        os.chmod(name, 0o755, dir_fd=self._work)  # whatever the umask
+            self._work = self._make_work()
+        # Only this user can look into the working folder, so nobody can exchange what is in it.
+        os.mkdir(name, 0o755, dir_fd=self._work.handle)
+        os.chmod(name, 0o755, dir_fd=self._work.handle)  # whatever the umask
         self.made.append(name)
 
     def write(self, name: str, file: str, data: bytes) -> None:
         """Write one file of an entry that was begun."""
-        write_new(f"{name}/{file}", data, 0o644, self._work)
+        assert self._work is not None
+        write_new(f"{name}/{file}", data, 0o644, self._work.handle)
 
     def holds(self, name: str, entry: Entry) -> bool:
-        """Whether ``cache/`` has this entry, with equal bytes and no other file."""
+        """Whether ``cache/`` has this entry, with equal bytes and no other file, and no other user owns it."""
+        cache = self._existing(CACHE)
+        assert cache is not None
         try:
-            folder = os.open(name, _FOLDER_FLAGS, dir_fd=self._cache)
+            with cache.open(name) as folder:
+                if not self.force and folder.status().st_uid not in self._owners:
+                    return False
+                if folder.names() != sorted(file.name for file in entry.files):
+                    return False
+                return all(_equal(folder, file.name, file.size, file.sha256) for file in entry.files)
         except OSError:
             return False
-        try:
-            if set(os.listdir(folder)) != {file.name for file in entry.files}:
-                return False
-            return all(_equal(folder, file.name, file.size, file.sha256) for file in entry.files)
-        finally:
-            os.close(folder)
 
     def publish(self, entries: dict[str, Entry]) -> dict[str, bool]:
         """Rename every entry that was made into ``cache/``.
@@ -88,98 +101,132 @@ class Destination:
         Returns:
             The entries that another restore put there first, and whether each is equal.
         """
-        if self._cache is None:
-            self._new_folders += make_folders(self.to / CACHE)
-            self._cache = os.open(self.to / CACHE, _FOLDER_FLAGS)
+        cache = self._folder(CACHE)
         made_by_others: dict[str, bool] = {}
         for name in self.made:
+            assert self._work is not None
             try:
-                os.rename(name, name, src_dir_fd=self._work, dst_dir_fd=self._cache)
+                self._work.rename(name, name, cache)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 made_by_others[name] = self.holds(name, entries[name])
         return made_by_others
 
+    def write_own(self, path: str, data: bytes, mode: int) -> None:
+        """Write one of cachebuilder's own files, at ``path`` below DIR, whole or not at all."""
+        *folders, name = path.split("/")
+        self._folder(*folders).write(name, data, mode)
+
     def keep(self) -> None:
         """Everything that was made stays."""
         self._kept = True
 
     def __exit__(self, *_: object) -> None:
-        if self._work is not None and self._work_path is not None:
-            for name in os.listdir(self._work):
-                shutil.rmtree(name, ignore_errors=True, dir_fd=self._work)
-            with contextlib.suppress(OSError):
-                self._work_path.rmdir()
-            os.close(self._work)
-        _remove_root(self.to / frozen.FOLDER / "tmp")
-        if self._cache is not None:
-            os.close(self._cache)
-        if not self._kept:
-            for folder in reversed(self._new_folders):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+        if self._work is not None:
+            own = self._folder(frozen.FOLDER)
+            with contextlib.suppress(OSError), own.open(_WORKING_FOLDERS) as root:
+                self._work.clear()
+                root.rmdir(self._work.path.name)
+            self._work.close()
+        if (own_folder := self._open.get((frozen.FOLDER,))) is not None:
+            _remove_root(own_folder)
+        self._close()
 
-    def _make_work(self) -> None:
-        root = self.to / frozen.FOLDER / "tmp"
-        with self._locked(root) as handle:
-            _sweep(handle)
-            name = f"{os.getpid()}-{os.urandom(8).hex()}"
-            os.mkdir(name, 0o700, dir_fd=handle)
-            self._work_path = root / name
-            self._work = os.open(name, _FOLDER_FLAGS, dir_fd=handle)
-            lock(self._work)
+    def _close(self) -> None:
+        for folder in self._open.values():
+            folder.close()
+        for made in reversed(self._new_folders):
+            made.keep() if self._kept else made.remove()
+
+    def _folder(self, *names: str) -> Folder:
+        """The folder of these names below DIR, which is made if it is missing."""
+        if names not in self._open:
+            *parents, name = names or (None,)
+            if name is None:
+                folder = Folder.make_at(self.to, made=self._new_folders)
+            else:
+                folder = self._folder(*parents).make(name, made=self._new_folders)
+            self._open[names] = folder
+            self._require_ours(folder)
+        return self._open[names]
+
+    def _existing(self, *names: str) -> Folder | None:
+        """The folder of these names below DIR; None if it is missing."""
+        if names not in self._open:
+            try:
+                if not names:
+                    folder = Folder.at(self.to)
+                elif (parent := self._existing(*names[:-1])) is not None:
+                    folder = parent.open(names[-1])
+                else:
+                    return None
+            except FileNotFoundError:
+                return None
+            self._open[names] = folder
+            self._require_ours(folder)
+        return self._open[names]
+
+    def _require_ours(self, folder: Folder) -> None:
+        """Raise `RestoreError` if the folder is another user's, who could exchange what is put there."""
+        owner = folder.status().st_uid
+        if self.force or owner in self._owners:
+            return
+        if folder.is_foreign():
+            raise RestoreError(
+                f"{folder.path}: wanted a folder of this user or root, found one of user {owner}",
+                hint="restore as that user or into a folder of your own; --force takes it, and what that user may put "
+                "there",
+            )
+        self._owners.add(owner)
+
+    def _make_work(self) -> Folder:
+        with self._locked_root() as root:
+            _sweep(root)
+            work = root.make(f"{os.getpid()}-{os.urandom(8).hex()}", 0o700)
+            lock(work.handle)
+            return work
 
     @contextlib.contextmanager
-    def _locked(self, root: Path) -> Iterator[int]:
-        """Lock ``root``: a restore that sweeps it then never meets a working folder that is not locked yet."""
+    def _locked_root(self) -> Iterator[Folder]:
+        """Lock the folder of working folders: a restore that sweeps it then meets no working folder without a lock."""
+        own = self._folder(frozen.FOLDER)
         for _ in range(100):
-            self._new_folders += make_folders(root)
             try:
-                handle = os.open(root, _FOLDER_FLAGS)
+                root = own.make(_WORKING_FOLDERS)
             except FileNotFoundError:  # another restore has just removed it
                 continue
-            try:
-                lock(handle, wait=True)
+            with root:
+                self._require_ours(root)
+                lock(root.handle, wait=True)
                 with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(handle), os.stat(root)):
-                        yield handle
+                    if os.path.samestat(root.status(), own.status(_WORKING_FOLDERS)):
+                        yield root
                         return
-            finally:
-                os.close(handle)
-        raise RestoreError(f"{root}: cannot be made: other restores keep removing it", hint="restore again")
+        raise RestoreError(
+            f"{own.path / _WORKING_FOLDERS}: cannot be made: other restores keep removing it", hint="restore again"
+        )
 
 
-def _remove_root(root: Path) -> None:
+def _remove_root(own: Folder) -> None:
     """Remove the folder of working folders and what killed restores left in it, unless another restore works there."""
-    with contextlib.suppress(OSError):
-        handle = os.open(root, _FOLDER_FLAGS)
-        try:
-            if lock(handle):
-                _sweep(handle)
-                root.rmdir()
-        finally:
-            os.close(handle)
+    with contextlib.suppress(OSError), own.open(_WORKING_FOLDERS) as root:
+        if root.is_ours() and lock(root.handle):
+            _sweep(root)
+            own.rmdir(_WORKING_FOLDERS)
 
 
-def _sweep(root: int) -> None:
-    """Remove the working folders whose lock no restore holds: killed restores left them."""
-    for name in os.listdir(root):
-        with contextlib.suppress(OSError):
-            folder = os.open(name, _FOLDER_FLAGS, dir_fd=root)
-            try:
-                if lock(folder):
-                    shutil.rmtree(name, ignore_errors=True, dir_fd=root)
-            finally:
-                os.close(folder)
+def _sweep(root: Folder) -> None:
+    """Remove the working folders of this user whose lock no restore holds: killed restores left them."""
+    for name in root.names():
+        if not _WORKING_FOLDER.fullmatch(name):
+            continue
+        with contextlib.suppress(OSError), root.open(name) as folder:
+            if folder.status().st_uid == os.geteuid() and lock(folder.handle):
+                folder.clear()
+                root.rmdir(name)
 
 
-def _equal(folder: int, name: str, size: int, sha256: str) -> bool:
-    try:
-        handle = os.open(name, _FILE_FLAGS, dir_fd=folder)
-    except OSError:
-        return False
-    with os.fdopen(handle, "rb") as file:
-        if os.fstat(handle).st_size != size:
-            return False
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+def _equal(folder: Folder, name: str, size: int, sha256: str) -> bool:
+    with folder.open_file(name) as file:
+        return os.fstat(file.fileno()).st_size == size and hashlib.file_digest(file, "sha256").hexdigest() == sha256

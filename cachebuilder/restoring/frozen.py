@@ -6,10 +6,13 @@ kernel is found. It logs each request to compile, and then answers it by policy.
 
 from __future__ import annotations
 
+import os
 import shlex
+import stat
 from pathlib import Path
 
 from cachebuilder.common.files import make_folders, write_atomically
+from cachebuilder.common.folders import Folder
 from cachebuilder.errors import RestoreError
 
 #: What to do with a kernel that the cache lacks: ``refuse`` (default), ``compile`` or ``compile-and-warn``.
@@ -21,6 +24,10 @@ NVCC_VARIABLE = "CACHEBUILDER_REAL_NVCC"
 
 #: cachebuilder's own folder beside ``cache/``; it looks like a CUDA home that has only nvcc.
 FOLDER = "cachebuilder"
+
+_NVCC, _VERSION = "nvcc", "version.txt"
+#: An index has at most 4,096 characters of it.
+_MAX_VERSION_BYTES = 16 << 10
 
 _TEMPLATE = Path(__file__).with_name("frozen_nvcc.sh")
 
@@ -38,8 +45,8 @@ def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dic
         name, _, mark = line.rstrip("\n").partition("=")
         lines.append(f"{name}={shlex.quote(texts[mark])}\n" if mark in texts else line)
     return {
-        f"{FOLDER}/bin/version.txt": (version_text.encode(), 0o644),
-        f"{FOLDER}/bin/nvcc": ("".join(lines).encode(), 0o755),
+        f"{FOLDER}/bin/{_VERSION}": (version_text.encode(), 0o644),
+        f"{FOLDER}/bin/{_NVCC}": ("".join(lines).encode(), 0o755),
     }
 
 
@@ -48,19 +55,21 @@ def write(folder: Path, version_text: str, artifact_name: str, fingerprint_diges
     make_folders(folder / "bin")
     for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
         write_atomically(folder.parent / name, data, RestoreError, mode)
-    return folder / "bin" / "nvcc"
+    return folder / "bin" / _NVCC
 
 
 def frozen_nvcc(dir: Path) -> Path:
     """The frozen nvcc of a restored DIR."""
-    return dir / FOLDER / "bin" / "nvcc"
+    return dir / FOLDER / "bin" / _NVCC
 
 
 def is_frozen(nvcc: Path) -> bool:
     """Whether ``nvcc`` is a frozen one, of any folder. The script does the same check with each nvcc on PATH."""
     try:
-        with nvcc.open("rb") as file:
-            return file.read(256).startswith(_TEMPLATE.read_bytes()[:64])
+        handle = os.open(nvcc, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not make it wait
+        with os.fdopen(handle, "rb") as file:
+            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+            return regular and file.read(256).startswith(_TEMPLATE.read_bytes()[:64])
     except OSError:
         return False
 
@@ -68,6 +77,15 @@ def is_frozen(nvcc: Path) -> bool:
 def version_text(dir: Path) -> str | None:
     """The version text of DIR's frozen nvcc; None where there is none yet. Raises `OSError` if it cannot be read."""
     try:
-        return (dir / FOLDER / "bin" / "version.txt").read_bytes().decode(errors="replace")
+        with Folder.at(dir) as folder, folder.open(FOLDER) as own, own.open("bin") as bin:
+            return version_text_in(bin)
+    except FileNotFoundError:
+        return None
+
+
+def version_text_in(bin: Folder) -> str | None:
+    """The same, from the folder ``DIR/cachebuilder/bin``."""
+    try:
+        return bin.read(_VERSION, _MAX_VERSION_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return None

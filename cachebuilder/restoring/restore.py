@@ -25,7 +25,7 @@ from cachebuilder.artifact.index import Fingerprint, Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.trust import Trust
 from cachebuilder.artifact.whole import open_file
-from cachebuilder.common.files import make_folders, write_atomically
+from cachebuilder.common.folders import WrongFile
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError, RestoreError
 from cachebuilder.restoring import frozen
@@ -91,13 +91,14 @@ def restore(
         to: the folder that DeepGEMM will read; made if it does not exist.
         machine: what will serve; default: this machine with the DeepGEMM that is installed.
         trust: the keys, one of which must have signed each artifact; None takes artifacts of any origin.
-        force: take the first artifact where none fits. DeepGEMM will then not find its kernels.
+        force: take the first artifact where none fits: DeepGEMM will then not find its kernels. And write into folders
+            of another user, who can exchange what DeepGEMM loads.
 
     Raises:
         SignatureError: an artifact is not signed by a trusted key, or its provenance is not valid.
         CompatibilityError: none fits, or the entries cannot be relocated.
         ArtifactError: an artifact cannot be read, or is damaged or hostile, or there is none.
-        RestoreError: ``to`` holds a different entry, or cannot be written.
+        RestoreError: ``to`` holds a different entry, is another user's, or cannot be written.
         InstallationError: the DeepGEMM is incomplete.
     """
     if not artifacts:
@@ -119,7 +120,7 @@ def restore(
         for other in archives[:position] + archives[position + 1 :]:
             other.drain()
         archive = archives[position]
-        written, index = _restore(archive, to, Relocation(archive.index, machine.installation))
+        written, index = _restore(archive, Destination(to, force), Relocation(archive.index, machine.installation))
     return Restored(
         dir=to,
         index=index,
@@ -144,12 +145,14 @@ def _checked(path: Path, trust: Trust | None) -> Iterator[tuple[BinaryIO, Truste
         yield io.BytesIO(signed.data), signed.key
 
 
-def _restore(archive: Archive, to: Path, relocation: Relocation) -> tuple[int, Index]:
+def _restore(archive: Archive, destination: Destination, relocation: Relocation) -> tuple[int, Index]:
     """Write an artifact; returns how many entries were written, and the index as restored."""
+    to = destination.to
+    _check_path(to)
     different: list[str] = []
     try:
-        _check_destination(to, archive.index.fingerprint)
-        with Destination(to) as destination:
+        with destination:
+            _check_compiler(destination, archive.index.fingerprint)
             present = destination.entries()
             for entry, file, data in archive.files():
                 if file.name == entry_files.SOURCE:
@@ -169,31 +172,36 @@ def _restore(archive: Archive, to: Path, relocation: Relocation) -> tuple[int, I
             index, index_bytes = relocation.index(), relocation.index_bytes(archive.index_bytes)
             own = own_files(index, archive.index_bytes, archive.manifest, index_bytes)
             for name, (data, mode) in own.items():
-                make_folders((to / name).parent)
-                write_atomically(to / name, data, RestoreError, mode)
+                destination.write_own(name, data, mode)
             destination.keep()
     except OSError as error:
         named = error.filename2 or error.filename  # for a rename, the new name
         where = named if isinstance(named, str) and named.startswith("/") else to
+        if isinstance(error, WrongFile):
+            hint = "remove it, or restore into another folder; only DIR itself may be a link"
+            raise RestoreError(f"{where}: {error.strerror}", hint=hint) from error
         raise RestoreError(f"{where}: cannot be written: {error.strerror}") from error
     return len(destination.made) - len(made_by_others), index
 
 
-def _check_destination(to: Path, fingerprint: Fingerprint) -> None:
-    """Raises `RestoreError` where DeepGEMM could not use the folder, or where it holds another compiler's kernels."""
+def _check_path(to: Path) -> None:
+    """Raise `RestoreError` where DeepGEMM could not use the path."""
     if not _PLAIN_PATH.fullmatch(str(to)):
         raise RestoreError(
             f"{to}: wanted a path of letters, digits and ./_+@,=- only",
             hint="DeepGEMM puts it on a shell's command line without quotes, and splits lists of roots at ':'",
         )
-    with contextlib.suppress(NotADirectoryError):
-        text = frozen.version_text(to)
-        if text is not None and text != fingerprint.compiler:
-            raise RestoreError(
-                f"{to}: its frozen nvcc answers for another compiler\nwanted: {_last_line(fingerprint.compiler)}\n"
-                f"found:  {_last_line(text)}",
-                hint="restore into another folder: one root serves one compiler",
-            )
+
+
+def _check_compiler(destination: Destination, fingerprint: Fingerprint) -> None:
+    """Raise `RestoreError` where the folder holds another compiler's kernels."""
+    text = destination.version_text()
+    if text is not None and text != fingerprint.compiler:
+        raise RestoreError(
+            f"{destination.to}: its frozen nvcc answers for another compiler\n"
+            f"wanted: {_last_line(fingerprint.compiler)}\nfound:  {_last_line(text)}",
+            hint="restore into another folder: one root serves one compiler",
+        )
 
 
 def _last_line(text: str) -> str:
