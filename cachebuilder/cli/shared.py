@@ -90,7 +90,9 @@ scratch_option = click.option(
     help="A writable folder for kernels that are not in the cache (DeepJIT); default: DIR/scratch.",
 )
 force_option = click.option(
-    "--force", is_flag=True, help="Restore even if DeepGEMM would not find the kernels, and say why it would not."
+    "--force",
+    is_flag=True,
+    help="Restore even if DeepGEMM would not find the kernels, or if DIR is another user's; say what does not fit.",
 )
 store_option = click.option(
     "--store/--no-store",
