@@ -28,7 +28,11 @@ fingerprints = st.builds(
     compiler=words,
     arch=words,
     sm_counts=st.lists(numbers, max_size=3).map(tuple),
-    environment=st.dictionaries(words, words, max_size=3),
+    environment=st.dictionaries(
+        st.from_regex(r"(DG|DJ)_[A-Z0-9_]{1,9}", fullmatch=True),
+        st.text(st.characters(exclude_categories=("C", "Z")), max_size=20),
+        max_size=3,
+    ),
     distribution=st.none() | words,
     install_include=st.none() | words,
     legacy_flags=st.none() | words,

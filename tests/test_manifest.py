@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from cachebuilder.cuda import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifest
-from tests.conftest import MANIFESTS
+from tests.archives import compress, edit_index, join, replace, unpack
+from tests.conftest import MANIFESTS, ROOT, Run
 
 HEAD = "name: x\ntarget: {gpu: H200}\nmax_tokens: 64\n"
 OP = "{op: fp8_gemm_nt, n: 576, k: 512}"
@@ -84,6 +87,50 @@ def test_a_bad_value_is_refused_with_file_line_and_what_was_wanted(text: str, li
     message = refusal(text)
     assert words in message
     assert f"m.yaml:{line}: " in message
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n" for old, new in itertools.pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        pytest.param(BOMB, 1, "wanted no anchors and no aliases, found 'a'", id="alias-bomb"),
+        pytest.param("name: *a", 1, "wanted no anchors and no aliases", id="alias"),
+        pytest.param("name: x\ntarget: !!python/object:os.system {}", 2, "wanted no tags", id="tag"),
+        pytest.param("<<: {name: x}", 1, "wanted a text or a number, found '<<'", id="merge-key"),
+        pytest.param("? [a]\n: b", 1, "wanted a name as key", id="list-as-key"),
+        pytest.param("[" * 1_000_000, 1, "wanted at most 16 levels", id="brackets"),
+        pytest.param("- " * 1_000_000, 1, "wanted at most 16 levels", id="dashes"),
+        pytest.param("? " * 1_000_000, 1, "wanted at most 16 levels", id="question-marks"),
+        pytest.param(f"{HEAD}ops:\n" + f"- {OP}\n" * 60_000, 4684, "wanted at most 32768 values", id="ops"),
+        pytest.param("\n" * 4_000_000, 131072, "wanted at most 131072 lines", id="lines"),
+        pytest.param("name: " + "x " * 1_000_000, 1, "wanted at most 524288 words", id="words"),
+        pytest.param("#" * (4 << 20) + "#", 1, "wanted at most 4194304 bytes", id="bytes"),
+        pytest.param("name: " + "1" * 10_000, 1, "not YAML: Exceeds the limit", id="digits"),
+    ],
+)
+def test_a_yaml_bomb_is_refused_before_it_is_unfolded(text: str, line: int, words: str) -> None:
+    assert refusal(text).startswith(f"m.yaml:{line}: {words}")
+
+
+def test_a_yaml_bomb_inside_an_artifact_is_refused_by_verify(run: Run, tmp_path: Path) -> None:
+    members = unpack(ROOT / "tests" / "data" / "v1-deepjit.tar.zst")
+    digest = hashlib.sha256(BOMB.encode()).hexdigest()
+    forged = edit_index(replace(members, 1, BOMB.encode()), lambda index: index.update(manifest=digest))
+    path = tmp_path / "bomb.tar.zst"
+    path.write_bytes(compress(join(forged)))
+    done = run("verify", path)
+    assert done.returncode == ManifestError.exit_code and "wanted no anchors" in done.stderr, done.stderr
+
+
+def test_a_manifest_of_four_thousand_sources_is_read() -> None:
+    page = "".join(f"      static int line_{number};\n" for number in range(25))
+    sources = "".join(f"  - kernel: k{number}\n    source: |\n      // {number}\n{page}" for number in range(4000))
+    model = manifest.parse(f"{HEAD}sources:\n{sources}".encode())
+    assert len(model.sources) == 4000
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "1", "&a [*a]", "\x00", "a: !!python/object:os.system {}"])

@@ -22,6 +22,7 @@ from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
+from cachebuilder.manifest.reader import MAX_NODES
 from cachebuilder.manifest.schema import Manifest, Source, Target, Toolchain
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning.selection import Range, Selection
@@ -92,7 +93,8 @@ def manifest() -> str:
     parts = [
         "# Manifest\n",
         "A manifest is YAML of at most 4 MiB, and is read strictly: an unknown field, a duplicate key or a value of "
-        "another type is an error with file and line. A small one:\n",
+        "another type is an error with file and line. Anchors, aliases, tags and merge keys are refused, as are more "
+        f"than {MAX_NODES:,} values, lists and mappings. A small one:\n",
         '```yaml\n--8<-- "manifests/quickstart.yaml"\n```\n',
         "## The manifest\n",
         _model(Manifest),

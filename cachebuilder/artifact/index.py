@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import FailFast, Field
 
 from cachebuilder.common.records import Count, Record, Sha256
+from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.planning.selection import Selection
 
@@ -45,7 +46,7 @@ class Fingerprint(Record):
     compiler: str
     arch: str
     sm_counts: Annotated[tuple[Count, ...], FailFast()]
-    environment: dict[str, str]
+    environment: KernelEnvironment
     distribution: str | None = None
     install_include: str | None = None
     legacy_flags: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,39 +12,59 @@ from pathlib import Path
 import click
 
 from cachebuilder.cli import shared
+from cachebuilder.errors import RestoreError
 from cachebuilder.restoring.environment import Engine, Variable, variables
 from cachebuilder.restoring.folder import open_folder
 
-
-def _shell(serving: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\nexport {v.name}={shlex.quote(v.value)}" for v in serving)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def _docker(serving: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\nENV {v.name}={shlex.quote(v.value)}" for v in serving)
+def _shell(variable: Variable) -> str:
+    return f"export {variable.name}={shlex.quote(variable.value)}"
 
 
-def _k8s(serving: Sequence[Variable]) -> str:
-    return "\n".join(f"# {v.why}\n- name: {v.name}\n  value: {json.dumps(v.value)}" for v in serving)
+def _docker(variable: Variable) -> str:
+    """An instruction of a Dockerfile: in double quotes, a backslash, a quote and a dollar take a backslash."""
+    value = variable.value
+    if shlex.quote(value) != value:
+        value = '"' + re.sub(r'["$\\]', r"\\\g<0>", value) + '"'
+    return f"ENV {variable.name}={value}"
 
 
-def _json(serving: Sequence[Variable]) -> str:
-    return json.dumps({v.name: v.value for v in serving}, indent=1)
+def _k8s(variable: Variable) -> str:
+    """An item of a container's ``env``: a JSON string is YAML, and Kubernetes makes one dollar of two."""
+    value = json.dumps(variable.value.replace("$", "$$"), ensure_ascii=False)
+    return f"- name: {variable.name}\n  value: {value}"
 
 
-_FORMATS: dict[str, Callable[[Sequence[Variable]], str]] = {
-    "shell": _shell,
-    "docker": _docker,
-    "k8s": _k8s,
-    "json": _json,
-}
+_LINES: dict[str, Callable[[Variable], str]] = {"shell": _shell, "docker": _docker, "k8s": _k8s}
+_FORMATS = (*_LINES, "json")
+
+
+def text(serving: Sequence[Variable], form: str) -> str:
+    """The variables in one of the formats, each with the reason as a comment, where the format has comments.
+
+    Raises:
+        RestoreError: a name or a value that cannot stand in every format as it is.
+    """
+    for variable in serving:
+        if not _NAME.fullmatch(variable.name):
+            raise RestoreError(f"wanted a variable's name of letters, digits and '_', found {variable.name!r}")
+        if not variable.value.isprintable():
+            raise RestoreError(
+                f"{variable.name}: wanted a printable value, found {variable.value!r}",
+                hint="restore into a folder whose path has no control characters and is UTF-8",
+            )
+    if form == "json":
+        return json.dumps({variable.name: variable.value for variable in serving}, indent=1)
+    return "\n".join(f"# {variable.why}\n{_LINES[form](variable)}" for variable in serving)
 
 
 @click.command()
 @click.argument("dir", type=shared.folder_type)
 @shared.engine_option
 @click.option(
-    "--format", "form", type=click.Choice(list(_FORMATS)), default="shell", show_default=True, help="What to print."
+    "--format", "form", type=click.Choice(_FORMATS), default="shell", show_default=True, help="What to print."
 )
 @shared.scratch_option
 def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
@@ -51,4 +72,4 @@ def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
 
     Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit.
     """
-    click.echo(_FORMATS[form](variables(dir, open_folder(dir).indexes, engine, scratch, os.environ)))
+    click.echo(text(variables(dir, open_folder(dir).indexes, engine, scratch, os.environ), form))

@@ -78,6 +78,8 @@ def _why(kind: str, message: str, value: object) -> str:
         return "wanted a value, found none"
     if kind == "extra_forbidden":
         return "unknown field"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
     for words, ours in _WORDS.items():
         message = message.replace(words, ours)
     return f"{message}, found {_shown(value)}"

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from cachebuilder.deepgemm.generation import Generation
 
@@ -32,6 +35,41 @@ _OFF = ("", "0", "false", "no")
 _CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
 #: Each generation's prefixes; a variable with an earlier one is preferred.
 PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
+
+#: What a variable of DeepGEMM is called. Shells, container files and compilers take such a name for nothing else.
+_NAME = re.compile(r"(DG|DJ)_([A-Z0-9_]{1,96})")
+#: Variables, without their prefix, that only cachebuilder sets: where kernels come from, and which compiler is asked.
+_RESERVED = ("JIT_CACHE_DIR", "JIT_NVCC_COMPILER", "JIT_USE_NVRTC")
+_MAX_VARIABLES, _MAX_VALUE_LENGTH = 64, 1024
+
+
+def _check(environment: dict[str, str]) -> dict[str, str]:
+    if len(environment) > _MAX_VARIABLES:
+        raise ValueError(f"wanted at most {_MAX_VARIABLES} variables, found {len(environment)}")
+    for name, value in environment.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"wanted variables that DeepGEMM reads (DG_… or DJ_…, in capitals), found {name[:100]!r}")
+        if match[2] in _RESERVED:
+            raise ValueError(f"cachebuilder sets {name} itself: leave it out of the manifest")
+        if not value.isprintable() or len(value) > _MAX_VALUE_LENGTH:
+            raise ValueError(f"{name}: wanted up to {_MAX_VALUE_LENGTH} printable characters, found {value[:60]!r}")
+    return environment
+
+
+#: Variables of DeepGEMM that a manifest, an artifact or a registry names. They become shell code, container files and
+#: the environment of processes, so this is the one rule for all three.
+KernelEnvironment = Annotated[
+    dict[str, str],
+    AfterValidator(_check),
+    Field(
+        json_schema_extra={
+            "additionalProperties": {"type": "string", "maxLength": _MAX_VALUE_LENGTH},
+            "maxProperties": _MAX_VARIABLES,
+            "propertyNames": {"pattern": f"^{_NAME.pattern}$", "not": {"pattern": f"^D[GJ]_({'|'.join(_RESERVED)})$"}},
+        }
+    ),
+]
 
 
 def get(generation: Generation, environment: Mapping[str, str], suffix: str) -> tuple[str, str] | None:

@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cachebuilder.cuda import device as devices
 from cachebuilder.cuda import gpus
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
+from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.errors import ManifestError
+from cachebuilder.manifest import reader
+from cachebuilder.manifest.reader import TextError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 from cachebuilder.ops.catalog import OPS, Op, OpBase
-
-#: A manifest is about a page of shapes, and perhaps hundreds of kernel sources of a page each.
-_MAX_BYTES = 4 << 20
-
-#: Variables that a manifest may not set: cachebuilder sets them for the sweep, or they select another compiler.
-_RESERVED_ENVIRONMENT = ("JIT_CACHE_DIR", "JIT_NVCC_COMPILER", "JIT_USE_NVRTC")
-
-
-def _check_environment(environment: dict[str, str]) -> dict[str, str]:
-    for name in environment:
-        prefix, _, rest = name.partition("_")
-        if prefix not in ("DG", "DJ") or not rest:
-            raise ValueError(f"wanted variables that DeepGEMM reads (DG_… or DJ_…), found {name}")
-        if rest in _RESERVED_ENVIRONMENT:
-            raise ValueError(f"cachebuilder sets {name} itself: leave it out of the manifest")
-    return environment
 
 
 class Target(BaseModel):
@@ -117,8 +100,7 @@ class Manifest(BaseModel):
     sources: Annotated[list[Source], Field(description="kernels to build in addition to those that the ops need")] = []
     toolchain: Toolchain | None = None
     environment: Annotated[
-        dict[str, str],
-        AfterValidator(_check_environment),
+        KernelEnvironment,
         Field(description="DG_… variables that the serving process sets and that change its kernels"),
     ] = {}
 
@@ -193,50 +175,19 @@ def parse(data: bytes, name: str = "manifest") -> Manifest:
     Args:
         name: stands for the file in error messages.
     """
-    if len(data) > _MAX_BYTES:
-        raise ManifestError(f"{name}: wanted at most {_MAX_BYTES} bytes, found {len(data)}")
     try:
-        tree = YAML(typ="rt").load(io.StringIO(data.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{name}: wanted UTF-8 text, found byte {data[error.start]:#x} at {error.start}") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ManifestError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}") from None
-    except (YAMLError, RecursionError, ValueError) as error:
-        raise ManifestError(f"{name}: not YAML: {error}") from None
-    if not isinstance(tree, CommentedMap):
-        raise ManifestError(f"{name}: wanted a mapping with name, target, max_tokens and ops, found {_show(tree)}")
+        tree = reader.read(data)
+    except TextError as error:
+        raise ManifestError(f"{name}:{error.line}: {error}") from None
+    if not isinstance(tree.value, dict):
+        raise ManifestError(
+            f"{name}: wanted a mapping with name, target, max_tokens and ops, found {_show(tree.value)}"
+        )
     try:
-        return Manifest.model_validate(_plain(tree))
+        return Manifest.model_validate(tree.value)
     except ValidationError as error:
-        lines = [f"{name}:{_line(tree, loc)}: {text}" for loc, text in map(_describe, error.errors())]
+        lines = [f"{name}:{tree.line(location)}: {why}" for location, why in map(_describe, error.errors())]
         raise ManifestError("\n".join(lines)) from None
-
-
-def _plain(node: Any) -> Any:
-    """The tree as built-in types: pydantic's strict mode refuses ruamel's subclasses of them."""
-    if isinstance(node, dict):
-        return {_plain(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(item) for item in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
-
-
-def _line(tree: Any, loc: tuple[Any, ...]) -> int:
-    """The line, counted from 1, of the value at ``loc``, or of its nearest parent that is in the file."""
-    line, node = 1, tree
-    for part in loc:
-        if isinstance(node, CommentedMap) and part in node:
-            line = node.lc.key(part)[0] + 1
-        elif isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
-            line = node.lc.item(part)[0] + 1
-        else:
-            continue  # pydantic adds the union's tag, the op's name, to the location
-        node = node[part]
-    return line
 
 
 def _describe(error: Any) -> tuple[tuple[Any, ...], str]:
