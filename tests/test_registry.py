@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -264,6 +265,27 @@ def test_with_trust_an_unsigned_or_wrongly_signed_image_is_refused_before_it_is_
         command = ["restore", f"oci://{there.host}/{name}:v1", "--to", tmp_path / name, "--trust", keys / key]
         done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
         assert done.returncode == 14 and not (tmp_path / name).exists(), done.stderr
+
+
+@pytest.mark.parametrize("part", ["manifest", "signature", "damaged signature"])
+def test_a_broken_attached_signature_does_not_hide_a_valid_one(
+    part: str, there: Registry, artifact: Path, keys: Path, tmp_path: Path
+) -> None:
+    name = "broken-" + part.replace(" ", "-")
+    sign(artifact, keys)
+    push_to(there.host, name, artifact)
+    broken = base64.b64encode(b"x" * 60) if part == "damaged signature" else b"?"
+    beside(artifact, ".sig").write_bytes(broken + part.encode())
+    beside(artifact, ".intoto.json").unlink()
+    push_to(there.host, name, artifact)
+    repository = Repository(locations.parse(f"oci://{there.host}/{name}:v1"), FEW)
+    newest = repository.referrers(repository.manifest("v1", "it").digest)[-1].digest
+    layer = json.loads(there.blob(newest).read_bytes())["layers"][0]["digest"]
+    if part != "damaged signature":
+        there.blob(newest if part == "manifest" else layer).unlink()
+    trust = trusted(keys, "ours.pub")
+    got = pull_from(f"oci://{there.host}/{name}:v1", tmp_path / "got", fetch.checker(trust, name))
+    assert trust.check_file(got).key is trust.keys[0]
 
 
 def test_of_several_signatures_the_trusted_one_is_found_whoever_came_last(

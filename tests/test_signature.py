@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -344,6 +345,77 @@ def test_a_key_of_another_kind_is_refused_with_what_was_wanted(keys: Path, tmp_p
     ):
         with pytest.raises(SignatureError, match=words):
             signature.load_trusted([file])
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o777])
+def test_a_private_key_that_others_can_read_is_refused(mode: int, artifact: Path, run: Run, tmp_path: Path) -> None:
+    key = tmp_path / "k.pem"
+    signature.generate_key(key)
+    key.chmod(mode)
+    before = snapshot(tmp_path)
+    done = run("sign", artifact, "--key", key)
+    assert done.returncode == SignatureError.exit_code and f"found mode {mode:04o}" in done.stderr, done.stderr
+    assert f"hint: chmod 600 {key}" in done.stderr and snapshot(tmp_path) == before
+    key.chmod(0o400)
+    signature.load_key(key)
+
+
+def _make(kind: str, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "link to /dev/zero":
+            path.symlink_to("/dev/zero")
+        case "huge":
+            path.touch()
+            os.truncate(path, 1 << 40)
+        case "loop":
+            path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link to /dev/zero", "huge", "loop"])
+@pytest.mark.parametrize(
+    "what", ["key", "public key", SIGNATURE_SUFFIX, PROVENANCE_SUFFIX, "artifact", ".verified.json"]
+)
+def test_a_file_that_is_a_folder_or_never_ends_is_an_error(
+    kind: str, what: str, artifact: Path, keys: Path, tmp_path: Path
+) -> None:
+    odd = {"key": tmp_path / "k.pem", "public key": tmp_path / "k.pub", "artifact": artifact}.get(what)
+    odd = odd or beside(artifact, what)
+    _make(kind, odd)
+    with pytest.raises((SignatureError, ArtifactError), match=r"wanted|cannot be read"):
+        if what == "key":
+            signature.load_key(odd)
+        elif what == "public key":
+            signature.load_trusted([odd])
+        elif what == ".verified.json":
+            provenance.sign_file(artifact, signature.load_key(keys / "ours.pem"))
+        else:
+            trusted(keys).check_file(artifact)
+
+
+def test_a_full_disk_leaves_no_empty_key_behind(tmp_path: Path) -> None:
+    """A file may have 0 bytes here, as on a full disk."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+        "from cachebuilder.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "keygen", "--out", str(tmp_path / "k.pem")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == SignatureError.exit_code and "cannot be written" in done.stderr, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_signature_in_an_envelope_does_not_hide_a_valid_one(artifact: Path, keys: Path) -> None:
+    path = beside(artifact, PROVENANCE_SUFFIX)
+    envelope = json.loads(path.read_bytes())
+    broken = [None, 1, {}, {"sig": 1}, {"sig": "?"}, {"sig": "", "more": 1}, {"keyid": "x", "sig": "QUJD"}]
+    envelope["signatures"] = [*broken, *envelope["signatures"]]
+    path.write_text(json.dumps(envelope))
+    assert trusted(keys).check_file(artifact).statement is not None
 
 
 def test_a_damaged_artifact_is_not_signed(artifact: Path, keys: Path, run: Run) -> None:

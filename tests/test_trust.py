@@ -113,6 +113,27 @@ def test_a_fleet_trusts_by_a_variable_and_an_option_overrules_it(
     assert run(*command, "--trust", ours, CACHEBUILDER_TRUST=other).returncode == 0
 
 
+@pytest.mark.parametrize("verb", ["restore", "run", "verify-signature"])
+@pytest.mark.parametrize("empty", ["", ":", "KEY:"])
+def test_an_empty_cachebuilder_trust_does_not_turn_the_check_off(
+    verb: str, empty: str, artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    arguments: dict[str, list[str | Path]] = {
+        "restore": [artifact, "--to", tmp_path / "dir", "--force"],
+        "run": [artifact, "--to", tmp_path / "dir", "--force", "--", "echo", "ran"],
+        "verify-signature": [artifact],
+    }
+    done = run(verb, *arguments[verb], CACHEBUILDER_TRUST=empty.replace("KEY", str(keys / "ours.pub")))
+    assert done.returncode == 2 and "wanted" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "dir").exists() and "ran" not in done.stdout
+
+
+def test_an_empty_trust_option_is_a_wrong_command_line(artifact: Path, run: Run, tmp_path: Path) -> None:
+    done = run("restore", artifact, "--to", tmp_path / "dir", "--force", "--trust", "")
+    assert done.returncode == 2 and "wanted a key's file, found an empty text" in done.stderr
+    assert not (tmp_path / "dir").exists()
+
+
 def test_run_checks_an_artifact_and_says_that_a_folder_has_no_signature(
     artifact: Path, keys: Path, run: Run, tmp_path: Path
 ) -> None:

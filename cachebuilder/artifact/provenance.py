@@ -168,7 +168,7 @@ def _check_any(data: bytes, signatures: list[Any], trusted: Sequence[signature.T
             or not {"sig"} <= one.keys() <= {"sig", "keyid"}
             or not isinstance(one["sig"], str)
         ):
-            break
+            continue  # a broken signature does not hide a valid one
         try:
             signature.check(data, one["sig"].encode("utf-8", "replace"), trusted, what)
             return

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +21,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from cachebuilder.artifact.whole import read_beside
+from cachebuilder.artifact.whole import open_file, read_open
 from cachebuilder.common.files import writing
 from cachebuilder.common.folders import write_new
-from cachebuilder.errors import SignatureError
+from cachebuilder.errors import ArtifactError, SignatureError
 
 #: A key in PEM has under 1 kB.
 _MAX_KEY_BYTES = 16 << 10
@@ -86,9 +89,9 @@ def load_key(path: Path, passphrase: bytes | None = None) -> ec.EllipticCurvePri
     """The private key in a PEM file, of `generate_key` or of ``openssl genpkey``.
 
     Raises:
-        SignatureError: the file holds no such key, or this passphrase does not decrypt it.
+        SignatureError: the file holds no such key, other users can read it, or this passphrase does not decrypt it.
     """
-    data = _pem(path)
+    data = _pem(path, private=True)
     try:
         key = serialization.load_pem_private_key(data, passphrase)
     except (TypeError, ValueError, UnsupportedAlgorithm) as error:
@@ -173,11 +176,21 @@ def _decode(signature: bytes, what: object) -> bytes:
     return der
 
 
-def _pem(path: Path) -> bytes:
-    data = read_beside(path, _MAX_KEY_BYTES)
-    if data is None:
+def _pem(path: Path, private: bool = False) -> bytes:
+    """A key's file. As ssh does, a private key is taken only if no other user can read or change it."""
+    if not os.path.lexists(path):
         raise SignatureError(f"{path}: wanted a key in PEM, found no file", hint=_KEYGEN)
-    return data
+    try:
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
+            if private and status.st_mode & 0o077:
+                raise SignatureError(
+                    f"{path}: wanted a private key that only you can read, found mode {status.st_mode & 0o777:04o}",
+                    hint=f"chmod 600 {shlex.quote(str(path))}; if others could read it for long, make a new key",
+                )
+            return read_open(path, file.fileno(), _MAX_KEY_BYTES)
+    except ArtifactError as error:
+        raise SignatureError(str(error)) from None
 
 
 def _kind(key: object) -> str:
@@ -197,3 +210,7 @@ def _write_key(path: Path, data: bytes, mode: int) -> None:
             raise SignatureError(
                 f"{path}: wanted no file, found one: a key is never overwritten", hint="choose another name"
             ) from None
+        except OSError:  # a full disk: an empty key would be in the way of the next try
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise

@@ -23,16 +23,17 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ArtifactError(f"{path}: wanted a regular file, found another kind of file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ArtifactError(f"{path}: wanted a regular file, found another kind of file")
         yield file
 
 
 def read_bytes(path: Path) -> bytes:
     """All of an artifact, read once. Raises `ArtifactError` where it cannot be read or is larger than any artifact."""
     with open_file(path) as file:
-        return _read(path, file.fileno(), MAX_ARTIFACT_BYTES)
+        return read_open(path, file.fileno(), MAX_ARTIFACT_BYTES)
 
 
 def read_beside(path: Path, most: int) -> bytes | None:
@@ -45,12 +46,13 @@ def read_beside(path: Path, most: int) -> bytes | None:
         return None
     try:
         with open_file(path) as file:
-            return _read(path, file.fileno(), most)
+            return read_open(path, file.fileno(), most)
     except ArtifactError as error:
         raise SignatureError(str(error)) from None
 
 
-def _read(path: Path, handle: int, most: int) -> bytes:
+def read_open(path: Path, handle: int, most: int) -> bytes:
+    """All of an open file. Raises `ArtifactError` where it cannot be read, or has more than ``most`` bytes."""
     size = os.fstat(handle).st_size
     if size > most:
         raise ArtifactError(f"{path}: wanted at most {most} bytes, found {size}")

@@ -21,8 +21,6 @@ def sign(artifact: Path, key_file: Path) -> None:
     """
     encrypted = signature.is_encrypted(key_file)
     key = signature.load_key(key_file, signing.passphrase(key_file) if encrypted else None)
-    if (mode := key_file.stat().st_mode & 0o777) & 0o077:
-        click.echo(f"warning: {key_file} can be read by others (mode {mode:04o}): chmod 600 {key_file}", err=True)
     sha256, files = provenance.sign_file(artifact, key)
     for file in files:
         click.echo(f"written   {file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,13 +16,34 @@ PASSPHRASE = "CACHEBUILDER_KEY_PASSPHRASE"
 #: Public keys, separated by colons: what ``--trust`` is where it is not given.
 TRUST = "CACHEBUILDER_TRUST"
 
-key_type = click.Path(path_type=Path, dir_okay=False)
+
+class _KeyFile(click.Path):
+    """A key's file, not an empty text: that usually comes from an unset variable."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("wanted a key's file, found an empty text", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _refuse_empty(context: click.Context, parameter: click.Parameter, keys: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Whoever sets `TRUST` means it: an empty text, as of a variable that was not set, does not turn checks off."""
+    if not keys and TRUST in os.environ:
+        raise click.UsageError(
+            f"{TRUST}: wanted public keys, separated by ':', found an empty text; unset it if no "
+            "signature is to be checked"
+        )
+    return keys
+
+
+key_type = _KeyFile(path_type=Path, dir_okay=False)
 trust_option = click.option(
     "--trust",
     multiple=True,
     type=key_type,
     envvar=TRUST,
     show_envvar=True,
+    callback=_refuse_empty,
     metavar="KEY.pub",
     help="Take only artifacts that this key signed. May be given several times.",
 )

@@ -106,14 +106,25 @@ def json_bytes(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
 
 
-def entries(index: Manifest, what: str) -> list[Descriptor]:
-    """The entries of an index. Raises `TransferError` if the document is no index, or exceeds a limit."""
+def entries(index: Manifest, what: str, *, skip_broken: bool = False) -> list[Descriptor]:
+    """The entries of an index. Raises `TransferError` if the document is no index, or exceeds a limit.
+
+    Args:
+        skip_broken: leave out entries that are no descriptors, so that they do not hide the others.
+    """
     listed = index.document.get("manifests")
     if not isinstance(listed, list):
         raise TransferError(f"{what}: wanted an index, found {printable(index.media_type)}")
     if len(listed) > _MAX_ENTRIES:
         raise TransferError(f"{what}: wanted an index of at most {_MAX_ENTRIES} entries, found {len(listed)}")
-    return [Descriptor.parse(entry, what) for entry in listed]
+    descriptors = []
+    for entry in listed:
+        try:
+            descriptors.append(Descriptor.parse(entry, what))
+        except TransferError:
+            if not skip_broken:
+                raise
+    return descriptors
 
 
 def read_manifest(data: bytes, content_type: str, what: str) -> Manifest:

@@ -132,15 +132,16 @@ class Puller:
         return [one for one in reversed(attached) if one.artifact_type in (SIGNATURE, None)][:_MAX_SIGNATURES]
 
     def _first_that_passes(self, whole: Path, attached: Sequence[Descriptor], check: Check | None) -> dict[str, bytes]:
-        failed: SignatureError | None = None
+        """The files of the newest attachment that passes; a broken attachment does not hide a valid one."""
+        failed: SignatureError | TransferError | None = None
         for one in attached:
-            if not (files := self._files(one)):
-                continue
             try:
+                if not (files := self._files(one)):
+                    continue
                 if check is not None:
                     check(whole, files)
                 return files
-            except SignatureError as error:
+            except (SignatureError, TransferError) as error:
                 failed = error
         if failed is not None:
             raise failed

@@ -128,7 +128,7 @@ class Repository:
             return _read_manifest(response, what)
 
         index = self._retries.run(get) or self._manifest(_referrers_tag(digest), what)
-        return entries(index, what) if index else []
+        return entries(index, what, skip_broken=True) if index else []
 
     # Writing
 
