@@ -183,7 +183,9 @@ def test_the_log_is_where_the_variable_says_else_in_dir_else_in_tmp(
     ask(dir, kernel, CACHEBUILDER_MISS_LOG=str(tmp_path / "own.jsonl"))
     assert (tmp_path / "own.jsonl").exists()
     ask(dir, kernel, CACHEBUILDER_MISS_LOG=str(tmp_path / "none" / "own.jsonl"))
-    assert len((tmp_path / "cachebuilder-misses.jsonl").read_text().splitlines()) == 1
+    private = tmp_path / f"cachebuilder-misses-{os.getuid()}"
+    assert len((private / "misses.jsonl").read_text().splitlines()) == 1
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
     assert not (dir / "cachebuilder" / "misses.jsonl").exists()
     ask(dir, kernel)
     assert len(misses(dir)) == 1

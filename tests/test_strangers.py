@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import stat
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
-from cachebuilder.errors import RestoreError
+from cachebuilder.errors import ArtifactError, RestoreError
+from cachebuilder.restoring import misses
+from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
 from tests.archives import snapshot
-from tests.conftest import ROOT
-from tests.users import STRANGER, as_user, ground, meanwhile_as, needs_root, owned
+from tests.conftest import ROOT, SMALL, Run
+from tests.users import STRANGER, VICTIM, as_user, ground, meanwhile_as, needs_root, owned
 
 __all__ = ["ground"]
 
@@ -150,3 +156,163 @@ def test_whatever_the_umask_no_other_user_can_write_into_what_a_restore_made(gro
         os.umask(before)
     modes = {stat.S_IMODE(path.lstat().st_mode) for path in [ground / "dir", *(ground / "dir").rglob("*")]}
     assert modes == {0o755, 0o644}
+
+
+# The frozen nvcc's log of misses
+
+
+@pytest.fixture
+def temporary(ground: Path) -> Path:
+    """A temporary folder that all users share."""
+    path = ground / "tmp"
+    path.mkdir()
+    path.chmod(0o1777)
+    return path
+
+
+@pytest.fixture
+def kernel(ground: Path) -> Path:
+    (ground / "kernel.cu").write_text("auto ptr = (&missed_impl<1>);\n")
+    return ground / "kernel.cu"
+
+
+def miss(ground: Path, kernel: Path, temporary: Path, shell: str = "sh", log: str = "") -> str:
+    """Ask a frozen nvcc, as the victim, for a kernel; returns what it said."""
+    name, *arguments = shell.split()
+    if (path := shutil.which(name)) is None:
+        pytest.skip(f"wants {name}")
+    shell_command = [path, *arguments]
+    if not (ground / "dir").exists():
+        forced(ground / "dir")
+    said = temporary.parent / "said"
+    said.touch()
+    said.chmod(0o666)
+
+    def ask() -> None:
+        clean = {"PATH": os.defpath, "TMPDIR": str(temporary), "CACHEBUILDER_MISS_LOG": log}
+        with said.open("w") as file:
+            command = [*shell_command, str(frozen_nvcc(ground / "dir")), str(kernel)]
+            done = subprocess.run(command, env=clean, stderr=file, timeout=20, check=False)
+        assert done.returncode == 1
+
+    as_user(VICTIM, ask)
+    text = said.read_text()
+    assert "missed is not in the restored cache" in text
+    return text
+
+
+IN_NO_LOG = "frozen nvcc: the miss is in no log"
+
+
+def plant_fifo(folder: Path, outside: Path) -> None:
+    folder.mkdir(mode=0o777)
+    os.mkfifo(folder / "misses.jsonl")
+
+
+def plant_fifo_for_the_folder(folder: Path, outside: Path) -> None:
+    os.mkfifo(folder)
+
+
+def plant_link(folder: Path, outside: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / "misses.jsonl").symlink_to(outside / "file")
+
+
+def plant_link_for_the_folder(folder: Path, outside: Path) -> None:
+    folder.symlink_to(outside)
+
+
+def plant_source(folder: Path, outside: Path) -> None:
+    (folder / "misses.jsonl.d").mkdir(parents=True)
+    (folder / "misses.jsonl.d" / "missed-1.cu").write_text("planted")
+    for path in (folder, folder / "misses.jsonl.d"):
+        path.chmod(0o777)
+
+
+@needs_root
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh", "mksh", "zsh"])
+@pytest.mark.parametrize(
+    "plant", [plant_fifo, plant_fifo_for_the_folder, plant_link, plant_link_for_the_folder, plant_source]
+)
+def test_what_another_user_plants_in_the_temporary_folder_gets_no_line_and_hangs_no_miss(
+    plant: Callable[[Path, Path], None], shell: str, ground: Path, kernel: Path, temporary: Path
+) -> None:
+    outside = owned(ground / "outside", VICTIM, 0o700)  # private, as the log's folder should be
+    (outside / "file").write_text("the victim's")
+    as_user(STRANGER, lambda: plant(temporary / f"cachebuilder-misses-{VICTIM}", outside))
+    before = snapshot(outside)
+    assert IN_NO_LOG in miss(ground, kernel, temporary, shell)
+    assert snapshot(outside) == before
+
+
+@needs_root
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh"])
+def test_a_miss_is_logged_in_a_private_folder_whatever_the_umask(
+    shell: str, ground: Path, kernel: Path, temporary: Path
+) -> None:
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            assert IN_NO_LOG not in miss(ground, kernel, temporary, shell)
+    finally:
+        os.umask(before)
+    folder = temporary / f"cachebuilder-misses-{VICTIM}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not any(path.stat().st_mode & 0o022 for path in folder.rglob("*"))
+    [read] = misses.read(folder / "misses.jsonl").misses
+    assert (read.count, read.source) == (2, kernel.read_text())
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["fifo", "link"])
+def test_a_fifo_or_a_link_in_place_of_dirs_own_log_hangs_no_miss_and_gets_no_line(
+    kind: str, ground: Path, kernel: Path, temporary: Path
+) -> None:
+    forced(ground / "dir")
+    own = owned(ground / "dir" / "cachebuilder", mode=0o777)
+    victims = owned(ground / "victims", VICTIM)
+    (victims / "file").write_text("the victim's")
+    os.chown(victims / "file", VICTIM, VICTIM)
+    if kind == "fifo":
+        as_user(STRANGER, lambda: os.mkfifo(own / "misses.jsonl"))
+    else:
+        as_user(STRANGER, lambda: (own / "misses.jsonl").symlink_to(victims / "file"))
+    assert IN_NO_LOG not in miss(ground, kernel, temporary)
+    assert (temporary / f"cachebuilder-misses-{VICTIM}" / "misses.jsonl").exists()
+    assert (victims / "file").read_text() == "the victim's"
+
+
+@needs_root
+def test_a_source_that_another_user_planted_does_not_reach_a_manifest(ground: Path, temporary: Path, run: Run) -> None:
+    """The victim's log is in a shared folder, and another user made the folder of sources beside it first."""
+    log, planted = temporary / "own.jsonl", temporary / "own.jsonl.d" / "missed-1.cu"
+
+    def plant() -> None:
+        planted.parent.mkdir()
+        planted.write_text("planted")
+
+    as_user(STRANGER, plant)
+    line = {"time": 1, "kernel": "missed", "policy": "refuse", "artifact": "small", "source": str(planted)}
+    as_user(VICTIM, lambda: log.write_text(json.dumps(line)))
+    [read] = misses.read(log).misses
+    assert read.source is None
+    (ground / "m.yaml").write_text(SMALL)
+    done = run("misses", log, "--add-to", ground / "m.yaml")
+    assert done.returncode == 0 and "0 sources added" in done.stderr, done.stderr
+    assert (ground / "m.yaml").read_text() == SMALL
+    os.chown(planted.parent, VICTIM, VICTIM)  # a folder of the victim's into which the other user put a link
+    planted.unlink()
+    planted.symlink_to(ground / "m.yaml")
+    assert misses.read(log).misses[0].source is None
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder"])
+def test_a_log_that_is_no_regular_file_is_one_sentence(kind: str, tmp_path: Path, run: Run) -> None:
+    log = tmp_path / "log"
+    if kind == "fifo":
+        os.mkfifo(log)
+    else:
+        log = Path("/dev/zero") if kind == "zero" else tmp_path
+    with pytest.raises(ArtifactError, match="wanted a regular file, found another kind of file"):
+        misses.read(log)

@@ -24,11 +24,11 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
 
 #: 20,000 kernels make about 20 MB.
-_MAX_INDEX_BYTES = 32 << 20
+MAX_INDEX_BYTES = 32 << 20
 #: Objects and lists in an index, which bound what JSON becomes in memory. A kernel has 6 for its files and 1.3 for its
 #: selections.
 _MAX_INDEX_NESTED = 1 << 20
-_MAX_MANIFEST_BYTES = 4 << 20
+MAX_MANIFEST_BYTES = 4 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -49,8 +49,8 @@ class Archive:
         name, size = self._tar.header()
         if name != INDEX:
             raise self._tar.error(f"wanted {INDEX} as the first member, found {name!r}")
-        if not 0 < size <= _MAX_INDEX_BYTES:
-            raise self._tar.error(f"wanted an index of at most {_MAX_INDEX_BYTES} bytes, found {size}")
+        if not 0 < size <= MAX_INDEX_BYTES:
+            raise self._tar.error(f"wanted an index of at most {MAX_INDEX_BYTES} bytes, found {size}")
         self.index_bytes = self._tar.body(size)
         self.index = parse_index(self.index_bytes, path)
 
@@ -89,8 +89,8 @@ class Archive:
         name, size = self._tar.header()
         if name != MANIFEST:
             raise self._tar.error(f"wanted {MANIFEST} as the second member, found {name!r}")
-        if size > _MAX_MANIFEST_BYTES:
-            raise self._tar.error(f"wanted a manifest of at most {_MAX_MANIFEST_BYTES} bytes, found {size}")
+        if size > MAX_MANIFEST_BYTES:
+            raise self._tar.error(f"wanted a manifest of at most {MAX_MANIFEST_BYTES} bytes, found {size}")
         manifest = self._tar.body(size)
         if (digest := hashlib.sha256(manifest).hexdigest()) != self.index.manifest:
             raise self._tar.error(f"{MANIFEST}: wanted sha256 {self.index.manifest}, found {digest}")

@@ -45,9 +45,9 @@ def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> N
         file.write(data)
 
 
-def is_safe(status: os.stat_result) -> bool:
-    """Whether nobody but this user and root can change a file or folder: by its owner and its mode."""
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def is_safe(status: os.stat_result, *users: int) -> bool:
+    """Whether nobody but this user, root and ``users`` can change a file or folder: by its owner and its mode."""
+    return status.st_uid in (0, os.geteuid(), *users) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 class Folder:

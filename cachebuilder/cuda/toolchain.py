@@ -104,10 +104,21 @@ def _at(path: Path, origin: str) -> Toolchain:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ToolchainError(f"{path} ({origin}) does not run: {error}", hint=_HINT) from None
     text = version.stdout.decode(errors="replace")
+    if version.returncode:
+        raise _not_nvcc(path, text, origin)
+    return of_text(path, text, origin)
+
+
+def of_text(path: Path, text: str, origin: str) -> Toolchain:
+    """The toolchain of an nvcc with this version text. Raises `ToolchainError` if it is none of nvcc's."""
     release = re.search(r"release (\d+\.\d+)", text)
-    if version.returncode or not release:
-        raise ToolchainError(f"{path} ({origin}): wanted nvcc's version text, found {text[:200]!r}", hint=_HINT)
+    if not release:
+        raise _not_nvcc(path, text, origin)
     return Toolchain(path, text, release[1], origin)
+
+
+def _not_nvcc(path: Path, text: str, origin: str) -> ToolchainError:
+    return ToolchainError(f"{path} ({origin}): wanted nvcc's version text, found {text[:200]!r}", hint=_HINT)
 
 
 #: The PTX of a kernel that does nothing. PTX ISA 8.7 (CUDA 12.8) is the first version of the language that has all of

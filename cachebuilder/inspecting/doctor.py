@@ -25,6 +25,7 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
+from cachebuilder.restoring import frozen
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.folder import is_restored, open_folder
 from cachebuilder.restoring.machine import Machine
@@ -169,8 +170,18 @@ def _toolchain(generation: Generation) -> Toolchain:
     """The compiler that DeepGEMM would call, else the one that cachebuilder would build with."""
     variable = variables.get(generation, os.environ, "JIT_NVCC_COMPILER")
     if variable and variable[1]:
+        dir = frozen.dir_of(Path(os.path.abspath(variable[1])))
+        if dir is not None:  # a restored folder's: its text is read, and nothing in the folder is run
+            return toolchains.of_text(Path(variable[1]), _frozen_text(dir), variable[0])
         return replace(toolchains.find(Path(variable[1])), origin=variable[0])
     return toolchains.find()
+
+
+def _frozen_text(dir: Path) -> str:
+    try:
+        return frozen.version_text(dir) or ""
+    except OSError:
+        return ""
 
 
 def _c_compiler() -> str | None:

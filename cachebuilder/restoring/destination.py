@@ -20,7 +20,6 @@ from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring import frozen
 
-_WORKING_FOLDERS = "tmp"
 #: The name of a working folder: the process's number and random digits.
 _WORKING_FOLDER = re.compile(r"[0-9]+-[0-9a-f]{16}")
 
@@ -125,7 +124,7 @@ class Destination:
     def __exit__(self, *_: object) -> None:
         if self._work is not None:
             own = self._folder(frozen.FOLDER)
-            with contextlib.suppress(OSError), own.open(_WORKING_FOLDERS) as root:
+            with contextlib.suppress(OSError), own.open(frozen.WORKING_FOLDERS) as root:
                 self._work.clear()
                 root.rmdir(self._work.path.name)
             self._work.close()
@@ -193,27 +192,28 @@ class Destination:
         own = self._folder(frozen.FOLDER)
         for _ in range(100):
             try:
-                root = own.make(_WORKING_FOLDERS)
+                root = own.make(frozen.WORKING_FOLDERS)
             except FileNotFoundError:  # another restore has just removed it
                 continue
             with root:
                 self._require_ours(root)
                 lock(root.handle, wait=True)
                 with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(root.status(), own.status(_WORKING_FOLDERS)):
+                    if os.path.samestat(root.status(), own.status(frozen.WORKING_FOLDERS)):
                         yield root
                         return
         raise RestoreError(
-            f"{own.path / _WORKING_FOLDERS}: cannot be made: other restores keep removing it", hint="restore again"
+            f"{own.path / frozen.WORKING_FOLDERS}: cannot be made: other restores keep removing it",
+            hint="restore again",
         )
 
 
 def _remove_root(own: Folder) -> None:
     """Remove the folder of working folders and what killed restores left in it, unless another restore works there."""
-    with contextlib.suppress(OSError), own.open(_WORKING_FOLDERS) as root:
+    with contextlib.suppress(OSError), own.open(frozen.WORKING_FOLDERS) as root:
         if root.is_ours() and lock(root.handle):
             _sweep(root)
-            own.rmdir(_WORKING_FOLDERS)
+            own.rmdir(frozen.WORKING_FOLDERS)
 
 
 def _sweep(root: Folder) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cachebuilder.artifact.index import CACHE, Index
-from cachebuilder.artifact.read import parse_index
+from cachebuilder.artifact.read import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, parse_index
+from cachebuilder.common.folders import Folder
 from cachebuilder.errors import ArtifactError
-from cachebuilder.restoring.frozen import FOLDER, files, frozen_nvcc
+from cachebuilder.restoring import damage as damages
+from cachebuilder.restoring.damage import Damage
+from cachebuilder.restoring.frozen import FOLDER, VERSION, files, frozen_nvcc, version_text
 
 #: What to do with a folder whose entries are damaged.
-RESTORE_AGAIN = "remove the damaged entries and restore the artifact again"
+RESTORE_AGAIN = "remove what is damaged and restore the artifact again"
+_RESTORE_INTO_AGAIN = "restore the artifact again"
 
 
 @dataclass(frozen=True)
@@ -24,20 +28,6 @@ class RestoredArtifact:
     stem: str
     index: Index
     manifest: bytes
-
-
-@dataclass(frozen=True)
-class Damage:
-    """One file that differs from its index; ``file`` is None where the whole entry is missing."""
-
-    entry: str
-    file: str | None
-    wanted: str
-    found: str
-
-    def __str__(self) -> str:
-        where = f"{self.entry}/{self.file}" if self.file else self.entry
-        return f"{where}: wanted {self.wanted}, found {self.found}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,8 @@ class RestoredFolder:
     def entries(self) -> frozenset[str]:
         """Names of all folders in the cache: the artifacts' entries, and those that others made there."""
         try:
-            return frozenset(entry.name for entry in self.cache.iterdir() if entry.is_dir())
+            with Folder.at(self.path) as dir, dir.open(CACHE) as cache:
+                return frozenset(name for name in cache.names() if stat.S_ISDIR(cache.status(name).st_mode))
         except FileNotFoundError:
             return frozenset()
         except OSError as error:
@@ -73,50 +64,27 @@ class RestoredFolder:
         return frozenset(entry.name for artifact in self.artifacts for entry in artifact.index.entries)
 
     def compiler_text(self) -> str:
-        """What the frozen nvcc answers to ``--version``. Raises `ArtifactError` if it is missing or does not run."""
-        nvcc = frozen_nvcc(self.path)
-        hint = "restore the artifact again"
+        """What the frozen nvcc answers to ``--version``: its text is read, and nothing is run.
+
+        Raises:
+            ArtifactError: the text is missing or cannot be read.
+        """
+        text_file = frozen_nvcc(self.path).with_name(VERSION)
+        reason = "there is none"
         try:
-            answer = subprocess.run(
-                [nvcc.absolute(), "--version"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                check=False,
-                timeout=60,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ArtifactError(f"{nvcc}: the frozen nvcc does not run: {error}", hint=hint) from None
-        text = answer.stdout.decode(errors="replace")
-        if answer.returncode:
-            raise ArtifactError(f"{nvcc}: wanted the recorded version text, found {text[:200]!r}", hint=hint)
-        return text
+            if (text := version_text(self.path)) is not None:
+                return text
+        except OSError as error:
+            reason = str(error.strerror)
+        raise ArtifactError(f"{text_file}: the frozen nvcc's text cannot be read: {reason}", hint=_RESTORE_INTO_AGAIN)
 
     def damage(self) -> list[Damage]:
-        """Every missing entry, then every file of a listed entry that is missing or differs from its index, sorted."""
-        expected = {
-            (entry.name, file.name): file
-            for artifact in self.artifacts
-            for entry in artifact.index.entries
-            for file in entry.files
-        }
-        damage = [Damage(entry, None, "an entry", "none") for entry in sorted(self.listed - self.entries)]
-        for (entry, name), file in sorted(expected.items()):
-            if entry not in self.entries:
-                continue
-            path = self.cache / entry / name
-            try:
-                if path.is_symlink() or not path.is_file():
-                    damage.append(Damage(entry, name, "a file", "something else" if path.exists() else "none"))
-                    continue
-                data = path.read_bytes()
-            except OSError as error:
-                damage.append(Damage(entry, name, "a file", f"{error.strerror}"))
-                continue
-            if len(data) != file.size:
-                damage.append(Damage(entry, name, f"{file.size} bytes", f"{len(data)}"))
-            elif (digest := hashlib.sha256(data).hexdigest()) != file.sha256:
-                damage.append(Damage(entry, name, f"sha256 {file.sha256[:16]}…", f"{digest[:16]}…"))
-        return damage
+        """Every file of a listed entry, and every one of our own, that is not as it was restored."""
+        try:
+            with Folder.at(self.path) as dir:
+                return damages.find(dir, self.indexes)
+        except OSError as error:
+            raise ArtifactError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
 def own_files(
@@ -149,24 +117,31 @@ def open_folder(path: Path) -> RestoredFolder:
     Raises:
         ArtifactError: nothing was restored there, or an index or a manifest in it is damaged.
     """
-    indexes = sorted((path / FOLDER / "artifacts").glob("*.json"))
-    if not indexes:
+    hint = f"restore its artifact into {path} again"
+    try:
+        with Folder.at(path) as dir, dir.open(FOLDER) as own, own.open("artifacts") as folder:
+            stems = [name.removesuffix(".json") for name in folder.names() if name.endswith(".json")]
+            artifacts = [_open_artifact(folder, stem) for stem in stems if not stem.startswith(".")]
+    except FileNotFoundError:
+        artifacts = []
+    except ArtifactError as error:
+        raise ArtifactError(str(error), hint=error.hint or hint) from None
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}", hint=hint) from error
+    if not artifacts:
         raise ArtifactError(
             f"{path}: wanted an artifact or a folder that one was restored into, found no cachebuilder/artifacts",
             hint=f"cachebuilder restore ARTIFACT --to {path}",
         )
-    artifacts = []
-    hint = f"restore its artifact into {path} again"
-    for file in indexes:
-        try:
-            index = parse_index(file.read_bytes(), file)
-            manifest = file.with_suffix(".yaml").read_bytes()
-        except ArtifactError as error:
-            raise ArtifactError(str(error), hint=error.hint or hint) from None
-        except OSError as error:
-            raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}", hint=hint) from error
-        if (digest := hashlib.sha256(manifest).hexdigest()) != index.manifest:
-            yaml = file.with_suffix(".yaml")
-            raise ArtifactError(f"{yaml}: wanted sha256 {index.manifest}, found {digest}", hint=hint)
-        artifacts.append(RestoredArtifact(file.stem, index, manifest))
     return RestoredFolder(path.absolute(), tuple(artifacts))
+
+
+def _open_artifact(folder: Folder, stem: str) -> RestoredArtifact:
+    index = parse_index(folder.read(f"{stem}.json", MAX_INDEX_BYTES), folder.path / f"{stem}.json")
+    try:
+        manifest = folder.read(f"{stem}.yaml", MAX_MANIFEST_BYTES)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if (digest := hashlib.sha256(manifest).hexdigest()) != index.manifest:
+        raise ArtifactError(f"{folder.path / stem}.yaml: wanted sha256 {index.manifest}, found {digest}")
+    return RestoredArtifact(stem, index, manifest)

@@ -25,7 +25,10 @@ NVCC_VARIABLE = "CACHEBUILDER_REAL_NVCC"
 #: cachebuilder's own folder beside ``cache/``; it looks like a CUDA home that has only nvcc.
 FOLDER = "cachebuilder"
 
-_NVCC, _VERSION = "nvcc", "version.txt"
+#: In FOLDER: the working folders of restores, and the log of misses unless a variable names another file.
+WORKING_FOLDERS, LOG_NAME = "tmp", "misses.jsonl"
+#: In FOLDER/bin.
+NVCC, VERSION = "nvcc", "version.txt"
 #: An index has at most 4,096 characters of it.
 _MAX_VERSION_BYTES = 16 << 10
 
@@ -45,8 +48,8 @@ def files(version_text: str, artifact_name: str, fingerprint_digest: str) -> dic
         name, _, mark = line.rstrip("\n").partition("=")
         lines.append(f"{name}={shlex.quote(texts[mark])}\n" if mark in texts else line)
     return {
-        f"{FOLDER}/bin/{_VERSION}": (version_text.encode(), 0o644),
-        f"{FOLDER}/bin/{_NVCC}": ("".join(lines).encode(), 0o755),
+        f"{FOLDER}/bin/{VERSION}": (version_text.encode(), 0o644),
+        f"{FOLDER}/bin/{NVCC}": ("".join(lines).encode(), 0o755),
     }
 
 
@@ -55,12 +58,17 @@ def write(folder: Path, version_text: str, artifact_name: str, fingerprint_diges
     make_folders(folder / "bin")
     for name, (data, mode) in files(version_text, artifact_name, fingerprint_digest).items():
         write_atomically(folder.parent / name, data, RestoreError, mode)
-    return folder / "bin" / _NVCC
+    return folder / "bin" / NVCC
 
 
 def frozen_nvcc(dir: Path) -> Path:
     """The frozen nvcc of a restored DIR."""
-    return dir / FOLDER / "bin" / _NVCC
+    return dir / FOLDER / "bin" / NVCC
+
+
+def dir_of(nvcc: Path) -> Path | None:
+    """The restored DIR that an nvcc is in, by its path; None where it is in none."""
+    return nvcc.parents[2] if nvcc.parts[-3:] == (FOLDER, "bin", NVCC) else None
 
 
 def is_frozen(nvcc: Path) -> bool:
@@ -86,6 +94,6 @@ def version_text(dir: Path) -> str | None:
 def version_text_in(bin: Folder) -> str | None:
     """The same, from the folder ``DIR/cachebuilder/bin``."""
     try:
-        return bin.read(_VERSION, _MAX_VERSION_BYTES).decode(errors="replace")
+        return bin.read(VERSION, _MAX_VERSION_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return None

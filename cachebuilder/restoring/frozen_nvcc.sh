@@ -121,38 +121,76 @@ case $kernel in
 *[!A-Za-z0-9_:]*) kernel= ;;
 esac
 
-log=${CACHEBUILDER_MISS_LOG:-$here/misses.jsonl}
-if ! (: >>"$log") 2>/dev/null; then
-    log=${TMPDIR:-/tmp}/cachebuilder-misses.jsonl
-fi
+absolute() { # sets $path: $1, from the root
+    case $1 in
+    /*) path=$1 ;;
+    *) path=$PWD/$1 ;;
+    esac
+}
+absolute "$source_file"
+source_path=$path
 
-# Keep a copy of the source: DeepGEMM removes its own, and `cachebuilder misses` reads the shape in it. It is written
-# under another name and renamed, so that no reader sees half of it. Without cp, mkdir, cksum or mv there is no copy.
-copy=
-if sum=$(cksum 2>/dev/null <"$source_file") && { [ -d "$log.d" ] || mkdir "$log.d" 2>/dev/null || [ -d "$log.d" ]; }; then
-    copy=$log.d/${kernel:-kernel}-${sum%% *}.cu
-    if [ ! -f "$copy" ]; then
-        { cp "$source_file" "$copy.$$" && mv "$copy.$$" "$copy"; } 2>/dev/null || copy=
+# Write the miss into the log $1. Another user may be able to write into the log's folder, so the log must be a regular file
+# and no link, and nobody else can write to what is made. With $2, the name of a folder, the log must be in that folder, and
+# nobody else may be able to enter it.
+log_miss() (
+    umask go-w
+    cd -P "${1%/*}/" || exit 1
+    if [ -n "$2" ]; then # once inside, nobody can exchange the folder
+        [ "${PWD##*/}" = "$2" ] && [ -O . ] || exit 1
+        case $(ls -ld .) in
+        drwx------*) ;;
+        *) exit 1 ;;
+        esac
+    fi
+    name=./${1##*/}
+    [ ! -h "$name" ] && { [ -f "$name" ] || [ ! -e "$name" ]; } && : >>"$name" || exit 1
+
+    # Keep a copy of the source: DeepGEMM removes its own, and `cachebuilder misses` reads the shape in it. It is written
+    # under another name and renamed, so that no reader sees half of it. Without cp, mkdir, cksum or mv there is no copy.
+    copy=
+    if sum=$(cksum <"$source_path") && { [ -d "$name.d" ] || mkdir "$name.d" || [ -d "$name.d" ]; } &&
+        [ ! -h "$name.d" ] && [ -O "$name.d" ]; then
+        copy=${kernel:-kernel}-${sum%% *}.cu
+        if [ ! -f "$name.d/$copy" ]; then
+            { cp "$source_path" "$name.d/$copy.$$" && mv "$name.d/$copy.$$" "$name.d/$copy"; } || copy=
+        fi
+    fi
+    copy=${copy:+$1.d/$copy}
+
+    # One line is one write(2) to a file opened for appending, so the lines of many writers do not mix. It stays under
+    # 4096 bytes, which every shell's printf writes at once.
+    time=$(date +%s) || time=
+    case $time in
+    *[!0-9]* | '') time=null ;;
+    esac
+    json "$policy"; json_policy=$quoted
+    json "$artifact"; json_artifact=$quoted
+    if [ -n "$kernel" ]; then json "$kernel"; else quoted=null; fi
+    json_kernel=$quoted
+    if [ -n "$copy" ] && [ ${#copy} -lt 500 ]; then json "$copy"; else quoted=null; fi
+    json_source=$quoted
+    if [ ${#command} -gt 900 ]; then command=$(printf '%.900s...' "$command"); fi
+    json "$command"
+    printf '%s\n' "{\"time\": $time, \"pid\": $$, \"kernel\": $json_kernel, \"policy\": $json_policy, \"artifact\": $json_artifact, \"fingerprint\": \"$fingerprint\", \"source\": $json_source, \"command\": $quoted}" >>"$name"
+) 2>/dev/null
+
+command="$0 $*"
+absolute "${CACHEBUILDER_MISS_LOG:-$here/misses.jsonl}"
+log=$path
+if ! log_miss "$log"; then
+    # A temporary folder is shared with other users: only a folder of this user's own in it will do.
+    user=$(id -u 2>/dev/null) || user=
+    private=cachebuilder-misses-$user
+    absolute "${TMPDIR:-/tmp}/$private/misses.jsonl"
+    mkdir -m 700 "${path%/*}" 2>/dev/null
+    if [ -n "$user" ] && log_miss "$path" "$private"; then
+        log=$path
+    else
+        printf '%s\n' "frozen nvcc: the miss is in no log: wanted $log, or ${path%/*} as a folder that only this user can enter" >&2
+        log=
     fi
 fi
-
-# One line is one write(2) to a file opened for appending, so the lines of many writers do not mix. It stays under 4096
-# bytes, which every shell's printf writes at once.
-time=$(date +%s 2>/dev/null) || time=
-case $time in
-*[!0-9]* | '') time=null ;;
-esac
-json "$policy"; json_policy=$quoted
-json "$artifact"; json_artifact=$quoted
-if [ -n "$kernel" ]; then json "$kernel"; else quoted=null; fi
-json_kernel=$quoted
-if [ -n "$copy" ] && [ ${#copy} -lt 500 ]; then json "$copy"; else quoted=null; fi
-json_source=$quoted
-command="$0 $*"
-if [ ${#command} -gt 900 ]; then command=$(printf '%.900s...' "$command"); fi
-json "$command"
-(printf '%s\n' "{\"time\": $time, \"pid\": $$, \"kernel\": $json_kernel, \"policy\": $json_policy, \"artifact\": $json_artifact, \"fingerprint\": \"$fingerprint\", \"source\": $json_source, \"command\": $quoted}" >>"$log") 2>/dev/null ||
-    printf '%s\n' "frozen nvcc: the miss cannot be written to $log" >&2
 
 named=${kernel:-$source_file}
 case $policy in
@@ -166,6 +204,6 @@ refuse) ;;
 esac
 printf '%s\n' \
     "frozen nvcc: $named is not in the restored cache (artifact $artifact), and nothing is compiled here." \
-    "frozen nvcc: add its shape to the manifest and build again: cachebuilder misses $log shows what to add," \
+    "frozen nvcc: add its shape to the manifest and build again${log:+: cachebuilder misses $log shows what to add}," \
     "frozen nvcc: or set CACHEBUILDER_ON_MISS=compile, with a real nvcc on PATH or in CACHEBUILDER_REAL_NVCC." >&2
 exit 1

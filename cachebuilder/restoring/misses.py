@@ -6,12 +6,16 @@ frozen nvcc writes are taken from it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cachebuilder.artifact.whole import open_file
+from cachebuilder.common.folders import Folder, is_safe
 from cachebuilder.common.records import Record
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
 from cachebuilder.errors import ArtifactError
@@ -72,8 +76,9 @@ def read(path: Path) -> Log:
     """
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     unreadable_lines = 0
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        owner = os.fstat(file.fileno()).st_uid
+        try:
             while data := file.readline(_MAX_LINE_BYTES):
                 if not data.strip():
                     continue
@@ -81,11 +86,11 @@ def read(path: Path) -> Log:
                 if line is None:
                     unreadable_lines += 1
                     continue
-                source = _read_source(line.get("source"), path)
+                source = _read_source(line.get("source"), path, owner)
                 name = (kernel_template(source) if source else None) or _field(line, "kernel", _KERNEL) or "unknown"
                 groups.setdefault((name.removesuffix("_impl"), source), []).append(line)
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
     misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
     return Log(unreadable_lines=unreadable_lines, misses=tuple(misses))
@@ -105,22 +110,21 @@ def _field(line: dict[str, Any], name: str, form: re.Pattern[str]) -> str | None
     return value if isinstance(value, str) and form.fullmatch(value) else None
 
 
-def _read_source(name: object, log: Path) -> str | None:
+def _read_source(name: object, log: Path, owner: int) -> str | None:
     """The kept copy of a source: at the path in the log, else in the log's own folder, if both were moved.
 
     The copy must be a ``.cu`` file in a folder named ``….d`` and no link, so that no line of a log can bring another
-    file into a manifest.
+    file into a manifest. Nobody but the log's owner, this user and root may be able to change it.
     """
     if not isinstance(name, str) or "\0" in name or not Path(name).parent.name.endswith(".d"):
         return None
     for path in (Path(name), log.with_name(f"{log.name}.d") / Path(name).name):
-        try:
-            if path.suffix != ".cu" or path.is_symlink():
-                continue
-            if path.is_file() and path.stat().st_size <= _MAX_SOURCE_BYTES:
-                return path.read_text(errors="replace")
-        except OSError:
+        if path.suffix != ".cu":
             continue
+        with contextlib.suppress(OSError), Folder.at(path.parent.parent) as beside, beside.open(path.parent.name) as d:
+            data = d.read(path.name, _MAX_SOURCE_BYTES)
+            if is_safe(d.status(), owner) and is_safe(d.status(path.name), owner):
+                return data.decode(errors="replace")
     return None
 
 

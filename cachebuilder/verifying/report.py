@@ -14,7 +14,7 @@ from cachebuilder.errors import ArtifactError, DeviceError, VerifyError
 from cachebuilder.ops.catalog import OpBase
 from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring.compatibility import Difference
-from cachebuilder.restoring.folder import Damage
+from cachebuilder.restoring.damage import Damage
 from cachebuilder.sweep.protocol import Device, Refusal, TrialResult
 
 
@@ -229,7 +229,7 @@ class Report(_Document):
         if self.complete:
             return None
         if self.damage:
-            return "remove the damaged entries and restore the artifact again"
+            return "remove what is damaged and restore the artifact again"
         incomplete = [replay for replay in self.replays if replay.missing]
         if not incomplete:
             return "see the refused calls; a manifest that builds with this DeepGEMM has none"

@@ -23,8 +23,10 @@ from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.requests import selections
 from cachebuilder.planning.selection import Selection
-from cachebuilder.restoring.folder import Damage, RestoredArtifact, RestoredFolder, open_folder
-from cachebuilder.restoring.frozen import LOG_VARIABLE, POLICY_VARIABLE, frozen_nvcc
+from cachebuilder.restoring import frozen
+from cachebuilder.restoring.damage import Damage
+from cachebuilder.restoring.folder import RestoredArtifact, RestoredFolder, open_folder
+from cachebuilder.restoring.frozen import LOG_VARIABLE, POLICY_VARIABLE
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import run as sweep
@@ -68,7 +70,7 @@ class Serving:
         (scratch := self.scratch / name).mkdir()
         entries = self.folder.entries if entries is None else entries
         roots = linked_roots(self.folder, entries, self.installation, scratch)
-        compiler = compiler or frozen_compiler(self.folder, scratch)
+        compiler = compiler or frozen_compiler(self.compiler_text, scratch)
         return Setting(step, compiler, roots, scratch, self.manifest.environment)
 
 
@@ -100,12 +102,12 @@ def replay(
     recorder = recording_compiler(serving.scratch, serving.compiler_text)
     self_check = serving.job().model_copy(update={"ops": (), "self_check": True})
     sweep.call(self_check, serving.setting("self-check", manifest.name, recorder, frozenset()), progress)
-    frozen = serving.setting("frozen", manifest.name)
-    answer = first = sweep.call(serving.job(), frozen, progress)
+    setting = serving.setting("frozen", manifest.name)
+    answer = first = sweep.call(serving.job(), setting, progress)
     missing: tuple[MissingKernel, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     whole = folder.entries - damaged
-    if first.refusals or Path(frozen.compiler.environment[LOG_VARIABLE]).exists() or first.launched - whole:
+    if first.refusals or Path(setting.compiler.environment[LOG_VARIABLE]).exists() or first.launched - whole:
         recording = serving.setting("recording", manifest.name, recorder, whole)
         answer = sweep.call(serving.job(), recording, progress)
         missing = _missing(selections(answer.sweeps), serving, damaged)
@@ -147,12 +149,16 @@ def linked_roots(
     return list(dict.fromkeys([root, view]))
 
 
-def frozen_compiler(folder: RestoredFolder, work: Path) -> Compiler:
-    """The folder's own nvcc, which refuses to compile, and no other nvcc within reach."""
+def frozen_compiler(compiler_text: str, work: Path) -> Compiler:
+    """A frozen nvcc, which refuses to compile, and no other nvcc within reach.
+
+    It is made anew: nothing in the folder is run. `RestoredFolder.damage` compares the folder's own with what it should
+    be.
+    """
     home = work / "no-cuda"
     home.mkdir()
     return Compiler(
-        frozen_nvcc(folder.path),
+        frozen.write(work / frozen.FOLDER, compiler_text, "", ""),
         home,
         {
             POLICY_VARIABLE: "refuse",
