@@ -24,6 +24,7 @@ from cachebuilder.cuda.processes import Processes
 from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.restoring.machine import Machine
+from tests.command_line import cachebuilder
 from tests.registries import Registry, registry
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +91,7 @@ def run() -> Run:
     """Run the command line in a process of its own, as a user does."""
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cachebuilder", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+        return cachebuilder(*arguments, environment=os.environ | environment)
 
     return run
 

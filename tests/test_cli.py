@@ -13,6 +13,7 @@ from click.shell_completion import ShellComplete
 from cachebuilder import building
 from cachebuilder.cli.main import cli
 from cachebuilder.errors import EXIT_CODES
+from tests.command_line import cachebuilder
 from tests.conftest import Run
 
 WITHOUT_TORCH = """
@@ -53,7 +54,7 @@ def test_a_damaged_artifact_is_an_error_without_a_traceback(
 ) -> None:
     damaged = tmp_path / "damaged.tar.zst"
     damaged.write_bytes(change(built.packed.path.read_bytes()))
-    process = run_without_torch("inspect", damaged)
+    process = cachebuilder("inspect", damaged, without=["torch", "deep_gemm"])
     assert process.returncode == 8
     assert words in process.stderr and "Traceback" not in process.stderr
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,18 +14,28 @@ from cachebuilder import building
 from cachebuilder.deepgemm.environment import cache_roots, kernel_variables
 from cachebuilder.deepgemm.installation import Generation
 from cachebuilder.manifest.inputs import load_manifest
+from tests.command_line import cachebuilder
 from tests.conftest import LEGACY
 from tests.restored import unpack
 from tests.test_cli import WITHOUT_TORCH
 
 
+def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's variables without DeepGEMM's, and ``variables``."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_"))} | variables
+
+
 def doctor(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The verb in a process where torch and DeepGEMM cannot be imported."""
+    """The verb in a process where torch cannot be imported."""
+    return cachebuilder("doctor", *arguments, environment=environment_of(environment), without=["torch"])
+
+
+def test_it_imports_neither_torch_nor_elftools(built: building.Built, tmp_path: Path) -> None:
     # Finding the copy looks its package up, which the blocked import would answer instead.
     code = WITHOUT_TORCH.replace('"torch", "deep_gemm"', '"torch"')
-    command = [sys.executable, "-c", code, "doctor", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DG_", "DJ_"))}
-    return subprocess.run(command, capture_output=True, text=True, env=kept | environment, check=False)
+    command = [sys.executable, "-c", code, "doctor", "--deep-gemm", str(built.inputs.installation.path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of({"HOME": str(tmp_path)}))
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_screen_says_what_is_here(built: building.Built, tmp_path: Path) -> None:

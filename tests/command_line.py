@@ -1,0 +1,60 @@
+"""Run cachebuilder's command line in a process of its own.
+
+Each command is a fork of a process that has imported cachebuilder's modules. A new interpreter would import them again
+for each of the tests' hundreds of commands, which takes longer than most commands themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from cachebuilder.cli import main as command_line
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["pytest", __name__, *(f"cachebuilder.cli.{verb.replace('-', '_')}" for verb in command_line.VERBS)]
+)
+
+
+def cachebuilder(
+    *arguments: str | Path, environment: Mapping[str, str] | None = None, without: Collection[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run ``cachebuilder ARGUMENTS`` to its end.
+
+    Args:
+        environment: the command's variables; default: this process's.
+        without: modules that the command cannot import, beside those that cachebuilder's modules import themselves.
+    """
+    command = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "stdout"), Path(folder, "stderr")
+        process = _CONTEXT.Process(
+            target=_main,
+            args=(command, dict(os.environ if environment is None else environment), os.getcwd(), files, without),
+        )
+        process.start()
+        process.join()
+        stdout, stderr = (file.read_text() for file in files)
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+
+
+def _main(
+    arguments: list[str], environment: dict[str, str], cwd: str, files: tuple[Path, Path], without: Collection[str]
+) -> None:
+    for number, file in enumerate(files, 1):
+        handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, number)
+        os.close(handle)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.modules.update(dict.fromkeys(without))  # an import of None fails
+    sys.argv = ["cachebuilder", *arguments]
+    command_line.main()
