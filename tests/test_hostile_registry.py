@@ -133,7 +133,7 @@ HOSTILE = [
     (
         "fingerprint-with-escapes",
         image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": json.dumps(FINGERPRINT | {"arch": "\x1b[2J"})}),
-        "found control characters",
+        "wanted a line of printable characters",
     ),
     (
         "fingerprint-no-json",

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from ruamel.yaml import YAML
 
 from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
-from cachebuilder.cli import env
+from cachebuilder.cli import console, env, table
 from cachebuilder.errors import ArtifactError, ManifestError, RestoreError, TransferError
 from cachebuilder.manifest import schema
 from cachebuilder.restoring.environment import Variable
 from cachebuilder.ship.description import describe, read_description
-from tests.archives import compress, edit_index, join, unpack
+from tests.archives import compress, edit_index, join, replace, unpack
 from tests.conftest import ROOT, Run
 from tests.fuzz_texts import KINDS, in_a_dockerfile, in_kubernetes
 from tests.restored import unpack as restore_folder
@@ -128,6 +129,68 @@ def test_a_forged_index_in_a_restored_folder_runs_nothing_when_its_env_is_evalua
         assert done.returncode == ArtifactError.exit_code and not done.stdout, done.stderr
         subprocess.run(["sh", "-c", done.stdout], cwd=tmp_path, check=False)
     assert not (tmp_path / "PWN").exists()
+
+
+#: What a terminal obeys: a title, a cleared screen, C1 control characters, text that runs backwards, another line.
+ESCAPES = "\x1b]0;PWN\x07 \x1b[2J \x9b8m \u202e \u2028 \x7f \r\nsigned    by fleet.pub"
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["deep_gemm", "compiler", "distribution", "install_include", "legacy_flags", "recorded", "recorded name", "ops"],
+)
+def test_escape_sequences_in_an_index_are_refused_and_do_not_reach_the_terminal(
+    field: str, run: Run, tmp_path: Path
+) -> None:
+    def change(index: dict[str, Any]) -> None:
+        if field == "recorded":
+            index["recorded"]["gpu"] = ESCAPES
+        elif field == "recorded name":
+            index["recorded"][ESCAPES] = "1"
+        elif field == "ops":
+            index["ops"][0]["op"] = [ESCAPES]
+        else:
+            index["fingerprint"][field] = ESCAPES
+
+    path = tmp_path / "forged.tar.zst"
+    path.write_bytes(compress(join(edit_index(unpack(STORED), change))))
+    with pytest.raises(ArtifactError, match="printable"):
+        read_index(path)
+    done = run("inspect", path)
+    assert done.returncode == ArtifactError.exit_code and not done.stdout
+    assert all(line.isprintable() for line in done.stderr.splitlines()) and "\nsigned" not in done.stderr
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "a\rb", "\x9bK", "\u202eabc", "\udcff", "\x00", "\x7f"])
+def test_no_text_moves_the_cursor_or_breaks_the_output(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for write in (console.echo, console.echo_json, table.title, partial(table.line, "x"), partial(table.line, text)):
+        write(text if write is not console.echo_json else json.dumps(text, ensure_ascii=False))
+        out = capsys.readouterr().out
+        assert all(line.isprintable() for line in out.split("\n")), out
+    console.echo_json(json.dumps({"é": text}, ensure_ascii=False))
+    assert json.loads(capsys.readouterr().out) == {"é": text}
+
+
+def test_an_error_with_escape_sequences_of_a_file_prints_their_escapes(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_bytes(b'name: "\\e]0;PWN\\a"\n"\\e[2J": 1\n')
+    done = run("plan", path)
+    assert done.returncode == ManifestError.exit_code and "x1b" in done.stderr and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "Infinity", "NaN"])
+def test_no_json_becomes_infinity(number: str, tmp_path: Path) -> None:
+    members = unpack(STORED)
+    data = (
+        members[0]
+        .data.replace(b'"ops":[{', b'"ops":[{"x": 12345,')
+        .replace(b'"ops": [\n  {', b'"ops": [\n  {"x": 12345,')
+    )
+    assert b"12345" in data
+    path = tmp_path / "forged.tar.zst"
+    path.write_bytes(compress(join(replace(members, 0, data.replace(b"12345", number.encode())))))
+    with pytest.raises(ArtifactError, match=r"finite|not JSON"):
+        read_index(path)
 
 
 SERVING = [

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
-from cachebuilder.common.records import Count, Record, Sha256
+from cachebuilder.common.records import Count, Line, Record, Sha256, Text
 from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.planning.selection import Selection
@@ -40,16 +40,16 @@ class Fingerprint(Record):
     """
 
     generation: Generation
-    deep_gemm: str
+    deep_gemm: Line
     headers: Sha256
-    cutlass: str
-    compiler: str
-    arch: str
+    cutlass: Line
+    compiler: Text
+    arch: Line
     sm_counts: Annotated[tuple[Count, ...], FailFast()]
     environment: KernelEnvironment
-    distribution: str | None = None
-    install_include: str | None = None
-    legacy_flags: str | None = None
+    distribution: Line | None = None
+    install_include: Line | None = None
+    legacy_flags: Line | None = None
 
     def digest(self) -> str:
         """sha256 of the fingerprint's canonical JSON."""
@@ -89,7 +89,7 @@ class Index(Record):
     manifest: Sha256
     ops: Annotated[tuple[dict[str, object], ...], FailFast()]
     entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
-    recorded: dict[str, str]
+    recorded: dict[Line, Line]
 
     @property
     def gpu(self) -> str:

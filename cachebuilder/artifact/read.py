@@ -150,15 +150,26 @@ def parse_index(data: bytes, path: Path) -> Index:
     return index
 
 
+def _is_printable(value: object) -> bool:
+    """Whether every text in a value from JSON is a line of printable characters."""
+    if isinstance(value, dict):
+        return all(map(_is_printable, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_printable, value))
+    return not isinstance(value, str) or value.isprintable()
+
+
 def _problem(index: Index) -> str | None:
     """What is wrong with an index of the right shape."""
     fingerprint = index.fingerprint
     if not _NAME.fullmatch(index.name):
         return f"name: wanted letters, digits, '.', '_' and '-', found {index.name[:100]!r}"
-    if "\0" in fingerprint.compiler or len(fingerprint.compiler) > 4096:
-        return "fingerprint.compiler: wanted the text of nvcc --version, found a NUL or more than 4096 characters"
+    if len(fingerprint.compiler) > 4096:
+        return "fingerprint.compiler: wanted the text of nvcc --version, found more than 4096 characters"
     if len(fingerprint.legacy_flags or "") > 4096:  # a relocation hashes them for every entry
         return "fingerprint.legacy_flags: wanted nvcc's flags, found more than 4096 characters"
+    if not _is_printable(index.ops):
+        return "ops: wanted printable text, found control characters"
     if index.fingerprint_digest != fingerprint.digest():
         return f"fingerprint_digest: wanted {fingerprint.digest()}, found {index.fingerprint_digest}"
     files = entry_files.FILES[fingerprint.generation]

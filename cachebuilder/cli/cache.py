@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cachebuilder.cli import shared, table, words
+from cachebuilder.cli import console, shared, table, words
 from cachebuilder.common import kept
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -52,9 +52,9 @@ def dir(as_json: bool) -> None:
     """Print the path of the cache folder, and the size of each part."""
     usage = kept.usage()
     if as_json:
-        click.echo(usage.to_json())
+        console.echo_json(usage.to_json())
         return
-    click.echo(usage.folder)
+    console.echo(usage.folder)
     for part in usage.parts:
         table.line(part.name, f"{words.size(part.bytes):>9} in {part.items:>5}: {part.holds}", column=12)
 
@@ -84,4 +84,4 @@ def clean() -> None:
 def _print_removed(removed: kept.Removed, dry_run: bool) -> None:
     verb = "would remove" if dry_run else "removed"
     in_use = f"; {words.several(removed.in_use, 'item')} in use left alone" if removed.in_use else ""
-    click.echo(f"{verb} {words.several(removed.items, 'item')}, {words.size(removed.bytes)}{in_use}")
+    console.echo(f"{verb} {words.several(removed.items, 'item')}, {words.size(removed.bytes)}{in_use}")

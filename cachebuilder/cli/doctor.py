@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared, table
+from cachebuilder.cli import console, remote, shared, table
 from cachebuilder.inspecting.doctor import CacheRoot, Findings, examine
 
 #: How many damaged entries of a root are printed; the JSON has all.
@@ -26,7 +26,7 @@ def doctor(target: Path | None, deep_gemm: Path | None, as_json: bool) -> None:
     """
     findings = examine(target, deep_gemm)
     if as_json:
-        click.echo(findings.to_json())
+        console.echo_json(findings.to_json())
     else:
         _print(findings)
 
@@ -64,9 +64,9 @@ def _print(findings: Findings) -> None:
         _line("artifact", f"{artifact.name}: {verdict}")
         for difference in artifact.differences:
             for text in difference.lines():
-                click.echo(f"  {text}")
+                console.echo(f"  {text}")
     for problem in findings.problems:
-        click.echo(f"note: {problem}")
+        console.echo(f"note: {problem}")
 
 
 def _line(name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import shared
+from cachebuilder.cli import console, shared
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring.environment import Engine, Variable, variables
 from cachebuilder.restoring.folder import open_folder
@@ -72,4 +72,4 @@ def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
 
     Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit.
     """
-    click.echo(text(variables(dir, open_folder(dir).indexes, engine, scratch, os.environ), form))
+    console.echo(text(variables(dir, open_folder(dir).indexes, engine, scratch, os.environ), form))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared, table, words
+from cachebuilder.cli import console, remote, shared, table, words
 from cachebuilder.inspecting.summary import Summary, summarise
 
 #: The column of the fields' values: a digest then just fits.
@@ -21,7 +21,7 @@ def inspect(artifact: Path, as_json: bool) -> None:
     """Print what is in ARTIFACT and what must agree for it to be of use. Reads the index only."""
     summary = summarise(artifact)
     if as_json:
-        click.echo(summary.index.model_dump_json(indent=1, exclude_none=True))  # as in the artifact
+        console.echo_json(summary.index.model_dump_json(indent=1, exclude_none=True))  # as in the artifact
     else:
         _print(summary)
 
@@ -40,9 +40,9 @@ def _print(summary: Summary) -> None:
         table.line(f"  {field}", first, column=_COLUMN)
         for line in rest:
             table.line("", line, column=_COLUMN)
-    click.echo("recorded")
+    console.echo("recorded")
     for field, value in index.recorded.items():
         table.line(f"  {field}", value, column=_COLUMN)
-    click.echo("kernels")
+    console.echo("kernels")
     for name, count in sorted(summary.families.items()):
-        click.echo(f"  {count:>6}  {name}")
+        console.echo(f"  {count:>6}  {name}")

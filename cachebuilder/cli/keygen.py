@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.artifact import signature
-from cachebuilder.cli import signing
+from cachebuilder.cli import console, signing
 
 
 @click.command()
@@ -18,6 +18,6 @@ from cachebuilder.cli import signing
 def keygen(out: Path, encrypt: bool) -> None:
     """Make a key pair to sign artifacts with: KEY.pem, which only you can read, and KEY.pub for everybody."""
     public = signature.generate_key(out, signing.passphrase(out, confirm=True) if encrypt else None)
-    click.echo(f"private   {out}: keep it where artifacts are signed, and nowhere else")
-    click.echo(f"public    {public}, {signature.load_trusted([public])[0].fingerprint}")
-    click.echo(f"next      cachebuilder sign ARTIFACT --key {out}")
+    console.echo(f"private   {out}: keep it where artifacts are signed, and nowhere else")
+    console.echo(f"public    {public}, {signature.load_trusted([public])[0].fingerprint}")
+    console.echo(f"next      cachebuilder sign ARTIFACT --key {out}")

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import click
 
-from cachebuilder.cli import table
+from cachebuilder.cli import console, table
 from cachebuilder.common.version import __version__
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
 
@@ -93,12 +93,12 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except CacheBuilderError as error:
-        click.echo(f"error: {error}", err=True)
+        console.echo(f"error: {error}", err=True)
         if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+            console.echo(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: compiled kernels are kept for the next build", err=True)
+        console.echo("interrupted: compiled kernels are kept for the next build", err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         sys.stderr.close()

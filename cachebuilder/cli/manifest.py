@@ -8,7 +8,7 @@ import click
 
 from cachebuilder.authoring.derive.engines import ENGINES
 from cachebuilder.authoring.derive.manifest import MOE_BACKENDS, Deployment, derive_manifest
-from cachebuilder.cli import shared
+from cachebuilder.cli import console, shared
 from cachebuilder.common.files import write_atomically
 from cachebuilder.cuda.gpus import GPUS
 from cachebuilder.errors import ManifestError
@@ -72,10 +72,10 @@ def manifest(model: Path, deployment: Deployment, name: str | None, output: Path
     """Write a manifest from a model's config.json: the shapes that an engine asks DeepGEMM for."""
     written = derive_manifest(model, deployment, name)
     for unknown in written.derived.unknown:
-        click.echo(f"not known: {unknown}", err=True)
+        console.echo(f"not known: {unknown}", err=True)
     if output is None:
-        click.echo(written.text, nl=False)
+        console.echo(written.text, newline=False)
         return
     write_atomically(output, written.text.encode(), ManifestError)
     shapes = f"{len(written.derived.ops)} shapes, {len(written.derived.left_out)} left out"
-    click.echo(f"manifest  {output}: {shapes}; its comments say why\nnext      cachebuilder plan {output}")
+    console.echo(f"manifest  {output}: {shapes}; its comments say why\nnext      cachebuilder plan {output}")

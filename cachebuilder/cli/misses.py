@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.authoring import sources
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import console, shared, table
 from cachebuilder.restoring import misses as reading
 
 
@@ -27,21 +27,23 @@ def misses(log: Path, manifest: Path | None, as_json: bool) -> None:
     missed = reading.read(log)
     if manifest is not None:
         addition = sources.add_missed(manifest, missed)
-        click.echo(f"{manifest}: {addition.new} sources added, {addition.known} were in it already", err=True)
+        console.echo(f"{manifest}: {addition.new} sources added, {addition.known} were in it already", err=True)
         if addition.without_source:
-            click.echo(f"note: {addition.without_source} kernels have no kept source: add their ops by hand", err=True)
+            console.echo(
+                f"note: {addition.without_source} kernels have no kept source: add their ops by hand", err=True
+            )
     if as_json:
-        click.echo(missed.model_dump_json(indent=1))
+        console.echo_json(missed.model_dump_json(indent=1))
         return
     for miss in missed.misses:
         _print(miss)
-    click.echo(f"kernels missed: {len(missed.misses)}, requests: {missed.requests()}")
+    console.echo(f"kernels missed: {len(missed.misses)}, requests: {missed.requests()}")
     if missed.unreadable_lines:
-        click.echo(f"note: {missed.unreadable_lines} lines of the log are not the frozen nvcc's")
+        console.echo(f"note: {missed.unreadable_lines} lines of the log are not the frozen nvcc's")
     if missed.misses:
-        click.echo("next: add the ops to the manifest (fill in each ?), or the kernels as they are")
-        click.echo("      with --add-to MANIFEST; build, and check the artifact with")
-        click.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
+        console.echo("next: add the ops to the manifest (fill in each ?), or the kernels as they are")
+        console.echo("      with --add-to MANIFEST; build, and check the artifact with")
+        console.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
 
 
 def _print(miss: reading.Miss) -> None:
@@ -49,7 +51,7 @@ def _print(miss: reading.Miss) -> None:
     if miss.artifacts:
         _print_wrapped(f"not in {', '.join(miss.artifacts)}")
     if miss.shape and miss.shape.op:  # to be copied as one line
-        click.echo(f"  {miss.advice}")
+        console.echo(f"  {miss.advice}")
     else:
         _print_wrapped(miss.advice)
     if miss.shape:
@@ -60,4 +62,4 @@ def _print(miss: reading.Miss) -> None:
 
 
 def _print_wrapped(text: str, indent: str = "  ") -> None:
-    click.echo(textwrap.fill(text, table.WIDTH, initial_indent="  ", subsequent_indent=indent))
+    console.echo(textwrap.fill(text, table.WIDTH, initial_indent="  ", subsequent_indent=indent))

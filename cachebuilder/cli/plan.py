@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import cachebuilder
-from cachebuilder.cli import shared, table, words
+from cachebuilder.cli import console, shared, table, words
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.planning.selection import Selection
 
@@ -25,7 +25,7 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
     with shared.show_progress() as progress:
         made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
     if as_json:
-        click.echo(made.model_dump_json(indent=1, exclude_none=True))
+        console.echo_json(made.model_dump_json(indent=1, exclude_none=True))
         return
     for index, op in enumerate(inputs.manifest.ops):
         for sm_count in inputs.manifest.sm_counts_of(op):
@@ -37,7 +37,7 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
                 if (selection.op, selection.sm_count) == (index, sm_count)
             ]
             for kernel, selection in sorted(selected, key=lambda pair: (pair[0].name, pair[1].ranges[0].first)):
-                click.echo(_line(kernel, selection))
+                console.echo(_line(kernel, selection))
             if not selected:
                 reason = "this DeepGEMM has no kernel of its own (cuBLASLt serves it)"
                 table.line("  nothing to compile:", reason, column=22)
@@ -45,7 +45,7 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
     if from_sources:
         table.title("sources")
         for kernel in from_sources:
-            click.echo(f"  {_short_name(kernel)}")
+            console.echo(f"  {_short_name(kernel)}")
     sm_counts = ", ".join(map(str, made.sm_counts))
     target = f"{made.gpu.name}, {made.arch}, {sm_counts} SMs"
     table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {target}")

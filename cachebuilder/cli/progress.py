@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from cachebuilder.cli import words
+from cachebuilder.cli import console, words
 from cachebuilder.common.progress import Progress, no_progress
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,7 +177,7 @@ def _is_set(key: str) -> bool:
 def remark(text: str) -> None:
     """Print a line for a person who watches, on standard error; nothing with ``--quiet``."""
     if not quiet():
-        click.echo(text, err=True)
+        console.echo(text, err=True)
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def show_progress(in_bytes: bool = False) -> Iterator[Progress]:
     if quiet():
         yield no_progress
     elif verbose or not sys.stderr.isatty():
-        yield Lines(lambda line: click.echo(line, err=True), 1.0 if verbose else None, in_bytes)
+        yield Lines(lambda line: console.echo(line, err=True), 1.0 if verbose else None, in_bytes)
     else:
         with _bars(in_bytes) as bars:
             yield bars
@@ -199,13 +199,17 @@ def _bars(in_bytes: bool) -> Iterator[Progress]:
     from rich.progress import BarColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
 
-    columns = TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.fields[text]}")
+    name, text = (TextColumn(form, markup=False) for form in ("{task.description:<8}", "{task.fields[text]}"))
+    columns = name, BarColumn(), text
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         steps: dict[str, tuple[TaskID, Meter]] = {}
 
         def show(step: str, done: int, total: int, share: float | None = None) -> None:
             if step not in steps:
-                steps[step] = bars.add_task(step, total=None, text=""), Meter(done, total, share, in_bytes)
+                steps[step] = (
+                    bars.add_task(console.printable(step), total=None, text=""),
+                    Meter(done, total, share, in_bytes),
+                )
             task, meter = steps[step]
             meter.update(done, total, share)
             bars.update(task, completed=meter.share, total=1.0 if total else None, text=str(meter))

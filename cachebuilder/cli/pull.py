@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared, signing
+from cachebuilder.cli import console, remote, shared, signing
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring.machine import Machine
 
@@ -44,6 +44,6 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
             return path
 
         path = located.get(to, keys)
-    click.echo(f"pulled    {path}, from {located.name}")
-    click.echo(f"sha256    {sha256_of(path)}")
+    console.echo(f"pulled    {path}, from {located.name}")
+    console.echo(f"sha256    {sha256_of(path)}")
     shared.remark(f"next      cachebuilder restore {path} --to DIR")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared
+from cachebuilder.cli import console, remote, shared
 
 
 @click.command()
@@ -44,8 +44,8 @@ def run_push(destination: str, artifacts: tuple[Path, ...], platforms: tuple[str
         with remote.retries() as tries:
             stored = put_all(destination, artifacts, tries)
         for artifact, location in zip(artifacts, stored, strict=True):
-            click.echo(f"stored    {location}")
-            click.echo(f"sha256    {sha256_of(artifact)}")
+            console.echo(f"stored    {location}")
+            console.echo(f"sha256    {sha256_of(artifact)}")
         return
     _push_images(destination, artifacts, platforms or ("linux/amd64",))
 
@@ -60,9 +60,11 @@ def _push_images(destination: str, artifacts: tuple[Path, ...], platforms: tuple
     for target in pushed.targets:
         signed = "signed" if target.signed else "not signed"
         kernels, fingerprint = len(target.index.entries), target.index.fingerprint
-        click.echo(f"image     {target.path}: {kernels} kernels, {fingerprint.arch}, {fingerprint.deep_gemm}, {signed}")
+        console.echo(
+            f"image     {target.path}: {kernels} kernels, {fingerprint.arch}, {fingerprint.deep_gemm}, {signed}"
+        )
         for manifest in target.manifests:
-            click.echo(f"          {reference.at(manifest.digest)}, {manifest.platform}")
-    click.echo(f"pushed    {reference}")
-    click.echo(f"digest    {pushed.digest}")
+            console.echo(f"          {reference.at(manifest.digest)}, {manifest.platform}")
+    console.echo(f"pushed    {reference}")
+    console.echo(f"digest    {pushed.digest}")
     shared.remark(f"next      cachebuilder restore {reference.at(pushed.digest)} --to DIR")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.authoring import record as recording
-from cachebuilder.cli import shared, table
+from cachebuilder.cli import console, shared, table
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def record(command: tuple[str, ...], destination: _Destination, nvcc: Path | Non
             with shared.show_progress() as progress:
                 written = recorder.write(recorded, progress)
         except KeyboardInterrupt:
-            click.echo(f"what was recorded is kept in {recorder.folder}", err=True)
+            console.echo(f"what was recorded is kept in {recorder.folder}", err=True)
             raise
     for remark in written.remarks:
         shared.remark(remark)
@@ -75,8 +75,8 @@ def record(command: tuple[str, ...], destination: _Destination, nvcc: Path | Non
     verb = "written" if destination.output else "added"
     table.line("manifest", f"{manifest.path}: {written.sources} sources {verb}")
     if written.ops:
-        click.echo("ops that ask for such kernels, each for every M (fill in each ?):")
+        console.echo("ops that ask for such kernels, each for every M (fill in each ?):")
         for op in written.ops:
-            click.echo(f"  {op}")
+            console.echo(f"  {op}")
     table.line("next", f"cachebuilder build {manifest.path}")
     sys.exit(0 if recorded.stopped else recorded.exit_code)

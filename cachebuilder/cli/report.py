@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, words
+from cachebuilder.cli import console, remote, words
 from cachebuilder.errors import InstallationError
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -32,4 +32,6 @@ def report(target: Path, output: Path, against: Path | None, verified: Path | No
             f"a report needs {error.name}, which is not installed", hint="pip install 'cachebuilder[report]'"
         ) from None
     facts, size = page.write(output, target, against=against, verify_report=verified)
-    click.echo(f"report    {output}, {words.size(size)}: {words.several(len(facts.kernels), 'kernel')} of {facts.name}")
+    console.echo(
+        f"report    {output}, {words.size(size)}: {words.several(len(facts.kernels), 'kernel')} of {facts.name}"
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.artifact.trust import Trust
-from cachebuilder.cli import remote, shared, signing, words
+from cachebuilder.cli import console, remote, shared, signing, words
 from cachebuilder.restoring import restore as restoring
 from cachebuilder.restoring.machine import Compared, Machine
 
@@ -42,12 +42,12 @@ def run_restore(
     restored = restoring.restore(files, to, machine=machine, trust=trust, force=force)
     for other in restored.others:
         if other.fits:
-            click.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
+            console.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
         else:
-            click.echo(f"refused   {other}", err=True)
+            console.echo(f"refused   {other}", err=True)
     if restored.differences:
         taken = Compared(restored.artifact, restored.differences)
-        click.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
+        console.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
     if restored.signed_by is not None:
         shared.remark(f"signed    {restored.artifact}, by {restored.signed_by.path} ({restored.signed_by.fingerprint})")
     relocated = f", relocated to {restored.index.fingerprint.install_include}" if restored.relocated else ""

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from cachebuilder.cli import remote, shared, signing
+from cachebuilder.cli import console, remote, shared, signing
 from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore
 from cachebuilder.errors import CommandError
 from cachebuilder.restoring import serving
@@ -63,4 +63,4 @@ def _say_unchecked(dir: Path) -> None:
     """A folder has no signature. With ``--trust`` that is an error; where a variable set the keys, it is a remark."""
     if click.get_current_context().get_parameter_source("trust") is ParameterSource.COMMANDLINE:
         raise click.UsageError(f"--trust goes with an artifact; {dir} is a folder, and only its restore could check it")
-    click.echo(f"unchecked {dir}: a folder has no signature; only its restore could check one", err=True)
+    console.echo(f"unchecked {dir}: a folder has no signature; only its restore could check one", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cachebuilder.cli import console
 from cachebuilder.inspecting import schemas
 
 
@@ -11,4 +12,4 @@ from cachebuilder.inspecting import schemas
 @click.argument("name", type=click.Choice(list(schemas.SCHEMAS)), metavar="|".join(schemas.SCHEMAS))
 def schema(name: str) -> None:
     """Print the JSON schema of a file that cachebuilder reads or writes, or of what a verb's --json prints."""
-    click.echo(schemas.text(name), nl=False)
+    console.echo(schemas.text(name), newline=False)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from cachebuilder.cli import console
 from cachebuilder.cli.progress import options as progress_options
 from cachebuilder.cli.progress import quiet, remark, show_progress
 
@@ -123,4 +124,4 @@ tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option)
 def say(text: str) -> None:
     """Print a line on standard output, unless the user gave ``--quiet``."""
     if not quiet():
-        click.echo(text)
+        console.echo(text)

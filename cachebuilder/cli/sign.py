@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.artifact import provenance, signature
-from cachebuilder.cli import shared, signing
+from cachebuilder.cli import console, shared, signing
 
 
 @click.command()
@@ -23,6 +23,6 @@ def sign(artifact: Path, key_file: Path) -> None:
     key = signature.load_key(key_file, signing.passphrase(key_file) if encrypted else None)
     sha256, files = provenance.sign_file(artifact, key)
     for file in files:
-        click.echo(f"written   {file}")
-    click.echo(f"sha256    {sha256}")
-    click.echo(f"next      cachebuilder verify-signature {artifact} --trust {key_file.with_suffix('.pub')}")
+        console.echo(f"written   {file}")
+    console.echo(f"sha256    {sha256}")
+    console.echo(f"next      cachebuilder verify-signature {artifact} --trust {key_file.with_suffix('.pub')}")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from cachebuilder.artifact.trust import Trust
+from cachebuilder.cli import console
 
 #: The passphrase of a private key; cachebuilder asks for it where this is not set.
 PASSPHRASE = "CACHEBUILDER_KEY_PASSPHRASE"
@@ -57,7 +58,9 @@ def load_trust(keys: tuple[Path, ...]) -> Trust | None:
 def warn_unchecked(trust: Trust | None) -> None:
     """Say that an artifact's origin is not checked, where no key was given to check it with."""
     if trust is None:
-        click.echo("unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True)
+        console.echo(
+            "unchecked origin, no --trust KEY.pub was given; whoever made this file decides what runs", err=True
+        )
 
 
 def passphrase(key: Path, confirm: bool = False) -> bytes:

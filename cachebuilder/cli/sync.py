@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared, signing
+from cachebuilder.cli import console, remote, shared, signing
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.restoring.machine import Machine
 
@@ -46,13 +46,13 @@ def sync(
             synced = folder.sync(lambda: fetch.look_up(str(source), machine, tries), keep=keep, allow_stale=allow_stale)
         except CacheBuilderError:
             if (kept := folder.current()) is not None:
-                click.echo(f"kept      {to / CURRENT}, {kept.name}", err=True)
+                console.echo(f"kept      {to / CURRENT}, {kept.name}", err=True)
             raise
     if synced.stale is not None:
-        click.echo(f"stale     {to / CURRENT} stays {synced.generation.name}: {synced.stale}", err=True)
+        console.echo(f"stale     {to / CURRENT} stays {synced.generation.name}: {synced.stale}", err=True)
         return
     if synced.restored is not None:
         shared.remark(f"restored  {synced.restored.index.name}: {synced.restored.written} kernels")
     for name in synced.removed:
         shared.remark(f"removed   {name}")
-    click.echo(f"{'now      ' if synced.changed else 'unchanged'} {to / CURRENT}, {synced.generation.name}")
+    console.echo(f"{'now      ' if synced.changed else 'unchanged'} {to / CURRENT}, {synced.generation.name}")

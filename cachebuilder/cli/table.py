@@ -10,6 +10,8 @@ import textwrap
 
 import click
 
+from cachebuilder.cli import console
+
 WIDTH = 80
 
 GOOD, BAD, UNSURE, TITLE = "green", "red", "yellow", "cyan"
@@ -27,21 +29,22 @@ def line(name: str, text: str, colour: str | None = None, column: int = 10) -> N
     A word that does not fit beside the name goes below it, with as little indent as there can be. A path may be of any
     length and stays beside the name.
     """
-    styled_name = click.style(name, fg=colour) if colour else name
+    name, text = console.printable(name), console.printable(text)
+    styled_name = console.style(name, colour) if colour else name
     parts = _wrap(text, WIDTH - column)
     if all(len(part) <= WIDTH - column or "/" in part for part in parts):
-        click.echo(styled_name + " " * max(column - len(name), 1) + f"\n{'':<{column}}".join(parts))
+        console.echo_table(styled_name + " " * max(column - len(name), 1) + f"\n{'':<{column}}".join(parts))
         return
     indent = " " * (len(name) - len(name.lstrip()) + 1)
     if name:
-        click.echo(styled_name)
+        console.echo_table(styled_name)
     for part in _wrap(text, WIDTH - len(indent)):
-        click.echo(part if len(part) > WIDTH - len(indent) else indent + part)
+        console.echo_table(part if len(part) > WIDTH - len(indent) else indent + part)
 
 
 def title(text: str) -> None:
     """Print a line that stands above others."""
-    click.echo("\n".join(click.style(part, fg=TITLE) for part in _wrap(text, WIDTH)))
+    console.echo_table("\n".join(console.style(part, TITLE) for part in _wrap(text, WIDTH)))
 
 
 def _wrap(text: str, width: int) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cachebuilder.cli import remote, shared, table, words
+from cachebuilder.cli import console, remote, shared, table, words
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.verifying import verify as verifying
@@ -53,7 +53,7 @@ def verify(
         report = verifying.verify(target, deep_gemm=deep_gemm, manifest=manifest, device=device, progress=progress)
     report.write_gpu_report(report_file)
     if as_json:
-        click.echo(report.to_json())
+        console.echo_json(report.to_json())
     else:
         _print(report)
     report.require_right()
@@ -65,7 +65,7 @@ def _print(report: Report) -> None:
         table.line("damaged", f"{item}", table.BAD)
     _print_more(len(report.damage))
     if not report.damage:
-        click.echo(f"files     those of {report.entries} entries are whole")
+        console.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
         _print_replay(replay)
     if report.on_gpu:
@@ -77,7 +77,7 @@ def _print_replay(replay: Replay) -> None:
     colour = table.BAD if replay.missing else table.GOOD
     table.line("replay", f"{replay.manifest}: {replay.calls} calls, {counts}", colour)
     if replay.unlisted:
-        click.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
+        console.echo(f"          {len(replay.unlisted)} of those found are in no artifact's index")
     for kernel in replay.missing[:_SHOWN]:
         table.line("damaged" if kernel.damaged else "missing", kernel.entry, table.BAD)
         for selection in kernel.selected_by:
@@ -95,7 +95,7 @@ def _print_replay(replay: Replay) -> None:
             if line.startswith(difference.field):
                 table.line("differs", line, table.UNSURE)
             else:
-                click.echo(line)
+                console.echo(line)
 
 
 def _print_on_gpu(report: GpuReport) -> None:
@@ -108,15 +108,15 @@ def _print_on_gpu(report: GpuReport) -> None:
         numbers = f"{len(kernels)} kernels at {len(replay.trials)} points, {len(replay.wrong)} wrong"
         table.line("numbers", numbers, table.BAD if replay.wrong else table.GOOD)
         if launched_only := sum(trial.relative_error is None for trial in replay.trials):
-            click.echo(f"          {launched_only} points of ops without a reference were launched only")
+            console.echo(f"          {launched_only} points of ops without a reference were launched only")
         if worst := replay.worst:
             _print_indented(f"worst error {worst.relative_error:.2e}: {worst.place}")
 
 
 def _print_indented(text: str) -> None:
-    click.echo(textwrap.fill(text, table.WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12))
+    console.echo(textwrap.fill(text, table.WIDTH, initial_indent=" " * 10, subsequent_indent=" " * 12))
 
 
 def _print_more(count: int) -> None:
     if count > _SHOWN:
-        click.echo(f"          … {count - _SHOWN} more: --json lists all")
+        console.echo(f"          … {count - _SHOWN} more: --json lists all")

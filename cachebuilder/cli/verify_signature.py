@@ -9,7 +9,7 @@ import click
 
 from cachebuilder.artifact import provenance
 from cachebuilder.artifact.trust import Trust
-from cachebuilder.cli import remote, shared, signing
+from cachebuilder.cli import console, remote, shared, signing
 
 
 @click.command("verify-signature")
@@ -24,13 +24,13 @@ def verify_signature(artifact: Path, trust: tuple[Path, ...], as_json: bool) -> 
     report = provenance.check_report_beside(artifact, signed.statement) if signed.statement else None
     if as_json:
         key = {"path": str(signed.key.path), "fingerprint": signed.key.fingerprint}
-        click.echo(json.dumps({"sha256": signed.sha256, "key": key, "statement": signed.statement}, indent=1))
+        console.echo_json(json.dumps({"sha256": signed.sha256, "key": key, "statement": signed.statement}, indent=1))
         return
-    click.echo(f"signed    {artifact}, by {signed.key.path} ({signed.key.fingerprint})")
-    click.echo(f"sha256    {signed.sha256}")
+    console.echo(f"signed    {artifact}, by {signed.key.path} ({signed.key.fingerprint})")
+    console.echo(f"sha256    {signed.sha256}")
     if signed.statement is None:
-        click.echo("provenance none: only the artifact's bytes are signed")
+        console.echo("provenance none: only the artifact's bytes are signed")
         return
-    click.echo(f"provenance signed, {signed.statement['predicateType']}; --json prints it")
+    console.echo(f"provenance signed, {signed.statement['predicateType']}; --json prints it")
     if report:
-        click.echo(f"report    {report}, as signed")
+        console.echo(f"report    {report}, as signed")

@@ -7,20 +7,37 @@ declared once, in the field's type, and hold for the reader and for the JSON sch
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import CacheBuilderError
 
 R = TypeVar("R", bound="Record")
 
+
+def _line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError(f"wanted a line of printable characters, found {text[:60]!r}")
+    return text
+
+
+def _text(text: str) -> str:
+    _line(text.replace("\n", "").replace("\t", ""))
+    return text
+
+
 #: A count or a size. No real index comes near the bound; a larger number is an attempt to make a reader allocate.
 Count = Annotated[int, Field(ge=0, le=1 << 40)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+#: Text that is printed and becomes part of other texts: no control character, no other line.
+Line = Annotated[str, AfterValidator(_line)]
+#: The same in lines.
+Text = Annotated[str, AfterValidator(_text)]
 
 #: pydantic's words → the house's.
 _WORDS = {"Input should be": "wanted", "String should match": "wanted a match of", "Tuple should have": "wanted"}
@@ -60,7 +77,9 @@ def read(kind: type[R], data: bytes) -> R:
     try:
         if _SURROGATE.search(data):
             raise ValueError("found half a character, escaped")
-        json.loads(data.decode(), object_pairs_hook=_check_keys, parse_constant=_refuse_constant)
+        json.loads(
+            data.decode(), object_pairs_hook=_check_keys, parse_constant=_refuse_constant, parse_float=_check_float
+        )
     except (ValueError, RecursionError) as error:
         raise RecordError("", f"wanted JSON: {error}") from None
     try:
@@ -69,8 +88,13 @@ def read(kind: type[R], data: bytes) -> R:
         errors = error.errors(include_url=False, include_context=False)
     first = next((e for e in errors if e["loc"] == ("schema_version",)), errors[0])
     raise RecordError(
-        ".".join(str(part)[:100] for part in first["loc"]), _why(first["type"], first["msg"], first["input"])
+        ".".join(one_line(str(part)[:100]) for part in first["loc"]), _why(first["type"], first["msg"], first["input"])
     )
+
+
+def one_line(text: str) -> str:
+    """Foreign text for the middle of a line: what would end the line or steer a terminal is printed as its escape."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _why(kind: str, message: str, value: object) -> str:
@@ -93,6 +117,13 @@ def _check_keys(pairs: list[tuple[str, object]]) -> None:
     """Refuse a key that occurs twice in one object. Keeps nothing, so that a large index is not in memory twice."""
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key occurs twice in one object")
+
+
+def _check_float(text: str) -> float:
+    """Refuse 1e999, which is infinite in memory and would be written as ``Infinity``."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"wanted a finite number, found {text[:60]}")
+    return number
 
 
 def _refuse_constant(name: str) -> object:

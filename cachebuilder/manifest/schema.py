@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from cachebuilder.common.records import one_line
 from cachebuilder.cuda import device as devices
 from cachebuilder.cuda import gpus
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
@@ -227,6 +228,7 @@ def _field(loc: tuple[Any, ...]) -> str:
             text += f"[{part}]"
         elif part not in OPS:  # the union's tag is not in the file
             text += f".{part}" if text else str(part)
+    text = one_line(text)
     return text or "manifest"
 
 

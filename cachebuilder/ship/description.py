@@ -64,16 +64,5 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
         fingerprint = records.read(Fingerprint, annotations[_FINGERPRINT].encode())
     except RecordError as error:
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: {error}") from None
-    if not _is_text(fingerprint.model_dump()):
-        raise TransferError(f"{what}: annotation {_FINGERPRINT}: wanted text, found control characters")
     name, gpu = (printable(annotations.get(key, "")) for key in (_NAME, _GPU))
     return Described(annotations.get(_ARTIFACT, ""), name, gpu, fingerprint)
-
-
-def _is_text(value: object) -> bool:
-    """Whether no string in it has control characters, which a terminal would obey."""
-    if isinstance(value, dict):
-        return all(map(_is_text, value.keys())) and all(map(_is_text, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_text, value))
-    return not isinstance(value, str) or value.replace("\n", "").replace("\t", "").isprintable()
