@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
 from cachebuilder.ship import locations
+from cachebuilder.ship.download import Target
 from cachebuilder.ship.pull import Check, Puller
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.retry import Retries
@@ -32,13 +34,18 @@ def for_another(artifact: Path, name: str, gpu: str, **fingerprint: Any) -> Path
     return path
 
 
+def into(folder: Path) -> Callable[[str], Target]:
+    """Write what is fetched into a folder, under its own name."""
+    return lambda name: Target.at(folder / name)
+
+
 def push_to(host: str, name: str, *artifacts: Path, tag: str = "v1") -> Pushed:
     return push(locations.parse(f"oci://{host}/{name}:{tag}"), artifacts, ONE, FEW)
 
 
 def pull_from(location: str, folder: Path, check: Check | None = None) -> Path:
     puller = Puller(locations.parse(location), FEW)
-    return puller.fetch(puller.look_up()[0], lambda name: folder / name, check)
+    return puller.fetch(puller.look_up()[0], into(folder), check)
 
 
 def apply(layers: list[bytes], to: Path) -> None:

@@ -19,7 +19,7 @@ from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.retry import Again, Retries, Watcher
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port, registry
-from tests.shipping import for_another, pull_from, push_to
+from tests.shipping import for_another, into, pull_from, push_to
 
 ONCE = Retries(0)
 
@@ -62,7 +62,7 @@ def test_a_connection_that_breaks_again_and_again_is_taken_up_where_it_broke(
     said: list[str] = []
     tries = Retries(2, first_wait=0.01, watcher=Watcher(notice=said.append))
     puller = Puller(locations.parse(f"oci://{between.host}/bad:v1"), tries)
-    got = puller.fetch(puller.look_up()[0], lambda name: tmp_path / "got" / name)
+    got = puller.fetch(puller.look_up()[0], into(tmp_path / "got"))
     assert got.read_bytes() == whole and left(tmp_path / "got") == ["small.tar.zst"]
     ranges = [asked.headers.get("Range") for asked in between.asked if is_blob(asked, artifact)]
     first = len(whole) // 3

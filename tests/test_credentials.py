@@ -22,7 +22,7 @@ from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.session import origin
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Raw, Registry, registry
-from tests.shipping import FEW, push_to
+from tests.shipping import FEW, into, push_to
 
 #: One generation is enough: a transfer treats the artifacts of both alike.
 GENERATIONS = ("deepjit",)
@@ -92,7 +92,7 @@ def test_a_token_that_ran_out_in_between_is_asked_for_again(
         puller = Puller(locations.parse(f"oci://{between.host}/private:v1"), FEW)
         candidate = puller.look_up()[0]
         given.append("a newer one, which we do not have")
-        assert puller.fetch(candidate, lambda name: tmp_path / name).read_bytes() == artifact.read_bytes()
+        assert puller.fetch(candidate, into(tmp_path)).read_bytes() == artifact.read_bytes()
 
 
 HTPASSWD = "fleet:$2b$05$KHH7JwYWZ8GfPHOP6FUzVO5i7HT4079hkj2jVXxKJ1d0/pz5rcUTK"

@@ -17,6 +17,7 @@ from cachebuilder.ship.pull import Puller
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry
+from tests.shipping import into
 from tests.test_bad_days import GENERATIONS, ONCE, between, is_blob, left
 from tests.test_registry import pull_from
 
@@ -159,7 +160,7 @@ def test_a_hostile_index_or_manifest_is_one_sentence(
     )
     with pytest.raises(CacheBuilderError, match=words) as caught:
         puller = Puller(locations.parse(f"oci://{between.host}/bad:v1"), ONCE)
-        puller.fetch(puller.look_up()[0], lambda name: tmp_path / "got" / name)
+        puller.fetch(puller.look_up()[0], into(tmp_path / "got"))
     assert isinstance(caught.value, TransferError) and str(caught.value).replace("\n", "").isprintable()
     assert not (tmp_path / "got").exists() and len(str(caught.value)) < 1000
 

@@ -29,7 +29,7 @@ from cachebuilder.verifying.verify import verify
 from tests.archives import snapshot
 from tests.conftest import ROOT, Run
 from tests.registries import Answer, Asked, Middleman, Registry, program
-from tests.shipping import FEW, ONE, apply, for_another, pull_from, push_to
+from tests.shipping import FEW, ONE, apply, for_another, into, pull_from, push_to
 from tests.test_signature import beside, flip, keys, sign, trusted
 
 __all__ = ["keys"]
@@ -351,8 +351,8 @@ def test_of_what_was_fetched_the_last_few_stay(
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
     for number in range(10):
         push_to(there.host, f"few{number}", artifact)
-        path = fetch.fetch(f"oci://{there.host}/few{number}:v1", Machine(None), FEW)
-        os.utime(path.parent, (number, number))
+        with fetch.fetched(f"oci://{there.host}/few{number}:v1", Machine(None), FEW) as path:
+            os.utime(path.parent, (number, number))
     assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
 
 
@@ -368,7 +368,7 @@ def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Pa
     size = artifact.stat().st_size
     assert ("push small.tar.zst", size, size) in reports
     puller = Puller(reference, tries)
-    puller.fetch(puller.look_up()[0], lambda name: tmp_path / "got" / name)
+    puller.fetch(puller.look_up()[0], into(tmp_path / "got"))
     assert reports[-1] == ("fetch", size, size)
 
 

@@ -17,6 +17,7 @@ from cachebuilder.ship.documents import MANIFEST, digest_of
 from cachebuilder.ship.pull import Puller
 from cachebuilder.ship.retry import Patience, Retries
 from tests.registries import Raw
+from tests.shipping import into
 from tests.test_hostile_registry import image
 
 #: Half a second for the headers, and a body of 10 kB a second.
@@ -94,9 +95,9 @@ def test_a_blob_that_drips_is_given_up_and_one_that_is_merely_slow_is_not(tmp_pa
         puller = Puller(locations.parse(f"oci://{server.host}/a:b"), HASTY)
         candidate = puller.look_up()[0]
         with pytest.raises(TransferError, match="too slowly"):
-            puller.fetch(candidate, lambda name: tmp_path / name)
+            puller.fetch(candidate, into(tmp_path))
         pause[0] = 0  # 20 kB a second, for twice the time that headers have
-        assert puller.fetch(candidate, lambda name: tmp_path / name).read_bytes() == data
+        assert puller.fetch(candidate, into(tmp_path)).read_bytes() == data
 
 
 def test_a_line_between_chunks_without_an_end_is_not_kept_in_memory() -> None:

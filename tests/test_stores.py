@@ -18,7 +18,7 @@ from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.stores import Store, put_all
 from tests.conftest import Run
 from tests.registries import free_port
-from tests.shipping import FEW, for_another
+from tests.shipping import FEW, for_another, into
 from tests.test_signature import beside, flip, keys, sign, trusted
 
 __all__ = ["keys"]
@@ -66,7 +66,7 @@ def s3() -> Iterator[str]:
 
 def fetch(location: str, folder: Path, check: object = None) -> Path:
     store = Store(location, FEW)
-    return store.fetch(store.describe(), lambda name: folder / name, check)  # type: ignore[arg-type]
+    return store.fetch(store.describe(), into(folder), check)  # type: ignore[arg-type]
 
 
 def names(folder: Path) -> list[str]:
@@ -166,7 +166,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
 
     monkeypatch.setattr(store._fs, "cat_file", cat_file)
     with pytest.raises(TransferError, match=r"the object changed during the fetch|truncated"):
-        store.fetch(store.describe(), lambda name: tmp_path / "got" / name)
+        store.fetch(store.describe(), into(tmp_path / "got"))
     assert "small.tar.zst" not in names(tmp_path / "got")
 
 
@@ -185,7 +185,7 @@ def test_a_fetch_that_breaks_goes_on_where_it_broke(
         return real(path, start=start, end=end)  # type: ignore[no-any-return]
 
     monkeypatch.setattr(store._fs, "cat_file", cat_file)
-    got = store.fetch(store.describe(), lambda name: tmp_path / "got" / name)
+    got = store.fetch(store.describe(), into(tmp_path / "got"))
     assert got.read_bytes() == artifact.read_bytes()
     assert asked[:4] == [0, 4096, 4096, 8192]
 

@@ -27,21 +27,21 @@ def pull(source: str, output: Path | None, force: bool, deep_gemm: Path | None, 
     if not remote.is_remote(source):
         raise click.UsageError(f"wanted oci://HOST/NAME:TAG or s3://BUCKET/NAME, found {source}")
     remote.ready()
-    from cachebuilder.ship.download import sha256_of
+    from cachebuilder.ship.download import Target, sha256_of
     from cachebuilder.ship.fetch import look_up
 
     keys = signing.load_trust(trust)
     with remote.retries() as tries:
         located = look_up(source, Machine.here(deep_gemm), tries)
 
-        def to(name: str) -> Path:
+        def to(name: str) -> Target:
             path = output or Path(name)
             if not force and path.exists() and located.version != f"sha256:{sha256_of(path)}":
                 raise RestoreError(
                     f"{path}: wanted no file or this artifact, found another one\nwanted: {located.version}",
                     hint="--force replaces it; -o FILE puts this one elsewhere",
                 )
-            return path
+            return Target.at(path)
 
         path = located.get(to, keys)
     console.echo(f"pulled    {path}, from {located.name}")

@@ -72,10 +72,14 @@ def ready() -> None:
 
 
 def fetched(location: str, machine: Machine, trust: Trust | None = None, force: bool = False) -> Path:
-    """The artifact at a location, as a file; of several, the one that fits. Arguments as of `fetch.fetch`."""
+    """The artifact at a location, as a file that stays until the verb ends; of several, the one that fits.
+
+    Arguments as of `fetch.fetched`.
+    """
     with retries() as tries:
         from cachebuilder.ship import fetch
 
-        path = fetch.fetch(location, machine, tries, force=force, trust=trust)
+        artifact = fetch.fetched(location, machine, tries, force=force, trust=trust)
+        path = click.get_current_context().with_resource(artifact)
     shared.remark(f"fetched   {location} to {path}")
     return path

@@ -7,12 +7,14 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
-from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES
+from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, open_file
+from cachebuilder.common.folders import Folder, is_safe
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, TransferError
 from cachebuilder.ship.documents import wrong_digest
@@ -44,8 +46,35 @@ class RemoteFile:
     read: Callable[[int], tuple[int, Iterator[bytes]]]
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a file goes: its name in an open folder, which is closed at the end of the context."""
+
+    folder: Folder
+    name: str
+
+    @classmethod
+    def at(cls, path: Path) -> Self:
+        """The file at a path that the user named; its folder is made if it is missing."""
+        try:
+            return cls(Folder.make_at(path.parent), path.name)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+
+    @property
+    def path(self) -> Path:
+        """The file's path, for messages and for readers."""
+        return self.folder.path / self.name
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.close()
+
+
 def download(
-    remote: RemoteFile, target: Path, retries: Retries, accept: Callable[[Path], object] = lambda path: None
+    remote: RemoteFile, target: Target, retries: Retries, accept: Callable[[BinaryIO], object] = lambda file: None
 ) -> None:
     """Fetch a file into ``target``, whole or not at all.
 
@@ -53,8 +82,12 @@ def download(
     from there. Two downloads at the same time use two partial files. A ``target`` that has the stated digest already
     is not fetched again.
 
+    Others may write into the folder. Only a file that nobody else can change is continued, or taken as it is; what
+    becomes ``target`` is the file that was written and checked here, and was never open to anybody else.
+
     Args:
-        accept: called with the whole file before it is put in place; if it raises, ``target`` stays as it was.
+        accept: called with the whole file, at its beginning, before it is put in place; if it raises, ``target`` stays
+            as it was.
 
     Raises:
         TransferError: the file cannot be fetched, or has other bytes than stated; those bytes are removed.
@@ -62,39 +95,68 @@ def download(
     """
     if remote.size > MAX_ARTIFACT_BYTES:
         raise TransferError(f"{remote.location}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {remote.size}")
-    if remote.sha256 is not None and target.is_file() and sha256_of(target) == remote.sha256:
-        accept(target)
-        return
     version = hashlib.sha256(remote.version.encode()).hexdigest()[:16]
+    folder = target.folder
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _partial_file(target.with_name(f".{target.name}.{version}.part")) as (file, path):
+        if remote.sha256 is not None and _is_complete(target, remote.sha256, accept):
+            return
+        with _partial_file(folder, f".{target.name}.{version}.part") as (file, name):
             try:
                 _fill(_Partial(file), remote, retries)
                 file.flush()
-                accept(path)
+                file.seek(0)
+                accept(file)
                 os.fchmod(file.fileno(), 0o644)
-                os.replace(path, target)
+                _require_at(folder, name, file)
+                folder.rename(name, target.name)
+                _require_at(folder, target.name, file)
             except _BrokenOff:
                 raise  # what arrived is good: it stays for the next download
             except (CacheBuilderError, OSError):
-                path.unlink(missing_ok=True)
+                if _is_at(folder, name, file):
+                    folder.unlink(name)
                 raise
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise RestoreError(
-            f"{target}: cannot be written: {error.strerror}",
-            hint="make room, and run the same command again" if full else None,
-        ) from error
+        raise _cannot_write(target.path, error) from error
 
 
 def sha256_of(path: Path) -> str:
-    """A file's digest, in 64 hexadecimal digits. Raises `ArtifactError` if the file cannot be read."""
+    """A file's digest, in 64 hexadecimal digits. Raises `ArtifactError` if it is no regular file or cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RestoreError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return RestoreError(
+        f"{path}: cannot be written: {error.strerror}",
+        hint="make room, and run the same command again" if full else None,
+    )
+
+
+def _is_complete(target: Target, sha256: str, accept: Callable[[BinaryIO], object]) -> bool:
+    """Whether the target is there already, with these bytes, and nobody else can change it."""
+    try:
+        file = target.folder.open_file(target.name)
+    except OSError:
+        return False
+    with file:
+        if not is_safe(os.fstat(file.fileno())) or hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return False
+        file.seek(0)
+        accept(file)
+        return True
+
+
+def _is_at(folder: Folder, name: str, file: BinaryIO) -> bool:
+    """Whether the name is that of the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), folder.status(name))
+    except OSError:
+        return False
 
 
 class _BrokenOff(TransferError):
@@ -135,14 +197,17 @@ class _Partial:
 def _fill(partial: _Partial, remote: RemoteFile, retries: Retries) -> None:
     """Read until the partial file is the whole one."""
     resumed = partial.size > 0
+    most_before = partial.size  # bytes that are sent again do not count, or a sick server could go on for ever
 
     def read_on() -> None:
-        size_before = partial.size
+        nonlocal most_before
         try:
             _read_on(partial, remote, retries)
         except Again as again:
             error = _BrokenOff(str(again.error), hint=again.error.hint)
-            raise Again(error, again.after, moved=partial.size - size_before >= _WORTH_BYTES) from None
+            moved = partial.size - most_before >= _WORTH_BYTES
+            most_before = max(most_before, partial.size)
+            raise Again(error, again.after, moved) from None
 
     if partial.size > remote.size:
         partial.clear()
@@ -170,24 +235,48 @@ def _read_on(partial: _Partial, remote: RemoteFile, retries: Retries) -> None:
         raise Again(TransferError(f"{remote.location}: truncated: it ends after {partial.size} of {remote.size} bytes"))
 
 
+def _require_at(folder: Folder, name: str, file: BinaryIO) -> None:
+    if not _is_at(folder, name, file):
+        raise RestoreError(
+            f"{folder.path / name}: wanted the file that was fetched, found another one in its place",
+            hint="another user changes this folder: choose one that only you can write",
+        )
+
+
 @contextlib.contextmanager
-def _partial_file(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """The partial file ``path``, locked; if another process has it, a new one under a name of its own."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _partial_file(folder: Folder, name: str) -> Iterator[tuple[BinaryIO, str]]:
+    """The partial file of this name, locked; if another process or another user has it, a new one of its own name."""
+    while (handle := _open_partial(folder, name)) is not None:
         with os.fdopen(handle, "r+b") as file:
             if not lock(handle):
                 break
-            is_current = False
-            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
-                is_current = os.path.samestat(os.fstat(handle), os.stat(path))
-            if is_current:
-                yield file, path
+            if _is_at(folder, name, file):  # else another process has just finished it
+                yield file, name
                 return
-    own = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    own = f"{name}.{secrets.token_hex(8)}"
+    handle = os.open(own, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=folder.handle)
     with os.fdopen(handle, "r+b") as file:
         try:
             yield file, own
         finally:
-            own.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.unlink(own)
+
+
+def _open_partial(folder: Folder, name: str) -> int | None:
+    """Make a partial file or open the one of an earlier download; None where another user may have it open.
+
+    Nobody else can have opened a file that this user made with mode 0600, and that has no second name.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with contextlib.suppress(FileExistsError):
+        return os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder.handle)
+    try:
+        handle = os.open(name, flags, dir_fd=folder.handle)
+    except OSError:
+        return None
+    status = os.fstat(handle)
+    if (status.st_mode, status.st_uid, status.st_nlink) != (stat.S_IFREG | 0o600, os.geteuid(), 1):
+        os.close(handle)
+        return None
+    return handle

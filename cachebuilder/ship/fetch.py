@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachebuilder.artifact.trust import Trust
-from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.folders import Folder
+from cachebuilder.common.locks import lock
+from cachebuilder.errors import InstallationError
 from cachebuilder.restoring.machine import Compared, Machine, choose
 from cachebuilder.ship import locations
-from cachebuilder.ship.download import sha256_of
+from cachebuilder.ship.download import Target, sha256_of
 from cachebuilder.ship.pull import Candidate, Check, Puller
 from cachebuilder.ship.retry import Retries
 
@@ -37,7 +38,7 @@ class Located:
 
     version: str
     name: str
-    get: Callable[[Callable[[str], Path], Trust | None], Path]
+    get: Callable[[Callable[[str], Target], Trust | None], Path]
 
 
 def look_up(location: str, machine: Machine, retries: Retries, *, force: bool = False) -> Located:
@@ -72,16 +73,47 @@ def look_up(location: str, machine: Machine, retries: Retries, *, force: bool = 
     return Located(version, store.location, lambda to, trust: store.fetch(stored, to, checker(trust, location)))
 
 
-def fetch(
+@contextlib.contextmanager
+def fetched(
     location: str, machine: Machine, retries: Retries, *, force: bool = False, trust: Trust | None = None
-) -> Path:
-    """The artifact at ``location``, as a file in the user's cache folder. Raises as `look_up` and `Puller.fetch` do."""
+) -> Iterator[Path]:
+    """The artifact at ``location``, as a file in the user's cache folder that stays there until the context ends.
+
+    Raises:
+        CacheBuilderError: as from `look_up` and `Puller.fetch`.
+    """
     located = look_up(location, machine, retries, force=force)
     key = hashlib.sha256(f"{located.name} {located.version}".encode()).hexdigest()[:32]
-    folder = cache_folder() / "fetched" / key
-    path = located.get(lambda name: folder / name, trust)
-    _keep_newest(folder)
-    return path
+    path = cache_folder() / "fetched"
+    try:
+        parent = Folder.make_at(path, 0o700)
+    except OSError as error:
+        raise InstallationError(
+            f"{path}: cannot be made: {error.strerror}", hint="set CACHEBUILDER_CACHE_DIR to a folder of your own"
+        ) from error
+    with parent, _in_use(parent, key):
+        path = located.get(lambda name: Target(parent.make(key, 0o700), name), trust)
+        _keep_newest(parent, key)
+        yield path
+
+
+@contextlib.contextmanager
+def _in_use(parent: Folder, name: str) -> Iterator[None]:
+    """Keep other processes from removing a folder, which is made if it is missing."""
+    while True:
+        with parent.make(name, 0o700) as folder:
+            lock(folder.handle, wait=True, shared=True)  # waits only for a process that removes it
+            if _is_still(parent, name, folder):
+                yield
+                return
+
+
+def _is_still(parent: Folder, name: str, folder: Folder) -> bool:
+    """Whether an open folder still has its name: it was not removed before it was locked."""
+    try:
+        return os.path.samestat(folder.status(), parent.status(name))
+    except FileNotFoundError:
+        return False
 
 
 def checker(trust: Trust | None, location: str) -> Check | None:
@@ -89,8 +121,8 @@ def checker(trust: Trust | None, location: str) -> Check | None:
     if trust is None:
         return None
 
-    def check(path: Path, files: dict[str, bytes]) -> None:
-        trust.check(read_bytes(path), files, location)
+    def check(data: bytes, files: dict[str, bytes]) -> None:
+        trust.check(data, files, location)
 
     return check
 
@@ -107,10 +139,16 @@ def _chosen(candidates: Sequence[Candidate], machine: Machine, force: bool, retr
     return choice.artifact
 
 
-def _keep_newest(used: Path) -> None:
-    """Remove the artifacts that were fetched longest ago."""
-    with contextlib.suppress(OSError):
-        os.utime(used)
-        folders = sorted(used.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        for folder in folders[:-_KEPT]:
-            shutil.rmtree(folder, ignore_errors=True)
+def _keep_newest(parent: Folder, used: str) -> None:
+    """Remove the artifacts that were fetched longest ago, but none that a process uses."""
+    ages: list[tuple[float, str]] = []
+    for name in parent.names():
+        with contextlib.suppress(OSError):  # another process has just removed it
+            if name == used:
+                os.utime(name, dir_fd=parent.handle, follow_symlinks=False)
+            ages.append((parent.status(name).st_mtime, name))
+    for _, name in sorted(ages)[:-_KEPT]:
+        with contextlib.suppress(OSError), parent.open(name) as folder:
+            if lock(folder.handle):
+                folder.clear()
+                parent.rmdir(name)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from cachebuilder.common.files import write_atomically
-from cachebuilder.errors import RestoreError, SignatureError, TransferError
+from cachebuilder.errors import SignatureError, TransferError
 from cachebuilder.ship.description import BESIDE, SIGNATURE, TITLE, Described, read_description
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, Manifest, annotations_of, entries
-from cachebuilder.ship.download import RemoteFile, download
+from cachebuilder.ship.download import RemoteFile, Target, download
 from cachebuilder.ship.locations import Reference
 from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries
@@ -22,8 +23,8 @@ _MAX_LOOKED_AT = 100
 _MAX_SIGNATURES = 20
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.tar\.zst")
 
-#: Given an artifact's file and the files beside it, by suffix: raises `SignatureError` if no trusted key signed it.
-Check = Callable[[Path, dict[str, bytes]], object]
+#: Given an artifact's bytes and the files beside it, by suffix: raises `SignatureError` if no trusted key signed it.
+Check = Callable[[bytes, dict[str, bytes]], object]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Puller:
             )
         return [(digest, annotations_of(self._repository.manifest(digest, what).document)) for digest, _ in annotated]
 
-    def fetch(self, candidate: Candidate, to: Callable[[str], Path], check: Check | None = None) -> Path:
+    def fetch(self, candidate: Candidate, to: Callable[[str], Target], check: Check | None = None) -> Path:
         """Fetch an artifact and the files beside it; returns its file.
 
         Args:
@@ -110,12 +111,7 @@ class Puller:
                 hint="push it again",
             )
         title = layer.annotations.get(TITLE, "")
-        path = to(title if _FILE.fullmatch(title) else f"{layer.digest[7:19]}.tar.zst")
         attached = self._signatures(candidate.reference)
-
-        def accept(whole: Path) -> None:
-            put_beside(path, self._first_that_passes(whole, attached, check))
-
         remote = RemoteFile(
             what,
             layer.size,
@@ -123,30 +119,38 @@ class Puller:
             sha256=layer.digest.removeprefix("sha256:"),
             read=lambda offset: self._repository.blob(layer, offset, what),
         )
-        download(remote, path, self._retries, accept)
-        return path
+        with to(title if _FILE.fullmatch(title) else f"{layer.digest[7:19]}.tar.zst") as target:
+
+            def accept(whole: BinaryIO) -> None:
+                put_beside(target, self._first_that_passes(whole, attached, check))
+
+            download(remote, target, self._retries, accept)
+            return target.path
 
     def _signatures(self, reference: Reference) -> list[Descriptor]:
         """The attachments that may be signatures, the newest first."""
         attached = self._repository.referrers(str(reference.digest))
         return [one for one in reversed(attached) if one.artifact_type in (SIGNATURE, None)][:_MAX_SIGNATURES]
 
-    def _first_that_passes(self, whole: Path, attached: Sequence[Descriptor], check: Check | None) -> dict[str, bytes]:
+    def _first_that_passes(
+        self, whole: BinaryIO, attached: Sequence[Descriptor], check: Check | None
+    ) -> dict[str, bytes]:
         """The files of the newest attachment that passes; a broken attachment does not hide a valid one."""
+        data = whole.read() if check is not None else b""
         failed: SignatureError | TransferError | None = None
         for one in attached:
             try:
                 if not (files := self._files(one)):
                     continue
                 if check is not None:
-                    check(whole, files)
+                    check(data, files)
                 return files
             except (SignatureError, TransferError) as error:
                 failed = error
         if failed is not None:
             raise failed
         if check is not None:
-            check(whole, {})
+            check(data, {})
         return {}
 
     def _files(self, attached: Descriptor) -> dict[str, bytes]:
@@ -166,11 +170,11 @@ class Puller:
         return files
 
 
-def put_beside(path: Path, files: dict[str, bytes]) -> None:
+def put_beside(target: Target, files: dict[str, bytes]) -> None:
     """Write the files beside an artifact, given by suffix, and remove those of an older artifact."""
     for suffix in BESIDE:
-        beside = path.with_name(path.name + suffix)
         if suffix in files:
-            write_atomically(beside, files[suffix], RestoreError)
+            target.folder.write(target.name + suffix, files[suffix], 0o644)
         else:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                target.folder.unlink(target.name + suffix)

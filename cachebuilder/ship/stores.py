@@ -9,12 +9,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.errors import InstallationError, TransferError
 from cachebuilder.ship.description import BESIDE
-from cachebuilder.ship.download import RemoteFile, download
+from cachebuilder.ship.download import RemoteFile, Target, download
 from cachebuilder.ship.locations import printable
 from cachebuilder.ship.pull import Check, put_beside
 from cachebuilder.ship.retry import Again, Retries
@@ -67,18 +67,8 @@ class Store:
         version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or self._fs.ukey(self._path)
         return Stored(size, str(version).strip('"'))
 
-    def fetch(self, stored: Stored, to: Callable[[str], Path], check: Check | None = None) -> Path:
+    def fetch(self, stored: Stored, to: Callable[[str], Target], check: Check | None = None) -> Path:
         """Fetch the object and the signed objects beside it; arguments, result and errors as of `Puller.fetch`."""
-        path = to(self.name)
-
-        def accept(whole: Path) -> None:
-            if self.describe() != stored:
-                raise TransferError(f"{self.location}: the object changed during the fetch", hint="fetch it again")
-            files = self._read_beside()
-            if check is not None:
-                check(whole, files)
-            put_beside(path, files)
-
         remote = RemoteFile(
             self.location,
             stored.size,
@@ -86,8 +76,18 @@ class Store:
             sha256=self.sha256,
             read=lambda offset: (offset, self._ranges(offset, stored)),
         )
-        download(remote, path, self._retries, accept)
-        return path
+        with to(self.name) as target:
+
+            def accept(whole: BinaryIO) -> None:
+                if self.describe() != stored:
+                    raise TransferError(f"{self.location}: the object changed during the fetch", hint="fetch it again")
+                files = self._read_beside()
+                if check is not None:
+                    check(whole.read(), files)
+                put_beside(target, files)
+
+            download(remote, target, self._retries, accept)
+            return target.path
 
     def put(self, artifact: Path) -> None:
         """Store an artifact under this name, after the signed files beside it."""

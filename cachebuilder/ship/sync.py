@@ -31,6 +31,7 @@ from cachebuilder.errors import ArtifactError, CacheBuilderError, RestoreError, 
 from cachebuilder.restoring.folder import is_restored, open_folder
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
+from cachebuilder.ship.download import Target
 from cachebuilder.ship.fetch import Located
 
 CURRENT, GENERATIONS = "current", "generations"
@@ -182,7 +183,7 @@ class SyncedFolder:
         fetched = self.path / _FETCHED / _key(located.version)
         aside = self._aside_in(GENERATIONS)
         try:
-            artifact = located.get(lambda name: fetched / name, self._trust)
+            artifact = located.get(lambda name: Target.at(fetched / name), self._trust)
             restored = restore([artifact], aside, machine=self._machine, trust=self._trust)
             record = {
                 "version": located.version,
