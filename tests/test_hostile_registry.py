@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cachebuilder import building
 from cachebuilder.errors import CacheBuilderError, TransferError
 from cachebuilder.ship import locations
 from cachebuilder.ship.documents import INDEX, MANIFEST, digest_of
@@ -198,3 +201,13 @@ def test_a_body_without_an_end_is_not_read_to_the_end(between: Middleman, tmp_pa
     between.change = lambda asked, answer: Answer(200, {"Content-Type": MANIFEST}, b" " * (20 << 20))
     with pytest.raises(TransferError, match="at most 4194304 bytes"):
         Puller(locations.parse(f"oci://{between.host}/bad:v1"), ONCE).look_up()
+
+
+def test_mutated_answers_and_configs_are_taken_right_or_refused(built: building.Built) -> None:
+    """A small run of the fuzzer, with a fixed seed."""
+    fuzzer = Path(__file__).with_name("fuzz_registry.py")
+    command = [sys.executable, fuzzer, built.packed.path, "300", "1", built.inputs.installation.imported_as]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["taken"] > 10 and figures["refusals"] > 20, figures

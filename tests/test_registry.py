@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -354,6 +356,27 @@ def test_of_what_was_fetched_the_last_few_stay(
         with fetch.fetched(f"oci://{there.host}/few{number}:v1", Machine(None), FEW) as path:
             os.utime(path.parent, (number, number))
     assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
+
+
+def test_twelve_at_once_keep_what_they_fetched_until_they_have_used_it(
+    there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than stay in the end: each tidies what was used longest ago, but nothing that another one uses."""
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
+    for number in range(12):
+        push_to(there.host, f"crowd{number}", artifact)
+    meet = threading.Barrier(12)
+
+    def use(number: int) -> bytes:
+        with fetch.fetched(f"oci://{there.host}/crowd{number}:v1", Machine(None), FEW) as path:
+            meet.wait(60)
+            return path.read_bytes()
+
+    for _ in range(2):
+        with ThreadPoolExecutor(12) as pool:
+            assert set(pool.map(use, range(12))) == {artifact.read_bytes()}
+    with fetch.fetched(f"oci://{there.host}/crowd0:v1", Machine(None), FEW):
+        assert len(list((tmp_path / "c" / "fetched").iterdir())) == 8
 
 
 def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Path) -> None:

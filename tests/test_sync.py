@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,19 +17,22 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.artifact.trust import Trust
+from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError, TransferError
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.ship import fetch
+from cachebuilder.ship import generations as generations_module
 from cachebuilder.ship.fetch import Located
-from cachebuilder.ship.sync import SyncedFolder
+from cachebuilder.ship.sync import Synced, SyncedFolder
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port
 from tests.shipping import FEW, for_another, push_to
-from tests.test_signature import keys, sign
+from tests.test_signature import beside, keys, sign
+from tests.users import STRANGER, as_user, ground, needs_root, owned
 
-__all__ = ["keys"]
+__all__ = ["ground", "keys"]
 
 
 #: One of the two: what travels is bytes, whichever DeepGEMM made them.
@@ -263,7 +267,7 @@ def test_the_slower_of_two_does_not_put_the_older_one_back(
 KILLED_BEFORE_THE_RENAME = """
 import os, signal, sys
 def kill(event, arguments):
-    if event == "os.rename" and os.path.dirname(str(arguments[1])).endswith("/generations"):
+    if event == "os.rename" and str(arguments[1]).startswith("000001-"):
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(kill)
 from cachebuilder.cli.main import main
@@ -271,7 +275,7 @@ main()
 """
 
 
-def test_one_that_was_killed_leaves_nothing_that_counts_and_its_rest_goes_after_a_day(
+def test_one_that_was_killed_leaves_nothing_that_counts_and_the_next_one_removes_it(
     there: Registry, built: building.Built, artifact: Path, folder: SyncedFolder
 ) -> None:
     push_to(there.host, "killed", artifact)
@@ -282,11 +286,174 @@ def test_one_that_was_killed_leaves_nothing_that_counts_and_its_rest_goes_after_
     assert done.returncode == -signal.SIGKILL and not (to / "current").exists(), done.stderr
     [left] = generations(to)
     assert left.startswith(".aside-")
-    assert folder.sync(source(location)).changed and left in generations(to)
-    old = (to / "generations" / left).stat().st_mtime - 2 * 86400
-    os.utime(to / "generations" / left, (old, old))
-    folder.sync(source(location))
-    assert left not in generations(to)
+    assert folder.sync(source(location)).changed and left not in generations(to)
+
+
+def test_what_a_sync_works_on_is_not_removed_and_what_another_machine_left_goes_after_a_day(
+    artifact: Path, folder: SyncedFolder
+) -> None:
+    sync = lambda: folder.sync(lambda: fetch.look_up(str(artifact), Machine(None), FEW))  # noqa: E731
+    sync()
+    aside = folder.path / "generations"
+    of_this, of_another = aside / generations_module.aside_name(), aside / ".aside-00000000-0123456789abcdef"
+    for path in (of_this, of_another):
+        (path / "cache").mkdir(parents=True)
+    handle = os.open(of_this, os.O_RDONLY)
+    assert lock(handle)
+    sync()
+    assert of_this.exists() and of_another.exists()
+    os.close(handle)
+    day_old = of_another.stat().st_mtime - 2 * 86400
+    os.utime(of_another, (day_old, day_old))
+    sync()
+    assert not of_this.exists() and not of_another.exists()
+
+
+# Strangers
+
+
+def sync_file(folder: SyncedFolder, artifact: Path) -> Synced:
+    return folder.sync(lambda: fetch.look_up(str(artifact), Machine(None), FEW))
+
+
+@needs_root
+@pytest.mark.parametrize("whose", ["root", "generations", ".fetched"])
+def test_a_folder_that_another_user_owns_is_refused_unless_forced(
+    whose: str, there: Registry, artifact: Path, machine: Machine, ground: Path
+) -> None:
+    push_to(there.host, "owned", artifact)
+    to = ground / "dir"
+    to.mkdir(mode=0o755)
+    owned(to if whose == "root" else to / whose, mode=0o755)
+    look_up = source(f"oci://{there.host}/owned:v1")
+    with pytest.raises(RestoreError, match=f"wanted a folder of this user or root, found one of user {STRANGER}"):
+        SyncedFolder(to, machine).sync(look_up)
+    assert not (to / "current").exists() and not any(path.is_file() for path in to.rglob("*"))
+    assert SyncedFolder(to, machine, force=True).sync(look_up).changed
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["generations", ".fetched"])
+def test_a_link_in_dir_leads_a_sync_of_root_nowhere(
+    name: str, there: Registry, artifact: Path, machine: Machine, ground: Path
+) -> None:
+    push_to(there.host, "linked", artifact)
+    elsewhere, to = ground / "elsewhere", ground / "dir"
+    (elsewhere / "old").mkdir(parents=True)
+    (elsewhere / "old" / "file").write_text("root's")
+    (elsewhere / ".aside-00000000-0123456789abcdef").mkdir()
+    for path in (elsewhere / "old", *elsewhere.iterdir()):
+        os.utime(path, (0, 0))
+    to.mkdir()
+    to.chmod(0o777)
+    as_user(STRANGER, lambda: (to / name).symlink_to(elsewhere))
+    before = snapshot(elsewhere)
+    with pytest.raises(RestoreError, match="found a link"):
+        SyncedFolder(to, machine).sync(source(f"oci://{there.host}/linked:v1"))
+    assert snapshot(elsewhere) == before
+
+
+@needs_root
+def test_what_is_not_ours_by_name_and_owner_is_not_removed(artifact: Path, machine: Machine, ground: Path) -> None:
+    folder = SyncedFolder(ground / "dir", machine)
+    sync_file(folder, artifact)
+    kept = [".aside-mine", "000000-notes", ".aside-00000000-0123456789abcdef"]
+    for name in kept:
+        (folder.path / "generations" / name).mkdir()
+        os.utime(folder.path / "generations" / name, (0, 0))
+    os.chown(folder.path / "generations" / kept[2], STRANGER, STRANGER)
+    sync_file(folder, artifact)
+    assert set(kept) <= set(generations(folder.path))
+
+
+def forge(generation: Path, **record: str | None) -> None:
+    """Write a record as a trusted sync would have."""
+    file = generation / "synced.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | record))
+
+
+@pytest.mark.parametrize("kept", ["no-artifact", "a-signed-artifact-of-another", "a-broken-signature", "a-link"])
+def test_a_planted_generation_that_says_who_signed_it_does_not_become_current(
+    kept: str, versions: list[Path], keys: Path, machine: Machine, tmp_path: Path
+) -> None:
+    """Its bytes are those of an unsigned artifact; its record is that of the signed one, which the source names."""
+    signed, evil = versions[:2]
+    to, trust = tmp_path / "dir", Trust.load([keys / "ours.pub"])
+    sign(signed, keys)
+    sync_file(SyncedFolder(to, machine), evil)
+    planted = to / "generations" / generations(to)[0]
+    located = fetch.look_up(str(signed), Machine(None), FEW)
+    forge(planted, version=located.version, source=located.name, signed_by=trust.keys[0].fingerprint)
+    name = f"000001-{generations_module.key_of(located.version)}"
+    planted = planted.rename(planted.with_name(name))
+    (to / "current").unlink()
+    (to / "current").symlink_to(f"generations/{name}")
+    kept_file = planted / "signed.tar.zst"
+    if kept == "a-link":
+        kept_file.symlink_to(signed)
+    elif kept != "no-artifact":
+        shutil.copy(signed, kept_file)
+    if kept != "no-artifact":
+        for suffix in (".sig", ".intoto.json"):
+            shutil.copy(beside(signed, suffix), beside(kept_file, suffix))
+    if kept == "a-broken-signature":
+        shutil.copy(evil, kept_file)
+    folder = SyncedFolder(to, machine, trust)
+    assert folder.current() is None
+    done = sync_file(folder, signed)
+    assert done.changed and done.restored is not None and name_in(to / "current") == "small"
+    assert folder.current() == done.generation != planted
+
+
+def evil_nvcc(generation: Path) -> None:
+    (generation / "cachebuilder" / "bin" / "nvcc").write_text("#!/bin/sh\necho evil\n")
+
+
+def another_entry(generation: Path) -> None:
+    entry = next((generation / "cache").iterdir())
+    shutil.copytree(entry, entry.with_name("kernel.evil." + "0" * 32))
+
+
+def another_file(generation: Path) -> None:
+    (next((generation / "cache").iterdir()) / "evil.cubin").write_bytes(b"evil")
+
+
+def another_index(generation: Path) -> None:
+    for file in (generation / "cachebuilder" / "artifacts").iterdir():
+        shutil.copy(file, file.with_name("0" * 64 + "." + "0" * 16 + file.suffix))
+
+
+def a_link_for_an_entry(generation: Path) -> None:
+    entry = next((generation / "cache").iterdir())
+    entry.rename(generation.parent.parent / "moved")
+    entry.symlink_to(generation.parent.parent / "moved")
+
+
+@pytest.mark.parametrize("change", [evil_nvcc, another_entry, another_file, another_index, a_link_for_an_entry])
+def test_with_trust_a_generation_with_a_change_is_made_anew(
+    change: Callable[[Path], None], artifact: Path, keys: Path, machine: Machine, tmp_path: Path
+) -> None:
+    sign(artifact, keys)
+    folder = SyncedFolder(tmp_path / "dir", machine, Trust.load([keys / "ours.pub"]))
+    first = sync_file(folder, artifact)
+    assert not sync_file(folder, artifact).changed and folder.current() == first.generation
+    change(first.generation)
+    assert folder.current() is None
+    again = sync_file(folder, artifact)
+    assert again.restored is not None and again.generation != first.generation
+
+
+def test_current_is_compared_whole_and_not_by_its_last_name(artifact: Path, machine: Machine, tmp_path: Path) -> None:
+    folder = SyncedFolder(tmp_path / "dir", machine)
+    first = sync_file(folder, artifact)
+    evil = tmp_path / "evil" / "generations" / first.generation.name
+    shutil.copytree(first.generation, evil)
+    for target in (evil, Path("../evil/generations") / evil.name):
+        (folder.path / "current").unlink()
+        (folder.path / "current").symlink_to(target)
+        assert folder.current() is None
+        assert sync_file(folder, artifact).changed
+        assert (folder.path / "current").readlink() == Path("generations") / first.generation.name
 
 
 def test_a_registry_that_goes_away_right_after_the_fetch_does_not_spoil_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -9,6 +10,17 @@ import click
 from cachebuilder.cli import console, remote, shared, signing
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.restoring.machine import Machine
+
+_force_option = click.option("--force", is_flag=True, help="Work in DIR even if it is another user's.")
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """What a sync is to go by."""
+
+    deep_gemm: Path | None
+    force: bool
+    trust: tuple[Path, ...]
 
 
 @click.command()
@@ -22,12 +34,9 @@ from cachebuilder.restoring.machine import Machine
     help="How many generations stay, the current one among them.",
 )
 @click.option("--allow-stale", is_flag=True, help="If SOURCE cannot be reached, keep DIR/current and succeed.")
-@shared.serving_deep_gemm_option
-@signing.trust_option
+@shared.option_group("options", SyncOptions, shared.serving_deep_gemm_option, _force_option, signing.trust_option)
 @shared.progress_options
-def sync(
-    source: Path | str, to: Path, keep: int, allow_stale: bool, deep_gemm: Path | None, trust: tuple[Path, ...]
-) -> None:
+def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: SyncOptions) -> None:
     """Keep DIR/current at the artifact that SOURCE (oci://…, s3://…) stands for: for an init container or a DaemonSet.
 
     The artifact is fetched only if it has changed, restored aside, and put in place by one rename. If that fails,
@@ -37,10 +46,10 @@ def sync(
     from cachebuilder.ship import fetch
     from cachebuilder.ship.sync import CURRENT, SyncedFolder
 
-    keys = signing.load_trust(trust)
+    keys = signing.load_trust(options.trust)
     signing.warn_unchecked(keys)
-    machine = Machine.here(deep_gemm)
-    folder = SyncedFolder(to, machine, keys)
+    machine = Machine.here(options.deep_gemm)
+    folder = SyncedFolder(to, machine, keys, force=options.force)
     with remote.retries() as tries:
         try:
             synced = folder.sync(lambda: fetch.look_up(str(source), machine, tries), keep=keep, allow_stale=allow_stale)

@@ -57,7 +57,7 @@ class Target:
     def at(cls, path: Path) -> Self:
         """The file at a path that the user named; its folder is made if it is missing."""
         try:
-            return cls(Folder.make_at(path.parent), path.name)
+            return cls(Folder.make_at(path.parent, exact=False), path.name)
         except OSError as error:
             raise _cannot_write(path, error) from error
 

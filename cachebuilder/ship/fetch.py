@@ -86,7 +86,7 @@ def fetched(
     key = hashlib.sha256(f"{located.name} {located.version}".encode()).hexdigest()[:32]
     path = cache_folder() / "fetched"
     try:
-        parent = Folder.make_at(path, 0o700)
+        parent = Folder.make_at(path, exact=False)
     except OSError as error:
         raise InstallationError(
             f"{path}: cannot be made: {error.strerror}", hint="set CACHEBUILDER_CACHE_DIR to a folder of your own"
