@@ -206,8 +206,8 @@ def test_a_body_without_an_end_is_not_read_to_the_end(between: Middleman, tmp_pa
 def test_mutated_answers_and_configs_are_taken_right_or_refused(built: building.Built) -> None:
     """A small run of the fuzzer, with a fixed seed."""
     fuzzer = Path(__file__).with_name("fuzz_registry.py")
-    command = [sys.executable, fuzzer, built.packed.path, "300", "1", built.inputs.installation.imported_as]
+    command = [sys.executable, fuzzer, built.packed.path, "150", "1", built.inputs.installation.imported_as]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert figures["taken"] > 10 and figures["refusals"] > 20, figures
+    assert figures["taken"] > 10 and figures["refusals"] > 15, figures

@@ -45,6 +45,11 @@ class RemoteFile:
     sha256: str | None
     read: Callable[[int], tuple[int, Iterator[bytes]]]
 
+    def __post_init__(self) -> None:
+        """Raise `TransferError` if it is larger than any artifact."""
+        if self.size > MAX_ARTIFACT_BYTES:
+            raise TransferError(f"{self.location}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {self.size}")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -93,8 +98,6 @@ def download(
         TransferError: the file cannot be fetched, or has other bytes than stated; those bytes are removed.
         RestoreError: ``target`` cannot be written.
     """
-    if remote.size > MAX_ARTIFACT_BYTES:
-        raise TransferError(f"{remote.location}: wanted at most {MAX_ARTIFACT_BYTES} bytes, found {remote.size}")
     version = hashlib.sha256(remote.version.encode()).hexdigest()[:16]
     folder = target.folder
     try:
@@ -107,9 +110,12 @@ def download(
                 file.seek(0)
                 accept(file)
                 os.fchmod(file.fileno(), 0o644)
-                _require_at(folder, name, file)
+                if not _is_at(folder, name, file):
+                    raise _exchanged(folder.path / name)
                 folder.rename(name, target.name)
-                _require_at(folder, target.name, file)
+                # Another download of this user may have put its own file there meanwhile; another user may not.
+                if not _is_at(folder, target.name, file) and not is_safe(folder.status(target.name)):
+                    raise _exchanged(target.path)
             except _BrokenOff:
                 raise  # what arrived is good: it stays for the next download
             except (CacheBuilderError, OSError):
@@ -235,12 +241,11 @@ def _read_on(partial: _Partial, remote: RemoteFile, retries: Retries) -> None:
         raise Again(TransferError(f"{remote.location}: truncated: it ends after {partial.size} of {remote.size} bytes"))
 
 
-def _require_at(folder: Folder, name: str, file: BinaryIO) -> None:
-    if not _is_at(folder, name, file):
-        raise RestoreError(
-            f"{folder.path / name}: wanted the file that was fetched, found another one in its place",
-            hint="another user changes this folder: choose one that only you can write",
-        )
+def _exchanged(path: Path) -> RestoreError:
+    return RestoreError(
+        f"{path}: wanted the file that was fetched, found another one in its place",
+        hint="another user changes this folder: choose one that only you can write",
+    )
 
 
 @contextlib.contextmanager
