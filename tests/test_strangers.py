@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,11 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import building
-from cachebuilder.errors import ArtifactError, RestoreError
+from cachebuilder.common import kept, native
+from cachebuilder.common.cache import own_folder, scratch_folder
+from cachebuilder.compiling.store import CubinStore
+from cachebuilder.errors import ArtifactError, InstallationError, RestoreError
+from cachebuilder.planning import make as planning
 from cachebuilder.restoring import misses
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
@@ -316,3 +321,121 @@ def test_a_log_that_is_no_regular_file_is_one_sentence(kind: str, tmp_path: Path
         log = Path("/dev/zero") if kind == "zero" else tmp_path
     with pytest.raises(ArtifactError, match="wanted a regular file, found another kind of file"):
         misses.read(log)
+
+
+# The cache folder
+
+
+@pytest.fixture
+def cache(ground: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "user" / "cache"))
+    return owned(ground / "user", mode=0o777) / "cache"
+
+
+@needs_root
+def test_under_any_umask_nobody_else_can_write_to_the_cache_folder_or_the_libraries(cache: Path) -> None:
+    before = os.umask(0)
+    try:
+        library = native.shared_library("x.so", "virtual GPU", ["int x;"])
+        CubinStore().put("abcd", b"cubin")
+        with scratch_folder():
+            pass
+        own_folder("plans")
+    finally:
+        os.umask(before)
+    assert library.is_file()
+    assert not [path for path in (cache, *cache.rglob("*")) if path.stat().st_mode & 0o022]
+
+
+@needs_root
+@pytest.mark.parametrize("names", [(), ("virtual-gpu",), ("virtual-gpu", "digest")])
+def test_a_cache_folder_of_another_user_is_refused(names: tuple[str, ...], cache: Path) -> None:
+    library = native.shared_library("x.so", "virtual GPU", ["int x;"])
+    names = tuple(library.parent.name if name == "digest" else name for name in names)
+    os.chown(cache.joinpath(*names), STRANGER, STRANGER)
+    with pytest.raises(InstallationError, match=f"wanted a cache folder of this user, found one of user {STRANGER}"):
+        native.shared_library("x.so", "virtual GPU", ["int x;"])
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["owner", "mode", "link"])
+def test_a_library_that_another_user_could_have_changed_is_built_anew(how: str, cache: Path) -> None:
+    library = native.shared_library("x.so", "virtual GPU", ["int x;"])
+    library.unlink() if how == "link" else library.write_text("planted")
+    if how == "owner":
+        os.chown(library, STRANGER, STRANGER)
+    elif how == "mode":
+        library.chmod(0o777)
+    else:
+        (cache.parent / "planted").write_text("planted")
+        library.symlink_to(cache.parent / "planted")
+    again = native.shared_library("x.so", "virtual GPU", ["int x;"])
+    assert again == library and library.read_bytes()[:4] == b"\x7fELF"
+    assert library.stat().st_uid == 0 and not library.is_symlink()
+
+
+@needs_root
+def test_a_cubin_that_another_user_could_have_changed_is_not_taken(cache: Path) -> None:
+    store = CubinStore()
+    for change in (lambda path: os.chown(path, STRANGER, STRANGER), lambda path: path.chmod(0o666)):
+        store.put("abcd", b"cubin")
+        assert store.get("abcd") == b"cubin"
+        change(cache / "cubins" / "ab" / "abcd")
+        assert store.get("abcd") is None
+
+
+@needs_root
+def test_a_plan_that_another_user_could_have_changed_is_not_taken(
+    built: building.Built, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"{planning._digest(built.inputs)}.json"
+    built.plan.write(own_folder("plans") / name, InstallationError)
+    assert planning._read(name) == built.plan
+    (cache / "plans" / name).chmod(0o666)
+    assert planning._read(name) is None
+
+
+@needs_root
+def test_a_cache_folder_that_all_may_write_is_refused_but_one_like_tmp_is_not(cache: Path) -> None:
+    cache.mkdir()
+    for mode, fits in ((0o1777, True), (0o777, False)):
+        cache.chmod(mode)
+        if fits:
+            CubinStore().put("abcd", b"cubin")
+        else:
+            with pytest.raises(InstallationError, match="found mode 0777") as caught:
+                CubinStore().put("abcd", b"cubin")
+            assert f"chmod go-w {cache}" in str(caught.value.hint)
+
+
+@needs_root
+def test_a_folder_that_an_earlier_version_left_open_to_all_is_closed(cache: Path) -> None:
+    CubinStore().put("abcd", b"cubin")
+    (cache / "cubins").chmod(0o777)
+    assert CubinStore().get("abcd") == b"cubin"
+    assert stat.S_IMODE((cache / "cubins").stat().st_mode) == 0o755
+
+
+@needs_root
+@pytest.mark.parametrize("part", ["plans", "cubins", "restored", "scratch"])
+def test_cleaning_the_cache_folder_removes_nothing_behind_a_link(part: str, cache: Path, elsewhere: Path) -> None:
+    cache.mkdir()
+    (elsewhere / "x.json").write_text("x")
+    (cache / part).symlink_to(elsewhere)
+    for inside in ("cubins/ab", "restored/x"):
+        if not inside.startswith(part):
+            link(cache / inside, elsewhere)
+    before = snapshot(elsewhere)
+    kept.prune(unused_seconds=0)
+    assert snapshot(elsewhere) == before
+
+
+@pytest.mark.slow
+def test_a_planted_module_in_the_working_folder_is_not_imported(small: Path, tmp_path: Path) -> None:
+    """The child process of a sweep must not look for modules where the user happens to be."""
+    for name in ("torch", "deep_gemm", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')")
+    command = [sys.executable, "-P", "-m", "cachebuilder", "plan", small]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CACHEBUILDER_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not (tmp_path / "PWNED").exists(), done.stderr

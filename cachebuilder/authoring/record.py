@@ -18,7 +18,7 @@ from pathlib import Path
 from cachebuilder.authoring import recording as recordings
 from cachebuilder.authoring import sources
 from cachebuilder.authoring.recording import RecordedKernel, Recording
-from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.cache import own_folder
 from cachebuilder.common.locks import lock
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
@@ -180,9 +180,7 @@ def open_recorder(
     """
     recordings.check_environment(environment)
     toolchain = recordings.find_compiler(nvcc, environment)
-    root = cache_folder() / "recordings"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=root))
+    folder = Path(tempfile.mkdtemp(dir=own_folder("recordings")))
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         lock(handle)  # `cachebuilder cache clean` leaves a locked folder alone

@@ -47,7 +47,17 @@ def write_new(name: str, data: bytes, mode: int, dir_fd: int | None = None) -> N
 
 def is_safe(status: os.stat_result, *users: int) -> bool:
     """Whether nobody but this user, root and ``users`` can change a file or folder: by its owner and its mode."""
-    return status.st_uid in (0, os.geteuid(), *users) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (0, os.geteuid(), *users) and not others_may_write(status)
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Whether a file's or a folder's mode lets users other than its owner write.
+
+    A group with its owner's number has only that user in it: Linux distributions make one for each user, and then a
+    umask of 002 is usual.
+    """
+    shared_group = status.st_gid != status.st_uid
+    return bool(status.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if shared_group else 0)))
 
 
 class Folder:
@@ -164,10 +174,25 @@ class Folder:
     def read(self, name: str, most: int) -> bytes:
         """All bytes of a regular file. Raises `WrongFile` as `open_file` does, and if it has more than ``most``."""
         with self.open_file(name) as file:
-            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else bytes(most + 1)
-        if len(data) > most:
-            raise WrongFile(errno.EFBIG, f"wanted at most {most} bytes, found more", str(self.path / name))
-        return data
+            return self._read(file, name, most)
+
+    def holds_safe(self, name: str) -> bool:
+        """Whether a folder of ours has a regular file of this name that no other user could have changed."""
+        try:
+            status = self.status(name)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and is_safe(status, self.status().st_uid)
+
+    def read_safe(self, name: str, most: int) -> bytes | None:
+        """All bytes of a file in a folder of ours; None if there is none, or if another user could have changed it."""
+        try:
+            with self.open_file(name) as file:
+                if is_safe(os.fstat(file.fileno()), self.status().st_uid):
+                    return self._read(file, name, most)
+        except OSError:
+            pass
+        return None
 
     def write_new(self, name: str, data: bytes, mode: int) -> None:
         """Write a file that must not exist yet, with exactly ``mode`` regardless of the umask."""
@@ -243,6 +268,13 @@ class Folder:
 
     def _duplicate(self) -> Folder:
         return Folder(os.dup(self.handle), self.path)
+
+    def _read(self, file: BufferedReader, name: str, most: int) -> bytes:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(most + 1) if size <= most else b""
+        if max(size, len(data)) > most:
+            raise WrongFile(errno.EFBIG, f"wanted at most {most} bytes, found more", str(self.path / name))
+        return data
 
     def _has(self, name: str, data: bytes, mode: int) -> bool:
         try:

@@ -7,14 +7,15 @@ A process locks the folder that it works in, and a locked folder is not removed.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.folders import Folder
 from cachebuilder.common.locks import lock
 from cachebuilder.common.records import Record
 
@@ -72,10 +73,10 @@ class Removed(Record):
 
 @dataclass(frozen=True)
 class _Item:
-    """A file or a folder that is removed as a whole; ``last_used`` is in seconds since the epoch."""
+    """A file or a folder that is removed as a whole: its names below the cache folder, and when it was last used."""
 
     part: str
-    path: Path
+    names: tuple[str, ...]
     last_used: float
     bytes: int
 
@@ -112,7 +113,7 @@ def prune(*, unused_seconds: float | None = None, max_bytes: int | None = None, 
         too_much = max_bytes is not None and remaining_bytes > max_bytes
         if not (too_old or too_much):
             continue
-        if (build_runs and item.part in _LIBRARIES) or not _remove(item.path, dry_run):
+        if (build_runs and item.part in _LIBRARIES) or not _remove(item.names, dry_run):
             in_use += 1
             continue
         removed_items += 1
@@ -128,10 +129,26 @@ def touch(path: Path) -> None:
 
 
 def _items() -> Iterator[_Item]:
-    for part, (_, pattern) in _PARTS.items():
-        for path in (cache_folder() / part).glob(pattern):
-            with contextlib.suppress(OSError):  # another process has removed it meanwhile
-                yield _Item(part, path, path.lstat().st_mtime, _bytes(path))
+    try:
+        root = Folder.at(cache_folder())
+    except OSError:
+        return
+    with root:
+        for part, (_, pattern) in _PARTS.items():
+            with contextlib.suppress(OSError), root.open(part) as folder:  # a part may be missing
+                yield from _items_in(folder, part, (part,), pattern)
+
+
+def _items_in(folder: Folder, part: str, names: tuple[str, ...], pattern: str) -> Iterator[_Item]:
+    """The items of a part, in the folder of these names below the cache folder."""
+    first, _, rest = pattern.partition("/")
+    for name in fnmatch.filter(folder.names(), first):
+        with contextlib.suppress(OSError):  # another process has removed it meanwhile
+            if rest:
+                with folder.open(name) as inner:
+                    yield from _items_in(inner, part, (*names, name), rest)
+            else:
+                yield _Item(part, (*names, name), folder.status(name).st_mtime, _bytes(folder.path / name))
 
 
 def _bytes(path: Path) -> int:
@@ -143,32 +160,37 @@ def _bytes(path: Path) -> int:
 
 def _build_runs() -> bool:
     """Whether any process has a working folder locked."""
-    return any(_is_locked(folder) for folder in (cache_folder() / "scratch").glob("*"))
+    with contextlib.suppress(OSError), Folder.at(cache_folder()) as root, root.open("scratch") as scratch:
+        return any(_is_locked(scratch, name) for name in scratch.names())
+    return False
 
 
-def _is_locked(folder: Path) -> bool:
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # another process has removed it meanwhile, or it is not a folder
-        return False
-    try:
-        return not lock(handle)
-    finally:
-        os.close(handle)
+def _is_locked(scratch: Folder, name: str) -> bool:
+    with contextlib.suppress(OSError), scratch.open(name) as folder:  # another process may have removed it meanwhile
+        return not lock(folder.handle)
+    return False
 
 
-def _remove(path: Path, dry_run: bool) -> bool:
-    """Remove an item, unless a process works in it; returns whether it was, or in a dry run would be, removed."""
-    if path.is_symlink() or not path.is_dir():
-        if not dry_run:
-            path.unlink(missing_ok=True)
-        return True
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if not lock(handle):
+def _remove(names: Sequence[str], dry_run: bool) -> bool:
+    """Remove an item, unless a process works in it; returns whether it was, or in a dry run would be, removed.
+
+    Each folder on the way is opened by its handle: a link in the cache folder must not lead the removal elsewhere.
+    """
+    with contextlib.ExitStack() as stack:
+        parent = stack.enter_context(Folder.at(cache_folder()))
+        for name in names[:-1]:
+            parent = stack.enter_context(parent.open(name))
+        try:
+            folder = stack.enter_context(parent.open(names[-1]))
+        except OSError:  # a file or a link
+            if not dry_run:
+                with contextlib.suppress(FileNotFoundError):
+                    parent.unlink(names[-1])
+            return True
+        if not lock(folder.handle):
             return False
         if not dry_run:
-            shutil.rmtree(path, ignore_errors=True)
+            folder.clear()
+            with contextlib.suppress(OSError):
+                parent.rmdir(names[-1])
         return True
-    finally:
-        os.close(handle)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.cache import open_own
 from cachebuilder.errors import InstallationError
 
 _FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden")
@@ -30,18 +30,18 @@ def shared_library(
         depends: further contents that the library depends on, such as headers.
 
     Raises:
-        InstallationError: no C compiler was found, or it refuses the code.
+        InstallationError: no C compiler was found, or it refuses the code; or another user can write to the cache
+            folder.
     """
     compiler = find_c_compiler()
     texts = [source if isinstance(source, str) else source.read_text() for source in sources]
     digest = hashlib.sha256()
     for part in (*(text.encode() for text in texts), *depends, repr((compiler, _FLAGS, flags)).encode()):
         digest.update(hashlib.sha256(part).digest())
-    folder = cache_folder() / what.lower().replace(" ", "-") / digest.hexdigest()[:32]
-    library = folder / name
-    if library.exists():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    with open_own(what.lower().replace(" ", "-"), digest.hexdigest()[:32]) as opened:
+        folder, library = opened.path, opened.path / name
+        if opened.holds_safe(name):
+            return library
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
         files = [Path(scratch, f"{index}.c") for index in range(len(texts))]
         for file, text in zip(files, texts, strict=True):
@@ -51,6 +51,7 @@ def shared_library(
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
             raise InstallationError(f"the {what} did not compile: {shlex.join(command)}\n{process.stderr.strip()}")
+        built.chmod(0o755)  # whatever the umask
         os.replace(built, library)  # another process may have put an equal one there
     return library
 

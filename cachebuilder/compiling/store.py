@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from pathlib import Path
 
-from cachebuilder.common.cache import cache_folder
-from cachebuilder.common.files import write_atomically
-from cachebuilder.common.kept import touch
+from cachebuilder.common.cache import open_own
+from cachebuilder.common.folders import Folder, is_safe
 from cachebuilder.errors import InstallationError
+
+#: Far more than any cubin has.
+_MAX_BYTES = 256 << 20
 
 
 class CubinStore:
@@ -22,24 +26,28 @@ class CubinStore:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or cache_folder() / "cubins"
+        self._folder = folder
 
-    def _path(self, key: str) -> Path:
-        return self._folder / key[:2] / key
+    def _open(self) -> Folder:
+        return open_own("cubins") if self._folder is None else Folder.make_at(self._folder, exact=False)
 
     def get(self, key: str) -> bytes | None:
-        """The cubin, or None."""
-        try:
-            data = self._path(key).read_bytes()
-        except FileNotFoundError:
-            return None
-        touch(self._path(key))
-        digest, cubin = data[:32], data[32:]
-        return cubin if hashlib.sha256(cubin).digest() == digest else None
+        """The cubin; None if it is missing, damaged, or could have been changed by another user."""
+        with contextlib.suppress(FileNotFoundError), self._open() as store, store.open(key[:2]) as folder:
+            data = folder.read_safe(key, _MAX_BYTES) if is_safe(folder.status()) else None
+            if data is not None:
+                os.utime(key, dir_fd=folder.handle)  # as `kept.touch` does
+                digest, cubin = data[:32], data[32:]
+                return cubin if hashlib.sha256(cubin).digest() == digest else None
+        return None
 
     def put(self, key: str, cubin: bytes) -> None:
         """Store a cubin. Raises `InstallationError` if it cannot be written."""
-        write_atomically(self._path(key), hashlib.sha256(cubin).digest() + cubin, InstallationError)
+        try:
+            with self._open() as store, store.make(key[:2], exact=False) as folder:
+                folder.write(key, hashlib.sha256(cubin).digest() + cubin, 0o644)
+        except OSError as error:
+            raise InstallationError(f"{error.filename}: cannot be written: {error.strerror}") from error
 
 
 class NoStore(CubinStore):

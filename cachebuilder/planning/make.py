@@ -6,11 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.cache import open_own, own_folder
 from cachebuilder.common.code import code_digest
 from cachebuilder.common.kept import touch
 from cachebuilder.common.progress import Progress, no_progress
@@ -23,6 +22,8 @@ from cachebuilder.sweep.run import Result, Sweep
 
 #: The folders whose code decides what a plan holds: a plan that other code made is not reused.
 CODE = ("common", "cuda", "deepgemm", "manifest", "ops", "planning", "sweep", "virtual_gpu")
+#: 20,000 kernels with their sources make about 100 MB.
+_MAX_PLAN_BYTES = 1 << 30
 
 
 def make(
@@ -44,24 +45,26 @@ def make(
         PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
         InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
-    plan_file = cache_folder() / "plans" / f"{_digest(inputs)}.json"
+    plan_file = f"{_digest(inputs)}.json"
     if reuse and (plan := _read(plan_file)):
         return plan
     include = str(inputs.installation.include)
     swept = Sweep(inputs, progress).run(lambda entry: on_kernel(entry.source, flags_of(entry, include)))
     plan = _join(inputs, swept)
     if reuse:
-        plan.write(plan_file, InstallationError)
+        plan.write(own_folder("plans") / plan_file, InstallationError)
     return plan
 
 
-def _read(path: Path) -> Plan | None:
-    """The plan in a file; None if there is no file, or no plan in it."""
-    try:
-        plan = Plan.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, ValidationError):
-        return None
-    touch(path)
+def _read(name: str) -> Plan | None:
+    """The plan in a file of the cache folder; None if there is none, or another user could have changed it."""
+    with open_own("plans") as folder:
+        data = folder.read_safe(name, _MAX_PLAN_BYTES)
+        try:
+            plan = Plan.model_validate_json(data) if data is not None else None
+        except ValidationError:
+            return None
+        touch(folder.path / name)
     return plan
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.whole import open_file
-from cachebuilder.common.cache import cache_folder
+from cachebuilder.common.cache import own_folder as cache_subfolder
 from cachebuilder.common.kept import touch
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import VerifyError
@@ -20,7 +20,7 @@ from cachebuilder.restoring.folder import RESTORE_AGAIN, RestoredFolder, open_fo
 def own_folder(artifact: Path) -> Path:
     """The folder in the user's cache folder for these bytes of an artifact: no two artifacts share one."""
     with open_file(artifact) as file:
-        return cache_folder() / "restored" / hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return cache_subfolder("restored") / hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def open_whole(dir: Path) -> RestoredFolder:

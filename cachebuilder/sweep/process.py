@@ -73,7 +73,13 @@ def run_child(module: str, job: Job, setting: Setting, answer: type[A], progress
     log = folder / "log.txt"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", f"cachebuilder.sweep.{module}", str(folder)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                f"cachebuilder.sweep.{module}",
+                str(folder),
+            ],  # -P: no module of the working folder
             env=_environment(job, setting),
             stdin=subprocess.DEVNULL,
             stdout=output,
