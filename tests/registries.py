@@ -207,3 +207,8 @@ class Raw:
 
     def __exit__(self, *_: object) -> None:
         self._listening.close()
+
+
+def reply(connection: socket.socket, status: str, *headers: str, body: bytes = b"") -> None:
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
+    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)

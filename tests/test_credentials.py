@@ -21,7 +21,7 @@ from cachebuilder.ship.registry import Repository
 from cachebuilder.ship.retry import Retries
 from cachebuilder.ship.session import origin
 from tests.conftest import Run
-from tests.registries import Answer, Asked, Middleman, Raw, Registry, registry
+from tests.registries import Answer, Asked, Middleman, Raw, Registry, registry, reply
 from tests.shipping import FEW, into, push_to
 
 #: One generation is enough: a transfer treats the artifacts of both alike.
@@ -140,11 +140,6 @@ def test_a_bad_config_is_told_without_what_is_in_it(text: str, tmp_path: Path) -
 
 
 # Trust goes by who answers
-
-
-def reply(connection: socket.socket, status: str, *headers: str, body: bytes = b"") -> None:
-    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers]
-    connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
 
 
 def secrets_in(requests: list[bytes]) -> list[bytes]:

@@ -158,7 +158,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
     store = Store(f"{s3}moves/small.tar.zst", FEW)
     real, count = store._fs.cat_file, []
 
-    def cat_file(path: str, start: int | None = None, end: int | None = None) -> bytes:
+    def cat_file(path: str, start: int | None = None, end: int | None = None, **options: float) -> bytes:
         count.append(start)
         if len(count) == 2:
             put_all(f"{s3}moves/small.tar.zst", [newer], FEW)
@@ -178,7 +178,7 @@ def test_a_fetch_that_breaks_goes_on_where_it_broke(
     monkeypatch.setattr("cachebuilder.ship.stores._RANGE_BYTES", 4096)
     real, asked = store._fs.cat_file, []
 
-    def cat_file(path: str, start: int = 0, end: int | None = None) -> bytes:
+    def cat_file(path: str, start: int = 0, end: int | None = None, **options: float) -> bytes:
         asked.append(start)
         if len(asked) in (2, 4):
             raise ConnectionResetError(104, "Connection reset by peer")

@@ -78,8 +78,9 @@ def fetched(location: str, machine: Machine, trust: Trust | None = None, force: 
     """
     with retries() as tries:
         from cachebuilder.ship import fetch
+        from cachebuilder.ship.locations import shown
 
         artifact = fetch.fetched(location, machine, tries, force=force, trust=trust)
         path = click.get_current_context().with_resource(artifact)
-    shared.remark(f"fetched   {location} to {path}")
+    shared.remark(f"fetched   {shown(location)} to {path}")
     return path

@@ -117,12 +117,12 @@ def _is_still(parent: Folder, name: str, folder: Folder) -> bool:
 
 
 def checker(trust: Trust | None, location: str) -> Check | None:
-    """Checks a fetched artifact with the files beside it; errors call the artifact ``location``."""
+    """Checks a fetched artifact with the files beside it; errors call the artifact ``location``, without secrets."""
     if trust is None:
         return None
 
     def check(data: bytes, files: dict[str, bytes]) -> None:
-        trust.check(data, files, location)
+        trust.check(data, files, locations.shown(location))
 
     return check
 

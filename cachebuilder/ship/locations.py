@@ -14,6 +14,9 @@ _NAME = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_NAME = 255
+# RFC 3986, 3.2.1 and 3.4: what stands before the host, and what stands behind the path.
+_USER = re.compile(r"://[^/?#\s]*@")
+_QUERY = re.compile(r"(://[^?#\s]*)\?[^#\s]*")
 
 #: ``oci+http`` is a registry without TLS. On loopback addresses, ``oci`` means the same.
 _OCI = ("oci", "oci+http")
@@ -68,6 +71,7 @@ def parse(text: str) -> Reference:
             f"wanted a registry's host, found {authority.rpartition('@')[2]} with a user in front",
             hint="remove the user; credentials come from docker's config, which docker login HOST writes",
         )
+    text = shown(text)
     scheme, _, rest = text.partition("://")
     rest, _, digest = rest.partition("@")
     host, _, name = rest.partition("/")
@@ -84,6 +88,11 @@ def parse(text: str) -> Reference:
     if not tag and not digest:
         raise TransferError(f"{text}: wanted a tag or a digest, found neither", hint=hint)
     return Reference(host, name, tag or None, digest or None, scheme == "oci+http" or _is_loopback(host))
+
+
+def shown(text: str) -> str:
+    """A location, or a text with some, as messages and records hold it: without users, passwords and signed queries."""
+    return _QUERY.sub(r"\1?…", _USER.sub("://", text))
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ from cachebuilder.artifact.whole import read_beside, read_bytes
 from cachebuilder.errors import InstallationError, TransferError
 from cachebuilder.ship.description import BESIDE
 from cachebuilder.ship.download import RemoteFile, Target, download
-from cachebuilder.ship.locations import printable
+from cachebuilder.ship.locations import printable, shown
 from cachebuilder.ship.pull import Check, put_beside
 from cachebuilder.ship.retry import Again, Retries
 
@@ -36,22 +36,30 @@ class Stored:
 class Store:
     """One object, and the objects beside it that are signed.
 
+    Attributes:
+        location: what messages and records call it: without a user, a password or a signed query.
+
     Raises:
         InstallationError: the package for this scheme is not installed.
         TransferError: from every call: the store cannot be reached, refuses, or has no such object.
     """
 
     def __init__(self, location: str, retries: Retries) -> None:
-        self.location, _, pin = location.partition("#")
+        url, _, pin = location.partition("#")
+        self.location = shown(url)
         self._retries = retries
         self.sha256: str | None = None
         if pin:
             if (match := _PIN.fullmatch(pin)) is None:
-                raise TransferError(f"{location}: wanted #sha256= and 64 hexadecimal digits, found #{pin}")
+                raise TransferError(
+                    f"{self.location}: wanted #sha256= and 64 hexadecimal digits, found #{printable(pin)}"
+                )
             self.sha256 = match[1]
-        if "::" in self.location or not _FILE.fullmatch(self.name):
-            raise TransferError(f"{location}: wanted an object's name at the end, as in s3://bucket/caches/a.tar.zst")
-        self._fs, self._path = _open(self.location)
+        if "::" in url or not _FILE.fullmatch(url.rpartition("/")[2]):
+            raise TransferError(
+                f"{self.location}: wanted an object's name at the end, as in s3://bucket/caches/a.tar.zst"
+            )
+        self._fs, self._path = _open(url, self.location)
 
     @property
     def name(self) -> str:
@@ -105,7 +113,7 @@ class Store:
         while offset < stored.size:
             end = min(offset + _RANGE_BYTES, stored.size)
             try:
-                part = self._fs.cat_file(self._path, start=offset, end=end)
+                part = self._fs.cat_file(self._path, start=offset, end=end, **self._deadline(end - offset))
             except Exception as error:
                 raise _failure(error, self.location) from None
             if not part:
@@ -128,21 +136,29 @@ class Store:
 
     def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method of the file system, and try again where that may help."""
+        size = max([_RANGE_BYTES, *(len(data) for data in arguments if isinstance(data, bytes))])
 
         def once() -> Any:
             try:
-                return getattr(self._fs, method)(*arguments, **options)
+                return getattr(self._fs, method)(*arguments, **options, **self._deadline(size))
             except Exception as error:
                 raise _failure(error, self.location) from None
 
         return self._retries.run(once)
+
+    def _deadline(self, size: int) -> dict[str, float]:
+        """The option that ends a call which does not come to an end: fsspec's `sync` takes it for its own stores."""
+        patience = self._retries.patience
+        is_async = getattr(self._fs, "async_impl", False)
+        return {"timeout": patience.seconds + size / patience.bytes_per_second} if is_async else {}
 
 
 def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> list[str]:
     """Store one artifact as ``destination``, or several in it if it ends with ``/``; returns each one's location."""
     if not destination.endswith("/") and len(artifacts) > 1:
         raise TransferError(
-            f"{destination}: wanted a folder, which ends with /, for {len(artifacts)} artifacts, found an object's name"
+            f"{shown(destination)}: wanted a folder, which ends with /, for {len(artifacts)} artifacts, "
+            "found an object's name"
         )
     locations = []
     for artifact in artifacts:
@@ -152,21 +168,21 @@ def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> li
     return locations
 
 
-def _open(location: str) -> tuple[Any, str]:
+def _open(url: str, location: str) -> tuple[Any, str]:
     import fsspec  # slow to import
 
     try:
         # Without a cache of listings, so that each `describe` asks the store.
-        fs, path = fsspec.url_to_fs(location, use_listings_cache=False)
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise InstallationError(
-            f"{location}: {printable(str(error))}",
+            f"{location}: {_words(error)}",
             hint="s3:// needs pip install 'cachebuilder[ship]', gs:// needs gcsfs",
         ) from None
     except ValueError as error:
-        raise TransferError(f"{location}: {printable(str(error))}") from None
+        raise TransferError(f"{location}: {_words(error)}") from None
     except Exception as error:
-        raise TransferError(f"{location}: {printable(f'{type(error).__name__}: {error}')}") from None
+        raise TransferError(f"{location}: {type(error).__name__}: {_words(error)}") from None
     return fs, path
 
 
@@ -174,7 +190,7 @@ def _failure(error: Exception, what: str) -> Exception:
     """The error of a store's library as `Again` or a `TransferError`. Each library raises exceptions of its own."""
     if isinstance(error, FileNotFoundError):
         return TransferError(f"{what}: not found", hint="check the bucket and the name")
-    text = printable(f"{type(error).__name__}: {error}")
+    text = f"{type(error).__name__}: {_words(error)}"
     if "Skewed" in text or "RequestExpired" in text or "request signature we calculated" in text:
         return TransferError(f"{what}: {text}", hint="check this machine's clock (date), then the credentials")
     if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
@@ -182,3 +198,8 @@ def _failure(error: Exception, what: str) -> Exception:
     if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.startswith(("aiohttp", "botocore")):
         return Again(TransferError(f"{what}: {text}", hint="run the same command again once the store can be reached"))
     return TransferError(f"{what}: {text}")
+
+
+def _words(error: Exception) -> str:
+    """A library's own text, which may hold the location that it was given."""
+    return printable(shown(str(error)))
