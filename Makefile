@@ -2,13 +2,14 @@
 # make test    the tests, on DeepGEMM and nvcc themselves; no GPU
 # make check   before each commit: lint, types, the site, the tests that compile nothing
 # make docs    the site, in build/site, its links checked
+# make lock    the hashes of all that is installed, for the versions in constraints.txt; needs uv
 # make clean   removes .venv, build and dist
 
 PYTHON ?= python3
 VENV := .venv
 MANIFEST ?= manifests/quickstart.yaml
 
-.PHONY: build test check lint docs clean
+.PHONY: build test check lint docs lock clean
 
 build: $(VENV)/installed
 	$(VENV)/bin/cachebuilder build $(MANIFEST)
@@ -31,22 +32,36 @@ docs: $(VENV)/installed
 # One process for each core, and at most four: each process holds a torch and its share of compilers in memory.
 TEST_PROCESSES := $(shell n=$$(nproc); [ $$n -lt 4 ] && echo $$n || echo 4)
 
+# What is downloaded has the hash that is in locks/, or pip refuses it; nothing is built from another's source.
+LOCKED := -m pip install --quiet --require-hashes --only-binary :all:
+
 # PyPI's compiler is installed only if the machine has none of its own.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml locks/all.txt locks/nvcc.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "wanted Python 3.11 or newer, found $$($(PYTHON) --version); name one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch, DeepGEMM and the tools into $(VENV): some minutes, about 6 GB"
-	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[build,report,ship,test,check,docs]'
+	@$(VENV)/bin/python $(LOCKED) --requirement locks/all.txt
 	@if "$${CUDA_HOME:-/none}/bin/nvcc" --version >/dev/null 2>&1 || nvcc --version >/dev/null 2>&1; then :; else \
-	  $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt '.[nvcc]'; fi
+	  $(VENV)/bin/python $(LOCKED) --requirement locks/nvcc.txt; fi
+	@$(VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The tests also need a DeepGEMM of the legacy cache generation. This one works with the same torch as the pinned one.
-$(VENV)/legacy: $(VENV)/installed
+$(VENV)/legacy: $(VENV)/installed locks/legacy.txt
 	rm -rf $@ $@.new
-	$(VENV)/bin/python -m pip install --quiet --target $@.new sgl-deep-gemm==0.1.7
+	$(VENV)/bin/python $(LOCKED) --target $@.new --requirement locks/legacy.txt
 	mv $@.new $@
+
+# Linux on x86_64. The versions are the same for Python 3.11, 3.12 and 3.13, and the hashes those of all files.
+UV := uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 --constraints constraints.txt
+EXTRAS := $(foreach extra,build report ship test check docs,--extra $(extra))
+
+lock:
+	$(UV) $(EXTRAS) pyproject.toml locks/tools.in --output-file locks/all.txt
+	$(UV) --extra nvcc pyproject.toml --output-file locks/nvcc.txt
+	$(subst --constraints constraints.txt,,$(UV)) locks/legacy.in --output-file locks/legacy.txt
 
 clean:
 	rm -rf $(VENV) build dist

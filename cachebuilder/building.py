@@ -8,12 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cachebuilder.artifact.pack import Packed, pack
+from cachebuilder.common import packages
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.packages import Material
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
+from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Plan
@@ -132,4 +135,12 @@ def _record_of(built: Built) -> record.BuildRecord:
         pack_seconds=round(built.pack_seconds, 3),
         cpu_seconds=round(compiled.cpu_seconds, 3),
         runs=tuple(compiled.calls),
+        materials=_materials(built.inputs.toolchain),
     )
+
+
+def _materials(toolchain: Toolchain) -> tuple[Material, ...]:
+    bin_folder, release = toolchain.nvcc.parent, toolchain.release
+    programs = {"nvcc": toolchain.nvcc, "ptxas": bin_folder / "ptxas", "cicc": bin_folder.parent / "nvvm/bin/cicc"}
+    tools = (packages.tool(path, name, release) for name, path in programs.items() if path.exists())
+    return (packages.own(), *tools, *packages.installed())

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -416,6 +417,44 @@ def test_a_broken_signature_in_an_envelope_does_not_hide_a_valid_one(artifact: P
     envelope["signatures"] = [*broken, *envelope["signatures"]]
     path.write_text(json.dumps(envelope))
     assert trusted(keys).check_file(artifact).statement is not None
+
+
+def test_the_provenance_lists_what_the_build_used(built: building.Built, artifact: Path, keys: Path) -> None:
+    source, record = beside(built.packed.path, ".build.json"), beside(artifact, ".build.json")
+    record.write_bytes(source.read_bytes())
+    key = signature.load_key(keys / "ours.pem")
+    provenance.sign_file(artifact, key)
+    statement = trusted(keys).check_file(artifact).statement
+    assert statement is not None
+    listed = {item["name"]: item for item in statement["predicate"]["buildDefinition"]["resolvedDependencies"]}
+    assert {
+        "cachebuilder",
+        "torch",
+        "sgl-deep-gemm",
+        "nvcc",
+        "ptxas",
+        "zstandard",
+        "pydantic",
+        "triton",
+    } <= listed.keys()
+    version = metadata.version("torch")
+    assert (
+        listed["torch"]["uri"] == f"pkg:pypi/torch@{version}" and listed["torch"]["annotations"]["version"] == version
+    )
+    nvcc = built.inputs.toolchain.nvcc.read_bytes()
+    assert listed["nvcc"]["digest"] == {"sha256": hashlib.sha256(nvcc).hexdigest()}
+    assert all(item.keys() & {"uri", "digest", "content"} for item in listed.values())
+    other = json.loads(record.read_bytes()) | {"artifact": "0" * 64}
+    record.write_text(json.dumps(other))
+    assert "pkg:pypi/torch" not in json.dumps(provenance.statement(artifact, artifact.read_bytes()))
+    for odd in (
+        "[]",
+        "{",
+        json.dumps({"artifact": built.packed.sha256, "materials": [{"name": "\x1b", "version": "1"}]}),
+    ):
+        record.write_text(odd)
+        with pytest.raises(ArtifactError, match="wanted the record of a build"):
+            provenance.sign_file(artifact, key)
 
 
 def test_a_damaged_artifact_is_not_signed(artifact: Path, keys: Path, run: Run) -> None:

@@ -18,6 +18,8 @@ INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
 
 #: Files beside an artifact have its name and a suffix: the report of what a GPU did with it,
 REPORT_SUFFIX = ".verified.json"
+#: the record of its build,
+RECORD_SUFFIX = ".build.json"
 #: its signature, and the signed statement of where it comes from.
 SIGNATURE_SUFFIX, PROVENANCE_SUFFIX = ".sig", ".intoto.json"
 

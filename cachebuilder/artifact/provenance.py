@@ -18,10 +18,20 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cachebuilder.artifact import signature
-from cachebuilder.artifact.index import INDEX, MANIFEST, PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNATURE_SUFFIX, Index
+from cachebuilder.artifact.index import (
+    INDEX,
+    MANIFEST,
+    PROVENANCE_SUFFIX,
+    RECORD_SUFFIX,
+    REPORT_SUFFIX,
+    SIGNATURE_SUFFIX,
+    Index,
+)
 from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.whole import read_beside, read_bytes
+from cachebuilder.common import records
 from cachebuilder.common.files import write_atomically
+from cachebuilder.common.packages import Material
 from cachebuilder.errors import ArtifactError, SignatureError
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -85,7 +95,7 @@ def statement(path: Path, data: bytes) -> dict[str, Any]:
                     "kernels": len(index.entries),
                     "recorded": index.recorded,
                 },
-                "resolvedDependencies": _dependencies(index),
+                "resolvedDependencies": [*_dependencies(index), *_materials(path, sha256)],
             },
             "runDetails": {
                 "builder": {"id": BUILDER, "version": {"cachebuilder": index.recorded.get("cachebuilder", "")}},
@@ -116,6 +126,34 @@ def _dependencies(index: Index) -> list[dict[str, Any]]:
         deep_gemm,
         {"name": "nvcc --version", "digest": _digest(compiler), "content": base64.b64encode(compiler).decode()},
     ]
+
+
+def _materials(path: Path, sha256: str) -> list[dict[str, Any]]:
+    """The packages and compilers in the record of the build beside an artifact; none where no record is about it."""
+    record_path = path.with_name(path.name + RECORD_SUFFIX)
+    wrong = ArtifactError(f"{record_path}: wanted the record of a build, found something else", hint="remove it")
+    if (data := read_beside(record_path, _MAX_REPORT_BYTES)) is None:
+        return []
+    try:
+        record = json.loads(data)
+        if record["artifact"] != sha256:
+            return []
+        materials = [records.read(Material, json.dumps(item).encode()) for item in record.get("materials", ())]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise wrong from None
+    return [_resource(material) for material in materials if material.uri or material.sha256]
+
+
+def _resource(material: Material) -> dict[str, Any]:
+    """A material as in-toto's ResourceDescriptor (attestation, spec/v1/resource_descriptor.md)."""
+    resource: dict[str, Any] = {"name": material.name, "annotations": {"version": material.version}}
+    if material.uri:
+        resource["uri"] = material.uri
+    if material.sha256:
+        resource["digest"] = {"sha256": material.sha256}
+    if material.installed:
+        resource["annotations"]["installed_sha256"] = material.installed
+    return resource
 
 
 def seal(content: Mapping[str, Any], key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from cachebuilder.common.packages import Material
 from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError
 
@@ -57,6 +58,7 @@ class BuildRecord(Record):
         jobs: how many compilers ran at once.
         compiled, reused: how many kernels were compiled now, and how many came from the store.
         cpu_seconds: of all compilers together.
+        materials: the packages and compilers that the build used; the provenance lists them.
     """
 
     schema_version: Literal[1] = 1
@@ -71,6 +73,7 @@ class BuildRecord(Record):
     pack_seconds: float
     cpu_seconds: float
     runs: tuple[CompilerCall, ...] = ()
+    materials: tuple[Material, ...] = ()
 
 
 def path_for(artifact: Path) -> Path:
