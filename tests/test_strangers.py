@@ -21,7 +21,7 @@ from cachebuilder.common.cache import own_folder, scratch_folder
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import ArtifactError, InstallationError, RestoreError
 from cachebuilder.planning import make as planning
-from cachebuilder.restoring import misses
+from cachebuilder.restoring import misses, serving
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
@@ -321,6 +321,44 @@ def test_a_log_that_is_no_regular_file_is_one_sentence(kind: str, tmp_path: Path
         log = Path("/dev/zero") if kind == "zero" else tmp_path
     with pytest.raises(ArtifactError, match="wanted a regular file, found another kind of file"):
         misses.read(log)
+
+
+# The writable root, which DeepGEMM reads first
+
+
+@needs_root
+@pytest.mark.parametrize("named", [True, False])
+def test_run_refuses_a_writable_root_that_another_user_owns(named: bool, ground: Path, run: Run) -> None:
+    forced(ground / "dir")
+    scratch = owned(ground / "shared" if named else ground / "dir" / "scratch", mode=0o777)
+    more = ["--scratch", scratch] if named else []
+    done = run("run", ground / "dir", *more, "--", "echo", "started")
+    assert (done.returncode, done.stdout) == (RestoreError.exit_code, ""), done.stderr
+    assert f"with files of user {STRANGER}, which DeepGEMM would load first" in done.stderr
+    assert "--scratch" in done.stderr
+
+
+@needs_root
+def test_run_refuses_a_writable_root_with_kernels_of_another_user(ground: Path) -> None:
+    planted = ground / "scratch" / "cache" / "planted"
+    planted.mkdir(parents=True)
+    os.chown(planted, STRANGER, STRANGER)
+    with pytest.raises(RestoreError, match=f"files of user {STRANGER}"):
+        serving.private_root(ground, ground / "scratch")
+
+
+@needs_root
+def test_in_a_folder_that_all_may_write_the_writable_root_is_a_private_one(temporary: Path) -> None:
+    root = serving.private_root(temporary, temporary)
+    assert root == temporary / "private-0" and stat.S_IMODE(root.stat().st_mode) == 0o700
+    os.chown(root, STRANGER, STRANGER)
+    with pytest.raises(RestoreError, match=f"files of user {STRANGER}"):
+        serving.private_root(temporary, temporary)
+
+
+def test_a_writable_root_that_is_missing_is_made_for_this_user_alone(tmp_path: Path) -> None:
+    assert serving.private_root(tmp_path, None) == tmp_path / "scratch"
+    assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o700
 
 
 # The cache folder
