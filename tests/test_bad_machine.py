@@ -69,6 +69,32 @@ def test_a_disk_that_is_really_full_is_reported(there: Registry, artifact: Path,
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize("limit", [100, 3000])
+def test_a_full_disk_in_the_working_folder_of_a_plan_is_one_sentence(limit: int, small: Path, tmp_path: Path) -> None:
+    def limit_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cachebuilder", "plan", small], preexec_fn=limit_files, capture_output=True, text=True,
+        env=os.environ | {"CACHEBUILDER_CACHE_DIR": str(tmp_path / "c"), "PYTHONDONTWRITEBYTECODE": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode in (4, 6) and "Traceback" not in done.stderr, done.stderr
+    assert "File too large" in done.stderr
+    assert left(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize("verb", ["misses", "cache dir", "gpus"])
+def test_output_that_goes_to_a_full_disk_is_one_sentence(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"kernel": "x"}\n')
+    more = [tmp_path / "log"] if verb == "misses" else []
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "cachebuilder", *verb.split(), *more]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr == "error: the output: cannot be written: No space left on device\nhint: make room\n"
+
+
 # A wrong clock
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
 import click
 
 from cachebuilder.cli import console, table
+from cachebuilder.common.files import is_full
 from cachebuilder.common.version import __version__
-from cachebuilder.errors import EXIT_CODES, CacheBuilderError
+from cachebuilder.errors import EXIT_CODES, CacheBuilderError, InstallationError
 
 _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
@@ -103,3 +105,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        console.echo(f"error: {error.filename or 'the output'}: cannot be written: {error.strerror}", err=True)
+        console.echo("hint: make room", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the output goes there when Python ends
+        sys.exit(InstallationError.exit_code)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cachebuilder.common.files import is_full
 from cachebuilder.common.folders import Folder, is_safe, others_may_write
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import InstallationError
@@ -100,7 +101,7 @@ def scratch_folder() -> Iterator[Path]:
     """A new working folder, removed afterwards. First removes working folders that killed processes left.
 
     Raises:
-        InstallationError: it cannot be made.
+        InstallationError: it cannot be made, or the disk is full while it is used.
     """
     with open_own("scratch") as root:
         for name in root.names():
@@ -110,6 +111,13 @@ def scratch_folder() -> Iterator[Path]:
     lock(handle)
     try:
         yield folder
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise InstallationError(
+            f"{root.path}: cannot be written: {error.strerror}",
+            hint="make room, or set CACHEBUILDER_CACHE_DIR to a folder on another disk",
+        ) from error
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)

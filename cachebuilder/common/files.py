@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def writing(path: Path, error: type[CacheBuilderError], hint: str | None = None)
         yield
     except OSError as reason:
         raise error(f"{path}: cannot be written: {reason.strerror}", hint=hint) from reason
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written because the disk is full, or the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def make_folders(path: Path) -> None:

@@ -273,7 +273,7 @@ class Folder:
         size = os.fstat(file.fileno()).st_size
         data = file.read(most + 1) if size <= most else b""
         if max(size, len(data)) > most:
-            raise WrongFile(errno.EFBIG, f"wanted at most {most} bytes, found more", str(self.path / name))
+            raise WrongFile(errno.EINVAL, f"wanted at most {most} bytes, found more", str(self.path / name))
         return data
 
     def _has(self, name: str, data: bytes, mode: int) -> bool:
