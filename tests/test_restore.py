@@ -330,3 +330,37 @@ def test_a_restore_imports_no_torch_no_deepgemm_and_nothing_slow(built: building
     command = ["restore", built.packed.path, "--to", tmp_path / "dir", "--deep-gemm", here]
     done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# Memory
+
+#: Restores an artifact and prints the most memory that this took, in MB.
+PEAK_OF_A_RESTORE = """
+import resource, sys
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
+restore([sys.argv[1]], sys.argv[2], machine=Machine(None), force=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def of_many_values(count: int, to: Path) -> Path:
+    """An artifact whose index has this many values that say nothing."""
+    more = {"nothing": {f"{number:x}": 1 for number in range(count)}}
+    stored = Path(__file__).with_name("data") / "v1-deepjit.tar.zst"
+    to.write_bytes(compress(join(edit_index(unpack(stored), lambda index: index["ops"].append(more)))))
+    return to
+
+
+def test_a_small_artifact_with_millions_of_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="wanted at most 1048576 values, found about 1048"):
+        read_index(of_many_values((1 << 20) + 10, tmp_path / "a.tar.zst"))
+
+
+@pytest.mark.slow
+def test_a_small_artifact_costs_a_restore_less_than_300_mb(tmp_path: Path) -> None:
+    artifact = of_many_values((1 << 20) - 200, tmp_path / "a.tar.zst")
+    assert artifact.stat().st_size < 1_100_000
+    command = [sys.executable, "-c", PEAK_OF_A_RESTORE, artifact, tmp_path / "dir"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout) < 300, done.stdout + done.stderr

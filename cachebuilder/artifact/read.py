@@ -25,9 +25,9 @@ from cachebuilder.errors import ArtifactError
 
 #: 20,000 kernels make about 20 MB.
 MAX_INDEX_BYTES = 32 << 20
-#: Objects and lists in an index, which bound what JSON becomes in memory. A kernel has 6 for its files and 1.3 for its
-#: selections.
-_MAX_INDEX_NESTED = 1 << 20
+#: Objects and lists in an index, and values in them, which bound what JSON becomes in memory: with these limits, less
+#: than 300 MB. A kernel of a real index has up to 14 objects and lists, and up to 33 values.
+_MAX_INDEX_NESTED = _MAX_INDEX_VALUES = 1 << 20
 MAX_MANIFEST_BYTES = 4 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -137,6 +137,8 @@ def parse_index(data: bytes, path: Path) -> Index:
     """The index in ``data``, checked against itself and the grammar of cache entries; raises `ArtifactError`."""
     if data.count(b"{") + data.count(b"[") > _MAX_INDEX_NESTED:
         raise ArtifactError(f"{path}: {INDEX}: wanted at most {_MAX_INDEX_NESTED} objects and lists, found more")
+    if (values := data.count(b",")) > _MAX_INDEX_VALUES:  # each value but the first is behind a comma
+        raise ArtifactError(f"{path}: {INDEX}: wanted at most {_MAX_INDEX_VALUES} values, found about {values}")
     try:
         index = records.read(Index, data)
     except RecordError as error:
