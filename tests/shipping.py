@@ -10,11 +10,13 @@ from typing import Any
 
 import zstandard
 
-from cachebuilder.ship import locations
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.ship import fetch, locations
 from cachebuilder.ship.download import Target
 from cachebuilder.ship.pull import Check, Puller
 from cachebuilder.ship.push import Pushed, push
 from cachebuilder.ship.retry import Retries
+from cachebuilder.ship.sync import Synced, SyncedFolder
 from tests.archives import compress, edit_index, join, unpack
 
 FEW = Retries(2, first_wait=0.01)
@@ -46,6 +48,10 @@ def push_to(host: str, name: str, *artifacts: Path, tag: str = "v1") -> Pushed:
 def pull_from(location: str, folder: Path, check: Check | None = None) -> Path:
     puller = Puller(locations.parse(location), FEW)
     return puller.fetch(puller.look_up()[0], into(folder), check)
+
+
+def sync_file(folder: SyncedFolder, artifact: Path) -> Synced:
+    return folder.sync(lambda: fetch.look_up(str(artifact), Machine(None), FEW))
 
 
 def apply(layers: list[bytes], to: Path) -> None:

@@ -24,11 +24,11 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.ship import fetch
 from cachebuilder.ship import generations as generations_module
 from cachebuilder.ship.fetch import Located
-from cachebuilder.ship.sync import Synced, SyncedFolder
+from cachebuilder.ship.sync import SyncedFolder
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry, free_port
-from tests.shipping import FEW, for_another, push_to
+from tests.shipping import FEW, for_another, push_to, sync_file
 from tests.test_signature import beside, keys, sign
 from tests.users import STRANGER, as_user, ground, needs_root, owned
 
@@ -310,10 +310,6 @@ def test_what_a_sync_works_on_is_not_removed_and_what_another_machine_left_goes_
 
 
 # Strangers
-
-
-def sync_file(folder: SyncedFolder, artifact: Path) -> Synced:
-    return folder.sync(lambda: fetch.look_up(str(artifact), Machine(None), FEW))
 
 
 @needs_root

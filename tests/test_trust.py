@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from cachebuilder.artifact import provenance
+from cachebuilder.artifact import provenance, signature
+from cachebuilder.artifact.trust import Trust
 from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.errors import ArtifactError, SignatureError
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.ship.sync import SyncedFolder
 from tests.archives import snapshot
 from tests.conftest import Run
-from tests.test_signature import GENERATIONS, artifact, flip, keys, trusted, unpack
+from tests.shipping import for_another, sync_file
+from tests.test_signature import GENERATIONS, artifact, flip, keys, sign, trusted, unpack
 
 __all__ = ["GENERATIONS", "artifact", "keys"]
 
@@ -145,3 +151,95 @@ def test_run_checks_an_artifact_and_says_that_a_folder_has_no_signature(
     assert run("run", to, *ours, "--", "echo", "ran").returncode == 2
     done = run("run", to, "--", "echo", "ran", CACHEBUILDER_TRUST=str(keys / "ours.pub"))
     assert done.returncode == 0 and "a folder has no signature" in done.stderr
+
+
+# An older artifact, or another one by the same key
+
+
+def signed_at(path: Path, keys: Path, time: str | None) -> None:
+    """Sign as `cachebuilder sign` did at this time; None: as it did before it wrote the time."""
+    sign(path, keys)
+    content = provenance.statement(path, path.read_bytes())
+    content["predicate"]["runDetails"]["metadata"] = {} if time is None else {provenance.SIGNED_ON: time}
+    envelope = provenance.seal(content, signature.load_key(keys / "ours.pem"))
+    path.with_name(path.name + ".intoto.json").write_bytes(envelope)
+
+
+@pytest.mark.parametrize("verb", ["restore", "sync", "run"])
+def test_a_rollback_to_an_older_signed_artifact_is_refused(
+    verb: str, artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    more = () if verb == "sync" else ("--force",)
+    more += ("--", "echo", "ran") if verb == "run" else ()
+
+    def tried(not_before: str) -> subprocess.CompletedProcess[str]:
+        trust = ("--trust", keys / "ours.pub", "--not-before", not_before)
+        return run(verb, artifact, "--to", tmp_path / "dir", *trust, *more)
+
+    signed_at(artifact, keys, "2026-10-01T12:00:00Z")
+    for not_before in ("2026-11-01", "2026-10-01T12:00:01Z", "2026-10-01T11:00:00-02:00"):
+        done = tried(not_before)
+        assert done.returncode == 14 and "found:  signed at 2026-10-01T12:00:00Z" in done.stderr, done.stderr
+        assert not (tmp_path / "dir" / "cache").exists() and not (tmp_path / "dir" / "current").exists()
+    for not_before in ("2026-10-01", "2026-10-01T12:00:00Z", "2026-10-01T14:00:00+02:00"):
+        done = tried(not_before)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("time", [None, "yesterday", ""], ids=["none", "no-time", "empty"])
+def test_an_artifact_without_a_signed_time_is_not_late_enough(
+    time: str | None, artifact: Path, keys: Path, tmp_path: Path
+) -> None:
+    signed_at(artifact, keys, time)
+    trust = Trust.load([keys / "ours.pub"], not_before=datetime(2026, 1, 1, tzinfo=UTC))
+    with pytest.raises(SignatureError, match="found:  no signed provenance with a time"):
+        unpack(artifact, tmp_path / "dir", trust)
+    artifact.with_name(artifact.name + ".intoto.json").unlink()
+    with pytest.raises(SignatureError, match="found:  no signed provenance with a time"):
+        unpack(artifact, tmp_path / "dir", trust)
+
+
+def test_another_artifact_by_the_same_key_is_refused_by_its_name(
+    artifact: Path, keys: Path, run: Run, tmp_path: Path
+) -> None:
+    other = for_another(artifact, "other", "H200")
+    sign(other, keys)
+    shutil.copy(other, artifact)
+    for suffix in (".sig", ".intoto.json"):
+        shutil.copy(other.with_name(other.name + suffix), artifact.with_name(artifact.name + suffix))
+    trust = ("--trust", keys / "ours.pub", "--name")
+    done = run("restore", artifact, "--to", tmp_path / "dir", "--force", *trust, "small")
+    assert done.returncode == 14 and "wanted: small\nfound:  other" in done.stderr, done.stderr
+    assert not (tmp_path / "dir").exists()
+    assert run("restore", artifact, "--to", tmp_path / "dir", "--force", *trust, "other").returncode == 0
+
+
+def test_a_generation_that_was_taken_before_is_not_current_if_it_is_too_old(
+    artifact: Path, keys: Path, machine: Machine, tmp_path: Path
+) -> None:
+    signed_at(artifact, keys, "2026-10-01T12:00:00Z")
+    sync_file(SyncedFolder(tmp_path / "dir", machine, trusted(keys)), artifact)
+    late = Trust.load([keys / "ours.pub"], not_before=datetime(2026, 11, 1, tzinfo=UTC))
+    folder = SyncedFolder(tmp_path / "dir", machine, late)
+    assert folder.current() is None
+    with pytest.raises(SignatureError, match="too early"):
+        sync_file(folder, artifact)
+
+
+def test_what_nobody_signed_proves_no_name_and_no_time(artifact: Path, keys: Path, run: Run, tmp_path: Path) -> None:
+    for option in (("--name", "small"), ("--not-before", "2026-01-01")):
+        done = run("restore", artifact, "--to", tmp_path / "dir", *option)
+        assert done.returncode == 2 and "go with --trust" in done.stderr
+    done = run("restore", artifact, "--to", tmp_path / "dir", "--trust", keys / "ours.pub", "--not-before", "soon")
+    assert done.returncode == 2 and "wanted a time such as" in done.stderr
+    with pytest.raises(SignatureError, match="with its time zone"):
+        Trust.load([], not_before=datetime(2026, 1, 1))
+
+
+def test_sign_writes_the_time(artifact: Path, keys: Path) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    provenance.sign_file(artifact, signature.load_key(keys / "ours.pem"))
+    statement = trusted(keys).check_file(artifact).statement
+    assert statement is not None
+    signed_on = provenance.signed_on(statement)
+    assert signed_on is not None and before <= signed_on <= datetime.now(UTC)

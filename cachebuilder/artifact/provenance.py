@@ -11,7 +11,9 @@ import binascii
 import hashlib
 import io
 import json
+import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:cachebuilder:artifact:v1"
 BUILDER = "urn:cachebuilder"
+
+#: The time of signing by the signer's clock, in UTC. SLSA wants a vendor's prefix on fields of its own.
+SIGNED_ON = "cachebuilder_signedOn"
 
 _MAX_REPORT_BYTES = 256 << 20
 
@@ -99,7 +104,7 @@ def statement(path: Path, data: bytes) -> dict[str, Any]:
             },
             "runDetails": {
                 "builder": {"id": BUILDER, "version": {"cachebuilder": index.recorded.get("cachebuilder", "")}},
-                "metadata": {},
+                "metadata": {SIGNED_ON: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
                 "byproducts": byproducts,
             },
         },
@@ -230,6 +235,15 @@ def _about(payload: bytes, sha256: str, what: object) -> dict[str, Any]:
             hint="sign the artifact again, or remove the other artifact's statement",
         )
     return dict(content)
+
+
+def signed_on(content: Mapping[str, Any]) -> datetime | None:
+    """When a statement was signed; None where it does not say so."""
+    try:
+        text = content["predicate"]["runDetails"]["metadata"][SIGNED_ON]
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def check_report_beside(path: Path, content: Mapping[str, Any]) -> str | None:

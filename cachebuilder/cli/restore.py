@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -22,10 +23,22 @@ class RestoreOptions:
     deep_gemm: Path | None
     force: bool
     trust: tuple[Path, ...]
+    name: str | None
+    not_before: datetime | None
+
+    def load_trust(self) -> Trust | None:
+        """The trusted keys, and what is wanted of what they signed."""
+        return signing.load_trust(self.trust, self.name, self.not_before)
 
 
 restore_options = shared.option_group(
-    "options", RestoreOptions, shared.serving_deep_gemm_option, shared.force_option, signing.trust_option
+    "options",
+    RestoreOptions,
+    shared.serving_deep_gemm_option,
+    shared.force_option,
+    signing.trust_option,
+    signing.name_option,
+    signing.not_before_option,
 )
 
 
@@ -72,6 +85,6 @@ def restore(artifacts: tuple[Path | str, ...], to: Path, options: RestoreOptions
     ARTIFACT is a file, or oci://… or s3://…, which is fetched first. Every ARTIFACT is checked before anything becomes
     visible in DIR, with --trust first of all its signature. DIR may be in use.
     """
-    machine, trust = Machine.here(options.deep_gemm), signing.load_trust(options.trust)
+    machine, trust = Machine.here(options.deep_gemm), options.load_trust()
     restored = run_restore(artifacts, to, machine, trust, options.force)
     shared.remark(f"next      cachebuilder env {restored.dir} --engine vllm|sglang")

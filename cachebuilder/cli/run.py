@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from cachebuilder.cli import console, remote, shared, signing
+from cachebuilder.cli import console, remote, shared
 from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore
 from cachebuilder.errors import CommandError
 from cachebuilder.restoring import serving
@@ -38,7 +38,7 @@ def run(
 
     CMD is not started from damaged entries: they would make the GPU's driver fail, crash or hang.
     """
-    machine, trust = Machine.here(options.deep_gemm), signing.load_trust(options.trust)
+    machine, trust = Machine.here(options.deep_gemm), options.load_trust()
     if remote.is_remote(source):
         source = remote.fetched(str(source), machine, trust, options.force)
     source = Path(source)

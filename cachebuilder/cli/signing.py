@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,35 @@ trust_option = click.option(
 )
 
 
-def load_trust(keys: tuple[Path, ...]) -> Trust | None:
-    """The trusted keys; None where none was given."""
-    return Trust.load(keys) if keys else None
+class _Time(click.ParamType):  # type: ignore[type-arg]  # click before 8.4 has no arguments for it
+    """A day or a time of ISO 8601; without a time zone it is UTC, whatever the machine's is."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            time = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"wanted a time such as 2026-11-28 or 2026-11-28T01:40:00Z, found {value!r}", param, ctx)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+name_option = click.option(
+    "--name", metavar="NAME", help="Take only artifacts of this name among those that a trusted key signed."
+)
+not_before_option = click.option(
+    "--not-before",
+    type=_Time(),
+    metavar="TIME",
+    help="Take only artifacts whose signed provenance says that they were signed at this time or later.",
+)
+
+
+def load_trust(keys: tuple[Path, ...], name: str | None = None, not_before: datetime | None = None) -> Trust | None:
+    """The trusted keys, and what is wanted of what they signed; None where no key was given."""
+    if not keys and (name is not None or not_before is not None):
+        raise click.UsageError("--name and --not-before go with --trust KEY.pub: what nobody signed proves neither")
+    return Trust.load(keys, name=name, not_before=not_before) if keys else None
 
 
 def warn_unchecked(trust: Trust | None) -> None:

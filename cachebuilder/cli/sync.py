@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from cachebuilder.cli import console, remote, shared, signing
+from cachebuilder.cli.restore import RestoreOptions
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.restoring.machine import Machine
 
 _force_option = click.option("--force", is_flag=True, help="Work in DIR even if it is another user's.")
-
-
-@dataclass(frozen=True)
-class SyncOptions:
-    """What a sync is to go by."""
-
-    deep_gemm: Path | None
-    force: bool
-    trust: tuple[Path, ...]
 
 
 @click.command()
@@ -34,9 +25,17 @@ class SyncOptions:
     help="How many generations stay, the current one among them.",
 )
 @click.option("--allow-stale", is_flag=True, help="If SOURCE cannot be reached, keep DIR/current and succeed.")
-@shared.option_group("options", SyncOptions, shared.serving_deep_gemm_option, _force_option, signing.trust_option)
+@shared.option_group(
+    "options",
+    RestoreOptions,
+    shared.serving_deep_gemm_option,
+    _force_option,
+    signing.trust_option,
+    signing.name_option,
+    signing.not_before_option,
+)
 @shared.progress_options
-def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: SyncOptions) -> None:
+def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: RestoreOptions) -> None:
     """Keep DIR/current at the artifact that SOURCE (oci://…, s3://…) stands for: for an init container or a DaemonSet.
 
     The artifact is fetched only if it has changed, restored aside, and put in place by one rename. If that fails,
@@ -46,7 +45,7 @@ def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: Sy
     from cachebuilder.ship import fetch
     from cachebuilder.ship.sync import CURRENT, SyncedFolder
 
-    keys = signing.load_trust(options.trust)
+    keys = options.load_trust()
     signing.warn_unchecked(keys)
     machine = Machine.here(options.deep_gemm)
     folder = SyncedFolder(to, machine, keys, force=options.force)
