@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from cachebuilder.compiling import record as build_record
 from cachebuilder.errors import ArtifactError, VerifyError
+from cachebuilder.inspecting import diff
 from cachebuilder.restoring import serving
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
+from cachebuilder.verifying import report
 from tests.conftest import ROOT, Run
 
 ARTIFACT = ROOT / "tests" / "data" / "v1-deepjit.tar.zst"
@@ -122,3 +125,24 @@ def test_an_index_that_never_ends_neither_hangs_nor_fills_memory(
     with pytest.raises(ArtifactError, match=r"found|wanted"):
         open_folder(folder)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (100 << 10)
+
+
+@pytest.mark.parametrize("kind", [fifo, sparse, zeros])
+def test_a_diff_of_a_folder_with_a_file_that_never_ends_neither_hangs_nor_fills_memory(
+    kind: Callable[[Path], None], folder: Path
+) -> None:
+    kind(entry(folder) / "kernel.cubin")
+    with pytest.raises(ArtifactError, match=r"kernel\.cubin: cannot be read: wanted"):
+        diff.read(folder)
+
+
+@pytest.mark.parametrize("kind", [fifo, sparse, zeros])
+def test_a_record_or_a_report_beside_an_artifact_that_never_ends_counts_as_none(
+    kind: Callable[[Path], None], tmp_path: Path
+) -> None:
+    artifact = tmp_path / "a.tar.zst"
+    for path in (build_record.path_for(artifact), report.path_for(artifact)):
+        path.touch()
+        kind(path)
+    assert build_record.read(artifact, "0" * 64) is None
+    assert report.read(report.path_for(artifact), "0" * 64) is None

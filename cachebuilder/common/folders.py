@@ -60,6 +60,17 @@ def others_may_write(status: os.stat_result) -> bool:
     return bool(status.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if shared_group else 0)))
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """All bytes of the file at a path that the user named, if it is a regular file and no link.
+
+    Raises:
+        WrongFile: it is something else, or has more than ``most`` bytes.
+        OSError: it cannot be read.
+    """
+    with Folder.at(path.parent) as folder:
+        return folder.read(path.name, most)
+
+
 class Folder:
     """An open folder. Every `OSError` of its methods names the whole path, for messages only.
 

@@ -11,12 +11,15 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from cachebuilder.common.folders import read_regular
 from cachebuilder.common.packages import Material
 from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError
 
 #: The record's file name is the artifact's with this suffix.
 RECORD_SUFFIX = ".build.json"
+#: 20,000 kernels make about 20 MB.
+_MAX_BYTES = 256 << 20
 
 
 Step = Literal["headers", "ptx", "cubin", "check"]
@@ -89,7 +92,7 @@ def write(artifact: Path, record: BuildRecord) -> None:
 def read(artifact: Path, sha256: str) -> BuildRecord | None:
     """The record beside ``artifact``; None if there is none, it cannot be read, or it is about other bytes."""
     try:
-        record = BuildRecord.model_validate_json(path_for(artifact).read_bytes())
+        record = BuildRecord.model_validate_json(read_regular(path_for(artifact), _MAX_BYTES))
     except (OSError, ValidationError):
         return None
     return record if record.artifact == sha256 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
+from cachebuilder.common.folders import Folder
 from cachebuilder.common.records import Record
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
@@ -98,8 +100,12 @@ def _changed(a: _Files, b: _Files) -> tuple[str, ...]:
 
 def _files_on_disk(folder: RestoredFolder, entry: str) -> dict[str, str]:
     generation = folder.artifacts[0].index.fingerprint.generation
-    files = {name: folder.cache / entry / name for name in entry_files.FILES[generation]}
+    digests = {}
     try:
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()}
+        with Folder.at(folder.cache) as cache, cache.open(entry) as opened:
+            for name in entry_files.FILES[generation]:
+                with contextlib.suppress(FileNotFoundError):
+                    digests[name] = hashlib.sha256(opened.read(name, entry_files.MAX_BYTES[name])).hexdigest()
     except OSError as error:
         raise ArtifactError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return digests
