@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from cachebuilder.authoring import sources
 from cachebuilder.cuda import gpus
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifest
@@ -131,6 +134,64 @@ def test_a_manifest_of_four_thousand_sources_is_read() -> None:
     sources = "".join(f"  - kernel: k{number}\n    source: |\n      // {number}\n{page}" for number in range(4000))
     model = manifest.parse(f"{HEAD}sources:\n{sources}".encode())
     assert len(model.sources) == 4000
+
+
+SOURCE = "#include <deep_gemm/impls/sm90_fp8_gemm_1d2d.cuh>\nstatic void f() {}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '#include "/etc/shadow"',
+        "#include </etc/shadow>",
+        "#include <deep_gemm/../../../../etc/shadow>",
+        "#include <../x>",
+        '  # include "x"',
+        "#include_next <x>",
+        "#import <x>",
+        "#embed </etc/shadow>",
+        '#line 1 "/etc/shadow"',
+        '# 1 "/etc/shadow"',
+        '#pragma GCC dependency "/etc/shadow"',
+        '#if __has_include("/etc/shadow")',
+        "#define X </etc/shadow>",
+        "#include X",
+        '/**/ #include "/etc/shadow"',
+        '/*\n// */ #include "/etc/shadow"',
+        '%:include "/etc/shadow"',
+        '??=include "/etc/shadow"',
+        "#\\\ninclude <x>",
+        '// \\ \n',
+        "// \r#include </etc/shadow>",
+        "\f#include </etc/shadow>",
+        'asm(".incbin \\"/etc/shadow\\"");',
+        'asm volatile("\\x23include");',
+        '__asm__("");',
+        '_Pragma("x")',
+        "\0",
+        "\x1b[2J",
+    ],
+)  # fmt: skip
+def test_a_source_that_includes_a_private_file_is_refused(line: str, tmp_path: Path) -> None:
+    text = json.dumps({"name": "x", "target": {"gpu": "H200"}, "sources": [{"source": f"{SOURCE}{line}\n"}]})
+    assert re.search(r"m\.yaml:1: sources\[0\]\.source: line [345]: wanted ", refusal(text))
+    path = tmp_path / "m.yaml"
+    path.write_text(json.dumps({"name": "x", "target": {"gpu": "H200"}, "sources": [{"source": SOURCE}]}))
+    before = path.read_bytes()
+    with pytest.raises(ManifestError, match="wanted "):
+        sources.add(path, [sources.NewSource(f"{SOURCE}{line}\n", "comment")])
+    assert path.read_bytes() == before
+
+
+def test_a_private_file_is_not_printed_by_build(run: Run, tmp_path: Path) -> None:
+    secret, path = tmp_path / "secret", tmp_path / "m.yaml"
+    secret.write_text("the secret line\n")
+    source = f'#include "{secret}"\n{SOURCE}'
+    path.write_text(
+        json.dumps({"name": "x", "target": {"gpu": "H200"}, "sources": [{"source": source, "kernel": "k"}]})
+    )
+    done = run("build", path, "-o", tmp_path / "a.tar.zst")
+    assert done.returncode == ManifestError.exit_code and "the secret line" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "1", "&a [*a]", "\x00", "a: !!python/object:os.system {}"])

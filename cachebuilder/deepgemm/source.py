@@ -83,6 +83,28 @@ def instantiated(source: str) -> tuple[str | None, tuple[str, ...]]:
     return (match[1], tuple(_split(match[2]))) if match else (None, ())
 
 
+#: The one directive in what DeepGEMM writes. In angle brackets, a relative name leads only to DeepGEMM's headers, the
+#: toolkit's and the system's.
+_HEADER = re.compile(r"[ \t]*#[ \t]*include[ \t]*<(?!.*\.\./)[A-Za-z0-9_][A-Za-z0-9_+./-]*>[ \t]*")
+#: What is a directive or reads a file in another spelling: digraphs, trigraphs, joined lines, inline assembly.
+_OTHER_SPELLING = re.compile(r"%:|\?\?|\\[ \t]*$|\b_*asm_*\b|\b_Pragma\b")
+
+
+def foreign_text(source: str) -> str | None:
+    """What a source has that DeepGEMM never writes and that could read a file; None if it has nothing of the kind.
+
+    A compiler prints lines of the files that it reads, so a source that includes a private file would publish it.
+    """
+    for number, line in enumerate(source.split("\n"), 1):
+        if not line.replace("\t", "").isprintable():
+            return f"line {number}: wanted printable text, found {line[:80]!r}"
+        if "#" in line and not _HEADER.fullmatch(line):
+            return f"line {number}: wanted no directive but #include <…> with a relative name, found {line[:80]!r}"
+        if _OTHER_SPELLING.search(line):
+            return f"line {number}: wanted no assembly, digraph, trigraph or joined line, found {line[:80]!r}"
+    return None
+
+
 def includes(source: str) -> list[str]:
     """The headers that ``source`` includes, in order."""
     return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", source, re.MULTILINE)

@@ -7,18 +7,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cachebuilder.common.records import one_line
 from cachebuilder.cuda import device as devices
 from cachebuilder.cuda import gpus
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.deepgemm.environment import KernelEnvironment
+from cachebuilder.deepgemm.source import foreign_text
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import reader
 from cachebuilder.manifest.reader import TextError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 from cachebuilder.ops.catalog import OPS, Op, OpBase
+
+
+def _check_source(source: str) -> str:
+    if reason := foreign_text(source):
+        raise ValueError(reason)
+    return source
 
 
 class Target(BaseModel):
@@ -77,7 +84,11 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    source: Annotated[str, Field(min_length=1, max_length=1 << 16, description="the text of kernel.cu")]
+    source: Annotated[
+        str,
+        Field(min_length=1, max_length=1 << 16, description="the text of kernel.cu"),
+        AfterValidator(_check_source),
+    ]
     kernel: Annotated[
         str | None,
         Field(
