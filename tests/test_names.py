@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from cachebuilder.artifact.index import Fingerprint
 from cachebuilder.artifact.read import read_index
+from cachebuilder.authoring.derive.text import _comment as comment
 from cachebuilder.cli import console, env, table
 from cachebuilder.errors import ArtifactError, ManifestError, RestoreError, TransferError
 from cachebuilder.manifest import schema
@@ -235,3 +236,10 @@ def test_mutated_texts_mean_the_same_everywhere_or_are_refused(kind: str) -> Non
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["taken"] and figures["refused"]
+
+
+@pytest.mark.parametrize("mark", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0c"])
+def test_a_models_config_cannot_end_a_comment_of_its_manifest(mark: str) -> None:
+    lines = comment(f"DeepseekV3ForCausalLM{mark}environment: {{DG_A: '1'}}")
+    text = "\n".join(lines) + "\n"
+    assert all(line.startswith("#") and line.isprintable() for line in text.splitlines())

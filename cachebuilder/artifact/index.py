@@ -22,6 +22,8 @@ REPORT_SUFFIX = ".verified.json"
 RECORD_SUFFIX = ".build.json"
 #: its signature, and the signed statement of where it comes from.
 SIGNATURE_SUFFIX, PROVENANCE_SUFFIX = ".sig", ".intoto.json"
+#: A report has a few hundred bytes for each point that was tried; a record a few hundred for each kernel.
+MAX_REPORT_BYTES = 256 << 20
 
 #: Far more than the cache of any real model.
 MAX_ENTRIES = 20_000

@@ -23,6 +23,7 @@ from cachebuilder.artifact import signature
 from cachebuilder.artifact.index import (
     INDEX,
     MANIFEST,
+    MAX_REPORT_BYTES,
     PROVENANCE_SUFFIX,
     RECORD_SUFFIX,
     REPORT_SUFFIX,
@@ -44,8 +45,6 @@ BUILDER = "urn:cachebuilder"
 
 #: The time of signing by the signer's clock, in UTC. SLSA wants a vendor's prefix on fields of its own.
 SIGNED_ON = "cachebuilder_signedOn"
-
-_MAX_REPORT_BYTES = 256 << 20
 
 
 def encoded(payload_type: str, payload: bytes) -> bytes:
@@ -83,7 +82,7 @@ def statement(path: Path, data: bytes) -> dict[str, Any]:
         {"name": INDEX, "digest": _digest(archive.index_bytes), "annotations": {"kernels": len(index.entries)}}
     ]
     report_path = _report_path(path)
-    if report := read_beside(report_path, _MAX_REPORT_BYTES):
+    if report := read_beside(report_path, MAX_REPORT_BYTES):
         _check_report(report_path, report, sha256)
         byproducts.append({"name": report_path.name, "digest": _digest(report)})
     return {
@@ -137,7 +136,7 @@ def _materials(path: Path, sha256: str) -> list[dict[str, Any]]:
     """The packages and compilers in the record of the build beside an artifact; none where no record is about it."""
     record_path = path.with_name(path.name + RECORD_SUFFIX)
     wrong = ArtifactError(f"{record_path}: wanted the record of a build, found something else", hint="remove it")
-    if (data := read_beside(record_path, _MAX_REPORT_BYTES)) is None:
+    if (data := read_beside(record_path, MAX_REPORT_BYTES)) is None:
         return []
     try:
         record = json.loads(data)
@@ -257,7 +256,7 @@ def check_report_beside(path: Path, content: Mapping[str, Any]) -> str | None:
         listed = {item["name"]: item["digest"]["sha256"] for item in content["predicate"]["runDetails"]["byproducts"]}
     except (KeyError, TypeError):
         return None
-    report = read_beside(report_path, _MAX_REPORT_BYTES)
+    report = read_beside(report_path, MAX_REPORT_BYTES)
     if report_path.name not in listed or report is None:
         return None
     signed, digest = listed[report_path.name], hashlib.sha256(report).hexdigest()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from cachebuilder.common.reading import open_regular
 from cachebuilder.errors import ArtifactError, SignatureError
 
 #: The artifact is held in memory while its signature is checked. 20,000 kernels pack to under 100 MB.
@@ -19,13 +19,9 @@ MAX_ARTIFACT_BYTES = 1 << 30
 def open_file(path: Path) -> Iterator[BufferedReader]:
     """Open a regular file. Raises `ArtifactError` where it is something else or cannot be read."""
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer.
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        handle = open_regular(path)
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ArtifactError(f"{path}: wanted a regular file, found another kind of file")
     with os.fdopen(handle, "rb") as file:
         yield file
 

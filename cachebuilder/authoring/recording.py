@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from cachebuilder.common.reading import read_named
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.deepgemm import entries
@@ -25,6 +26,8 @@ from cachebuilder.restoring import frozen, misses
 from cachebuilder.restoring.environment import has_cuda_home
 
 _ROOT, _LOG = "root", "asked.jsonl"
+#: A manifest's sources are no longer.
+_MAX_SOURCE_BYTES = 1 << 16
 #: The variables by which DeepGEMM compiles with NVRTC, in its own process: DeepGEMM 2.6.1 ``csrc/jit/compiler.hpp``;
 #: SGLang 0.5.23 ``srt/layers/deep_gemm_wrapper/compile_utils.py`` sets the first from the second.
 _NVRTC = ("DG_JIT_USE_NVRTC", "SGLANG_DG_USE_NVRTC")
@@ -189,5 +192,15 @@ def _read_cache(cache: Path) -> tuple[Generation | None, tuple[RecordedKernel, .
         for kind, files in entries.FILES.items():
             if (name := entries.kernel_name(kind, entry.name)) and all((entry / file).is_file() for file in files):
                 generation = kind
-                kernels[entry.name] = RecordedKernel(name, (entry / entries.SOURCE).read_text())
+                kernels[entry.name] = RecordedKernel(name, _read_source(entry / entries.SOURCE))
     return generation, tuple(kernels.values())
+
+
+def _read_source(path: Path) -> str:
+    try:
+        return read_named(path, _MAX_SOURCE_BYTES).decode()
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#x} at {error.start}"
+        raise RecordingError(f"{path}: wanted UTF-8 text, as DeepGEMM writes, found {byte}") from None

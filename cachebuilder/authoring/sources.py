@@ -89,9 +89,10 @@ def _write(path: Path, tree: CommentedMap, new: Sequence[NewSource], before: Man
     written = io.BytesIO()
     yaml.dump(tree, written)
     after = manifests.parse(written.getvalue(), str(path))
-    known, ops = (before.sources, before.ops) if before else ((), after.ops)
+    known = before.sources if before else ()
     expected = [*(source.source for source in known), *(source.text for source in new)]
-    if [source.source for source in after.sources] != expected or after.ops != ops:
+    kept = before is None or after.model_copy(update={"sources": known}) == before
+    if [source.source for source in after.sources] != expected or not kept:
         raise ManifestError(
             f"{path}: wanted YAML that reads back as the kernel's source, found a change", hint="add the source by hand"
         )

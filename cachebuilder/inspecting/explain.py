@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cachebuilder.artifact.index import CACHE, Index
+from cachebuilder.common.reading import read_named
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.cubin import Resources
 from cachebuilder.deepgemm import entries as entry_files
@@ -103,14 +104,18 @@ def _in_folder(folder: Path) -> Explanation:
     root = folder.parent.parent
     indexes = open_folder(root).indexes if folder.parent.name == CACHE and is_restored(root) else []
     try:
-        source = (folder / entry_files.SOURCE).read_text(errors="replace")
-        cubin = (folder / entry_files.CUBIN).read_bytes()
+        source = _read(folder / entry_files.SOURCE).decode(errors="replace")
+        cubin = _read(folder / entry_files.CUBIN)
     except OSError as error:
         raise ArtifactError(f"{folder}: {error.filename} cannot be read: {error.strerror}") from error
     name = entry_files.kernel_name(generation, folder.name) or ""
     resources = resources_of(folder, entry_files.CUBIN, cubin)
     kernel = KernelFacts(folder.name, name, "", source, (), len(cubin), resources)
     return _explanation(kernel, generation, folder, _askers(folder, indexes))
+
+
+def _read(path: Path) -> bytes:
+    return read_named(path, entry_files.MAX_BYTES[path.name])
 
 
 def _in_artifact(key: str, artifact: Path) -> Explanation:

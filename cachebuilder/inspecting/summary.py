@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachebuilder.artifact.index import Index
+from cachebuilder.artifact.index import MAX_REPORT_BYTES, Index
 from cachebuilder.artifact.read import read_index
+from cachebuilder.common.folders import read_regular
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.verifying import report
 from cachebuilder.verifying.report import GpuReport
@@ -60,7 +61,7 @@ def summarise(artifact: Path) -> Summary:
 
 def _verdict(path: Path, sha256: str) -> Verdict | None:
     try:
-        verified = GpuReport.model_validate_json(path.read_bytes())
+        verified = GpuReport.model_validate_json(read_regular(path, MAX_REPORT_BYTES))
     except FileNotFoundError:
         return None
     except (OSError, ValidationError):

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from cachebuilder.common.reading import read_named
 from cachebuilder.common.records import one_line
 from cachebuilder.cuda import device as devices
 from cachebuilder.cuda import gpus
@@ -17,7 +18,7 @@ from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.deepgemm.source import foreign_text
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import reader
-from cachebuilder.manifest.reader import TextError
+from cachebuilder.manifest.reader import MAX_BYTES, TextError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
 from cachebuilder.ops.catalog import OPS, Op, OpBase
 
@@ -175,7 +176,7 @@ def load(path: Path) -> tuple[Manifest, bytes]:
             file, line and field, what was wanted and what was found.
     """
     try:
-        data = path.read_bytes()
+        data = read_named(path, MAX_BYTES)
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read: {error.strerror}") from error
     return parse(data, str(path)), data

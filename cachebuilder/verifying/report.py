@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, PlainSerializer, ValidationError, WithJsonSchema
 
-from cachebuilder.artifact.index import REPORT_SUFFIX
+from cachebuilder.artifact.index import MAX_REPORT_BYTES, REPORT_SUFFIX
 from cachebuilder.common.folders import read_regular
 from cachebuilder.common.records import Record
 from cachebuilder.errors import ArtifactError, DeviceError, VerifyError
@@ -17,9 +17,6 @@ from cachebuilder.planning.selection import Selection
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.damage import Damage
 from cachebuilder.sweep.protocol import Device, Refusal, TrialResult
-
-#: A report has a few hundred bytes for each point that was tried.
-_MAX_REPORT_BYTES = 256 << 20
 
 
 def _fields(op: OpBase) -> dict[str, Any]:
@@ -265,7 +262,7 @@ def path_for(artifact: Path) -> Path:
 def read(path: Path, sha256: str) -> GpuReport | None:
     """The report at ``path``; None where there is none, it cannot be read, or it is about other bytes."""
     try:
-        report = GpuReport.model_validate_json(read_regular(path, _MAX_REPORT_BYTES))
+        report = GpuReport.model_validate_json(read_regular(path, MAX_REPORT_BYTES))
     except (OSError, ValidationError):
         return None
     return report if report.artifact.sha256 == sha256 else None

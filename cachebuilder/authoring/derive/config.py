@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cachebuilder.authoring.derive.size import Size
+from cachebuilder.common.reading import read_named
 from cachebuilder.errors import ModelError
 
 #: The weight block that both engines' DeepGEMM paths take: BLOCK × BLOCK elements (N × K) share one scale.
@@ -43,14 +44,11 @@ class Config:
         """
         file = path / "config.json" if path.is_dir() else path
         try:
-            with file.open("rb") as opened:
-                data = opened.read(_MAX_BYTES + 1)
+            data = read_named(file, _MAX_BYTES)
         except OSError as error:
             raise ModelError(
                 f"{file}: cannot be read: {error.strerror}", hint="give a local config.json: nothing is downloaded"
             ) from error
-        if len(data) > _MAX_BYTES:
-            raise ModelError(f"{file}: wanted at most {_MAX_BYTES} bytes, found more")
         try:
             tree = json.loads(data)
         except (ValueError, RecursionError) as error:

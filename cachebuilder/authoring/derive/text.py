@@ -85,4 +85,5 @@ def _flow(op: OpBase) -> str:
 def _comment(text: str, indent: str = "", width: int = _WIDTH) -> Sequence[str]:
     """Lines of YAML comments, those after the first indented by ``indent``."""
     wrapper = textwrap.TextWrapper(width, "# ", f"# {indent}", break_long_words=False, break_on_hyphens=False)
-    return wrapper.wrap(text)
+    # A model's config may hold a character that ends a line of YAML, and so the comment.
+    return wrapper.wrap("".join(c if c.isprintable() else " " for c in text))

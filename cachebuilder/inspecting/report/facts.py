@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from cachebuilder.artifact.index import Index
 from cachebuilder.artifact.read import open_archive
+from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.compiling import record as build_record
 from cachebuilder.compiling.record import BuildRecord
 from cachebuilder.cuda import cubin
@@ -122,15 +123,10 @@ def gather(path: Path, verify_report: Path | None = None) -> Facts:
     Raises:
         ArtifactError: it is neither, or damaged; or ``verify_report`` does not exist, or is of another artifact.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(1)
-            sha256 = hashlib.sha256(head + file.read()).hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    if head == b"{":
-        return _of_plan(path)
-    return _of_artifact(path, sha256, verify_report)
+    data = read_bytes(path)
+    if data.startswith(b"{"):
+        return _of_plan(path, data)
+    return _of_artifact(path, hashlib.sha256(data).hexdigest(), verify_report)
 
 
 def compare(old: Facts, new: Facts) -> Changes:
@@ -164,9 +160,9 @@ def _named(kernels: Mapping[str, KernelFacts], entries: Iterable[str]) -> tuple[
     return tuple(kernels[entry] for entry in sorted(entries))
 
 
-def _of_plan(path: Path) -> Facts:
+def _of_plan(path: Path, data: bytes) -> Facts:
     try:
-        plan = Plan.model_validate_json(path.read_bytes())
+        plan = Plan.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
