@@ -2,11 +2,12 @@
 
     python tests/fuzz_registry.py ARTIFACT [MUTATIONS] [SEED] [DEEP_GEMM]
 
-A real server on loopback holds the artifact, signed. Three kinds of runs in turn:
+A real server on loopback holds the artifact, signed. Four kinds of runs in turn:
 
 - a pull, of one image or of an index of two, with trusted keys or without;
 - a sync of the same into a folder that may have a generation already;
-- a pull that needs a login: a mutated docker config, and mutated challenges and tokens.
+- a pull that needs a login: a mutated docker config, and mutated challenges and tokens;
+- a push of the artifact, with its signature and the list of referrers.
 
 In each run one to three answers are changed: the status, headers (lengths, types, digests, redirects, challenges), the
 JSON's tree, with its digest right again, or any byte of the whole answer. An audit hook ends the process at a file that
@@ -42,9 +43,10 @@ from cachebuilder.common.folders import Folder
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.restoring.machine import Machine
-from cachebuilder.ship import credentials, fetch, image
+from cachebuilder.ship import credentials, fetch, image, locations
 from cachebuilder.ship.description import BESIDE, SIGNATURE
 from cachebuilder.ship.documents import INDEX, MANIFEST, Descriptor, digest_of, index_document
+from cachebuilder.ship.push import push
 from cachebuilder.ship.retry import Patience, Retries
 from cachebuilder.ship.sync import SyncedFolder
 from tests.fuzz_archives import edit_tree, guard, mutate
@@ -56,7 +58,11 @@ _SECONDS = 10
 #: No second try, whose wait the server chooses; a fifth of a second for headers, and a MiB a second.
 HASTY = Retries(0, patience=Patience(0.2, 1 << 20))
 
+#: A push looks again after a broken connection, so that it asks how far it came.
+PUSHY = Retries(1, first_wait=0.001, patience=HASTY.patience)
+
 _TEXTS = (
+    *("0-1", "0-\u00b2", "0-" + "9" * 5000, "bytes=0-5", "0-0"),
     *(
         "",
         "0",
@@ -123,7 +129,7 @@ _HEADERS = (
         "Docker-Content-Digest",
         "Retry-After",
     ),
-    *("Content-Range", "Location", "WWW-Authenticate", "Set-Cookie", "Connection", "OCI-Subject", "X", "Range"),
+    *("Content-Range", "Location", "WWW-Authenticate", "Set-Cookie", "Connection", "OCI-Subject", "Range", "X"),
 )
 _STATUSES = (
     *(100, 101, 199, 200, 201, 202, 204, 206, 301, 302, 303, 304, 307, 308, 400, 401, 403, 404),
@@ -189,6 +195,7 @@ class Fuzz:
         copy = folder / "small.tar.zst"
         shutil.copy(artifact, copy)
         provenance.sign_file(copy, signature.load_key(folder / "k.pem"))
+        self.artifact = copy
         self.trust = Trust.load([folder / "k.pub"])
         self.images = Images(copy)
         self.plan: dict[int, Callable[[Answered], bytes]] = {}
@@ -199,8 +206,18 @@ class Fuzz:
         self.got, self.synced = folder / "got", folder / "synced"
 
     def serve(self, connection: socket.socket, head: bytes) -> None:
-        path = head.split()[1].decode("latin-1").partition("?")[0]
-        if path == "/token":
+        method, path = head.split()[0], head.split()[1].decode("latin-1").partition("?")[0]
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        missing = int(length[1]) - len(head.partition(b"\r\n\r\n")[2]) if length else 0
+        while missing > 0 and (part := connection.recv(1 << 20)):
+            missing -= len(part)
+        if method in (b"POST", b"PATCH", b"PUT"):
+            statuses = {b"POST": 202, b"PATCH": 202, b"PUT": 201}
+            headers = {"Location": "/v2/a/blobs/uploads/1", "Range": "0-9"}
+            answered = Answered(statuses[method], b"", headers)
+        elif path.startswith("/v2/a/blobs/uploads/"):  # a push asks how far it came
+            answered = Answered(204, b"", {"Location": path, "Range": "0-9"})
+        elif path == "/token":
             answered = Answered(200, b'{"token": "t", "expires_in": 60}')
         elif self.login and b"\r\nauthorization:" not in head.lower():
             realm = f'Bearer realm="http://{self.server.host}/token",service="s",scope="repository:a:pull"'
@@ -233,7 +250,8 @@ class Fuzz:
                 if chance.random() < 0.5:
                     answered.body = mutate(b'{"errors":[{"code":"A","message":"b"}]}', chance)
             case 2:
-                answered.headers[chance.choice(_HEADERS)] = self.text((*_TEXTS, *_LOCATIONS[:4], *_CHALLENGES[:4]))
+                name, text = chance.choice(_HEADERS), self.text((*_TEXTS, *_LOCATIONS[:4], *_CHALLENGES[:4]))
+                answered.headers[name] = "0" if name == "Retry-After" else text  # a wait of half a minute is allowed
             case 3:
                 answered.body = mutate(answered.body, chance)
             case 4:
@@ -257,6 +275,11 @@ class Fuzz:
         if isinstance(document, dict):
             edit_tree(document, self.chance)
         data = json.dumps(document).encode()
+        if self.chance.random() < 0.2:  # half a character, in place of any text
+            texts = [match.span(1) for match in re.finditer(rb': "([^"\\]*)"', data)]
+            if texts:
+                start, end = self.chance.choice(texts)
+                data = data[:start] + b"\\ud800" + data[end:]
         if self.chance.random() < 0.9:  # then the edited one is there under its digest as well
             self.images.manifests[digest_of(data)] = data
         return data
@@ -267,11 +290,13 @@ class Fuzz:
         chance = self.chance
         honest = dict(self.images.manifests)
         self.plan = {chance.choice((1, 1, 1, 2, 3, 4, 5, 6)): self.changed for _ in range(chance.choice((1, 1, 2, 3)))}
-        self.asked, self.login = 0, number % 3 == 2
+        self.asked, self.login = 0, number % 4 == 2
         location = f"oci://{self.server.host}/a:{chance.choice(('one', 'two'))}"
         trust = self.trust if chance.random() < 0.6 else None
         try:
-            if number % 3 == 1:
+            if number % 4 == 3:
+                push(locations.parse(location), [self.artifact], ("linux/amd64",), PUSHY)
+            elif number % 4 == 1:
                 self.sync(location, trust)
             else:
                 if self.login:

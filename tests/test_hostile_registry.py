@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -20,11 +21,12 @@ from cachebuilder.ship.pull import Puller
 from tests.archives import snapshot
 from tests.conftest import Run
 from tests.registries import Answer, Asked, Middleman, Registry
-from tests.shipping import into
+from tests.shipping import into, push_to
 from tests.test_bad_days import GENERATIONS, ONCE, between, is_blob, left
 from tests.test_registry import pull_from
+from tests.test_signature import keys, sign
 
-__all__ = ["GENERATIONS", "between"]
+__all__ = ["GENERATIONS", "between", "keys"]
 
 
 # Other bytes
@@ -144,6 +146,9 @@ HOSTILE = [
         image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": "{"}),
         "annotation cachebuilder.fingerprint: wanted JSON",
     ),
+    ("artifact-no-digest", image(annotations=ANNOTATIONS | {"cachebuilder.artifact": "\x1b[2J"}), "wanted a sha256 digest"),
+    ("half-a-character", image(annotations=ANNOTATIONS | {"cachebuilder.artifact": "\ud800"}), "wanted a sha256 digest"),
+    ("half-a-fingerprint", image(annotations=ANNOTATIONS | {"cachebuilder.fingerprint": "\ud800"}), "found no annotation of one"),
     ("no-layer", image(layers=[]), "found no layer"),
     ("layers-an-object", image(layers={}), "found no layer"),
     ("another-layer", image(layers=[LAYER | {"digest": f"sha256:{'3' * 64}"}]), "of another artifact than its first layer"),
@@ -194,6 +199,46 @@ def test_a_title_that_leaves_its_folder_names_no_file(
     between.change = change
     got = pull_from(f"oci://{between.host}/bad:v1", tmp_path / "got")
     assert got == tmp_path / "got" / f"{digest_of(artifact.read_bytes())[7:19]}.tar.zst"
+
+
+@pytest.mark.parametrize("range", ["0-\u00b2", "0-" + "9" * 5000, "0--1", "bytes=0-x", "5-9"])
+def test_a_range_that_is_no_number_begins_the_upload_anew(range: str, there: Registry, artifact: Path) -> None:
+    lost: list[str] = []
+
+    def change(asked: Asked, answer: Answer) -> Answer:
+        if asked.method == "PATCH" and not lost:
+            lost.append(asked.path)
+            return Answer(503, {"Retry-After": "0"}, b"")
+        if asked.method == "GET" and "/blobs/uploads/" in asked.path:
+            return Answer(204, {"Location": asked.path, "Range": range}, b"")
+        return answer
+
+    with Middleman(there.host, change) as between:
+        push_to(between.host, f"range-{digest_of(range.encode())[7:15]}", artifact)
+    assert lost
+
+
+@pytest.mark.parametrize("platform", [{"os": "a/b", "architecture": "c"}, {"os": "\ud800"}, {"os": ["x"]}, "x", 7])
+def test_a_platform_that_is_none_does_not_break_a_push(
+    platform: Any, there: Registry, artifact: Path, keys: Path
+) -> None:
+    """The registry's list of what is attached is read, and written again with one entry more."""
+    sign(artifact, keys)
+    listed: list[str] = []
+
+    def change(asked: Asked, answer: Answer) -> Answer:
+        if asked.method == "GET" and "/manifests/sha256-" in asked.path and not listed:
+            listed.append(asked.path)
+            index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [ENTRY | {"platform": platform}]}
+            return Answer(200, {"Content-Type": INDEX}, json.dumps(index).encode())
+        return answer
+
+    with (
+        Middleman(there.host, change) as between,
+        contextlib.suppress(TransferError),
+    ):  # the entry's manifest is missing
+        push_to(between.host, f"platform-{len(str(platform))}", artifact)
+    assert listed
 
 
 def test_a_body_without_an_end_is_not_read_to_the_end(between: Middleman, tmp_path: Path) -> None:

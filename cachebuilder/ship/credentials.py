@@ -19,6 +19,7 @@ from typing import Any
 
 from cachebuilder.artifact.whole import open_file
 from cachebuilder.errors import ArtifactError, TransferError
+from cachebuilder.ship.locations import is_text
 
 #: The name of docker.io's entry (docker/cli, config/configfile).
 _DOCKER_HUB = "https://index.docker.io/v1/"
@@ -97,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
     token = entry.get("identitytoken")
-    if isinstance(token, str) and _is_text(token):
+    if isinstance(token, str) and token and is_text(token):
         return Credentials("", token)
     user, secret = entry.get("username"), entry.get("password")
     if isinstance(auth := entry.get("auth"), str) and auth:
@@ -105,7 +106,7 @@ def _entry(entry: dict[str, Any], name: str, path: Path) -> Credentials:
             user, _, secret = base64.b64decode(auth, validate=True).decode().partition(":")
         except (binascii.Error, ValueError):
             user = None
-    if not isinstance(user, str) or not isinstance(secret, str) or not _is_text(user) or not _is_text(secret or "-"):
+    if not isinstance(user, str) or not isinstance(secret, str) or not user or not is_text(user + secret):
         raise TransferError(f"{path}: {name}: wanted auth, or username and password, found neither", hint=_LOGIN)
     return Credentials(user, secret.rstrip("\0"))
 
@@ -125,15 +126,15 @@ def _ask(helper: str, name: str, path: Path) -> Credentials | None:
     try:
         answer = json.loads(process.stdout if process.returncode == 0 else b"{}")
         user, secret = answer["Username"], answer["Secret"]
-        if not isinstance(user, str) or not isinstance(secret, str) or not _is_text(user) or not _is_text(secret):
+        if (
+            not isinstance(user, str)
+            or not isinstance(secret, str)
+            or not (user and secret)
+            or not is_text(user + secret)
+        ):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise TransferError(
             f"{command}: wanted the credentials for {name}, found none (exit code {process.returncode})", hint=_LOGIN
         ) from None
     return Credentials("" if user == "<token>" else user, secret)
-
-
-def _is_text(text: str) -> bool:
-    """Whether it is a text that can be sent, and not empty: JSON can hold half a character."""
-    return bool(text) and text.encode(errors="ignore").decode() == text

@@ -9,7 +9,7 @@ from cachebuilder.artifact.index import PROVENANCE_SUFFIX, REPORT_SUFFIX, SIGNAT
 from cachebuilder.common import records
 from cachebuilder.common.records import RecordError
 from cachebuilder.errors import TransferError
-from cachebuilder.ship.locations import printable
+from cachebuilder.ship.locations import is_digest, printable
 
 #: The annotation with a file's name, which OCI tools use when they pull the file.
 TITLE = "org.opencontainers.image.title"
@@ -56,7 +56,7 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
     """The description in annotations; None where they are not cachebuilder's.
 
     Raises:
-        TransferError: they are cachebuilder's, and the fingerprint in them is wrong.
+        TransferError: they are cachebuilder's, and the fingerprint or the digest in them is wrong.
     """
     if _FINGERPRINT not in annotations:
         return None
@@ -64,5 +64,7 @@ def read_description(annotations: Mapping[str, str], what: str) -> Described | N
         fingerprint = records.read(Fingerprint, annotations[_FINGERPRINT].encode())
     except RecordError as error:
         raise TransferError(f"{what}: annotation {_FINGERPRINT}: {error}") from None
+    if not is_digest(digest := annotations.get(_ARTIFACT, "")):
+        raise TransferError(f"{what}: annotation {_ARTIFACT}: wanted a sha256 digest, found {printable(digest)!r}")
     name, gpu = (printable(annotations.get(key, "")) for key in (_NAME, _GPU))
-    return Described(annotations.get(_ARTIFACT, ""), name, gpu, fingerprint)
+    return Described(digest, name, gpu, fingerprint)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cachebuilder.errors import TransferError
-from cachebuilder.ship.locations import is_digest, printable
+from cachebuilder.ship.locations import is_digest, is_text, printable
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -22,6 +23,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 _MAX_NESTED = 10_000
 #: An index of ours has one entry for each target and platform; nobody has a thousand.
 _MAX_ENTRIES = 1000
+_PLATFORM = re.compile(r"[A-Za-z0-9._-]{1,50}/[A-Za-z0-9._-]{1,50}")
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,14 @@ class Descriptor:
         media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
         if not isinstance(media_type, str) or not is_digest(digest) or type(size) is not int or size < 0:
             raise TransferError(f"{what}: wanted a descriptor with mediaType, a sha256 digest and size, found others")
-        platform, artifact_type = value.get("platform"), value.get("artifactType")
-        if isinstance(platform, dict):
-            platform = printable(f"{platform.get('os')}/{platform.get('architecture')}")
+        artifact_type = value.get("artifactType")
         return cls(
             printable(media_type),
             str(digest),
             size,
             annotations_of(value),
             artifact_type if isinstance(artifact_type, str) else None,
-            platform if isinstance(platform, str) else None,
+            _platform(value.get("platform")),
         )
 
     def document(self) -> dict[str, Any]:
@@ -70,6 +70,14 @@ class Descriptor:
         if self.platform:
             document["platform"] = dict(zip(("os", "architecture"), self.platform.split("/"), strict=True))
         return document
+
+
+def _platform(value: object) -> str | None:
+    """``os/architecture``, where both are words."""
+    if not isinstance(value, dict):
+        return None
+    text = f"{value.get('os')}/{value.get('architecture')}"
+    return text if _PLATFORM.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,11 @@ def digest_of(data: bytes) -> str:
 
 
 def annotations_of(document: Mapping[str, Any]) -> dict[str, str]:
-    """The annotations of a document or a descriptor, without those that are no strings."""
+    """The annotations of a document or a descriptor, without those that are no text: JSON can hold half a character."""
     annotations = document.get("annotations")
     if not isinstance(annotations, dict):
         return {}
-    return {name: value for name, value in annotations.items() if isinstance(value, str)}
+    return {name: value for name, value in annotations.items() if isinstance(value, str) and is_text(name + value)}
 
 
 def index_document(manifests: Sequence[Descriptor]) -> bytes:

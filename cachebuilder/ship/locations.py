@@ -90,6 +90,11 @@ def parse(text: str) -> Reference:
     return Reference(host, name, tag or None, digest or None, scheme == "oci+http" or _is_loopback(host))
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be encoded; what JSON or a header gave may hold half a character."""
+    return text.encode(errors="ignore").decode() == text
+
+
 def shown(text: str) -> str:
     """A location, or a text with some, as messages and records hold it: without users, passwords and signed queries."""
     return _QUERY.sub(r"\1?…", _USER.sub("://", text))

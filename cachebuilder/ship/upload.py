@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import requests
@@ -13,6 +14,7 @@ from cachebuilder.ship.locations import is_digest
 from cachebuilder.ship.session import Request, Session, origin
 
 _PART_BYTES = 1 << 20
+_RANGE = re.compile(r"(?:.*=)?0-([0-9]{1,15})")
 _NO_BODY = {"Content-Length": "0"}
 
 
@@ -66,12 +68,12 @@ class Upload:
             interrupted, self._location = self._location, None
             request = Request("GET", interrupted, self._what, accept=(200, 204, 404, 400, 416))
             response = self._session.send_unread(request)
-            first, _, last = response.headers.get("Range", "").rpartition("=")[2].partition("-")
+            match = _RANGE.fullmatch(response.headers.get("Range", ""))
+            last = int(match[1]) if match else 0
             # A registry says 0-0 both for an empty upload and for one byte: begin again then.
-            has_part = first == "0" and last.isdigit() and 0 < int(last) < len(self._data)
-            if response.status_code in (200, 204) and has_part:
+            if response.status_code in (200, 204) and 0 < last < len(self._data):
                 self._location = self._next_location(response)
-                return self._location, int(last) + 1
+                return self._location, last + 1
         request = Request("POST", self._start, self._what, accept=(202,), headers=_NO_BODY)
         response = self._session.send_unread(request)
         self._location = self._next_location(response)
