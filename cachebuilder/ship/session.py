@@ -174,8 +174,11 @@ class Session:
         """Send one request, and read the headers of its answer."""
         host = origin(url)
         token = expected.set(Answer(self._patience, most))
+        connect_seconds, read_seconds = (min(seconds, self._patience.seconds) for seconds in _TIMEOUT)
         try:
-            return self._http.request(method, url, timeout=_TIMEOUT, stream=True, allow_redirects=False, **options)
+            return self._http.request(
+                method, url, timeout=(connect_seconds, read_seconds), stream=True, allow_redirects=False, **options
+            )
         except requests.exceptions.SSLError as error:
             raise TransferError(f"{what}: {host}: {why(error)}", hint=_tls_hint(error)) from None
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
