@@ -350,6 +350,22 @@ def test_a_link_in_dir_leads_a_sync_of_root_nowhere(
 
 
 @needs_root
+def test_a_generation_that_another_user_put_there_does_not_become_current(
+    artifact: Path, machine: Machine, ground: Path
+) -> None:
+    """Whole and fitting, with the right record, in folders of ours that all may write in."""
+    folder = SyncedFolder(ground / "dir", machine)
+    planted = sync_file(folder, artifact).generation
+    for path in (folder.path, planted.parent):
+        path.chmod(0o777)
+    for path in (planted, *planted.rglob("*")):
+        os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
+    assert folder.current() is None
+    done = sync_file(folder, artifact)
+    assert done.changed and done.generation != planted and done.generation.stat().st_uid == 0
+
+
+@needs_root
 def test_what_is_not_ours_by_name_and_owner_is_not_removed(artifact: Path, machine: Machine, ground: Path) -> None:
     folder = SyncedFolder(ground / "dir", machine)
     sync_file(folder, artifact)

@@ -23,7 +23,7 @@ from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.trust import Trust
 from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, read_beside, read_bytes
 from cachebuilder.common import records
-from cachebuilder.common.folders import Folder, is_safe
+from cachebuilder.common.folders import Folder
 from cachebuilder.common.locks import lock
 from cachebuilder.common.records import Record, RecordError
 from cachebuilder.deepgemm import entries as entry_files
@@ -39,9 +39,9 @@ _MAX_RECORD_BYTES = 64 << 10
 _ARTIFACT = "signed.tar.zst"
 _SIGNED = (SIGNATURE_SUFFIX, PROVENANCE_SUFFIX)
 _NAME = re.compile(r"([0-9]{6,})-([0-9a-f]{16})")
-#: The name of something that is not in place yet, or no longer: a mark of this machine since it was started, and random
-#: digits.
-_ASIDE = re.compile(r"\.aside-([0-9a-f]{8})-[0-9a-f]{16}")
+#: The name of something that is not in place yet, or no longer: a mark of this machine since it was started (names of
+#: earlier releases have none), and random digits.
+_ASIDE = re.compile(r"\.aside-(?:([0-9a-f]{8})-)?[0-9a-f]{16}")
 #: A killed sync left what is older: no fetch and no restore takes a day.
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -94,7 +94,7 @@ class Generations:
         A power cut may have damaged what a sync had flushed, and another user may have put the generation there.
         """
         with contextlib.suppress(OSError, CacheBuilderError), self.folder.open(name) as generation:
-            if not is_safe(generation.status()):
+            if generation.is_foreign():
                 return False
             path = by_handle(generation)
             if not is_restored(path):
