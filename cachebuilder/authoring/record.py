@@ -86,7 +86,7 @@ def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
     target = _find_gpu(gpu)
     if path.exists():
         raise ManifestError(f"{path}: exists already", hint=f"add to it with --add-to {path}, or name another file")
-    _check_writable(path)
+    check_writable(path)
     tree = {"name": name, "target": {"gpu": target.name}, "sources": [{"source": "x"}]}
     manifests.parse(json.dumps(tree).encode())
     return NewManifest(path, name, target)
@@ -95,7 +95,7 @@ def new_manifest(path: Path, name: str, gpu: str | None) -> NewManifest:
 def known_manifest(path: Path, deep_gemm: Path | None = None) -> KnownManifest:
     """The manifest at ``path``. Raises `ManifestError` where it cannot be read or written."""
     manifest, data = manifests.load(path)
-    _check_writable(path)
+    check_writable(path)
     return KnownManifest(path, manifest, data, deep_gemm, manifest.target.gpu)
 
 
@@ -209,7 +209,8 @@ def _find_gpu(name: str | None) -> Gpu:
         raise RecordingError(f"--gpu: {error}") from None
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Raise `ManifestError` where a manifest could not be written to ``path``, before hours of work."""
     folder = path.absolute().parent
     if not os.access(folder, os.W_OK):
         reason = "you may not write to its folder" if folder.exists() else "its folder does not exist"

@@ -19,6 +19,7 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:3}  {meaning}" for code, mea
 #: module of the same name; a hyphen becomes an underscore there.
 GROUPS: dict[str, dict[str, str]] = {
     "Write a manifest": {
+        "observe": "Write one from an engine that runs on a virtual GPU.",
         "manifest": "Write one from a model's config.json.",
         "record": "Write one from the kernels that a program asks for.",
         "gpus": "List the GPUs that a manifest can name.",

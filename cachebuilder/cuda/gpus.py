@@ -31,6 +31,20 @@ _SHARED_MEMORY: dict[Capability, int] = {
 }
 
 
+class Memory(Record):
+    """A card's memory, which engines and their compilers ask for; DeepGEMM does not.
+
+    Attributes:
+        bytes: as the driver reports it.
+        clock_khz: the peak memory clock, kHz.
+        bus_bits: the width of the bus.
+    """
+
+    bytes: int
+    clock_khz: int
+    bus_bits: int
+
+
 class Gpu(Record):
     """One kind of GPU, as the CUDA runtime would describe it."""
 
@@ -42,6 +56,7 @@ class Gpu(Record):
         int, Field(ge=48 * KIB, le=1 * MIB, description="shared memory a block may opt into, bytes")
     ]
     clock_khz: Annotated[int, Field(ge=100_000, le=10_000_000, description="peak SM clock, kHz")]
+    memory: Memory | None = Field(default=None, description="the card's memory; only engines ask for it")
     source: str = Field(default="given in the manifest", description="where the figures come from")
     verified: bool = Field(default=False, description="read from a real card, not from a data sheet")
 
@@ -88,6 +103,22 @@ _FIGURES: dict[str, tuple[Capability, int, float, int, str]] = {
 #: Those whose figures were all read from a real card. The others' may be corrected by explicit fields in the manifest.
 _VERIFIED = {"H200"}
 
+
+def _memory(name: str) -> Memory | None:
+    if name not in _MEMORY:
+        return None
+    mib, clock_mhz, bus_bits = _MEMORY[name]
+    return Memory(bytes=mib * MIB, clock_khz=clock_mhz * 1000, bus_bits=bus_bits)
+
+
+#: name → memory in MiB, memory clock in MHz, bus in bits. Size and clock as nvidia-smi prints them in public logs; the
+#: bus from the cards' data sheets (H100 and H200: 5 and 6 stacks of HBM, B200: 8 stacks, 1024 bits each).
+_MEMORY = {
+    "H100-SXM": (81_559, 2619, 5120),
+    "H200": (143_771, 3201, 6144),
+    "B200": (183_359, 3996, 8192),
+}
+
 #: name → GPU.
 GPUS: dict[str, Gpu] = {
     name: Gpu(
@@ -97,6 +128,7 @@ GPUS: dict[str, Gpu] = {
         l2_bytes=int(l2 * MIB),
         shared_memory_bytes=_SHARED_MEMORY[capability],
         clock_khz=clock * 1000,
+        memory=_memory(name),
         source=source,
         verified=name in _VERIFIED,
     )

@@ -124,7 +124,7 @@ class Manifest(BaseModel):
         for index, op in enumerate(self.ops):
             if reason := op.unsupported(self.target.gpu.major):
                 raise _RefusedOp(index, f"not on {self.target.gpu.name}: {reason}")
-            if isinstance(op, TokenOp) and op.max_tokens is None:
+            if isinstance(op, TokenOp) and not op.has_maximum:
                 if self.max_tokens is None:
                     raise _RefusedOp(index, "max_tokens: missing, here or for the whole manifest")
                 op = op.model_copy(update={"max_tokens": self.max_tokens})

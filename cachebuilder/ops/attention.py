@@ -45,6 +45,7 @@ class BatchOp(OpBase):
     """An op over sequences with keys in cache pages; called with every batch from 1 to ``max_batch``."""
 
     variable: ClassVar[str] = "batch"
+    maximum: ClassVar[str | None] = "max_batch"
 
     max_batch: Annotated[int, Field(ge=1, le=1 << 16, description="the most sequences in one call (max_num_seqs)")]
 

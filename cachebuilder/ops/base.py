@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from cachebuilder.ops.device import Device
+from cachebuilder.ops.seen import Inexpressible, SeenCall, Sighting
 from cachebuilder.ops.trial import Trial
 
 #: DeepGEMM reads A and B through TMA descriptors, whose row strides are multiples of 16 bytes (CUDA driver API,
@@ -36,6 +37,10 @@ CompiledDims = Annotated[
 ]
 
 
+#: Fields that schema version 1 did not have from the start.
+_NEWER_FIELDS = ("sm_counts", "max_rows")
+
+
 class OpBase(BaseModel):
     """Base of the ops: the fields that all of them have, and the methods that a sweep calls."""
 
@@ -43,6 +48,8 @@ class OpBase(BaseModel):
 
     #: The name of the swept variable in reports, as ``m`` or ``expected_m``.
     variable: ClassVar[str] = "m"
+    #: The field that says how far `variable` goes; None where the shape says it.
+    maximum: ClassVar[str | None] = None
     #: The function's names in DeepGEMM's versions, preferred name first; empty: the op's own name.
     entry_points: ClassVar[tuple[str, ...]] = ()
     #: Major compute capabilities of the GPUs on which any DeepGEMM has the op.
@@ -58,11 +65,12 @@ class OpBase(BaseModel):
     ] = None
 
     @model_serializer(mode="wrap")
-    def _without_unset_sm_counts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave ``sm_counts`` out where it is unset: plans and artifacts written before the field existed lack it."""
+    def _without_unset_newer_fields(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave newer fields out where they are unset: plans and artifacts written before they existed lack them."""
         fields: dict[str, Any] = dump(self)
-        if self.sm_counts is None:
-            fields.pop("sm_counts", None)
+        for name in _NEWER_FIELDS:
+            if fields.get(name, ...) is None:
+                del fields[name]
         return fields
 
     def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
@@ -83,6 +91,20 @@ class OpBase(BaseModel):
     def options(self) -> dict[str, Any]:
         """DeepGEMM's keyword arguments that the manifest sets."""
         return {} if self.compiled_dims is None else {"compiled_dims": self.compiled_dims}
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of DeepGEMM's functions that are this op."""
+        return (cls.model_fields["op"].annotation.__args__[0], *cls.entry_points)  # type: ignore[union-attr]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """The fields with which this op asks for the kernels of ``call``, a call of one of `names`.
+
+        Raises:
+            Inexpressible: the op has no fields for this call.
+        """
+        raise Inexpressible("this op cannot be read from a call yet")
 
     def shape(self) -> str:
         """The op's shape in a few characters, as ``n=2112 k=7168``."""
@@ -121,7 +143,14 @@ def _short(value: Any) -> str:
 class TokenOp(OpBase):
     """An op whose M is a number of tokens, from 1 to ``max_tokens`` (the manifest's, unless the op gives its own)."""
 
+    maximum: ClassVar[str | None] = "max_tokens"
+
     max_tokens: Tokens | None = None
+
+    @property
+    def has_maximum(self) -> bool:
+        """Whether the op itself says how far it goes."""
+        return self.max_tokens is not None
 
     @property
     def largest_m(self) -> int:

@@ -7,16 +7,21 @@ the layout of a linear layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import Bf16K, Fp8K, N, TokenOp
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.scaled import Format, Operands, ScaledOp
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output
+
+#: The first arguments of every dense function, in order (sgl-deep-gemm 0.1.4 and 0.2.3.post2 ``deep_gemm/__init__.py``,
+#: vLLM 0.33.0 ``vllm/third_party/deep_gemm/_C.py``). The BF16 functions have no recipes between C and compiled_dims.
+_PARAMETERS = ("a", "b", "d", "c", "recipe", "recipe_a", "recipe_b", "compiled_dims", "disable_ue8m0_cast")
 
 Accumulate = Annotated[Literal[True] | None, Field(description="D += A·B: C is D itself")]
 
@@ -54,6 +59,26 @@ class DenseGemm(TokenOp):
 
         return call
 
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A and B, and the fields that say how their elements are. Raises `Inexpressible`."""
+        raise NotImplementedError
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """N and K from B, M from A."""
+        given = call.by_name(*_PARAMETERS)
+        a, b, fields = cls.read_operands(given)
+        require(len(a.shape) == len(b.shape) == 2, "operands of other than two dimensions")
+        m, k = a.shape if cls.layout[0] == "n" else a.shape[::-1]
+        n = b.shape[0] if cls.layout[1] == "t" else b.shape[1]
+        d = tensor(given["d"], 2, "bfloat16", "float32")
+        if d.dtype != (cls.model_fields["out_dtype"].default or "bfloat16"):
+            fields["out_dtype"] = d.dtype
+        if given["c"] is not None:
+            fields["accumulate"] = True
+        return Sighting({"n": n, "k": k} | fields, m)
+
     def trial(self, device: Device, value: int, seed: int) -> Trial:
         """M = ``value``; float32 product of the operands' values, added to what D held if it accumulates."""
         inputs = Inputs(device, seed)
@@ -82,6 +107,12 @@ class DenseGemm(TokenOp):
 
 class Bf16Gemm(DenseGemm):
     """A dense BF16 layer; D is BF16 or, as SGLang's router asks for it, float32. Kernels accumulate in float32."""
+
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """BF16 has no scales and so no fields for them."""
+        a, b = (tensor(given[name], 2, "bfloat16") for name in "ab")
+        return a, b, {} if given["compiled_dims"] is None else {"compiled_dims": given["compiled_dims"]}
 
     m_step = 8
 
@@ -123,6 +154,13 @@ class Bf16GemmTt(Bf16Gemm):
 
 class ScaledGemm(ScaledOp, DenseGemm):
     """A dense layer in FP8 or FP4 with block scales."""
+
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """FP8 operands and the fields of their scales."""
+        a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
+        require(a.dtype == b.dtype == "float8_e4m3fn", f"elements of {a.dtype} and {b.dtype}")
+        return a, b, fields
 
     m_step = 16
 

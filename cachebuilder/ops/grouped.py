@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -10,11 +10,25 @@ from pydantic import Field, model_validator
 from cachebuilder.ops.base import Bf16K, Experts, Fp8K, N, OpBase, TokenOp
 from cachebuilder.ops.device import Device, ceil_div, round_up
 from cachebuilder.ops.scaled import Operands, ScaledOp
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, contiguous_output, masked_output
+
+#: Arguments in the order of the functions (sgl-deep-gemm 0.2.3.post2 ``deep_gemm/__init__.py``, vLLM 0.33.0
+#: ``vllm/third_party/deep_gemm/_C.py``).
+_SCALED_OPTIONS = ("recipe", "recipe_a", "recipe_b", "compiled_dims", "disable_ue8m0_cast")
+_PSUM_OPTIONS = ("use_psum_layout", "ensure_zero_padding", "expected_m_for_psum_layout")
 
 
 class GroupedFp8Op(ScaledOp):
     """An expert layer in FP8 or FP4."""
+
+    @classmethod
+    def read_scaled(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A and B in the op's own formats, and the fields of their scales. Raises `Inexpressible`."""
+        a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
+        for operand, format in zip((a, b), cls.formats, strict=True):
+            require((operand.dtype == "float8_e4m3fn") == (format == "fp8"), f"elements of {operand.dtype}")
+        return a, b, fields
 
     def unsupported(self, major: int) -> str | None:
         """SM90 has 1 × 128 and 128 × 128 scales and K-major operands only."""
@@ -36,13 +50,19 @@ class ContiguousGemm(TokenOp):
 
     #: ``nn``: weights are passed as [experts, k, n].
     layout: ClassVar[str] = "nt"
+    #: The function's arguments in order.
+    parameters: ClassVar[tuple[str, ...]]
+    maximum: ClassVar[str | None] = "max_rows"
 
     if TYPE_CHECKING:  # a field of the subclasses
         k: int
 
     experts: Experts
-    topk: Annotated[int, Field(ge=1, le=256, description="experts a token is routed to")]
+    topk: Annotated[int | None, Field(ge=1, le=256, description="experts a token is routed to")] = None
     n: N
+    max_rows: Annotated[
+        int | None, Field(ge=1, le=1 << 26, description="the largest padded M, instead of topk and max_tokens")
+    ] = None
     psum: Annotated[
         Literal[True] | None, Field(description="each expert's end instead of each row's expert (use_psum_layout)")
     ] = None
@@ -57,6 +77,10 @@ class ContiguousGemm(TokenOp):
 
     @model_validator(mode="after")
     def _check_psum(self) -> ContiguousGemm:
+        if (self.topk is None) == (self.max_rows is None):
+            raise ValueError("wanted topk or max_rows, and not both")
+        if self.max_rows and self.alignment:
+            raise ValueError("alignment: per-call goes with topk")
         if not self.psum and (self.expected_m is not None or self.zero_padding is not None):
             raise ValueError("expected_m and zero_padding go with psum: true")
         return self
@@ -70,8 +94,14 @@ class ContiguousGemm(TokenOp):
             options["ensure_zero_padding"] = self.zero_padding
         return super().options() | options
 
+    @property
+    def has_maximum(self) -> bool:
+        """With ``max_rows``, no number of tokens is needed."""
+        return self.max_rows is not None or super().has_maximum
+
     def rows_of(self, tokens: int, alignment: int) -> int:
         """The padded number of rows of ``tokens`` tokens in the worst case."""
+        assert self.topk is not None, "max_rows stands for it"
         rows = tokens * self.topk
         return round_up(rows + min(rows, self.experts) * (alignment - 1), alignment)
 
@@ -84,8 +114,9 @@ class ContiguousGemm(TokenOp):
         """
         default = device.deep_gemm.get_mk_alignment_for_contiguous_layout()
         if self.alignment is None:
-            return {default: self.rows_of(self.largest_m, default)}
+            return {default: self.max_rows or self.rows_of(self.largest_m, default)}
         theory = device.deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout
+        assert self.topk is not None, "per-call goes with topk"
         largest_rows: dict[int, int] = {}
         for tokens in range(1, self.largest_m + 1):
             alignment = min(theory(ceil_div(tokens * self.topk, self.experts)), default)
@@ -127,6 +158,26 @@ class ContiguousGemm(TokenOp):
 
         return call_with_each_alignment
 
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A and B, and the fields that say how their elements are. Raises `Inexpressible`."""
+        raise NotImplementedError
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Experts, N and K from B, the rows from A."""
+        given = call.by_name(*cls.parameters)
+        a, b, fields = cls.read_operands(given)
+        require(len(a.shape) == 2 and len(b.shape) == 3, "operands of other than two and three dimensions")
+        n, k = b.shape[1:] if cls.layout[1] == "t" else b.shape[:0:-1]
+        if given["use_psum_layout"]:
+            fields["psum"] = True
+        if given["ensure_zero_padding"] is False:
+            fields["zero_padding"] = False
+        if given["expected_m_for_psum_layout"] is not None:
+            fields["expected_m"] = given["expected_m_for_psum_layout"]
+        return Sighting({"experts": b.shape[0], "n": n, "k": k} | fields, a.shape[0])
+
     def trial(self, device: Device, value: int, seed: int) -> Trial:
         """M = ``value``, at the default alignment; each row's float32 product with its own expert's weight."""
         inputs = Inputs(device, seed)
@@ -158,13 +209,28 @@ def _ends(device: Device, expert_of_row: Any, experts: int, alignment: int) -> A
 class ContiguousFp8Gemm(GroupedFp8Op, ContiguousGemm):
     """FP8 expert layers over rows sorted by expert."""
 
+    parameters = ("a", "b", "d", "grouped_layout", *_SCALED_OPTIONS, *_PSUM_OPTIONS)
+
     k: Fp8K
+
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Operands and the fields of their scales."""
+        return cls.read_scaled(given)
 
 
 class ContiguousBf16Gemm(ContiguousGemm):
     """BF16 expert layers over rows sorted by expert."""
 
+    parameters = ("a", "b", "d", "grouped_layout", "compiled_dims", *_PSUM_OPTIONS)
+
     k: Bf16K
+
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """BF16 has no scales and so no fields for them."""
+        a, b = tensor(given["a"], 2, "bfloat16"), tensor(given["b"], 3, "bfloat16")
+        return a, b, {} if given["compiled_dims"] is None else {"compiled_dims": given["compiled_dims"]}
 
 
 class MGroupedFp8GemmNtContiguous(ContiguousFp8Gemm):
@@ -221,6 +287,13 @@ class MaskedGemm(OpBase):
     max_m: Annotated[int, Field(ge=1, le=1 << 20, description="rows reserved for each expert")]
     n: N
 
+    @classmethod
+    def masked(cls, a: Tensor, b: Tensor, fields: Mapping[str, Any]) -> Sighting:
+        """The sizes of A [experts, max_m, k] and B [experts, n, k]. Raises `Inexpressible`."""
+        require(len(a.shape) == len(b.shape) == 3, "operands of other than three dimensions")
+        experts, max_m, k = a.shape
+        return Sighting({"experts": experts, "max_m": max_m, "n": b.shape[1], "k": k, **fields}, None)
+
     def points(self, device: Device) -> range:
         """Every ``expected_m`` from 1 to ``max_m``."""
         return range(1, self.max_m + 1)
@@ -253,7 +326,18 @@ class MaskedGemm(OpBase):
         return Trial((masked_output(device.torch, "d", buffer, counts, self.max_m, product),))
 
 
-class MGroupedFp8GemmNtMasked(GroupedFp8Op, MaskedGemm):
+class MaskedFp8Gemm(GroupedFp8Op, MaskedGemm):
+    """Masked expert layers in FP8 or FP4."""
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from the buffers; ``expected_m`` is swept."""
+        given = call.by_name("a", "b", "d", "masked_m", "expected_m", *_SCALED_OPTIONS)
+        a, b, fields = cls.read_scaled(given)
+        return cls.masked(a, b, fields)
+
+
+class MGroupedFp8GemmNtMasked(MaskedFp8Gemm):
     """FP8 rows [experts, max_m, k] and weights [experts, n, k]."""
 
     entry_points = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked")
@@ -262,7 +346,7 @@ class MGroupedFp8GemmNtMasked(GroupedFp8Op, MaskedGemm):
     k: Fp8K
 
 
-class MGroupedFp8Fp4GemmNtMasked(GroupedFp8Op, MaskedGemm):
+class MGroupedFp8Fp4GemmNtMasked(MaskedFp8Gemm):
     """FP8 rows [experts, max_m, k], FP4 weights [experts, n, k]."""
 
     majors = (10, 12)
@@ -275,5 +359,14 @@ class MGroupedFp8Fp4GemmNtMasked(GroupedFp8Op, MaskedGemm):
 class MGroupedBf16GemmNtMasked(MaskedGemm):
     """BF16 rows [experts, max_m, k] and weights [experts, n, k]."""
 
+    entry_points = ("m_grouped_bf16_gemm_nt_masked", "bf16_m_grouped_gemm_nt_masked")
+
     op: Literal["m_grouped_bf16_gemm_nt_masked"]
     k: Bf16K
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from the buffers; ``expected_m`` is swept."""
+        given = call.by_name("a", "b", "d", "masked_m", "expected_m", "compiled_dims")
+        fields = {} if given["compiled_dims"] is None else {"compiled_dims": given["compiled_dims"]}
+        return cls.masked(tensor(given["a"], 3, "bfloat16"), tensor(given["b"], 3, "bfloat16"), fields)

@@ -16,6 +16,7 @@ from pydantic import Field
 from cachebuilder.ops.base import Fp8K, TokenOp
 from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.scaled import Size, unpack
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
 Groups = Annotated[int | None, Field(ge=1, le=4096, description="experts; left out: one matrix")]
@@ -96,6 +97,14 @@ class TmaAlignedScales(ScaleTransform):
             return cast("Callable[..., Any]", function)
         raise LookupError(self.op)
 
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """The number of rows that was seen: `rows` stays open, since an engine calls it for weights and for tokens."""
+        [scales] = call.by_name("sf").values()
+        require(isinstance(scales, Tensor) and len(scales.shape) in (2, 3), f"scales {scales}")
+        *groups, rows, columns = scales.shape
+        return Sighting({"columns": columns} | ({"groups": groups[0]} if groups else {}), rows)
+
     def transformed(self, device: Device, m: int, scales: Any) -> Any:
         """The transformed scales."""
         return self.function(device.deep_gemm)(scales)
@@ -140,6 +149,18 @@ class TransformSfIntoRequiredLayout(ScaleTransform):
         if major == 9 and self.recipe not in ([1, 128], [128, 128], [1, 32]):
             return f"no layout for blocks of {self.recipe} on SM90"
         return super().unsupported(major)
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """The recipe's part for this operand, and the number of rows that was seen."""
+        names = ("sf", "mn", "k", "recipe", "num_groups", "is_sfa", "disable_ue8m0_cast", "psum_layout")
+        given = call.by_name(*names)
+        recipe = given["recipe"]
+        require(isinstance(recipe, tuple) and len(recipe) in (2, 3), f"the recipe {recipe}")
+        require(not given["disable_ue8m0_cast"] and given["psum_layout"] is None, "disable_ue8m0_cast or psum_layout")
+        rows = recipe[0] if len(recipe) == 2 or given["is_sfa"] else recipe[1]
+        fields = {"k": given["k"], "recipe": [rows, recipe[-1]]}
+        return Sighting(fields | ({"groups": given["num_groups"]} if given["num_groups"] else {}), given["mn"])
 
     def transformed(self, device: Device, m: int, scales: Any) -> Any:
         """The transformed scales. The recipe goes as ``(rows, 1, columns)``, which every DeepGEMM takes."""

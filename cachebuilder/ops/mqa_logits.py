@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -25,7 +25,13 @@ from cachebuilder.ops.attention import (
 from cachebuilder.ops.base import OpBase, TokenOp
 from cachebuilder.ops.device import Device, ceil_div
 from cachebuilder.ops.scaled import Quantisation
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require
 from cachebuilder.ops.trial import Inputs, Output, Trial
+
+#: The last arguments of the logits' functions, given by name.
+_MQA_OPTIONS = ("logits_dtype", "schedule_meta")
+#: The arguments of the paged logits, in order (sgl-deep-gemm 0.2.3.post2 ``deep_gemm/__init__.py``).
+_PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len", "clean_logits")
 
 
 class MqaOp(OpBase):
@@ -55,6 +61,29 @@ class MqaOp(OpBase):
             other = self.op.replace("fp8_", "fp8_fp4_", 1)
             raise ValueError(f"format, scales, weights and logits are {other}' to choose")
         return self
+
+    @classmethod
+    def query_fields(cls, given: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Q without its scales, and the fields for the formats of Q, the weights and the logits.
+
+        Raises:
+            Inexpressible: Q has another type.
+        """
+        q, scales = given["q"] if isinstance(given["q"], tuple) else (given["q"], None)
+        fp4 = isinstance(q, Tensor) and q.dtype in ("uint8", "int8", "float4_e2m1fn_x2")
+        require(fp4 or (isinstance(q, Tensor) and q.dtype == "float8_e4m3fn"), f"queries of {q}")
+        fields: dict[str, Any] = {"heads": q.shape[-2], "head_dim": q.shape[-1] * (2 if fp4 else 1)}
+        if fp4:
+            fields["format"] = "fp4"
+        elif scales is not None:
+            fields["scales"] = "mx"
+        if given["weights"].dtype == "bfloat16":
+            fields |= {"weights": "bfloat16", "logits": "bfloat16"}
+        elif (given["logits_dtype"] or {}).get("text") == "torch.bfloat16":
+            fields["logits"] = "bfloat16"
+        if given["clean_logits"]:
+            fields["clean_logits"] = True
+        return q, fields
 
     @property
     def mx(self) -> bool:
@@ -108,6 +137,17 @@ class MqaLogits(MqaOp, TokenOp):
     """Queries [rows, heads, head_dim], keys [tokens, head_dim] in one piece."""
 
     variable = "rows"
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Heads and formats from Q and the weights, the rows from Q."""
+        starts, ends = ("ks", "ke") if "ks" in call.options else ("cu_seq_len_k_start", "cu_seq_len_k_end")
+        given = call.by_name("q", "kv", "weights", starts, ends, "clean_logits", "max_seqlen_k", *_MQA_OPTIONS)
+        q, fields = cls.query_fields(given)
+        require(len(q.shape) == 3, "queries of other than three dimensions")
+        if given["max_seqlen_k"]:
+            fields["compressed"] = True
+        return Sighting(fields, q.shape[0])
 
     compressed: Annotated[Literal[True] | None, Field(description="the engine passes max_seqlen_k")] = None
 
@@ -205,6 +245,17 @@ class PagedOp(BatchOp):
 class PagedMqaLogits(PagedOp, MqaOp):
     """Queries [batch, next_n, heads, head_dim] over a paged cache."""
 
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Heads, next_n and the batch from Q, the page's size from the cache."""
+        given = call.by_name(*_PAGED, "logits_dtype", "indices")
+        q, fields = cls.query_fields(given)
+        require(len(q.shape) == 4, "queries of other than four dimensions")
+        fields |= {"next_n": q.shape[1], "page_size": given["kv_cache"].shape[1]}
+        if given["indices"] is not None:
+            fields["varlen"] = True
+        return Sighting(fields, q.shape[0])
+
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest batch, sliced at each call."""
         batch, pages = self.max_batch, KEYS // self.page_size
@@ -273,6 +324,16 @@ class GetPagedMqaLogitsMetadata(PagedOp):
     """
 
     op: Literal["get_paged_mqa_logits_metadata"]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """next_n and the batch from the context lengths."""
+        given = call.by_name("context_lens", "block_kv", "num_sms", "indices")
+        lengths = given["context_lens"]
+        fields = {"next_n": lengths.shape[1] if len(lengths.shape) == 2 else 1, "page_size": given["block_kv"]}
+        if given["indices"] is not None:
+            fields["varlen"] = True
+        return Sighting(fields, lengths.shape[0])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Context lengths of the largest batch, sliced at each call."""

@@ -7,6 +7,7 @@ each operand.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 
 from cachebuilder.ops.base import OpBase
 from cachebuilder.ops.device import Device, ceil_div, round_up
+from cachebuilder.ops.seen import Tensor, require
 from cachebuilder.ops.trial import Inputs, product_nt
 
 Size = Literal[1, 32, 128]
@@ -265,6 +267,26 @@ class ScaledOp(OpBase):
         if self.recipe_a and self.recipe_b:
             return (self.recipe_a[0], self.recipe_a[1]), (self.recipe_b[0], self.recipe_b[1])
         return (1, 128), (1 if self.packed else 128, 128)
+
+    @classmethod
+    def scaled_fields(cls, given: Mapping[str, Any], a: Any, b: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """A and B without their scales, and the fields that say how these are.
+
+        Raises:
+            Inexpressible: they are no pairs, or the two have scales of different types.
+        """
+        require(isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2, "operands without scales")
+        require(a[1].dtype == b[1].dtype and a[1].dtype in ("float32", "int32"), "scales of two types")
+        fields: dict[str, Any] = {
+            name: list(given[name]) for name in ("recipe", "recipe_a", "recipe_b") if given.get(name)
+        }
+        if a[1].dtype == "int32":
+            fields["scales"] = "packed"
+        if given.get("disable_ue8m0_cast"):
+            fields["disable_ue8m0_cast"] = True
+        if given.get("compiled_dims") is not None:
+            fields["compiled_dims"] = given["compiled_dims"]
+        return a[0], b[0], fields
 
     def options(self) -> dict[str, Any]:
         """DeepGEMM's keyword arguments that the manifest sets."""

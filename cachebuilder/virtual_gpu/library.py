@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from cachebuilder.common import native
-from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm.installation import package_folder
 from cachebuilder.errors import InstallationError
 
 _HERE = Path(__file__).parent
+#: The file of an engine's run with the names of the CUDA calls that have no answer, one a line.
+UNANSWERED = "unanswered.txt"
 _SOURCE = _HERE / "virtual_gpu.c"
 
 
@@ -35,6 +38,38 @@ def environment(gpu: Gpu) -> dict[str, str]:
     }
 
 
+def engine_environment(gpu: Gpu, count: int, folder: Path) -> dict[str, str]:
+    """The variables by which all processes of an engine see ``count`` of ``gpu`` and no other.
+
+    Args:
+        folder: gets a folder with links to the library, which Triton wants by the name ``libcuda.so``, and
+            `UNANSWERED`, the names of the calls without an answer.
+
+    Raises:
+        InstallationError: as `environment` does, or nothing is known of the GPU's memory.
+    """
+    if gpu.memory is None:
+        raise InstallationError(
+            f"wanted a GPU whose memory is known, found {gpu.name}",
+            hint=f"engines can be observed on {', '.join(name for name, one in GPUS.items() if one.memory)}",
+        )
+    own = environment(gpu)
+    links = folder / "libcuda"
+    links.mkdir()
+    for name in ("libcuda.so", "libcuda.so.1"):
+        (links / name).symlink_to(own["VIRTUAL_GPU_LIBRARY"])
+    return own | {
+        "LD_PRELOAD": f"{own['LD_PRELOAD']} {_nvml()}",
+        "TRITON_LIBCUDA_PATH": str(links),
+        "VIRTUAL_GPU_NAME": f"NVIDIA {gpu.name}",
+        "VIRTUAL_GPU_COUNT": str(count),
+        "VIRTUAL_GPU_MEMORY_BYTES": str(gpu.memory.bytes),
+        "VIRTUAL_GPU_MEMORY_CLOCK_KHZ": str(gpu.memory.clock_khz),
+        "VIRTUAL_GPU_MEMORY_BUS_BITS": str(gpu.memory.bus_bits),
+        "VIRTUAL_GPU_UNANSWERED_FILE": str(folder / UNANSWERED),
+    }
+
+
 def build() -> Path:
     """Compile the library, unless it was compiled from this source for this CUDA runtime before; returns its path.
 
@@ -46,7 +81,7 @@ def build() -> Path:
     return native.shared_library(
         "libcuda.so.1",
         "virtual GPU",
-        [_SOURCE, _stubs(runtime)],
+        [_SOURCE, _HERE / "driver.c", _HERE / "cublas.c", _stubs(runtime), *_cublas(runtime)],
         ["-Wl,-soname,libcuda.so.1", f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"],
         [(_HERE / "crt" / "host_defines.h").read_bytes(), (headers / "driver_types.h").read_bytes()],
     )
@@ -54,19 +89,49 @@ def build() -> Path:
 
 def _stubs(runtime: Path) -> str:
     """C source: for each function that the CUDA runtime exports, a weak one that notes its name and fails."""
-    from elftools.elf.elffile import ELFFile
-
-    with runtime.open("rb") as file:
-        exported: Any = ELFFile(file).get_section_by_name(".dynsym")
-        names = {s.name for s in exported.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]}
     lines = ["int virtual_gpu_note_unanswered(const char *name);"]
-    for name in sorted(names):
-        if name.startswith(("cuda", "__cuda")):
+    driver = re.findall(r"CUDAAPI (cu\w+)\(", (runtime.parent.parent / "include" / "cuda.h").read_text())
+    for name in [*_exported(runtime), *sorted(set(driver))]:
+        if name.startswith(("cu", "__cuda")):
             lines.append(
                 f'__attribute__((weak, visibility("default"))) int {name}(void)'
                 f' {{ return virtual_gpu_note_unanswered("{name}"); }}'
             )
     return "\n".join(lines) + "\n"
+
+
+#: Functions of cuBLAS that write a value into the caller's memory, of which `cublas.c` answers those that torch calls.
+_CUBLAS_ANSWERS = ("Get", "Create", "Query", "Destroy")
+
+
+def _cublas(runtime: Path) -> list[str]:
+    """C source: for each function of the cuBLAS beside ``runtime``, a weak one: a product is done, a question fails."""
+    libraries = sorted(runtime.parent.glob("libcublas.so.*"))
+    if not libraries:
+        return []
+    lines = ["int virtual_gpu_note_unanswered(const char *name);"]
+    for name in _exported(libraries[0]):
+        if name.startswith("cublas"):
+            asked = any(word in name for word in _CUBLAS_ANSWERS)
+            answer = f'virtual_gpu_note_unanswered("{name}")' if asked else "0"
+            lines.append(f'__attribute__((weak, visibility("default"))) int {name}(void) {{ return {answer}; }}')
+    return ["\n".join(lines) + "\n"]
+
+
+def _nvml() -> Path:
+    """Compile the virtual NVML, unless it was compiled before; returns its path. Raises as `environment` does."""
+    return native.shared_library(
+        "libnvidia-ml.so.1", "virtual NVML", [_HERE / "nvml.c"], ["-Wl,-soname,libnvidia-ml.so.1", f"-I{_HERE}"]
+    )
+
+
+def _exported(library: Path) -> list[str]:
+    """The names of a library's functions, sorted."""
+    from elftools.elf.elffile import ELFFile
+
+    with library.open("rb") as file:
+        symbols: Any = ELFFile(file).get_section_by_name(".dynsym")
+        return sorted({s.name for s in symbols.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]})
 
 
 def _find_cuda_runtime() -> Path:

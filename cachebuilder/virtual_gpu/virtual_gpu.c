@@ -10,22 +10,16 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "driver_types.h" /* torch's own copy: the layout of cudaDeviceProp differs between CUDA releases */
-
-#define EXPORT __attribute__((visibility("default")))
-#define SUCCESS 0
-#define INVALID_VALUE 1 /* this and the next are the same in the runtime and the driver */
-#define OUT_OF_MEMORY 2
-#define SYMBOL_NOT_FOUND 500
-#define INVALID_IMAGE 200
-#define FILE_NOT_FOUND 301
-#define NOT_SUPPORTED 801
+#include "virtual_gpu.h"
 
 /* ---- what the sweep reads ------------------------------------------------------------------------------------- */
 
@@ -53,18 +47,37 @@ EXPORT int virtual_gpu_note_unanswered(const char *name) {
     if (!strstr(virtual_gpu_unanswered, line) &&
         strlen(virtual_gpu_unanswered) + strlen(line) < sizeof virtual_gpu_unanswered)
         strcat(virtual_gpu_unanswered, line);
+    /* An engine has many processes, and may go on after a failure: all of them write into one file. */
+    const char *path = getenv("VIRTUAL_GPU_UNANSWERED_FILE");
+    int file = path ? open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644) : -1;
+    if (file >= 0) {
+        if (write(file, line, strlen(line)) < 0)
+            fprintf(stderr, "virtual GPU: not answered: %s", line);
+        close(file);
+    }
     return NOT_SUPPORTED;
 }
 
 /* ---- the device ------------------------------------------------------------------------------------------------ */
 
-static long property(const char *name) {
+#define property virtual_gpu_property
+long virtual_gpu_property(const char *name) {
     const char *text = getenv(name);
     if (!text) {
         fprintf(stderr, "virtual GPU: %s is not set\n", name);
         abort();
     }
     return atol(text);
+}
+
+int virtual_gpu_count(void) {
+    const char *text = getenv("VIRTUAL_GPU_COUNT");
+    return text ? atoi(text) : 1;
+}
+/* Left out, any shape fits, since no memory is touched. */
+static size_t memory_bytes(void) {
+    const char *text = getenv("VIRTUAL_GPU_MEMORY_BYTES");
+    return text ? strtoull(text, NULL, 10) : (size_t)1 << 42;
 }
 
 EXPORT int cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
@@ -79,7 +92,7 @@ EXPORT int cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->sharedMemPerMultiprocessor = p->sharedMemPerBlockOptin + 1024; /* the system reserves one KiB for each block */
     p->reservedSharedMemPerBlock = 1024;
     p->sharedMemPerBlock = 48 * 1024;
-    p->totalGlobalMem = (size_t)1 << 42; /* any shape fits, since no memory is touched */
+    p->totalGlobalMem = memory_bytes();
     p->warpSize = 32;
     p->maxThreadsPerBlock = 1024;
     p->maxThreadsPerMultiProcessor = 2048;
@@ -110,6 +123,17 @@ EXPORT int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     case cudaDevAttrMaxThreadsPerBlock: *value = p.maxThreadsPerBlock; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = p.maxThreadsPerMultiProcessor; break;
     case cudaDevAttrWarpSize: *value = p.warpSize; break;
+    case cudaDevAttrMaxBlockDimX: *value = p.maxThreadsDim[0]; break;
+    case cudaDevAttrMaxBlockDimY: *value = p.maxThreadsDim[1]; break;
+    case cudaDevAttrMaxBlockDimZ: *value = p.maxThreadsDim[2]; break;
+    case cudaDevAttrMaxGridDimX: *value = p.maxGridSize[0]; break;
+    case cudaDevAttrMaxGridDimY: *value = p.maxGridSize[1]; break;
+    case cudaDevAttrMaxGridDimZ: *value = p.maxGridSize[2]; break;
+    case cudaDevAttrMaxRegistersPerBlock: *value = p.regsPerBlock; break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = p.regsPerMultiprocessor; break;
+    case cudaDevAttrMaxBlocksPerMultiprocessor: *value = p.maxBlocksPerMultiProcessor; break;
+    case cudaDevAttrMemoryClockRate: *value = property("VIRTUAL_GPU_MEMORY_CLOCK_KHZ"); break;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = property("VIRTUAL_GPU_MEMORY_BUS_BITS"); break;
     case cudaDevAttrCooperativeLaunch: *value = 1; break;
     default: {
         char name[64];
@@ -120,9 +144,14 @@ EXPORT int cudaDeviceGetAttribute(int *value, int attribute, int device) {
     return SUCCESS;
 }
 
-EXPORT int cudaGetDeviceCount(int *count) { return *count = 1, SUCCESS; }
-EXPORT int cudaGetDevice(int *device) { return *device = 0, SUCCESS; }
-EXPORT int cudaSetDevice(int device) { return device == 0 ? SUCCESS : INVALID_VALUE; }
+static __thread int current_device;
+EXPORT int cudaGetDeviceCount(int *count) { return *count = virtual_gpu_count(), SUCCESS; }
+EXPORT int cudaGetDevice(int *device) { return *device = current_device, SUCCESS; }
+EXPORT int cudaSetDevice(int device) {
+    if (device < 0 || device >= virtual_gpu_count())
+        return INVALID_VALUE;
+    return current_device = device, SUCCESS;
+}
 EXPORT int cudaDeviceSynchronize(void) { return SUCCESS; }
 EXPORT int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = 0, *greatest = -5, SUCCESS; }
 EXPORT int cudaDriverGetVersion(int *version) { return *version = CUDART_MAJOR * 1000, SUCCESS; }
@@ -146,22 +175,31 @@ EXPORT const char *cudaGetErrorName(int error) { return describe(error); }
 
 #define PAGE 4096 /* in front of each block, to hold its length */
 
+static size_t allocated; /* bytes */
+
 EXPORT int cudaMalloc(void **block, size_t bytes) {
     char *start = mmap(NULL, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED)
         return OUT_OF_MEMORY;
     *(size_t *)start = bytes + PAGE;
+    __atomic_add_fetch(&allocated, bytes, __ATOMIC_RELAXED);
     *block = start + PAGE;
     return SUCCESS;
 }
 EXPORT int cudaFree(void *block) {
+    if (block)
+        __atomic_sub_fetch(&allocated, *(size_t *)((char *)block - PAGE) - PAGE, __ATOMIC_RELAXED);
     if (block)
         munmap((char *)block - PAGE, *(size_t *)((char *)block - PAGE));
     return SUCCESS;
 }
 EXPORT int cudaHostAlloc(void **block, size_t bytes, unsigned flags) { return (void)flags, cudaMalloc(block, bytes); }
 EXPORT int cudaFreeHost(void *block) { return cudaFree(block); }
-EXPORT int cudaMemGetInfo(size_t *free_bytes, size_t *total) { return *free_bytes = *total = (size_t)1 << 42, SUCCESS; }
+EXPORT int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+    *total = memory_bytes();
+    size_t used = allocated < *total ? allocated : *total;
+    return *free_bytes = *total - used, SUCCESS;
+}
 EXPORT int cudaMemset(void) { return SUCCESS; }
 EXPORT int cudaMemsetAsync(void) { return SUCCESS; }
 EXPORT int cudaMemset2DAsync(void) { return SUCCESS; }

@@ -1,0 +1,182 @@
+"""What the observed processes wrote down, read back and joined: each op with everything that asked for it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cachebuilder.common.records import Record
+from cachebuilder.errors import RecordingError
+from cachebuilder.ops.catalog import OPS, OpBase
+from cachebuilder.ops.seen import Inexpressible, SeenCall, Tensor
+
+#: How the hook marks a call that takes up cached context.
+_CONTEXT = {"in _compute_prefill_context", "in _context_parallel_compute_prefill_context"}
+#: How the hook marks a call that prepares a weight.
+_LOADING = "in process_weights_after_loading"
+
+
+class Facts(Record):
+    """What the engine's configuration says, as the engine resolved it; None where it was not seen.
+
+    Attributes:
+        max_num_batched_tokens: tokens of one step.
+        max_num_seqs: sequences of one step.
+        max_model_len: tokens of one sequence.
+        context_chunk: cached tokens that MLA takes up at once.
+    """
+
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    max_model_len: int | None = None
+    context_chunk: int | None = None
+
+
+@dataclass
+class SeenOp:
+    """An op, and what asked for it.
+
+    Attributes:
+        fields: the op's fields in the manifest, without its maximum.
+        maximum: the largest value of its variable that was seen; None for an op without one.
+        values: how many different ones were seen.
+        calls: how many calls there were.
+        modules: the engine's names of the modules that called, with ``#`` for each number.
+        places: the lines of the engine that called.
+        sm_counts: DeepGEMM's SM counts at the calls.
+        takes_context: a call took up cached context.
+    """
+
+    name: str
+    fields: dict[str, Any]
+    maximum: int | None = None
+    values: set[int] = field(default_factory=set)
+    calls: int = 0
+    modules: set[str] = field(default_factory=set)
+    places: set[str] = field(default_factory=set)
+    sm_counts: set[int] = field(default_factory=set)
+    takes_context: bool = False
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Everything that was written down.
+
+    Attributes:
+        ops: in the order in which they were first seen.
+        unexpressed: calls that no op expresses: the function and why, and how often.
+        copies: the folders of the DeepGEMMs that were called.
+        processes: how many processes called.
+    """
+
+    ops: tuple[SeenOp, ...]
+    unexpressed: Mapping[str, int]
+    copies: tuple[Path, ...]
+    facts: Facts
+    processes: int
+
+    @property
+    def calls(self) -> int:
+        """How many calls there were."""
+        return sum(op.calls for op in self.ops) + sum(self.unexpressed.values())
+
+
+class _Call(Record):
+    """One kind of call, as ``inside/sitecustomize.py`` writes it."""
+
+    function: str
+    copy_folder: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    sm_count: int | None
+    alignment: int | None
+    callers: list[str]
+
+
+def read(folder: Path) -> Observed:
+    """Read what is in ``folder``. Raises `RecordingError` where a line is not what a process writes."""
+    ops: dict[str, SeenOp] = {}
+    unexpressed: dict[str, int] = {}
+    copies: dict[Path, None] = {}
+    files = sorted(folder.glob("calls-*.jsonl"))
+    functions = {name: model for model in OPS.values() for name in model.names()}
+    for file in files:
+        for call, count in _read_file(file):
+            copies[Path(call.copy_folder)] = None
+            seen = SeenCall(
+                call.function,
+                tuple(map(_value, call.args)),
+                {name: _value(value) for name, value in call.kwargs.items()},
+                call.sm_count or 0,
+                call.alignment,
+            )
+            try:
+                _add(ops, functions[call.function], seen, call, count)
+            except (KeyError, Inexpressible) as error:
+                why = f"{call.function}: {error}" if isinstance(error, Inexpressible) else f"{call.function}: no op"
+                unexpressed[why] = unexpressed.get(why, 0) + count
+    return Observed(tuple(ops.values()), unexpressed, tuple(copies), _facts(folder), len(files))
+
+
+def _read_file(file: Path) -> Iterator[tuple[_Call, int]]:
+    """Each kind of call of one process, with its count: 1 where the process was killed before it wrote that."""
+    calls: list[_Call] = []
+    counts: list[int] = []
+    for line in file.read_text().splitlines():
+        try:
+            parsed = json.loads(line)
+            if "counts" in parsed:
+                counts = parsed["counts"]
+            else:
+                calls.append(_Call.model_validate(parsed))
+        except (ValueError, ValidationError) as error:
+            raise RecordingError(f"{file}: wanted a call of DeepGEMM, found {line[:100]!r}: {error}") from None
+    counts += [1] * (len(calls) - len(counts))
+    return zip(calls, counts, strict=True)
+
+
+def _value(value: Any) -> Any:
+    """A described value: tensors and tuples of them as such."""
+    if isinstance(value, list):
+        return tuple(map(_value, value))
+    if isinstance(value, dict) and "shape" in value:
+        return Tensor(tuple(value["shape"]), tuple(value["stride"]), value["dtype"])
+    return value
+
+
+def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Call, count: int) -> None:
+    """Add a call to its op. Raises `Inexpressible`."""
+    sighting = model.sighting(seen)
+    fields, value = dict(sighting.fields), sighting.value
+    if "rows" in model.model_fields and _LOADING in call.callers:
+        fields["rows"], value = value, None  # a weight has this one number of rows
+    name = model.model_fields["op"].annotation.__args__[0]  # type: ignore[union-attr]
+    key = json.dumps([name, fields], sort_keys=True, default=str)
+    op = ops.setdefault(key, SeenOp(name, fields))
+    op.calls += count
+    if value is not None:
+        op.maximum = max(op.maximum or 0, value)
+        op.values.add(value)
+    for place in call.callers:
+        if place.startswith("module "):
+            op.modules.add(re.sub(r"\d+", "#", place.removeprefix("module ")))
+    op.places.update(place for place in call.callers if ".py:" in place)
+    op.sm_counts.add(seen.sm_count)
+    op.takes_context |= not _CONTEXT.isdisjoint(call.callers)
+
+
+def _facts(folder: Path) -> Facts:
+    """The largest of each fact over all processes."""
+    facts: dict[str, int] = {}
+    for file in sorted(folder.glob("facts-*.jsonl")):
+        for line in file.read_text().splitlines():
+            for name, value in json.loads(line).items():
+                if name in Facts.model_fields and isinstance(value, int):
+                    facts[name] = max(facts.get(name, 0), value)
+    return Facts(**facts)

@@ -1,0 +1,150 @@
+"""What is changed in an engine's serve command so that it runs with no weights, on one virtual GPU.
+
+From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/parallel.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachebuilder.errors import RecordingError
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that was changed: ``NAME=value`` in the environment, or options of the command; and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command as it is run.
+
+    Attributes:
+        environment: variables to add.
+        changes: what differs from the user's command and environment.
+        address: where the engine serves HTTP; None for a program that is run to its end.
+        model: what the command names as its model; empty where that is not known.
+        ranks: how many GPUs one copy of the model is spread over.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    changes: tuple[Change, ...]
+    address: str | None
+    model: str
+    ranks: int = 1
+
+
+class _Arguments:
+    """A command's options, which are read and added to."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = list(command)
+        self.changes: list[Change] = []
+
+    def value(self, *names: str) -> str | None:
+        """The value of the first of these options that is given, as ``--name value`` or ``--name=value``."""
+        for index, argument in enumerate(self.command):
+            name, equals, value = argument.partition("=")
+            if name.replace("_", "-") in names:
+                return value if equals else (self.command[index + 1] if index + 1 < len(self.command) else "")
+        return None
+
+    def number(self, *names: str) -> int:
+        """The same as a number; 1 where it is not given."""
+        text = self.value(*names)
+        if text is not None and not text.isdecimal():
+            raise RecordingError(f"{names[0]}: wanted a number, found {text!r}")
+        return int(text or 1)
+
+    def add(self, why: str, *options: str) -> None:
+        """Add options, unless the first is given already."""
+        if self.value(options[0]) is None:
+            self.command += options
+            self.changes.append(Change(" ".join(options), why))
+
+
+def launch(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    """How ``command`` is run: a serve command of vLLM is changed; anything else is run to its end as it is.
+
+    Raises:
+        RecordingError: the command asks for something that cannot be observed yet.
+    """
+    names = [os.path.basename(argument) for argument in command]
+    if names[:2] == ["vllm", "serve"] or "vllm.entrypoints.openai.api_server" in command:
+        return _vllm(command, environment)
+    if "sglang.launch_server" in command or names[:2] == ["sglang", "serve"]:
+        raise RecordingError(
+            "wanted a serve command of vLLM, found one of SGLang, which cannot be observed yet",
+            hint="cachebuilder manifest --model FOLDER --engine sglang works the shapes out by SGLang's rules",
+        )
+    return Launch(tuple(command), {}, (), None, "")
+
+
+def _vllm(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    arguments = _Arguments(command)
+    for options in (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp")):
+        if arguments.number(*options) > 1:
+            raise RecordingError(f"wanted tensor and expert parallelism only, found {options[0]}: not observed yet")
+    model = arguments.value("--model") or _first_operand(command)
+    arguments.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
+    arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
+    if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
+        arguments.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
+    port = arguments.value("--port")
+    if port is None:
+        port = str(_free_port())
+        arguments.add("a free port, for this run's own requests", "--port", port)
+    added: dict[str, tuple[str, str]] = {
+        "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": ("0", "FlashInfer's copy of DeepGEMM has its own cache; without it, "
+        "every M goes to DeepGEMM"),
+        "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
+        "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
+    }  # fmt: skip
+    if os.path.isdir(model):
+        added["HF_HUB_OFFLINE"] = ("1", "the model's folder is here: no network")
+    ranks = arguments.number("--tensor-parallel-size", "-tp")
+    if ranks > 1:
+        arguments.add(
+            f"one process stands for {ranks} ranks: its process groups do nothing (torch's FakeProcessGroup)",
+            "--distributed-executor-backend",
+            "external_launcher",
+        )
+        arguments.add("needs the other ranks; calls no DeepGEMM", "--disable-custom-all-reduce")
+        added |= {
+            "VLLM_DISABLE_PYNCCL": ("1", "needs the other ranks; calls no DeepGEMM"),
+            "VLLM_ALLREDUCE_USE_SYMM_MEM": ("0", "needs the other ranks; calls no DeepGEMM"),
+        }
+    taken = {name: pair for name, pair in added.items() if environment.get(name) != pair[0]}
+    ranked = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    } if ranks > 1 else {}  # fmt: skip
+    changes = [*arguments.changes, *(Change(f"{name}={value}", why) for name, (value, why) in taken.items())]
+    return Launch(
+        command=tuple(arguments.command),
+        environment={name: value for name, (value, _) in taken.items()} | ranked,
+        changes=tuple(changes),
+        address=f"http://127.0.0.1:{port}",
+        model=model,
+        ranks=ranks,
+    )
+
+
+def _first_operand(command: Sequence[str]) -> str:
+    """The model behind ``vllm serve``."""
+    rest = list(command[command.index("serve") + 1 :]) if "serve" in command else []
+    return rest[0] if rest and not rest[0].startswith("-") else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

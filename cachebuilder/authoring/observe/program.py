@@ -1,0 +1,196 @@
+"""Run a program on a virtual GPU with a compiler that writes down, and see every call that it makes of DeepGEMM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachebuilder.authoring.observe import calls, traffic
+from cachebuilder.authoring.observe.calls import Observed
+from cachebuilder.authoring.observe.engines import Launch
+from cachebuilder.common.progress import Progress
+from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.errors import PlanError, RecordingError
+from cachebuilder.sweep.process import Compiler
+from cachebuilder.virtual_gpu import library as virtual_gpu
+
+#: The folder that Python's `site` finds our module in; nothing else is in it.
+_INSIDE = Path(__file__).parent / "inside"
+#: Variables that choose another GPU, or another place or compiler for DeepGEMM's kernels.
+_DROPPED = ("CUDA_VISIBLE_DEVICES", "DG_JIT_", "DJ_", "SGLANG_DG_CACHE_DIR", "CACHEBUILDER_OBSERVE")
+#: Seconds until an engine must answer, and from a request to stop until it is killed.
+_START_SECONDS, _STOP_SECONDS = 1800.0, 20.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        requests: how many were sent and answered.
+        exit_code: of a program that was run to its end; None for an engine, which was stopped.
+        seconds: until the engine was up, and of the whole run.
+    """
+
+    observed: Observed
+    requests: int
+    exit_code: int | None
+    up_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and with what a program runs.
+
+    Attributes:
+        folder: gets ``calls/``, what was written down, ``root/``, DeepGEMM's cache, and ``log.txt``.
+        environment: the user's variables.
+    """
+
+    gpu: Gpu
+    compiler: Compiler
+    folder: Path
+    environment: Mapping[str, str]
+
+    @property
+    def root(self) -> Path:
+        """DeepGEMM's cache root."""
+        return self.folder / "root"
+
+    @property
+    def log(self) -> Path:
+        """What the program printed."""
+        return self.folder / "log.txt"
+
+
+def run(launch: Launch, setting: Setting, progress: Progress) -> Run:
+    """Run a program; an engine is sent requests when it is up, and then stopped.
+
+    The steps are "start" and "requests".
+
+    Raises:
+        RecordingError: it cannot be run, ends with an error, or does not answer; the end of its output is in the text.
+        PlanError: it made a CUDA call that the virtual GPU does not answer.
+    """
+    for folder in ("calls", "root"):
+        (setting.folder / folder).mkdir()
+    started = time.monotonic()
+    sent = 0
+    with _running(launch, setting) as process:
+        progress("start", 0, 1)
+        if launch.address is None:
+            exit_code: int | None = _wait(process, lambda: False)
+            up = time.monotonic()
+        else:
+            address = launch.address
+            _wait(process, lambda: traffic.is_up(address))
+            exit_code, up = process.poll(), time.monotonic()
+            if exit_code is None:
+                progress("start", 1, 1)
+                batches = traffic.requests(calls.read(setting.folder / "calls").facts)
+                sent = sum(map(len, batches))
+                try:
+                    traffic.send(address, batches, lambda done, total: progress("requests", done, total))
+                except RecordingError as error:
+                    raise _failure(str(error), setting) from None
+        _stop(process)
+    if unanswered := _unanswered(setting):
+        raise PlanError(
+            f"the virtual GPU does not answer {', '.join(unanswered)}",
+            hint="this engine calls more of CUDA than cachebuilder knows: report it",
+        )
+    if exit_code:
+        raise _failure(f"{launch.command[0]} ended with exit code {exit_code}", setting)
+    observed = calls.read(setting.folder / "calls")
+    return Run(observed, sent, exit_code, up - started, time.monotonic() - started)
+
+
+def environment(launch: Launch, setting: Setting) -> dict[str, str]:
+    """The variables of the observed program."""
+    kept = {name: value for name, value in setting.environment.items() if not name.startswith(_DROPPED)}
+    paths = [str(_INSIDE), *filter(None, [kept.get("PYTHONPATH")])]
+    own = virtual_gpu.engine_environment(setting.gpu, launch.ranks, setting.folder)
+    if launch.ranks > 1:
+        own["CACHEBUILDER_OBSERVE_RANKS"] = str(launch.ranks)
+    return (
+        kept
+        | dict(launch.environment)
+        | own
+        | setting.compiler.environment
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "CACHEBUILDER_OBSERVE": str(setting.folder / "calls"),
+            "DG_JIT_CACHE_DIR": str(setting.root),
+            "SGLANG_DG_CACHE_DIR": str(setting.root),
+            "DG_JIT_NVCC_COMPILER": str(setting.compiler.nvcc),
+        }
+    )
+
+
+@contextlib.contextmanager
+def _running(launch: Launch, setting: Setting) -> Iterator[subprocess.Popen[bytes]]:
+    """The program in a session of its own, all of whose processes are killed in the end."""
+    with setting.log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                launch.command,
+                env=environment(launch, setting),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RecordingError(f"{launch.command[0]}: cannot be run: {error.strerror}") from error
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> int | None:
+    """Wait until the program has ended or ``is_over``; returns its exit code. Raises `RecordingError` in the end."""
+    started = time.monotonic()
+    while process.poll() is None and not is_over():
+        if time.monotonic() - started > _START_SECONDS:
+            raise RecordingError(f"wanted an engine that answers within {_START_SECONDS:.0f} s, found none")
+        time.sleep(0.3)
+    return process.returncode
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask the program to end, as Ctrl-C does, and wait for it; its processes then write their last counts."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+
+
+def _unanswered(setting: Setting) -> list[str]:
+    """CUDA calls that the virtual GPU did not answer, in any process."""
+    file = setting.folder / virtual_gpu.UNANSWERED
+    return sorted(set(file.read_text().split())) if file.exists() else []
+
+
+def _failure(reason: str, setting: Setting) -> RecordingError | PlanError:
+    """The error for a program that failed. A call that the virtual GPU did not answer is the likely cause."""
+    if unanswered := _unanswered(setting):
+        return PlanError(
+            f"{reason}: the virtual GPU does not answer {', '.join(unanswered)}",
+            hint="this engine calls more of CUDA than cachebuilder knows: report it",
+        )
+    lines = setting.log.read_text(errors="replace").splitlines()
+    errors = [line for line in lines if re.search(r"Error\b", line)][-4:]
+    shown = "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
+    return RecordingError(f"{reason}\n{shown}".rstrip(), hint=f"its whole output is in {setting.log}")

@@ -1,0 +1,92 @@
+"""Requests to an observed engine, through its own HTTP interface, until each of its call sites has been reached.
+
+The numbers of tokens need not be many: M is swept by the plan. What matters is each kind of step: a prefill, one with
+cached context, a decode, a batch of several sequences, a step with prefills and decodes together.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cachebuilder.authoring.observe.calls import Facts
+from cachebuilder.errors import RecordingError
+
+#: Seconds that one request may take: Triton compiles kernels at the first of each kind.
+_TIMEOUT = 300.0
+#: vLLM takes and gives token numbers here, so it needs no tokenizer (``entrypoints/serve/disagg``, 0.25.0).
+_GENERATE = "/inference/v1/generate"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of ``tokens`` tokens, answered with ``answer`` ones."""
+
+    tokens: int
+    answer: int
+
+
+def requests(facts: Facts) -> list[list[Request]]:
+    """Batches of requests, each sent at once when the one before has been answered."""
+    longest = (facts.max_model_len or 2048) - 8
+    step = facts.max_num_batched_tokens or 2048
+    several = min(facts.max_num_seqs or 8, 8)
+    batches = [
+        [Request(1, 4)],
+        [Request(min(37, longest), 4)],
+        # Longer than a step: its second chunk has the first one as cached context.
+        [Request(min(step + step // 2, longest), 4)],
+        [Request(min(100 + 7 * i, longest), 8) for i in range(several)],
+        # Prefills while others decode.
+        [Request(min(5, longest), 32)] * 2 + [Request(min(step, longest), 4)],
+    ]
+    return batches
+
+
+def is_up(address: str) -> bool:
+    """Whether the engine answers."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=2):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def send(address: str, batches: list[list[Request]], progress: Callable[[int, int], None]) -> None:
+    """Send all requests.
+
+    Args:
+        progress: called with the number of requests answered and of all.
+
+    Raises:
+        RecordingError: a request is refused or not answered.
+    """
+    total = sum(map(len, batches))
+    answered = 0
+    for batch in batches:
+        with ThreadPoolExecutor(len(batch)) as pool:
+            for _ in pool.map(lambda request: _send(address, request), batch):
+                answered += 1
+                progress(answered, total)
+
+
+def _send(address: str, request: Request) -> None:
+    body = {
+        "token_ids": [1 + i % 1000 for i in range(request.tokens)],
+        "sampling_params": {"max_tokens": request.answer, "ignore_eos": True, "detokenize": False},
+    }
+    message = urllib.request.Request(
+        address + _GENERATE, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(message, timeout=_TIMEOUT) as answer:
+            answer.read()
+    except urllib.error.HTTPError as error:
+        text = error.read()[:300].decode(errors="replace")
+        raise RecordingError(f"a request of {request.tokens} tokens: the engine answers {error.code}: {text}") from None
+    except OSError as error:
+        raise RecordingError(f"a request of {request.tokens} tokens: no answer: {error}") from None

@@ -1,0 +1,94 @@
+"""``cachebuilder observe``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from cachebuilder.authoring.observe import observe as observing
+from cachebuilder.authoring.observe.observe import Observation
+from cachebuilder.authoring.record import check_writable
+from cachebuilder.cli import console, shared, words
+from cachebuilder.common.files import write_atomically
+from cachebuilder.cuda import gpus
+from cachebuilder.errors import ManifestError, VerifyError
+
+
+@click.command()
+@click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The manifest to write.")
+@click.option(
+    "--check",
+    "known",
+    metavar="MANIFEST",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="Compare with this manifest: exit code 11 if it lacks a kernel.",
+)
+@click.option("--gpu", required=True, metavar="NAME", help="The GPU to show to the engine, for example H200.")
+@click.option("--name", help="The manifest's name; default: the model's and the GPU's.")
+@shared.nvcc_option
+@shared.progress_options
+def observe(
+    command: tuple[str, ...], output: Path | None, known: Path | None, gpu: str, name: str | None, nvcc: Path | None
+) -> None:
+    """Run an engine's serve command CMD on a virtual GPU, and write what it asks DeepGEMM for into a manifest.
+
+    No GPU and no weights are needed: a folder with the model's config.json will do. cachebuilder must be installed
+    beside the engine. CMD is started, sent requests and stopped; a program that serves nothing is run to its end.
+    """
+    if output is None and known is None:
+        raise click.UsageError("wanted -o FILE for a new manifest, or --check MANIFEST, or both")
+    try:
+        target = gpus.find(gpu)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--gpu") from None
+    if output is not None:
+        check_writable(output)
+    lack = None
+    with shared.show_progress() as progress:
+        observation = observing.observe(
+            command, target, name=name, nvcc=nvcc, environment=os.environ, progress=progress
+        )
+        if output is not None:
+            write_atomically(output, observation.manifest.encode(), ManifestError)
+        if known is not None:
+            lack = observing.check(observation, known, nvcc, progress)
+    _print_summary(observation)
+    if output is not None:
+        shared.say(f"manifest  {output}")
+        shared.say(f"next      cachebuilder build {output} --deep-gemm {observation.installation.path}")
+    if known is not None and lack is not None:
+        _print_lack(observation, known, lack)
+
+
+def _print_summary(observation: Observation) -> None:
+    run, observed = observation.run, observation.observed
+    for change in observation.changes:
+        shared.say(f"changed   {change.what}: {change.why}")
+    shared.say(f"using     {observation.installation}")
+    calls, requests = words.several(observed.calls, "call"), words.several(run.requests, "request")
+    shared.say(f"observed  {calls}, {requests}; the engine was up after {run.up_seconds:.0f} s of {run.seconds:.0f} s")
+    for what, count in observed.unexpressed.items():
+        shared.say(f"no op     {what}: {words.several(count, 'call')}; their kernels are sources")
+    ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")
+    shared.say(
+        f"kernels   {len(observation.requested)} asked for in this run; {ops} and {sources} ask for "
+        f"{len(observation.planned)}"
+    )
+
+
+def _print_lack(observation: Observation, known: Path, lack: observing.Lack) -> None:
+    """What a manifest lacks; ends the process where that is a kernel."""
+    if not lack.kernels:
+        shared.say(f"check     {known} asks for all of them")
+        return
+    for name, count in lack.names.items():
+        console.echo(f"missing   {name}: {words.several(count, 'kernel')}")
+    console.echo(
+        f"{known} lacks {lack.kernels} kernels, of which this run asked for {lack.requested}. What was observed:"
+    )
+    console.echo(observation.manifest, newline=False)
+    sys.exit(VerifyError.exit_code)

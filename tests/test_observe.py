@@ -1,0 +1,161 @@
+"""An engine is observed: what its processes ask DeepGEMM for becomes a manifest, and nothing is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cachebuilder import building
+from cachebuilder.authoring.observe import calls, engines, traffic
+from cachebuilder.authoring.observe.manifest import bound
+from cachebuilder.errors import RecordingError
+from cachebuilder.manifest.inputs import load_manifest
+from tests.conftest import TARGET, Run
+
+ENGINE = Path(__file__).with_name("small_engine.py")
+
+needs_headers = pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(), reason="Triton's launcher wants Python.h"
+)
+
+
+@pytest.fixture(scope="session")
+def observed(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The small engine, observed: the manifest, and what the verb said."""
+    manifest = tmp_path_factory.mktemp("observed") / "m.yaml"
+    done = run("observe", "-o", manifest, "--gpu", TARGET, "--", sys.executable, ENGINE)
+    assert done.returncode == 0, done.stderr
+    return manifest, done
+
+
+Observed = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.slow
+@needs_headers
+def test_every_call_of_every_process_becomes_an_op(observed: Observed) -> None:
+    ops = load_manifest(observed[0]).manifest.ops
+    seen = {(op.op, op.shape(), tuple(op.sm_counts or ())) for op in ops}
+    assert seen == {
+        ("fp8_gemm_nt", "n=576 k=512", ()),
+        ("fp8_gemm_nt", "n=1024 k=512", (100,)),
+        ("m_grouped_fp8_gemm_nt_contiguous", "experts=2 n=256 max_rows=256 k=512", ()),
+    }
+
+
+@pytest.mark.slow
+@needs_headers
+def test_a_function_without_an_op_is_named(observed: Observed) -> None:
+    assert "no op     cublaslt_gemm_nt: no op: 1 call" in observed[1].stdout
+
+
+@pytest.mark.slow
+@needs_headers
+def test_the_plan_of_an_observed_manifest_holds_what_the_engine_asked_for(observed: Observed) -> None:
+    said = observed[1].stdout
+    assert "0 sources" in said
+    plan = building.plan(load_manifest(observed[0]))
+    assert f"ask for {len(plan.kernels)}\n" in said
+
+
+@pytest.mark.slow
+@needs_headers
+def test_the_manifest_says_who_called_and_how_far_it_goes(observed: Observed) -> None:
+    text = observed[0].read_text()
+    assert "6 calls, 3 values of m up to 40; swept to 40: the largest seen" in text
+    assert "small_engine.py" in text
+
+
+@pytest.mark.slow
+@needs_headers
+def test_a_manifest_is_checked_against_the_engine(run: Run, observed: Observed, tmp_path: Path) -> None:
+    command = ["--gpu", TARGET, "--", sys.executable, ENGINE]
+    done = run("observe", "--check", observed[0], *command)
+    assert done.returncode == 0 and "asks for all of them" in done.stdout, done.stderr
+    (tmp_path / "less.yaml").write_text(
+        f"name: less\ntarget: {{gpu: {TARGET}}}\nmax_tokens: 40\nops:\n  - {{op: fp8_gemm_nt, n: 576, k: 512}}\n"
+    )
+    done = run("observe", "--check", tmp_path / "less.yaml", *command)
+    assert done.returncode == 11
+    assert "m_grouped_fp8_gemm_contiguous" in done.stdout and "{op: fp8_gemm_nt, n: 1024, k: 512" in done.stdout
+
+
+@pytest.mark.slow
+@needs_headers
+def test_a_cuda_call_without_an_answer_ends_with_its_name(run: Run, tmp_path: Path) -> None:
+    done = run(
+        "observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", sys.executable, ENGINE, "cudaIpcGetMemHandle"
+    )
+    assert done.returncode == 6 and "the virtual GPU does not answer cudaIpcGetMemHandle" in done.stderr
+    assert not (tmp_path / "m.yaml").exists()
+
+
+def test_a_program_that_calls_no_deepgemm_leaves_no_manifest(run: Run, tmp_path: Path) -> None:
+    done = run("observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", "true")
+    assert done.returncode != 0 and "called no function of DeepGEMM" in done.stderr
+    assert not (tmp_path / "m.yaml").exists()
+
+
+def test_a_program_that_fails_shows_its_last_lines(run: Run, tmp_path: Path) -> None:
+    done = run("observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", "sh", "-c", "echo no such model; exit 3")
+    assert done.returncode != 0 and "ended with exit code 3\nno such model" in done.stderr
+
+
+def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
+    command = ["vllm", "serve", str(tmp_path), "-tp", "8", "--port=8001", "--enforce-eager"]
+    launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"})
+    assert launch.address == "http://127.0.0.1:8001" and launch.ranks == 8
+    added = launch.command[len(command) :]
+    assert "--load-format" in added and "--port" not in added and "--enforce-eager" not in added
+    assert "external_launcher" in added and "VLLM_NO_USAGE_STATS" not in launch.environment
+    assert {change.what.split("=")[0] for change in launch.changes} >= {"VLLM_DISABLE_PYNCCL", "--load-format dummy"}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["vllm", "serve", "m", "--data-parallel-size", "2"], "--data-parallel-size"),
+        (["vllm", "serve", "m", "-pp", "2"], "--pipeline-parallel-size"),
+        (["vllm", "serve", "m", "-tp", "many"], "wanted a number, found 'many'"),
+        (["python", "-m", "sglang.launch_server", "--model-path", "m"], "SGLang"),
+    ],
+)
+def test_what_cannot_be_observed_yet_is_refused(command: list[str], words: str) -> None:
+    with pytest.raises(RecordingError, match=words):
+        engines.launch(command, {})
+
+
+def test_an_op_is_swept_to_the_engines_bound_and_never_below_what_was_seen() -> None:
+    facts = calls.Facts(max_num_batched_tokens=8192, max_num_seqs=64, context_chunk=65536)
+    op = calls.SeenOp("fp8_gemm_nt", {"n": 512, "k": 512}, maximum=100)
+    assert bound(op, facts) == (8192, "max_num_batched_tokens")
+    op.takes_context = True
+    assert bound(op, facts) == (65536, "the chunk of cached context")
+    op.maximum = 70000
+    assert bound(op, facts) == (70000, "the largest seen")
+
+
+def test_traffic_has_a_prompt_longer_than_a_step_and_steps_with_several_sequences() -> None:
+    batches = traffic.requests(calls.Facts(max_num_batched_tokens=2048, max_num_seqs=16, max_model_len=8192))
+    assert max(request.tokens for batch in batches for request in batch) == 3072
+    assert max(map(len, batches)) == 8
+
+
+def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "calls-1.jsonl").write_text('{"function": "fp8_gemm_nt"}\n')
+    with pytest.raises(RecordingError, match="wanted a call of DeepGEMM"):
+        calls.read(tmp_path)
+
+
+def test_the_hook_does_nothing_in_a_process_that_is_not_observed() -> None:
+    code = "import sys, sitecustomize; print([type(f).__name__ for f in sys.meta_path])"
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    environment.pop("CACHEBUILDER_OBSERVE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "AfterImport" not in done.stdout
