@@ -53,6 +53,12 @@ EXPORT int cuLogsRegisterCallback(void *function, void *data, void **handle) {
 }
 EXPORT int cuLogsUnregisterCallback(void *handle) { return (void)handle, SUCCESS; }
 
+/* Tables of functions without documentation, which a runtime asks for that is linked in statically. The driver answers so
+ * where it has no such table; that runtime then fails, and says so itself. */
+EXPORT int cuGetExportTable(const void **table, const void *id) {
+    return (void)id, *table = NULL, SYMBOL_NOT_FOUND;
+}
+
 /* ---- modules from memory ---- */
 
 /* A module, library, function or kernel whose launches nobody asks about. */
