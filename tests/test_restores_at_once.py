@@ -46,6 +46,8 @@ def count(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(count)
 from cachebuilder.cli.main import main
+
+pytestmark = pytest.mark.slow
 try:
     main()
 finally:

@@ -21,6 +21,8 @@ from cachebuilder.ops.trial import Inputs, Output
 from tests.played import PLAYED, REPRESENTATIVE, dense, device, mx, op_name, spread
 from tests.played_mega_moe import MOE, blocks, nvfp4_buffer, sglang_layer, sm100_layer
 
+pytestmark = pytest.mark.slow
+
 
 def make_op(name: str, **fields: Any) -> OpBase:
     return OPS[name].model_validate({"op": name} | fields)

@@ -28,8 +28,6 @@ from cachebuilder.ops.scaled import Quantisation
 from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
-#: The last arguments of the logits' functions, given by name.
-_MQA_OPTIONS = ("logits_dtype", "schedule_meta")
 #: The arguments of the paged logits, in order (sgl-deep-gemm 0.2.3.post2 ``deep_gemm/__init__.py``).
 _PAGED = ("q", "kv_cache", "weights", "context_lens", "block_table", "schedule_meta", "max_context_len", "clean_logits")
 
@@ -142,7 +140,8 @@ class MqaLogits(MqaOp, TokenOp):
     def sighting(cls, call: SeenCall) -> Sighting:
         """Heads and formats from Q and the weights, the rows from Q."""
         starts, ends = ("ks", "ke") if "ks" in call.options else ("cu_seq_len_k_start", "cu_seq_len_k_end")
-        given = call.by_name("q", "kv", "weights", starts, ends, "clean_logits", "max_seqlen_k", *_MQA_OPTIONS)
+        names = ("q", "kv", "weights", starts, ends, "clean_logits", "max_seqlen_k", "logits_dtype", "schedule_meta")
+        given = call.by_name(*names)
         q, fields = cls.query_fields(given)
         require(len(q.shape) == 3, "queries of other than three dimensions")
         if given["max_seqlen_k"]:
