@@ -251,8 +251,7 @@ class PagedMqaLogits(PagedOp, MqaOp):
         q, fields = cls.query_fields(given)
         require(len(q.shape) == 4, "queries of other than four dimensions")
         fields |= {"next_n": q.shape[1], "page_size": given["kv_cache"].shape[1]}
-        if given["indices"] is not None:
-            fields["varlen"] = True
+        fields |= {"varlen": True} if given["indices"] is not None else {}
         return Sighting(fields, q.shape[0])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
