@@ -20,6 +20,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["pytest", __name__, *(f"cachebuilder.cli.{verb.replace('-', '_')}" for verb in command_line.VERBS)]
 )
+#: Variables that a process reads only when its program starts: a command with others of these gets a new interpreter.
+_READ_AT_START = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 
 
 def cachebuilder(
@@ -32,11 +34,15 @@ def cachebuilder(
         without: modules that the command cannot import, beside those that cachebuilder's modules import themselves.
     """
     command = list(map(str, arguments))
+    variables = dict(os.environ if environment is None else environment)
+    if any(variables.get(name) != os.environ.get(name) for name in _READ_AT_START):
+        new = [sys.executable, "-m", "cachebuilder", *command]
+        return subprocess.run(new, capture_output=True, text=True, env=variables, check=False)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
         process = _CONTEXT.Process(
             target=_main,
-            args=(command, dict(os.environ if environment is None else environment), os.getcwd(), files, without),
+            args=(command, variables, os.getcwd(), files, without),
         )
         process.start()
         process.join()

@@ -195,7 +195,11 @@ CORPUS = [
     ("too-many-entries", indexed(lambda i: i.update(entries=[i["entries"][0]] * 20_001)), "at most 20000"),
     ("name-for-a-shell", indexed(lambda i: i.update(name="$(reboot)")), "name: wanted letters"),
     ("flags-without-end", indexed(lambda i: i["fingerprint"].update(legacy_flags="-I/x " * 1000)), "more than 4096"),
-    ("compiler-text-with-a-zero", indexed(lambda i: i["fingerprint"].update(compiler="a\0b")), "nvcc --version"),
+    (
+        "compiler-text-with-a-zero",
+        indexed(lambda i: i["fingerprint"].update(compiler="a\0b")),
+        "fingerprint.compiler: wanted",
+    ),
     ("index-not-json", tarred(lambda m: [member("artifact.json", b"{"), *m[1:]]), "wanted JSON"),
     ("index-not-utf-8", tarred(lambda m: [member("artifact.json", b'"\xff"'), *m[1:]]), "wanted JSON"),
     ("index-too-deep", tarred(lambda m: [member("artifact.json", b"[" * 100_000), *m[1:]]), "wanted JSON"),

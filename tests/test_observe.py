@@ -152,6 +152,14 @@ def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:
         calls.read(tmp_path)
 
 
+def test_the_hook_runs_the_sitecustomize_that_it_hides(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('the own one')\n")
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", "0"], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "the own one\n"
+
+
 def test_the_hook_does_nothing_in_a_process_that_is_not_observed() -> None:
     code = "import sys, sitecustomize; print([type(f).__name__ for f in sys.meta_path])"
     folder = Path(engines.__file__).parent / "inside"

@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cachebuilder import building
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from tests.archives import snapshot
+
+pytestmark = pytest.mark.slow
 
 
 def restore_command(built: building.Built, to: Path) -> list[str]:
@@ -46,8 +50,6 @@ def count(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(count)
 from cachebuilder.cli.main import main
-
-pytestmark = pytest.mark.slow
 try:
     main()
 finally:

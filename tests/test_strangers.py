@@ -319,7 +319,7 @@ def test_a_log_that_is_no_regular_file_is_one_sentence(kind: str, tmp_path: Path
         os.mkfifo(log)
     else:
         log = Path("/dev/zero") if kind == "zero" else tmp_path
-    with pytest.raises(ArtifactError, match="wanted a regular file, found another kind of file"):
+    with pytest.raises(ArtifactError, match="wanted a regular file, found"):
         misses.read(log)
 
 

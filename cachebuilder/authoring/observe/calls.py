@@ -30,12 +30,14 @@ class Facts(Record):
         max_num_seqs: sequences of one step.
         max_model_len: tokens of one sequence.
         context_chunk: cached tokens that MLA takes up at once.
+        torch: the folder of the torch that DeepGEMM was imported with.
     """
 
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     max_model_len: int | None = None
     context_chunk: int | None = None
+    torch: str | None = None
 
 
 @dataclass
@@ -173,10 +175,10 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
 
 def _facts(folder: Path) -> Facts:
     """The largest of each fact over all processes."""
-    facts: dict[str, int] = {}
+    facts: dict[str, Any] = {}
     for file in sorted(folder.glob("facts-*.jsonl")):
         for line in file.read_text().splitlines():
             for name, value in json.loads(line).items():
-                if name in Facts.model_fields and isinstance(value, int):
-                    facts[name] = max(facts.get(name, 0), value)
+                if name in Facts.model_fields and value is not None:
+                    facts[name] = max(facts.get(name, value), value)
     return Facts(**facts)

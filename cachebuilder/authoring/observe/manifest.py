@@ -37,7 +37,7 @@ class About:
 def manifest_text(observed: Observed, about: About, environment: Mapping[str, str]) -> str:
     """The manifest as text, without sources; ``environment`` is DeepGEMM's variables that change kernels."""
     facts = observed.facts
-    bounds = ", ".join(f"{key} {value}" for key, value in facts if value is not None) or "none seen"
+    bounds = ", ".join(f"{key} {value}" for key, value in facts if isinstance(value, int)) or "none seen"
     lines = [
         *_comment(f"What {about.command} asked DeepGEMM for on a virtual {about.gpu.name}."),
         *_comment(f"Observed by cachebuilder {__version__}: {observed.calls} calls, {about.requests} requests."),

@@ -6,6 +6,7 @@ the engine's DeepGEMM asked for, and that no written op plans, goes into the man
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections import Counter
@@ -24,7 +25,7 @@ from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.environment import kernel_variables
-from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.deepgemm.installation import Installation, package_folder
 from cachebuilder.errors import RecordingError
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.manifest.inputs import Inputs
@@ -154,6 +155,12 @@ def _installation(observed: calls.Observed, command: Sequence[str]) -> Installat
         raise RecordingError(
             f"{command[0]} called no function of DeepGEMM",
             hint="does the engine choose DeepGEMM for this model and GPU? Its log says which kernels it takes",
+        )
+    own, used = package_folder("torch"), observed.facts.torch
+    if own is None or used is None or not os.path.samefile(own, used):
+        raise RecordingError(
+            f"wanted a program with this Python's torch, {own}, which the virtual GPU is made for, found {used}",
+            hint="install cachebuilder into the engine's own environment, and run it there",
         )
     first, *others = observed.copies
     if others:

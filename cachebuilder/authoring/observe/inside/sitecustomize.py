@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import json
 import os
 import sys
@@ -165,7 +166,8 @@ CALLS = Calls(FOLDER)
 
 
 def wrap_functions(module: ModuleType) -> None:
-    """Wrap the public functions of a copy of DeepGEMM."""
+    """Wrap the public functions of a copy of DeepGEMM, and write down which torch it works with."""
+    note({"torch": os.path.dirname(getattr(sys.modules.get("torch"), "__file__", None) or "")})
     for name, value in list(vars(module).items()):
         is_function = type(value).__name__ in ("function", "builtin_function_or_method", "Function", "method")
         is_setting = name.startswith(("_", "set_", "get_num_sms", "get_mk_alignment"))
@@ -279,5 +281,15 @@ class AfterImport(importlib.abc.MetaPathFinder):
         return None
 
 
+def run_the_next_sitecustomize() -> None:
+    """Run the module of this name that this one hides, as Python would have done without this one."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    others = [folder for folder in sys.path if os.path.abspath(folder) != own]
+    spec = importlib.machinery.PathFinder.find_spec(__name__, others)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 if FOLDER:
     sys.meta_path.insert(0, AfterImport())
+run_the_next_sitecustomize()
