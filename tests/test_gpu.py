@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,7 @@ def test_a_nan_is_a_wrong_result_in_the_written_report_and_no_reference_is_none(
     report["replays"][0]["trials"].append(nan | {"relative_error": None, "problems": []})
     written = reports.GpuReport.model_validate_json(json.dumps(report)).to_json()
     (tmp_path / "report.json").write_text(written)
+    assert not re.search(r"[^\"](NaN|Infinity)", written), "JSON has no such numbers"
     read = reports.read(tmp_path / "report.json", "0" * 64)
     assert read is not None and json.loads(written).keys() == report.keys()
     [replay] = read.replays

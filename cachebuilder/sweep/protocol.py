@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict, WithJsonSchema
 
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.device import DeviceName
@@ -175,6 +175,20 @@ class Answer(Record):
         return {entry for sweep in self.sweeps for span in sweep.spans for entry in span.entries}
 
 
+def _from_text(value: object) -> object:
+    return float(value) if isinstance(value, str) and value in _NO_NUMBERS else value
+
+
+#: What JSON has no number for, as text, so that every JSON parser reads what we write.
+_NO_NUMBERS = ("NaN", "Infinity", "-Infinity")
+#: A relative error, which is no number where an element is none.
+ErrorSize = Annotated[
+    float,
+    BeforeValidator(_from_text),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"enum": list(_NO_NUMBERS)}]}),
+]
+
+
 class TrialResult(Record):
     """One call on random inputs.
 
@@ -187,10 +201,10 @@ class TrialResult(Record):
         problems: what is wrong, one sentence each; empty where the result is right.
     """
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    relative_error: float | None
-    worst_row_error: float | None
+    relative_error: ErrorSize | None
+    worst_row_error: ErrorSize | None
     microseconds: float
     reference_microseconds: float | None = None
     problems: tuple[str, ...]
@@ -199,7 +213,7 @@ class TrialResult(Record):
 class TrialsAnswer(Record):
     """The results at the job's points, in their order, and the GPU that they are from."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     results: tuple[TrialResult, ...]
     device: Device

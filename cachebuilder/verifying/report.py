@@ -28,9 +28,9 @@ ShownOp = Annotated[OpBase, PlainSerializer(_fields), WithJsonSchema({"type": "o
 
 
 class _Document(Record):
-    """A whole JSON document: NaN stays NaN, and every field that was set is printed, even where it is none."""
+    """A whole JSON document: NaN is the text "NaN", and every field that was set is printed, even where it is none."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     def to_json(self) -> str:
         """The document as indented JSON."""
