@@ -8,11 +8,11 @@ one GPU. Ops whose function FOLDER lacks are left out and listed.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import click
-from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 #: A larger shape beside the CI's: one of eight ranks of DeepSeek-V3, whole batches of decoding.
@@ -42,7 +42,8 @@ def main(folder: Path, output: Path, gpu: str, only: tuple[str, ...]) -> None:
             left_out.add(fields["op"])
             continue
         ops.append(fields | ({"ranks": 1} if "ranks" in fields else {}))
-    YAML().dump({"name": "entry-points", "target": {"gpu": gpu}, "max_tokens": 16, "ops": ops}, output)
+    manifest = {"name": "entry-points", "target": {"gpu": gpu}, "max_tokens": 16, "ops": ops}
+    output.write_text(json.dumps(manifest, indent=1))  # JSON is YAML without anchors, which a manifest may not have
     click.echo(
         f"{output}: {len(ops)} ops for {copy}" + (f"; it has no {', '.join(sorted(left_out))}" if left_out else "")
     )
