@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -103,7 +105,9 @@ def test_a_program_that_calls_no_deepgemm_leaves_no_manifest(run: Run, tmp_path:
 
 def test_a_program_that_fails_shows_its_last_lines(run: Run, tmp_path: Path) -> None:
     done = run("observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", "sh", "-c", "echo no such model; exit 3")
-    assert done.returncode != 0 and "ended with exit code 3\nno such model" in done.stderr
+    assert done.returncode == 16 and "ended with exit code 3\nno such model" in done.stderr
+    [log] = re.findall(r"its whole output is in (\S+)", done.stderr)
+    assert Path(log).read_text() == "no such model\n"
 
 
 def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
@@ -144,6 +148,38 @@ def test_traffic_has_a_prompt_longer_than_a_step_and_steps_with_several_sequence
     batches = traffic.requests(calls.Facts(max_num_batched_tokens=2048, max_num_seqs=16, max_model_len=8192))
     assert max(request.tokens for batch in batches for request in batch) == 3072
     assert max(map(len, batches)) == 8
+
+
+def call(function: str, *args: object, **fields: object) -> str:
+    """A line as the hook writes it."""
+    return json.dumps(
+        {"function": function, "copy_folder": "/x", "args": args, "kwargs": {}, "sm_count": 132, "alignment": 128}
+        | {"callers": ["module model.layers.3.mlp", "engine.py:1 apply"]}
+        | fields
+    )
+
+
+def tensor(*shape: int, dtype: str = "bfloat16") -> dict[str, object]:
+    return {"shape": shape, "stride": [shape[-1], 1][-len(shape) :], "dtype": dtype}
+
+
+def test_an_argument_by_position_is_read_as_the_function_reads_it(tmp_path: Path) -> None:
+    """The fifth argument of a BF16 function is compiled_dims, of an FP8 one the recipe."""
+    a, b, d = tensor(8, 64), tensor(16, 64), tensor(8, 16)
+    (tmp_path / "calls-1.jsonl").write_text(call("bf16_gemm_nt", a, b, d, None, "nk") + "\n")
+    [op] = calls.read(tmp_path).ops
+    assert op.fields == {"n": 16, "k": 64, "compiled_dims": "nk"} and op.modules == {"model.layers.#.mlp"}
+
+
+def test_an_alignment_that_the_engine_sets_by_call_is_named(tmp_path: Path) -> None:
+    rows, weight, out = tensor(256, 64), tensor(2, 16, 64), tensor(256, 16)
+    lines = [
+        call("m_grouped_bf16_gemm_nt_contiguous", rows, weight, out, tensor(256, dtype="int32"), alignment=alignment)
+        for alignment in (64, 128)
+    ]
+    (tmp_path / "calls-1.jsonl").write_text("\n".join(lines) + "\n")
+    [remark] = calls.read(tmp_path).remarks
+    assert "alignments [64, 128]" in remark
 
 
 def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:

@@ -72,7 +72,10 @@ def _print_summary(observation: Observation) -> None:
     calls, requests = words.several(observed.calls, "call"), words.several(run.requests, "request")
     shared.say(f"observed  {calls}, {requests}; the engine was up after {run.up_seconds:.0f} s of {run.seconds:.0f} s")
     for what, count in observed.unexpressed.items():
-        shared.say(f"no op     {what}: {words.several(count, 'call')}; their kernels are sources")
+        seen = words.several(count, "call")
+        shared.say(f"no op     {what}: {seen}; sources ask for this run's kernels, and another M may need more")
+    for remark in observed.remarks:
+        shared.say(f"note      {remark}")
     ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")
     shared.say(
         f"kernels   {len(observation.requested)} asked for in this run; {ops} and {sources} ask for "

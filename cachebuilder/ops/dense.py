@@ -19,10 +19,6 @@ from cachebuilder.ops.scaled import Format, Operands, ScaledOp
 from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output
 
-#: The first arguments of every dense function, in order (sgl-deep-gemm 0.1.4 and 0.2.3.post2 ``deep_gemm/__init__.py``,
-#: vLLM 0.33.0 ``vllm/third_party/deep_gemm/_C.py``). The BF16 functions have no recipes between C and compiled_dims.
-_PARAMETERS = ("a", "b", "d", "c", "recipe", "recipe_a", "recipe_b", "compiled_dims", "disable_ue8m0_cast")
-
 Accumulate = Annotated[Literal[True] | None, Field(description="D += A·B: C is D itself")]
 
 
@@ -30,6 +26,9 @@ class DenseGemm(TokenOp):
     """A dense layer of weight [n, k], called with every M from 1 to ``max_tokens``."""
 
     layout: ClassVar[str] = "nt"
+    #: The function's first arguments in order (sgl-deep-gemm 0.1.4 and 0.2.3.post2 ``deep_gemm/__init__.py``, vLLM
+    #: 0.33.0 ``vllm/third_party/deep_gemm/_C.py``).
+    parameters: ClassVar[tuple[str, ...]]
     #: M of a transposed A is a multiple of this, because its rows of M elements are multiples of 16 bytes (TMA).
     m_step: ClassVar[int]
 
@@ -67,7 +66,7 @@ class DenseGemm(TokenOp):
     @classmethod
     def sighting(cls, call: SeenCall) -> Sighting:
         """N and K from B, M from A."""
-        given = call.by_name(*_PARAMETERS)
+        given = call.by_name(*cls.parameters)
         a, b, fields = cls.read_operands(given)
         require(len(a.shape) == len(b.shape) == 2, "operands of other than two dimensions")
         m, k = a.shape if cls.layout[0] == "n" else a.shape[::-1]
@@ -115,6 +114,7 @@ class Bf16Gemm(DenseGemm):
         return a, b, {} if given["compiled_dims"] is None else {"compiled_dims": given["compiled_dims"]}
 
     m_step = 8
+    parameters = ("a", "b", "d", "c", "compiled_dims")
 
     n: N
     k: Bf16K
@@ -163,6 +163,7 @@ class ScaledGemm(ScaledOp, DenseGemm):
         return a, b, fields
 
     m_step = 16
+    parameters = ("a", "b", "d", "c", "recipe", "recipe_a", "recipe_b", "compiled_dims", "disable_ue8m0_cast")
 
     n: N
     k: Fp8K

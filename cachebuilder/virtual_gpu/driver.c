@@ -13,11 +13,12 @@
 /* ---- contexts and devices ---- */
 
 static char context; /* one for all devices and threads; its address is the handle */
-static __thread int current_device;
+
+EXPORT int cudaGetDevice(int *device);
 
 EXPORT int cuCtxGetCurrent(void **c) { return *c = &context, SUCCESS; }
 EXPORT int cuCtxSetCurrent(void *c) { return (void)c, SUCCESS; }
-EXPORT int cuCtxGetDevice(int *device) { return *device = current_device, SUCCESS; }
+EXPORT int cuCtxGetDevice(int *device) { return cudaGetDevice(device); }
 EXPORT int cuCtxPushCurrent(void *c) { return (void)c, SUCCESS; }
 EXPORT int cuCtxPopCurrent(void **c) { return *c = &context, SUCCESS; }
 EXPORT int cuCtxPushCurrent_v2(void *c) { return (void)c, SUCCESS; }

@@ -52,6 +52,7 @@ class SeenOp:
         modules: the engine's names of the modules that called, with ``#`` for each number.
         places: the lines of the engine that called.
         sm_counts: DeepGEMM's SM counts at the calls.
+        alignments: DeepGEMM's alignments of rows at the calls.
         takes_context: a call took up cached context.
     """
 
@@ -63,6 +64,7 @@ class SeenOp:
     modules: set[str] = field(default_factory=set)
     places: set[str] = field(default_factory=set)
     sm_counts: set[int] = field(default_factory=set)
+    alignments: set[int] = field(default_factory=set)
     takes_context: bool = False
 
 
@@ -73,12 +75,14 @@ class Observed:
     Attributes:
         ops: in the order in which they were first seen.
         unexpressed: calls that no op expresses: the function and why, and how often.
+        remarks: what the ops leave out, one sentence each.
         copies: the folders of the DeepGEMMs that were called.
         processes: how many processes called.
     """
 
     ops: tuple[SeenOp, ...]
     unexpressed: Mapping[str, int]
+    remarks: tuple[str, ...]
     copies: tuple[Path, ...]
     facts: Facts
     processes: int
@@ -123,7 +127,13 @@ def read(folder: Path) -> Observed:
             except (KeyError, Inexpressible) as error:
                 why = f"{call.function}: {error}" if isinstance(error, Inexpressible) else f"{call.function}: no op"
                 unexpressed[why] = unexpressed.get(why, 0) + count
-    return Observed(tuple(ops.values()), unexpressed, tuple(copies), _facts(folder), len(files))
+    # `alignment: per-call` needs topk, which no call shows.
+    remarks = [
+        f"{op.name} {op.fields}: found alignments {sorted(op.alignments)}, of which only DeepGEMM's default is swept"
+        for op in ops.values()
+        if len(op.alignments) > 1
+    ]
+    return Observed(tuple(ops.values()), unexpressed, tuple(remarks), tuple(copies), _facts(folder), len(files))
 
 
 def _read_file(file: Path) -> Iterator[tuple[_Call, int]]:
@@ -170,6 +180,8 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
             op.modules.add(re.sub(r"\d+", "#", place.removeprefix("module ")))
     op.places.update(place for place in call.callers if ".py:" in place)
     op.sm_counts.add(seen.sm_count)
+    if "alignment" in model.model_fields and seen.alignment is not None:
+        op.alignments.add(seen.alignment)
     op.takes_context |= not _CONTEXT.isdisjoint(call.callers)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachebuilder.authoring.observe import calls, traffic
 from cachebuilder.authoring.observe.calls import Observed
 from cachebuilder.authoring.observe.engines import Launch
+from cachebuilder.common.cache import own_folder
 from cachebuilder.common.progress import Progress
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import PlanError, RecordingError
@@ -86,27 +88,19 @@ def run(launch: Launch, setting: Setting, progress: Progress) -> Run:
     sent = 0
     with _running(launch, setting) as process:
         progress("start", 0, 1)
-        if launch.address is None:
-            exit_code: int | None = _wait(process, lambda: False)
+        try:
+            exit_code = _wait(process, launch.address)
             up = time.monotonic()
-        else:
-            address = launch.address
-            _wait(process, lambda: traffic.is_up(address))
-            exit_code, up = process.poll(), time.monotonic()
-            if exit_code is None:
+            if exit_code is None and launch.address is not None:
                 progress("start", 1, 1)
                 batches = traffic.requests(calls.read(setting.folder / "calls").facts)
                 sent = sum(map(len, batches))
-                try:
-                    traffic.send(address, batches, lambda done, total: progress("requests", done, total))
-                except RecordingError as error:
-                    raise _failure(str(error), setting) from None
+                traffic.send(launch.address, batches, lambda done, total: progress("requests", done, total))
+        except RecordingError as error:
+            raise _failure(str(error), setting) from None
         _stop(process)
-    if unanswered := _unanswered(setting):
-        raise PlanError(
-            f"the virtual GPU does not answer {', '.join(unanswered)}",
-            hint="this engine calls more of CUDA than cachebuilder knows: report it",
-        )
+    if _unanswered(setting):  # also of an engine that went on
+        raise _failure(launch.command[0], setting)
     if exit_code:
         raise _failure(f"{launch.command[0]} ended with exit code {exit_code}", setting)
     observed = calls.read(setting.folder / "calls")
@@ -158,14 +152,18 @@ def _running(launch: Launch, setting: Setting) -> Iterator[subprocess.Popen[byte
             process.wait()
 
 
-def _wait(process: subprocess.Popen[bytes], is_over: Callable[[], bool]) -> int | None:
-    """Wait until the program has ended or ``is_over``; returns its exit code. Raises `RecordingError` in the end."""
+def _wait(process: subprocess.Popen[bytes], address: str | None) -> int | None:
+    """Wait until the program has ended, or answers at ``address``; returns its exit code, None if it runs on.
+
+    Raises:
+        RecordingError: an engine does not answer in time.
+    """
     started = time.monotonic()
-    while process.poll() is None and not is_over():
-        if time.monotonic() - started > _START_SECONDS:
+    while process.poll() is None and not (address and traffic.is_up(address)):
+        if address and time.monotonic() - started > _START_SECONDS:
             raise RecordingError(f"wanted an engine that answers within {_START_SECONDS:.0f} s, found none")
         time.sleep(0.3)
-    return process.returncode
+    return process.poll()
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -193,4 +191,6 @@ def _failure(reason: str, setting: Setting) -> RecordingError | PlanError:
     lines = setting.log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if re.search(r"Error\b", line)][-4:]
     shown = "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
-    return RecordingError(f"{reason}\n{shown}".rstrip(), hint=f"its whole output is in {setting.log}")
+    kept = own_folder("recordings") / f"observed-{os.getpid()}.log"  # the setting's folder is about to be removed
+    shutil.copyfile(setting.log, kept)
+    return RecordingError(f"{reason}\n{shown}".rstrip(), hint=f"its whole output is in {kept}")

@@ -201,7 +201,7 @@ def all_ranks_on_this_machine(module: ModuleType) -> None:
 
 
 def no_message_queue(module: ModuleType) -> None:
-    """VLLM's queue in shared memory waits for a reader in each rank (device_communicators/shm_broadcast.py, 0.25.0)."""
+    """Make no queue in shared memory: it would wait for a reader in each rank (vLLM 0.25.0 ``shm_broadcast.py``)."""
     module.MessageQueue.create_from_process_group = staticmethod(lambda *args, **kwargs: None)
 
 
@@ -211,15 +211,12 @@ def note_settings(module: ModuleType) -> None:
 
     def resolve_and_note(self: Any) -> None:
         resolve(self)
-        scheduler, parallel, model = self.scheduler_config, self.parallel_config, self.model_config
+        scheduler, model = self.scheduler_config, self.model_config
         note(
             {
                 "max_num_batched_tokens": scheduler.max_num_batched_tokens,
                 "max_num_seqs": scheduler.max_num_seqs,
                 "max_model_len": model.max_model_len if model else None,
-                "capture_sizes": list(self.compilation_config.cudagraph_capture_sizes or []),
-                "data_parallel_size": parallel.data_parallel_size,
-                "tensor_parallel_size": parallel.tensor_parallel_size,
             }
         )
 
