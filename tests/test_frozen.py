@@ -52,7 +52,9 @@ def kernel(tmp_path: Path) -> Path:
 def ask(
     dir: Path, *arguments: str | Path, shell: str | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    start = [] if shell is None else [shell, "sh"] if shell.endswith("busybox") else [shell]
+    # As /bin/sh, busybox and zsh run with these words.
+    as_sh = {"busybox": ["sh"], "zsh": ["--emulate", "sh"]}
+    start = [] if shell is None else [shell, *as_sh.get(Path(shell).name, [])]
     command = [*start, str(frozen.frozen_nvcc(dir)), *map(str, arguments)]
     clean = {"PATH": os.environ["PATH"], "TMPDIR": str(dir.parent)} | variables
     return subprocess.run(command, capture_output=True, text=True, env=clean, check=False)

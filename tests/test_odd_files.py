@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from cachebuilder.manifest import schema
 from cachebuilder.restoring import misses
 from cachebuilder.verifying import report
 from tests.conftest import ROOT
+from tests.odd import make_odd
 
 READERS: dict[str, Callable[[Path], object]] = {
     "manifest": schema.load,
@@ -31,18 +31,10 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture(params=["folder", "fifo", "link to /dev/zero", "link to itself"])
+@pytest.fixture(params=["folder", "fifo", "link to /dev/zero", "loop"])
 def odd(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "odd"
-    match request.param:
-        case "folder":
-            path.mkdir()
-        case "fifo":
-            os.mkfifo(path)
-        case "link to /dev/zero":
-            path.symlink_to("/dev/zero")
-        case _:
-            path.symlink_to(path)
+    make_odd(request.param, path)
     return path
 
 

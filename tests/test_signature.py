@@ -25,6 +25,7 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
 from tests.archives import snapshot
 from tests.conftest import Run
+from tests.odd import make_odd
 
 #: One of the two: what is signed is bytes, whichever DeepGEMM made them.
 GENERATIONS = ("deepjit",)
@@ -361,22 +362,6 @@ def test_a_private_key_that_others_can_read_is_refused(mode: int, artifact: Path
     signature.load_key(key)
 
 
-def _make(kind: str, path: Path) -> None:
-    path.unlink(missing_ok=True)
-    match kind:
-        case "folder":
-            path.mkdir()
-        case "fifo":
-            os.mkfifo(path)
-        case "link to /dev/zero":
-            path.symlink_to("/dev/zero")
-        case "huge":
-            path.touch()
-            os.truncate(path, 1 << 40)
-        case "loop":
-            path.symlink_to(path)
-
-
 @pytest.mark.parametrize("kind", ["folder", "fifo", "link to /dev/zero", "huge", "loop"])
 @pytest.mark.parametrize(
     "what", ["key", "public key", SIGNATURE_SUFFIX, PROVENANCE_SUFFIX, "artifact", ".verified.json"]
@@ -386,7 +371,7 @@ def test_a_file_that_is_a_folder_or_never_ends_is_an_error(
 ) -> None:
     odd = {"key": tmp_path / "k.pem", "public key": tmp_path / "k.pub", "artifact": artifact}.get(what)
     odd = odd or beside(artifact, what)
-    _make(kind, odd)
+    make_odd(kind, odd)
     with pytest.raises((SignatureError, ArtifactError), match=r"wanted|cannot be read"):
         if what == "key":
             signature.load_key(odd)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
 from tests.archives import snapshot
 from tests.conftest import ROOT, SMALL, Run
+from tests.registries import program
 from tests.users import STRANGER, VICTIM, as_user, ground, meanwhile_as, needs_root, owned
 
 __all__ = ["ground"]
@@ -184,9 +184,7 @@ def kernel(ground: Path) -> Path:
 def miss(ground: Path, kernel: Path, temporary: Path, shell: str = "sh", log: str = "") -> str:
     """Ask a frozen nvcc, as the victim, for a kernel; returns what it said."""
     name, *arguments = shell.split()
-    if (path := shutil.which(name)) is None:
-        pytest.skip(f"wants {name}")
-    shell_command = [path, *arguments]
+    shell_command = [program(name), *arguments]
     if not (ground / "dir").exists():
         forced(ground / "dir")
     said = temporary.parent / "said"
@@ -236,7 +234,7 @@ def plant_source(folder: Path, outside: Path) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh", "mksh", "zsh"])
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox sh", "mksh", "zsh --emulate sh"])
 @pytest.mark.parametrize(
     "plant", [plant_fifo, plant_fifo_for_the_folder, plant_link, plant_link_for_the_folder, plant_source]
 )
