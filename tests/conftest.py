@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,9 @@ from cachebuilder.planning.plan import Kernel
 from cachebuilder.restoring.machine import Machine
 from tests.command_line import cachebuilder
 from tests.registries import Registry, registry
+
+# A shell starts its background commands with SIGINT ignored, and every child would inherit that; tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
