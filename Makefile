@@ -1,6 +1,6 @@
 # make build   .venv with everything, then a first artifact: dist/quickstart.tar.zst
 # make test    the tests, on DeepGEMM and nvcc themselves; no GPU
-# make check   before each commit: lint, types, the site, the tests that compile nothing
+# make check   before each commit: lint, types, the site, the tests that take less than a second or so
 # make docs    the site, in build/site, its links checked
 # make lock    the hashes of all that is installed, for the versions in constraints.txt; needs uv
 # make clean   removes .venv, build and dist
@@ -8,6 +8,9 @@
 PYTHON ?= python3
 VENV := .venv
 MANIFEST ?= manifests/quickstart.yaml
+
+# The tests start hundreds of interpreters: each of them would compile all modules anew without their bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: build test check lint docs lock clean
 
@@ -17,8 +20,9 @@ build: $(VENV)/installed
 test: $(VENV)/installed $(VENV)/legacy
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES)
 
+# test_trial.py is slow as a whole, and even to look for its tests is to import torch.
 check: lint docs $(VENV)/legacy
-	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow"
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow" --ignore tests/test_trial.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

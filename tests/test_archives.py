@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from cachebuilder import building
 from cachebuilder.artifact import read
@@ -259,7 +260,12 @@ def claims(artifact: Path, size: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("make, words", [pytest.param(make, words, id=name) for name, make, words in CORPUS])
+def case(name: str, make: Callable[[Path], bytes], words: str) -> ParameterSet:
+    slow = name in ("too-many-entries", "zip-bomb")
+    return pytest.param(make, words, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("make, words", [case(*row) for row in CORPUS])
 @pytest.mark.parametrize("there", ["fresh", "in-use"])
 def test_rejects(make: Callable[[Path], bytes], words: str, there: str, built: building.Built, tmp_path: Path) -> None:
     hostile, to = tmp_path / "in" / "hostile.tar.zst", tmp_path / "out" / "dir"
@@ -323,6 +329,7 @@ def test_an_honest_change_of_a_file_is_accepted(size: int, built: building.Built
     assert (tmp_path / "dir" / members[cubin].info.name).read_bytes() == b"x" * size
 
 
+@pytest.mark.slow
 def test_mutated_archives_are_refused_or_restored_right(built: building.Built) -> None:
     """A small run of the fuzzer, with a fixed seed; docs/serving.md has the large run's figures."""
     fuzzer = Path(__file__).with_name("fuzz_archives.py")

@@ -70,6 +70,7 @@ def test_a_connection_that_breaks_again_and_again_is_taken_up_where_it_broke(
     assert [line.startswith("retry ") for line in said] == [True, True]
 
 
+@pytest.mark.slow
 def test_what_a_failed_pull_got_the_next_one_does_not_fetch_again(
     between: Middleman, artifact: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -342,6 +343,7 @@ def test_pulls_into_one_file_at_once_are_all_whole(there: Registry, artifact: Pa
     assert (tmp_path / "got" / "small.tar.zst").read_bytes() == artifact.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hundred_pulls_at_once_are_all_whole(there: Registry, artifact: Path, tmp_path: Path) -> None:
     push_to(there.host, "bad", artifact)
     with ThreadPoolExecutor(100) as pool:

@@ -32,6 +32,7 @@ __all__ = ["GENERATIONS"]
 # A full disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["pull", "restore"])
 def test_a_full_disk_is_reported_and_nothing_is_left(
     verb: str, there: Registry, artifact: Path, tmp_path: Path
@@ -69,6 +70,7 @@ def test_a_disk_that_is_really_full_is_reported(there: Registry, artifact: Path,
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 3000])
 def test_a_full_disk_in_the_working_folder_of_a_plan_is_one_sentence(limit: int, small: Path, tmp_path: Path) -> None:
     def limit_files() -> None:

@@ -67,6 +67,7 @@ def test_two_builds_in_different_folders_are_equal_byte_for_byte(
     assert (tmp_path / "a.tar.zst").read_bytes() == built.packed.path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path: Path) -> None:
     spy, log = spy_nvcc(tmp_path)
     manifest = tmp_path / "m.yaml"

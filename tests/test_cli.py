@@ -30,6 +30,7 @@ def run_without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_inspect_needs_no_torch(built: building.Built) -> None:
     process = run_without_torch("inspect", built.packed.path)
     assert process.returncode == 0, process.stderr

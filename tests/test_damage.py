@@ -105,7 +105,7 @@ def test_a_log_of_misses_and_what_restores_leave_is_no_damage(folder: Path) -> N
     assert serving.open_whole(folder).damage() == []
 
 
-@pytest.mark.parametrize("verb", ["run", "verify", "doctor"])
+@pytest.mark.parametrize("verb", ["run", pytest.param("verify", marks=pytest.mark.slow), "doctor"])
 def test_a_changed_nvcc_is_found_and_not_run(verb: str, folder: Path, run: Run, tmp_path: Path) -> None:
     frozen_nvcc(folder).write_text(f"#!/bin/sh\ntouch {tmp_path}/PWNED\n")
     more = {"run": ["--", "true"], "verify": [], "doctor": []}[verb]

@@ -130,6 +130,7 @@ def test_an_op_that_the_arch_lacks_is_refused_with_the_reason(gpu: str, op: str,
 MEGA_MOE = "op: bf16_mega_moe, ranks: 2, experts: 16, topk: 4, hidden: 1024, intermediate: 512"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("op", "copy", "words"),
     [

@@ -113,6 +113,7 @@ def test_the_kernels_of_a_real_cache_are_named(built: building.Built, dir: Path,
         assert template is not None and misses(dir)[-1]["kernel"] == template.removesuffix("_impl")
 
 
+@pytest.mark.slow
 def test_every_miss_is_a_whole_line_with_many_writers(dir: Path, kernel: Path) -> None:
     long = "x" * 3000
     with ThreadPoolExecutor(32) as pool:

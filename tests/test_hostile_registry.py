@@ -248,6 +248,7 @@ def test_a_body_without_an_end_is_not_read_to_the_end(between: Middleman, tmp_pa
         Puller(locations.parse(f"oci://{between.host}/bad:v1"), ONCE).look_up()
 
 
+@pytest.mark.slow
 def test_mutated_answers_and_configs_are_taken_right_or_refused(built: building.Built) -> None:
     """A small run of the fuzzer, with a fixed seed."""
     fuzzer = Path(__file__).with_name("fuzz_registry.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ def whole_indexes(draw: st.DrawFn) -> Index:
     )
 
 
+@pytest.mark.slow
 @given(whole_indexes())
 def test_an_index_is_what_its_json_says(index: Index) -> None:
     for exclude_none in (True, False):
@@ -86,11 +88,13 @@ def test_a_fingerprint_is_what_its_json_says_and_so_is_its_digest(fingerprint: F
     assert again == fingerprint and again.digest() == fingerprint.digest()
 
 
+@pytest.mark.slow
 @given(fingerprints, fingerprints)
 def test_different_fingerprints_have_different_digests(one: Fingerprint, other: Fingerprint) -> None:
     assert (one == other) == (one.digest() == other.digest())
 
 
+@pytest.mark.slow
 @given(whole_indexes(), st.data())
 def test_an_index_with_a_changed_character_is_refused_or_another_index(index: Index, data: st.DataObject) -> None:
     text = bytearray(index.model_dump_json(exclude_none=True).encode())

@@ -97,6 +97,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
@@ -129,6 +130,7 @@ def test_a_yaml_bomb_inside_an_artifact_is_refused_by_verify(run: Run, tmp_path:
     assert done.returncode == ManifestError.exit_code and "wanted no anchors" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_manifest_of_four_thousand_sources_is_read() -> None:
     page = "".join(f"      static int line_{number};\n" for number in range(25))
     sources = "".join(f"  - kernel: k{number}\n    source: |\n      // {number}\n{page}" for number in range(4000))

@@ -229,6 +229,7 @@ def test_a_format_refuses_what_it_cannot_quote(form: str, name: str, value: str)
         env.text([Variable(name, value, "why")], form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_texts_mean_the_same_everywhere_or_are_refused(kind: str) -> None:
     command = [sys.executable, str(ROOT / "tests" / "fuzz_texts.py"), kind, "150", "7"]

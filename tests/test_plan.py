@@ -141,6 +141,7 @@ def test_no_path_of_this_machine_is_in_a_plans_kernels(tmp_path: Path) -> None:
         assert path not in text
 
 
+@pytest.mark.slow
 def test_a_shape_that_deepgemm_refuses_names_the_op_and_the_point(tmp_path: Path) -> None:
     text = "name: x\ntarget: {gpu: B200, sm_counts: [1]}\nmax_tokens: 4\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]"
     with pytest.raises(PlanError, match=r"ops\[0\] fp8_gemm_nt n=576 k=512 at m 1: DeepGEMM refused: .*num_sms"):

@@ -253,6 +253,7 @@ def test_the_signature_is_attached_and_comes_back_with_the_artifact(
     assert done.returncode == 0 and "signed    " in done.stderr and "unchecked" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_with_trust_an_unsigned_or_wrongly_signed_image_is_refused_before_it_is_decompressed(
     there: Registry, artifact: Path, keys: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_bit_flipped_on_the_way_is_refused_before_extraction_and_nothing_is_le
 # On the way
 
 
+@pytest.mark.slow
 def test_of_what_was_fetched_the_last_few_stay(
     there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +360,7 @@ def test_of_what_was_fetched_the_last_few_stay(
     assert path.exists() and len(list((tmp_path / "c" / "fetched").iterdir())) == 8
 
 
+@pytest.mark.slow
 def test_twelve_at_once_keep_what_they_fetched_until_they_have_used_it(
     there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,8 @@ from cachebuilder.inspecting.report import facts, page
 from cachebuilder.verifying import report as verified
 from tests.conftest import ROOT, Run
 
+pytestmark = pytest.mark.slow
+
 
 def report_on(sha256: str, entry: str) -> dict[str, object]:
     """A report as `verify --device cuda` writes it, of one trial."""
@@ -142,7 +144,6 @@ def test_equal_artifacts_have_equal_pages(pages: Path) -> None:
     assert page.render(gathered, facts.compare(gathered, gathered)) == (pages / "small.tar.zst.html").read_text()
 
 
-@pytest.mark.slow
 def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     plan = built.plan.model_copy(
@@ -156,7 +157,6 @@ def test_names_in_an_artifact_cannot_become_code_of_the_page(built: Built, tmp_p
     assert "alert(1)" in text and evil not in text and "<img" not in text and "<b>plan" not in text
 
 
-@pytest.mark.slow
 def test_a_kernel_that_writes_nan_is_reported_in_words(built: Built, tmp_path: Path) -> None:
     artifact = Path(shutil.copy(built.packed.path, tmp_path / "small.tar.zst"))
     report = report_on(built.packed.sha256, built.plan.kernels[0].entry)
@@ -177,7 +177,6 @@ def test_a_kernel_that_no_op_can_ask_for_is_refused(built: Built, tmp_path: Path
         facts.gather(path)
 
 
-@pytest.mark.slow
 def test_in_a_browser_it_is_drawn_without_complaint_and_the_tooltip_names_the_kernel(pages: Path) -> None:
     look = [
         sys.executable,

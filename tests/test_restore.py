@@ -285,6 +285,7 @@ def test_no_artifact_at_all_is_an_error(machine: Machine, tmp_path: Path) -> Non
 # On a bare machine
 
 
+@pytest.mark.slow
 def test_a_user_without_a_home_gets_a_sentence_and_needs_none_to_restore(
     run: Run, built: building.Built, tmp_path: Path
 ) -> None:
@@ -354,6 +355,7 @@ def of_many_values(count: int, to: Path) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_a_small_artifact_with_millions_of_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="wanted at most 1048576 values, found about 1048"):
         read_index(of_many_values((1 << 20) + 10, tmp_path / "a.tar.zst"))

@@ -71,6 +71,7 @@ def test_a_token_service_that_drips_is_given_up() -> None:
         Puller(locations.parse(f"oci://{server.host}/a:b"), HASTY).look_up()
 
 
+@pytest.mark.slow
 def test_a_blob_that_drips_is_given_up_and_one_that_is_merely_slow_is_not(tmp_path: Path) -> None:
     data = bytes(20_000)
     pause = [0.05]

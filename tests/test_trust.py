@@ -165,6 +165,7 @@ def signed_at(path: Path, keys: Path, time: str | None) -> None:
     path.with_name(path.name + ".intoto.json").write_bytes(envelope)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["restore", "sync", "run"])
 def test_a_rollback_to_an_older_signed_artifact_is_refused(
     verb: str, artifact: Path, keys: Path, run: Run, tmp_path: Path

@@ -146,7 +146,9 @@ def _distribution(path: Path) -> str | None:
     root = path.parents[2] if path.parts[-3:-1] == ("vllm", "third_party") else path.parent
     package_file = f"{path.relative_to(root).as_posix()}/__init__.py"
     for distribution in metadata.distributions(path=[str(root)]):
-        if any(str(file) == package_file for file in distribution.files or ()):
+        # `distribution.files` makes an object of every file of torch and CUDA, too, which takes longer than a restore.
+        record = distribution.read_text("RECORD") or ""
+        if any(line.startswith(f"{package_file},") for line in record.splitlines()):
             return f"{distribution.metadata['Name']} {distribution.version}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -54,6 +55,7 @@ def render(facts: Facts, changes: Changes | None = None) -> str:
     )
 
 
+@cache
 def library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, from vl-convert."""
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
