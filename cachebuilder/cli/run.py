@@ -13,7 +13,7 @@ from cachebuilder.cli import console, remote, shared
 from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore
 from cachebuilder.errors import CommandError
 from cachebuilder.restoring import serving
-from cachebuilder.restoring.environment import Engine
+from cachebuilder.restoring.environment import Engine, notes
 from cachebuilder.restoring.machine import Machine
 
 
@@ -52,6 +52,8 @@ def run(
         restored = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
         dir, indexes = restored.dir, [restored.index]
     serving.keep_in_use(dir)
+    for note in notes(indexes, how.engine, os.environ, command):
+        console.echo(f"note      {note}", err=True)
     environment = serving.process_environment(dir, indexes, how.engine, how.scratch)
     try:
         os.execvpe(command[0], command, environment)

@@ -68,6 +68,8 @@ def _print(report: Report) -> None:
         console.echo(f"files     those of {report.entries} entries are whole")
     for replay in report.replays:
         _print_replay(replay)
+    for sentence in report.uncovered:
+        table.line("note", sentence)
     if report.on_gpu:
         _print_on_gpu(report.on_gpu)
 

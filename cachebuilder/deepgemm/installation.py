@@ -13,6 +13,8 @@ from pathlib import Path
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError
 
+_INSTALL = "pip install sgl-deep-gemm or tokenspeed-deepgemm, or name a copy with --deep-gemm PATH"
+
 #: A text in the compiled extension of each generation that is not in the other's: DeepJIT's commit marker
 #: (``deep_jit/cache/disk.hpp``) and an error message of legacy (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
 _MARKS: dict[Generation, bytes] = {"deepjit": b".committed", "legacy": b"Corrupted JIT cache directory"}
@@ -36,6 +38,11 @@ class Installation:
         source = f"{self.distribution}, " if self.distribution else ""
         return f"DeepGEMM {self.version} ({source}{self.generation} cache, {self.path})"
 
+    @property
+    def is_vllms(self) -> bool:
+        """Whether it is the copy inside vLLM, installed or taken out of its wheel."""
+        return self.path.parts[-3:-1] == ("vllm", "third_party")
+
     @cached_property
     def distribution(self) -> str | None:
         """Name and version of the distribution that installed it (``vllm 0.33.0``); None for a bare folder."""
@@ -46,7 +53,10 @@ class Installation:
         """The compiled extensions; vLLM has one for each Python. Raises `InstallationError` if there is none."""
         extensions = sorted(self.path.glob("_C*.so"))
         if not extensions:
-            raise InstallationError(f"wanted DeepGEMM's compiled extension _C*.so, found none in {self.path}")
+            raise InstallationError(
+                f"wanted DeepGEMM's compiled extension _C*.so, found none in {self.path}",
+                hint=f"DeepGEMM 1.0 and 2.0 have none, and no serving engine still takes them: {_INSTALL}",
+            )
         return extensions
 
     @cached_property
@@ -115,7 +125,7 @@ def find(path: Path | None = None) -> Installation:
         return _at(vllm / "third_party" / "deep_gemm")
     raise InstallationError(
         "wanted DeepGEMM, as an installed deep_gemm or as vLLM's own copy; found neither",
-        hint="pip install sgl-deep-gemm, or name a copy with --deep-gemm PATH",
+        hint=_INSTALL,
     )
 
 
@@ -130,7 +140,13 @@ def package_folder(name: str) -> Path | None:
 def _at(imported_as: Path) -> Installation:
     path = imported_as.resolve()
     if not (path / "__init__.py").is_file() or not (path / "include" / "deep_gemm").is_dir():
-        raise InstallationError(f"wanted a deep_gemm package folder (with include/deep_gemm), found {path}")
+        # PyPI's deep-gemm 1.0.0 has Python files only; an import would succeed all the same.
+        package = _distribution(path) if path.is_dir() else None
+        raise InstallationError(
+            f"wanted a deep_gemm package with its kernels' headers in include/deep_gemm, found none in {path}"
+            + (f", from {package}" if package else ""),
+            hint=f"pip uninstall {package.split()[0]}, then {_INSTALL}" if package else _INSTALL,
+        )
     return Installation(path, _version(path), imported_as.absolute())
 
 

@@ -25,6 +25,7 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
+from cachebuilder.restoring import environment as serving
 from cachebuilder.restoring import frozen
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.folder import is_restored, open_folder
@@ -126,11 +127,15 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     if sglang_roots is not None and sglang_roots != ":".join(map(str, roots)):
         problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang_roots} instead of the caches above")
     artifacts = []
+    archs = {"sm_90a"} if gpu and gpu.capability == (9, 0) else set()
     for index, compiler_text in _indexes(target, problems) if target else []:
         compiler = compiler_text or (toolchain.version_text if toolchain else None)
         machine = Machine(installation if described else None, gpu, os.environ, compiler)
         differences = machine.differences(index, relocates=compiler_text is None)  # a restore is still to come
         artifacts.append(ArtifactHere(name=index.name, fits=not differences, differences=tuple(differences)))
+        archs.add(index.fingerprint.arch)
+    if all(map(installations.package_folder, ("vllm", "flashinfer"))):
+        problems += filter(None, (serving.uncovered(arch, os.environ) for arch in sorted(archs)))
     return Findings(
         deep_gemm=described,
         torch=_version("torch"),

@@ -194,6 +194,7 @@ class Report(_Document):
         complete: serving would compile nothing: no missing kernel, no refused call, no damaged file.
         target: the artifact or the folder.
         entries: how many entries the artifacts list.
+        uncovered: what the engine here would compile all the same, in a sentence each.
         on_gpu: what the real GPU showed; None where it was not asked, or the cache is not complete.
     """
 
@@ -203,6 +204,7 @@ class Report(_Document):
     entries: int
     damage: tuple[Damage, ...]
     replays: tuple[Replay, ...]
+    uncovered: tuple[str, ...]
     on_gpu: GpuReport | None
 
     def write_gpu_report(self, path: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cachebuilder.common.cache import scratch_folder
@@ -9,6 +10,7 @@ from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.restoring.environment import uncovered
 from cachebuilder.verifying import real, virtual
 from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
 from cachebuilder.verifying.virtual import Launches, Serving
@@ -66,6 +68,9 @@ def verify(
             servings.append((serving, launches))
         complete = not damage and not any(replay.missing or replay.refusals for replay in replays)
         on_gpu = real.check(target, servings, progress) if complete and chosen == "cuda" else None
+    vllm_serves = installation.is_vllms or installations.package_folder("vllm") is not None
+    dense = any(op.op == "fp8_gemm_nt" for model, _ in replayed for op in model.ops)
+    archs = {artifact.index.fingerprint.arch for artifact in folder.artifacts} if vllm_serves and dense else set()
     return Report(
         complete=complete,
         target=str(target),
@@ -73,5 +78,6 @@ def verify(
         entries=len(folder.listed),
         damage=damage,
         replays=tuple(replays),
+        uncovered=tuple(filter(None, (uncovered(arch, os.environ) for arch in sorted(archs)))),
         on_gpu=on_gpu,
     )
