@@ -121,6 +121,44 @@ case $kernel in
 *[!A-Za-z0-9_:]*) kernel= ;;
 esac
 
+if [ -n "$kernel" ]; then
+    named=$kernel
+else
+    json "$source_file"
+    named=$quoted
+fi
+
+# The process that runs DeepGEMM calls this script by `nvcc ... 2>&1` in a shell and reads its output: nobody sees a word of
+# it if the compilation succeeds, and legacy DeepGEMM's error has none of it either. So write the line $1 to that process's
+# own stderr as well. Its child is this script, or the shell between them, whose stderr may be the pipe that this script has.
+# There is no line if this script's stderr is no pipe, or if that process's is a socket, another user's, or a file that is
+# not open for appending: the process would write over the line.
+tell_server() {
+    own=/proc/$$/fd/2
+    [ -p "$own" ] || return
+    process=$PPID
+    if [ "/proc/$process/fd/2" -ef "$own" ]; then
+        while read -r name process && [ "$name" != PPid: ]; do :; done 2>/dev/null <"/proc/$PPID/status"
+    fi
+    server=/proc/$process/fd/2
+    [ -w "$server" ] && [ ! "$server" -ef "$own" ] && write_to_server "$1"
+}
+
+write_to_server() (
+    if [ -f "$server" ]; then
+        while read -r name flags && [ "$name" != flags: ]; do :; done <"${server%/fd/2}/fdinfo/2"
+        case $flags in
+        *[2367]???) ;; # O_APPEND, in octal
+        *) exit 1 ;;
+        esac
+    fi
+    # To open a pipe that nobody reads would wait, and so would a write to a full one that is open for reading here.
+    trap '' PIPE
+    if [ -p "$server" ]; then exec 9<>"$server" || exit 1; fi
+    exec 8>>"$server" 9<&- || exit 1
+    printf '%s\n' "frozen nvcc: $1" >&8
+) 2>/dev/null
+
 absolute() { # sets $path: $1, from the root
     case $1 in
     /*) path=$1 ;;
@@ -187,21 +225,25 @@ if ! log_miss "$log"; then
     if [ -n "$user" ] && log_miss "$path" "$private"; then
         log=$path
     else
-        printf '%s\n' "frozen nvcc: the miss is in no log: wanted $log, or ${path%/*} as a folder that only this user can enter" >&2
+        no_log="the miss is in no log: wanted $log, or ${path%/*} as a folder that only this user can enter"
+        printf '%s\n' "frozen nvcc: $no_log" >&2
+        tell_server "$no_log"
         log=
     fi
 fi
 
-named=${kernel:-$source_file}
 case $policy in
 compile) compile "$@" ;;
 compile-and-warn)
-    printf '%s\n' "frozen nvcc: $named is not in the restored cache (artifact $artifact): compiling it now" >&2
+    warning="$named is not in the restored cache (artifact $artifact): compiling it now"
+    printf '%s\n' "frozen nvcc: $warning" >&2
+    tell_server "$warning"
     compile "$@"
     ;;
 refuse) ;;
 *) printf '%s\n' "frozen nvcc: CACHEBUILDER_ON_MISS: wanted refuse, compile or compile-and-warn, found $policy" >&2 ;;
 esac
+tell_server "$named is not in the restored cache (artifact $artifact), and nothing is compiled here"
 printf '%s\n' \
     "frozen nvcc: $named is not in the restored cache (artifact $artifact), and nothing is compiled here." \
     "frozen nvcc: add its shape to the manifest and build again${log:+: cachebuilder misses $log shows what to add}," \

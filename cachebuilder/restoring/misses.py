@@ -7,9 +7,7 @@ frozen nvcc writes are taken from it.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,10 @@ from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.folders import Folder, is_safe
 from cachebuilder.common.records import Record
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
-from cachebuilder.errors import ArtifactError
+from cachebuilder.restoring import miss_log
 
-#: The frozen nvcc keeps its lines under 4 KiB; a longer one than this is not its own.
-_MAX_LINE_BYTES = 64 << 10
 #: The largest generated source is a page long.
 _MAX_SOURCE_BYTES = 1 << 20
-_KERNEL = re.compile(r"[A-Za-z0-9_:]{1,200}")
-_ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Miss(Record):
@@ -68,46 +62,27 @@ class Log(Record):
         return sum(miss.count for miss in self.misses)
 
 
-def read(path: Path) -> Log:
-    """The log at ``path``, grouped by kernel source; lines without a source are grouped by the kernel's name.
+def read(*paths: Path) -> Log:
+    """The logs at ``paths``, grouped by kernel source; lines without a source are grouped by the kernel's name.
 
     Raises:
-        ArtifactError: it cannot be read.
+        ArtifactError: one of them cannot be read.
     """
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     unreadable_lines = 0
-    with open_file(path) as file:
-        owner = os.fstat(file.fileno()).st_uid
-        try:
-            while data := file.readline(_MAX_LINE_BYTES):
-                if not data.strip():
-                    continue
-                line = _parse(data)
+    for path in paths:
+        with open_file(path) as file:
+            owner = os.fstat(file.fileno()).st_uid
+            for line in miss_log.lines(file, path):
                 if line is None:
                     unreadable_lines += 1
                     continue
                 source = _read_source(line.get("source"), path, owner)
-                name = (kernel_template(source) if source else None) or _field(line, "kernel", _KERNEL) or "unknown"
+                name = (kernel_template(source) if source else None) or miss_log.kernel_of(line) or miss_log.UNKNOWN
                 groups.setdefault((name.removesuffix("_impl"), source), []).append(line)
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
     misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
     misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
     return Log(unreadable_lines=unreadable_lines, misses=tuple(misses))
-
-
-def _parse(data: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and "kernel" in line else None
-
-
-def _field(line: dict[str, Any], name: str, form: re.Pattern[str]) -> str | None:
-    """A field of a line, where it has the form that the frozen nvcc writes."""
-    value = line.get(name)
-    return value if isinstance(value, str) and form.fullmatch(value) else None
 
 
 def _read_source(name: object, log: Path, owner: int) -> str | None:
@@ -129,14 +104,14 @@ def _read_source(name: object, log: Path, owner: int) -> str | None:
 
 
 def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
-    times = [line["time"] for line in lines if type(line.get("time")) is int]
+    times = [seconds for line in lines if (seconds := miss_log.time_of(line)) is not None]
     shape = read_shape(source) if source else None
     return Miss(
         kernel=name,
         count=len(lines),
         first=min(times, default=None),
         last=max(times, default=None),
-        artifacts=tuple(sorted({artifact for line in lines if (artifact := _field(line, "artifact", _ARTIFACT))})),
+        artifacts=tuple(sorted({artifact for line in lines if (artifact := miss_log.artifact_of(line))})),
         shape=shape,
         advice=advice(shape),
         source=source,
