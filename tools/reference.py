@@ -219,7 +219,7 @@ def environment() -> str:
     parts = ["# Environment variables\n", "## That cachebuilder reads\n", _table(("variable", ""), rows)]
     parts += [
         "## That the serving process needs\n",
-        "`cachebuilder env DIR --engine …` prints them. These are for `/opt/deep_gemm` and the DeepJIT generation.\n",
+        "`cachebuilder env DIR --engine …` prints them. These are for `/opt/deep_gemm`, the DeepJIT generation and SM90.\n",
     ]
     for engine in serving.ENGINES:
         found = serving.variables(
@@ -246,7 +246,7 @@ def environment() -> str:
 
 
 def _an_index() -> index.Index:
-    fingerprint = index.Fingerprint.model_construct(generation="deepjit", environment={})
+    fingerprint = index.Fingerprint.model_construct(generation="deepjit", arch="sm_90a", environment={})
     return index.Index.model_construct(name="", fingerprint=fingerprint)
 
 
