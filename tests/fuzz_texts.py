@@ -43,6 +43,7 @@ from cachebuilder.authoring.sources import NewSource
 from cachebuilder.cli import env
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.manifest import schema
+from cachebuilder.restoring import place
 from cachebuilder.restoring.environment import ENGINES, variables
 from tests.fuzz_archives import guard, mutate
 
@@ -172,7 +173,7 @@ class Environments:
         root = Path("/") / (_mutated("dir", chance).replace("\0", "").strip("/") or "x")
         scratch = Path("/") / _mutated("scratch", chance).replace("\0", "") if chance.random() < 0.5 else None
         try:
-            serving = variables(root, [index], chance.choice(ENGINES), scratch, {})
+            serving = variables(place.usual(root, [index], scratch), [index], chance.choice(ENGINES), {})
             texts = {form: env.text(serving, form) for form in ("shell", "docker", "k8s", "json")}
         except CacheBuilderError:
             self._outcomes["unquotable"] += 1

@@ -16,7 +16,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.errors import ArtifactError, VerifyError
-from cachebuilder.restoring import environment, frozen
+from cachebuilder.restoring import environment, frozen, place
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
@@ -213,12 +213,16 @@ def restored(built: building.Built, tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
+def served(
+    dir: Path, engine: environment.Engine, scratch: Path | None, variables: dict[str, str]
+) -> list[environment.Variable]:
+    indexes = open_folder(dir).indexes
+    return environment.variables(place.usual(dir, indexes, scratch), indexes, engine, variables)
+
+
 def test_deepgemms_variables_name_the_restored_root_and_the_frozen_nvcc(built: building.Built, restored: Path) -> None:
     empty = {"PATH": "/nonexistent", "CUDA_HOME": str(restored)}
-    found = {
-        v.name: v.value
-        for v in environment.variables(restored, open_folder(restored).indexes, "none", Path("/scratch"), empty)
-    }
+    found = {v.name: v.value for v in served(restored, "none", Path("/scratch"), empty)}
     roots = f"/scratch:{restored}" if built.plan.generation == "deepjit" else str(restored)
     nvcc = f"{restored}/cachebuilder/bin/nvcc"
     assert found == {"DG_JIT_CACHE_DIR": roots, "DG_JIT_NVCC_COMPILER": nvcc}
@@ -233,16 +237,14 @@ def test_deepgemms_variables_name_the_restored_root_and_the_frozen_nvcc(built: b
     ],
 )
 def test_cuda_home_is_set_only_where_there_is_none(variables: dict[str, str], has: bool, restored: Path) -> None:
-    found = environment.variables(restored, open_folder(restored).indexes, "none", None, variables)
+    found = served(restored, "none", None, variables)
     named = {v.name: v.value for v in found}.get("CUDA_HOME")
     assert named == (None if has else str(restored))
 
 
 def test_each_engines_own_variables_are_set(built: building.Built, restored: Path) -> None:
     def of(engine: environment.Engine) -> dict[str, str]:
-        found = environment.variables(
-            restored, open_folder(restored).indexes, engine, Path("/scratch"), {"CUDA_HOME": "/usr"}
-        )
+        found = served(restored, engine, Path("/scratch"), {"CUDA_HOME": "/usr"})
         return {v.name: v.value for v in found}
 
     vllm = {("VLLM_DEEP_GEMM_WARMUP", "skip"), ("VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", "0")}
@@ -310,8 +312,13 @@ def call_deepgemm(
     """One dense product of DeepGEMM itself on the virtual GPU, from ``dir``, with no CUDA toolkit in reach."""
     from cachebuilder.virtual_gpu import library as virtual_gpu
 
+<<<<<<< HEAD
     nowhere = {"CUDA_HOME": "/nonexistent"}
     found = environment.variables(dir, open_folder(dir).indexes, "none", folder / "scratch", nowhere)
+=======
+    (folder / "empty").mkdir()
+    found = served(dir, "none", folder / "scratch", {})
+>>>>>>> 0ba9ad4 (WIP)
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import deep_gemm\n"
         "empty = lambda *shape, dtype: torch.empty(shape, device='cuda', dtype=dtype)\n"

@@ -20,7 +20,7 @@ from cachebuilder.common.cache import own_folder, scratch_folder
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import ArtifactError, InstallationError, RestoreError
 from cachebuilder.planning import make as planning
-from cachebuilder.restoring import misses, serving
+from cachebuilder.restoring import misses, place
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
@@ -342,20 +342,20 @@ def test_run_refuses_a_writable_root_with_kernels_of_another_user(ground: Path) 
     planted.mkdir(parents=True)
     os.chown(planted, STRANGER, STRANGER)
     with pytest.raises(RestoreError, match=f"files of user {STRANGER}"):
-        serving.private_root(ground, ground / "scratch")
+        place.private_root(ground / "scratch")
 
 
 @needs_root
 def test_in_a_folder_that_all_may_write_the_writable_root_is_a_private_one(temporary: Path) -> None:
-    root = serving.private_root(temporary, temporary)
+    root = place.private_root(temporary)
     assert root == temporary / "private-0" and stat.S_IMODE(root.stat().st_mode) == 0o700
     os.chown(root, STRANGER, STRANGER)
     with pytest.raises(RestoreError, match=f"files of user {STRANGER}"):
-        serving.private_root(temporary, temporary)
+        place.private_root(temporary)
 
 
 def test_a_writable_root_that_is_missing_is_made_for_this_user_alone(tmp_path: Path) -> None:
-    assert serving.private_root(tmp_path, None) == tmp_path / "scratch"
+    assert place.private_root(tmp_path / "scratch") == tmp_path / "scratch"
     assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o700
 
 

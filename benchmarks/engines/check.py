@@ -30,7 +30,7 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.restoring import environment
+from cachebuilder.restoring import environment, place
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
@@ -162,7 +162,9 @@ def check(cache: Cache, mode: str, job: dict[str, Any], work: Path) -> dict[str,
     log = here / "misses.jsonl"
     variables = base_variables(cache.gpu)
     indexes = open_folder(cache.restored).indexes
-    serving = environment.variables(cache.restored, indexes, cache.engine, here / "scratch", variables)
+    serving = environment.variables(
+        place.usual(cache.restored, indexes, here / "scratch"), indexes, cache.engine, variables
+    )
     variables |= {variable.name: variable.value for variable in serving}
     variables |= {"CACHEBUILDER_MISS_LOG": str(log), "VIRTUAL_GPU_CHECK_CUBINS": "1"}
     variables |= {"VLLM_DEEP_GEMM_WARMUP": mode} if cache.engine == "vllm" else {"SGLANG_JIT_DEEPGEMM_PRECOMPILE": "1"}

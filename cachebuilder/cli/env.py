@@ -13,8 +13,10 @@ import click
 
 from cachebuilder.cli import console, shared
 from cachebuilder.errors import RestoreError
+from cachebuilder.restoring import place as places
 from cachebuilder.restoring.environment import Engine, Variable, variables
 from cachebuilder.restoring.folder import open_folder
+from cachebuilder.restoring.place import Place
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -70,6 +72,22 @@ def text(serving: Sequence[Variable], form: str) -> str:
 def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
     """Print the environment variables for a process that serves from DIR, where an artifact was restored.
 
-    Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit.
+    Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit. The formats shell and
+    json are for a process of this user on this machine, so the writable root is checked, and made if it is missing.
     """
-    console.echo(text(variables(dir, open_folder(dir).indexes, engine, scratch, os.environ), form))
+    indexes = open_folder(dir).indexes
+    place = (places.usable if form in ("shell", "json") else places.usual)(dir, indexes, scratch)
+    for note in place.notes or _other_users(place, scratch):
+        console.echo(f"note      {note}", err=True)
+    console.echo(text(variables(place, indexes, engine, os.environ), form))
+
+
+def _other_users(place: Place, scratch: Path | None) -> list[str]:
+    """What to know of a root that only root can write to, since a container may run as another user."""
+    if scratch is not None or os.geteuid() != 0:
+        return []
+    return [
+        f"only root can write to {place.roots[0]}, and DeepGEMM ends at a kernel that the cache lacks if it cannot. If "
+        "the server runs as another user, start it with cachebuilder run, or name with --scratch a folder that it can "
+        "write to (DeepJIT)"
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,9 +59,7 @@ def run_restore(
             console.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
         else:
             console.echo(f"refused   {other}", err=True)
-    if restored.differences:
-        taken = Compared(restored.artifact, restored.differences)
-        console.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
+    say_differences(Compared(restored.artifact, restored.differences))
     if restored.signed_by is not None:
         shared.remark(f"signed    {restored.artifact}, by {restored.signed_by.path} ({restored.signed_by.fingerprint})")
     relocated = f", relocated to {restored.index.fingerprint.install_include}" if restored.relocated else ""
@@ -70,6 +69,12 @@ def run_restore(
         f"{time.monotonic() - started:.2f} s"
     )
     return restored
+
+
+def say_differences(taken: Compared[Any]) -> None:
+    """Say on stderr how what was taken differs from this machine, if it does."""
+    if taken.differences:
+        console.echo(f"{'note      ' if taken.fits else 'forced    '}{taken}", err=True)
 
 
 @click.command()

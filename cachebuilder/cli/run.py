@@ -10,8 +10,9 @@ import click
 from click.core import ParameterSource
 
 from cachebuilder.cli import console, remote, shared
-from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore
+from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore, say_differences
 from cachebuilder.errors import CommandError
+from cachebuilder.restoring import place as places
 from cachebuilder.restoring import serving
 from cachebuilder.restoring.environment import Engine, notes
 from cachebuilder.restoring.machine import Machine
@@ -36,7 +37,8 @@ def run(
 ) -> None:
     """Run CMD from ARTIFACT, which is restored first, or from DIR, where one was restored.
 
-    CMD is not started from damaged entries: they would make the GPU's driver fail, crash or hang.
+    CMD is not started from damaged entries: they would make the GPU's driver fail, crash or hang. It is not started
+    either if DeepGEMM would miss the kernels of DIR here; --force starts it.
     """
     machine, trust = Machine.here(options.deep_gemm), options.load_trust()
     if remote.is_remote(source):
@@ -47,14 +49,17 @@ def run(
             raise click.UsageError(f"--to goes with an artifact; {source} is a folder")
         if trust is not None:
             _say_unchecked(source)
-        dir, indexes = source, serving.open_whole(source).indexes
+        folder = serving.open_whole(source)
+        say_differences(serving.require_fit(folder, machine, force=options.force))
+        dir, indexes = source, folder.indexes
     else:
         restored = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
         dir, indexes = restored.dir, [restored.index]
-    serving.keep_in_use(dir)
-    for note in notes(indexes, how.engine, os.environ, command):
+    place = places.usable(dir, indexes, how.scratch)
+    serving.keep_in_use(dir, *place.private)
+    for note in (*place.notes, *notes(indexes, how.engine, os.environ, command)):
         console.echo(f"note      {note}", err=True)
-    environment = serving.process_environment(dir, indexes, how.engine, how.scratch)
+    environment = serving.process_environment(place, indexes, how.engine)
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

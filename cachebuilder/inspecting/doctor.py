@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -123,6 +123,7 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     roots_from, roots = variables.cache_roots(generation, os.environ)
     if not roots:
         problems.append("neither HOME nor DG_JIT_CACHE_DIR is set: DeepGEMM has no cache root and does not start")
+    problems += _unusable(generation, roots)
     sglang_roots = os.environ.get("SGLANG_DG_CACHE_DIR")
     if sglang_roots is not None and sglang_roots != ":".join(map(str, roots)):
         problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang_roots} instead of the caches above")
@@ -149,6 +150,29 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
         artifacts=tuple(artifacts),
         problems=tuple(problems),
     )
+
+
+def _unusable(generation: Generation, roots: Sequence[Path]) -> list[str]:
+    """What ends DeepGEMM here before it looks for a kernel, or before it asks a compiler for one."""
+    problems = []
+    if roots and not _can_be_written(roots[0]):
+        problems.append(
+            f"DeepGEMM cannot write to its first root, {roots[0]}: at a kernel that the cache lacks it ends with "
+            "'cannot create directories', and asks no compiler; cachebuilder run takes a root that can be written"
+        )
+    nvcc = variables.get(generation, os.environ, "JIT_NVCC_COMPILER")
+    if nvcc and nvcc[1] and os.path.isfile(nvcc[1]) and not os.access(nvcc[1], os.X_OK):
+        problems.append(
+            f"{nvcc[0]}: {nvcc[1]} cannot be executed here (its mode, or a mount with noexec), and without a compiler "
+            "DeepGEMM serves nothing; cachebuilder run takes a copy that can"
+        )
+    return problems
+
+
+def _can_be_written(root: Path) -> bool:
+    """Whether this user can make files in ``root``, or can make ``root`` itself."""
+    existing = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
+    return os.access(existing, os.W_OK | os.X_OK, effective_ids=True)
 
 
 def _attempt(problems: list[str], find: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -230,7 +254,7 @@ def _look_into(root: Path) -> CacheRoot:
     return CacheRoot(
         path=str(root),
         exists=root.is_dir(),
-        writable=os.access(root, os.W_OK),
+        writable=os.access(root, os.W_OK | os.X_OK, effective_ids=True),
         entries=dict(counts),
         damaged=tuple(damaged.values()),
         artifacts=tuple(artifacts),

@@ -21,6 +21,7 @@ from cachebuilder.deepgemm import installation
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring import frozen
+from cachebuilder.restoring.place import Place, generation_of
 
 Engine = Literal["vllm", "sglang", "none"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "none")
@@ -44,37 +45,30 @@ class Variable:
     why: str
 
 
-def variables(
-    dir: Path, indexes: Sequence[Index], engine: Engine, scratch: Path | None, environment: Mapping[str, str]
-) -> list[Variable]:
-    """The variables for a process that serves from ``dir``.
+def variables(place: Place, indexes: Sequence[Index], engine: Engine, environment: Mapping[str, str]) -> list[Variable]:
+    """The variables for a process that serves from ``place``.
 
     Args:
-        indexes: those of the artifacts in ``dir``.
-        scratch: DeepJIT's writable root; default: ``dir/scratch``. Legacy has no such root: it writes into ``dir``.
+        indexes: those of the artifacts in its folder.
         environment: the serving machine's variables: `CUDA_HOME` is added only if they lead to no CUDA home.
 
     Raises:
-        RestoreError: the artifacts in ``dir`` are of two generations, or need different values of a variable.
+        RestoreError: the artifacts are of two generations, or need different values of a variable.
     """
-    dir = Path(os.path.abspath(dir))
-    generation, *more = sorted({index.fingerprint.generation for index in indexes})
-    if more:
-        raise RestoreError(
-            f"{dir}: wanted artifacts of one cache generation, found {generation} and {more[0]}",
-            hint="restore each generation into a folder of its own",
-        )
+    dir = place.dir
+    generation = generation_of(dir, indexes)
+    roots = ":".join(map(str, place.roots))
     if generation == "deepjit":
-        roots = f"{Path(os.path.abspath(scratch)) if scratch else dir / 'scratch'}:{dir}"
         why = "a writable root first, for what the cache lacks; the restored one is only read (deep_jit/cache/disk.hpp)"
-    else:
-        roots = str(dir)
+    elif dir in place.roots:
         why = "the restored root; legacy DeepGEMM has only one root (csrc/jit/compiler.hpp, DeepGEMM 2.6.1)"
+    else:
+        why = "a writable root with links to the entries; legacy DeepGEMM has only one (csrc/jit/compiler.hpp, 2.6.1)"
     serving = [
         Variable("DG_JIT_CACHE_DIR", roots, why),
         Variable(
             "DG_JIT_NVCC_COMPILER",
-            str(frozen.frozen_nvcc(dir)),
+            str(place.nvcc),
             "answers with the nvcc text that is in the kernels' keys, and logs every missing kernel",
         ),
     ]

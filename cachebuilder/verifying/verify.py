@@ -7,8 +7,13 @@ from pathlib import Path
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.cuda import nvml
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
+from cachebuilder.deepgemm.environment import get as get_variable
+from cachebuilder.deepgemm.environment import kernel_variables
+from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.errors import CompatibilityError
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.restoring.environment import uncovered
 from cachebuilder.verifying import real, virtual
@@ -26,9 +31,10 @@ def verify(
 ) -> Report:
     """Replay every call of a manifest against ``target`` with a compiler that refuses to compile.
 
-    The replay runs on a virtual GPU and needs no real one. With ``device="cuda"``, a complete cache is then also
-    served from on this machine's GPU, and every kernel's results on random inputs are compared with a reference in
-    float32. Nothing is written to ``target``. A report of missing kernels is no error; `Report.require_right` raises.
+    The replay runs on a virtual GPU and needs no real one. It has those of this process's variables that change
+    kernels. With ``device="cuda"``, a complete cache is then also served from on this machine's GPU, and every kernel's
+    results on random inputs are compared with a reference in float32. Nothing is written to ``target``. A report of
+    missing kernels is no error; `Report.require_right` raises.
 
         report = verify("small.tar.zst")
         assert report.complete, report.problem()
@@ -45,6 +51,7 @@ def verify(
         ArtifactError: ``target`` is neither an artifact nor a restored folder, or the folder's own files are damaged.
         ManifestError: ``manifest`` cannot be read or is wrong.
         InstallationError: torch or DeepGEMM is missing or does not load.
+        CompatibilityError: a variable has DeepGEMM compile with NVRTC.
         PlanError: DeepGEMM died or misreads tensors. (A call that it refuses is part of the report.)
         DeviceError: the real GPU is missing, not the target, or out of memory.
     """
@@ -57,12 +64,13 @@ def verify(
         else:
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
         chosen = replayed[0][0].target.choose(device)
+        _refuse_nvrtc(installation)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
         replays: list[Replay] = []
         servings: list[tuple[Serving, Launches]] = []
         for number, (model, artifacts) in enumerate(replayed):
             (work := scratch / str(number)).mkdir()
-            serving = Serving(folder, installation, model, compiler_text, work)
+            serving = Serving(folder, installation, model, compiler_text, work, nvml.first_gpu())
             replay, launches = virtual.replay(serving, artifacts, damage, progress)
             replays.append(replay)
             servings.append((serving, launches))
@@ -81,3 +89,13 @@ def verify(
         uncovered=tuple(filter(None, (uncovered(arch, os.environ) for arch in sorted(archs)))),
         on_gpu=on_gpu,
     )
+
+
+def _refuse_nvrtc(installation: Installation) -> None:
+    """Raise `CompatibilityError` if this process's variables choose NVRTC, which compiles and asks no nvcc."""
+    nvrtc = get_variable(installation.generation, os.environ, "JIT_USE_NVRTC")
+    if installation.generation == "legacy" and nvrtc and nvrtc[0] in kernel_variables("legacy", os.environ):
+        raise CompatibilityError(
+            f"{nvrtc[0]}: wanted nvcc, found NVRTC ({nvrtc[1]!r}), which has other keys: it would find no kernel",
+            hint=f"unset {nvrtc[0]}",
+        )

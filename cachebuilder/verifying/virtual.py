@@ -17,7 +17,9 @@ from pathlib import Path
 from cachebuilder.artifact.index import CACHE
 from cachebuilder.common.progress import Progress
 from cachebuilder.cuda.device import DeviceName
+from cachebuilder.cuda.nvml import VisibleGpu
 from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.manifest.schema import Manifest
@@ -46,6 +48,7 @@ class Serving:
     Attributes:
         compiler_text: what the folder's frozen nvcc answers to ``--version``.
         scratch: a folder for the child processes.
+        gpu: the GPU that is visible here, for what differs; it is not used.
     """
 
     folder: RestoredFolder
@@ -53,6 +56,13 @@ class Serving:
     manifest: Manifest
     compiler_text: str
     scratch: Path
+    gpu: VisibleGpu | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that change kernels: those of this process, which would serve with them, and the manifest's."""
+        here = kernel_variables(self.installation.generation, os.environ)
+        return here | self.manifest.environment
 
     def job(self, device: DeviceName = "virtual") -> SweepJob:
         """Every call of the manifest; a refused one does not end it."""
@@ -71,7 +81,7 @@ class Serving:
         entries = self.folder.entries if entries is None else entries
         roots = linked_roots(self.folder, entries, self.installation, scratch)
         compiler = compiler or frozen_compiler(self.compiler_text, scratch)
-        return Setting(step, compiler, roots, scratch, self.manifest.environment)
+        return Setting(step, compiler, roots, scratch, self.environment)
 
 
 def open_target(target: Path, installation: Installation, scratch: Path) -> RestoredFolder:
@@ -116,7 +126,7 @@ def replay(
     missing += _missing_sources(serving, damaged)
     hits = sorted(answer.launched - {kernel.entry for kernel in missing})
     machine = Machine(
-        serving.installation, None, manifest.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
+        serving.installation, serving.gpu, serving.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
     )
     nearest = min((machine.differences(artifact.index) for artifact in artifacts), key=len)
     report = Replay(
