@@ -25,7 +25,7 @@ _PARTS: dict[str, tuple[str, str]] = {
     "cubins": ("compiled kernels", "*/*"),
     "fetched": ("artifacts that were fetched from elsewhere", "*"),
     "restored": ("folders that `run` restored artifacts into", "*"),
-    "served": ("writable roots of processes that serve from a folder they cannot write to", "*"),
+    "served": ("roots for folders that are read-only", "*"),
     "recordings": ("what interrupted recordings left", "*"),
     "scratch": ("working folders", "*"),
     "front-end": ("the library that holds a compiler's front end", "*"),

@@ -72,6 +72,9 @@ def variables(place: Place, indexes: Sequence[Index], engine: Engine, environmen
             "answers with the nvcc text that is in the kernels' keys, and logs every missing kernel",
         ),
     ]
+    if place.log is not None and frozen.LOG_VARIABLE not in environment:
+        why = "the log of misses, since the frozen nvcc cannot write it beside itself"
+        serving.append(Variable(frozen.LOG_VARIABLE, str(place.log), why))
     if not has_cuda_home(environment):
         why = (
             "DeepGEMM does not load without a CUDA home, and takes any folder. This one has no bin/nvcc: FlashInfer, "

@@ -35,6 +35,7 @@ class Place:
         dir: the restored folder.
         roots: DeepGEMM's cache roots, the writable one first; legacy DeepGEMM has only that one.
         nvcc: the frozen nvcc.
+        log: where it logs misses; None for its own place, beside it.
         private: the private folders that are used in place of the restored folder's own.
         notes: what is in them, and why; a sentence each.
     """
@@ -42,6 +43,7 @@ class Place:
     dir: Path
     roots: tuple[Path, ...]
     nvcc: Path
+    log: Path | None = None
     private: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -88,6 +90,8 @@ def usable(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:
         place = _with_writable_root(dir, scratch, place)
     elif reason := _unwritable(dir) or _unwritable(dir / CACHE):
         place = _with_links(dir, indexes, scratch, place, reason)
+    if _unwritable(dir / frozen.FOLDER):
+        place = replace(place, log=place.roots[0] / frozen.LOG_NAME)
     return place if os.access(place.nvcc, os.X_OK) else _with_executable_nvcc(dir, indexes, place)
 
 
@@ -120,14 +124,15 @@ def _with_links(dir: Path, indexes: Sequence[Index], scratch: Path | None, place
 
 
 def _with_executable_nvcc(dir: Path, indexes: Sequence[Index], place: Place) -> Place:
-    """The place with a copy of the frozen nvcc where programs can be run; it logs misses beside the copy."""
+    """The place with a copy of the frozen nvcc where programs can be run."""
     writable = place.roots[0] if place.roots[0] != dir else None
     with _private_folder(dir, writable, executable=True) as folder:
         index = indexes[0]
         own = folder.path / frozen.FOLDER
         nvcc = frozen.write(own, index.fingerprint.compiler, index.name, index.fingerprint_digest)
-    note = f"{place.nvcc} cannot be executed here; its copy {nvcc} is taken, and logs misses beside itself"
-    return replace(place, nvcc=nvcc, private=(*place.private, folder.path), notes=(*place.notes, note))
+    note = f"{place.nvcc} cannot be executed here; its copy {nvcc} is taken"
+    log = place.log or dir / frozen.FOLDER / frozen.LOG_NAME
+    return replace(place, nvcc=nvcc, log=log, private=(*place.private, folder.path), notes=(*place.notes, note))
 
 
 def private_root(path: Path) -> Path:
