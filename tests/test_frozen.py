@@ -285,11 +285,11 @@ def test_run_restores_sets_the_environment_and_becomes_the_command(
     show = ("--", "sh", "-c", 'echo "$DG_JIT_NVCC_COMPILER $VLLM_DEEP_GEMM_WARMUP $1"; exit 5', "sh", "--to")
     done = run("run", built.packed.path, "--to", tmp_path / "dir", "--engine", "vllm", *here, *show)
     assert (done.returncode, done.stdout) == (5, f"{tmp_path}/dir/cachebuilder/bin/nvcc skip --to\n"), done.stderr
-    again = run("run", tmp_path / "dir", "--engine", "vllm", *show)
+    again = run("run", tmp_path / "dir", "--engine", "vllm", *here, *show)
     assert (again.returncode, again.stdout) == (5, done.stdout)
     default = run("run", built.packed.path, *here, "--", "sh", "-c", "$DG_JIT_NVCC_COMPILER --version")
     assert default.stdout == built.inputs.toolchain.version_text
-    assert run("run", tmp_path / "dir", "--", "no-such-command").returncode == 127
+    assert run("run", tmp_path / "dir", *here, "--", "no-such-command").returncode == 127
 
 
 def test_run_does_not_start_a_process_from_damaged_entries(run: Run, built: building.Built, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_run_does_not_start_a_process_from_damaged_entries(run: Run, built: buil
     assert (done.returncode, done.stdout) == (VerifyError.exit_code, ""), done.stderr
     assert f"{cubin.parent.name}/kernel.cubin: wanted {len(whole)} bytes, found {len(whole) // 2}" in done.stderr
     cubin.write_bytes(whole)
-    assert run("run", tmp_path, "--", "echo", "started").stdout == "started\n"
+    assert run("run", tmp_path, *here, "--", "echo", "started").stdout == "started\n"
 
 
 def call_deepgemm(
@@ -312,13 +312,7 @@ def call_deepgemm(
     """One dense product of DeepGEMM itself on the virtual GPU, from ``dir``, with no CUDA toolkit in reach."""
     from cachebuilder.virtual_gpu import library as virtual_gpu
 
-<<<<<<< HEAD
-    nowhere = {"CUDA_HOME": "/nonexistent"}
-    found = environment.variables(dir, open_folder(dir).indexes, "none", folder / "scratch", nowhere)
-=======
-    (folder / "empty").mkdir()
-    found = served(dir, "none", folder / "scratch", {})
->>>>>>> 0ba9ad4 (WIP)
+    found = served(dir, "none", folder / "scratch", {"CUDA_HOME": "/nonexistent"})
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import deep_gemm\n"
         "empty = lambda *shape, dtype: torch.empty(shape, device='cuda', dtype=dtype)\n"
