@@ -10,7 +10,7 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.artifact.index import Index
-from cachebuilder.restoring import environment
+from cachebuilder.restoring import environment, place
 from cachebuilder.restoring.folder import open_folder
 from tests.command_line import cachebuilder
 from tests.conftest import Run
@@ -27,7 +27,8 @@ def restored(built: building.Built, tmp_path: Path) -> Path:
 
 def variables(restored: Path, machine: dict[str, str], indexes: list[Index] | None = None) -> dict[str, str]:
     """What `env --engine vllm` prints on a machine with these variables."""
-    found = environment.variables(restored, indexes or open_folder(restored).indexes, "vllm", Path("/scratch"), machine)
+    indexes = indexes or open_folder(restored).indexes
+    found = environment.variables(place.usual(restored, indexes, Path("/scratch")), indexes, "vllm", machine)
     return {variable.name: variable.value for variable in found}
 
 
@@ -65,19 +66,23 @@ def test_the_users_own_choice_stays(mine: str, stays: str, restored: Path) -> No
     assert variables(restored, NO_CUDA | {GEMM: mine})[GEMM] == stays
 
 
-def test_run_and_env_say_what_the_users_own_choice_does(run: Run, restored: Path) -> None:
-    done = run("run", restored, "--engine", "vllm", "--", "sh", "-c", f"echo ${GEMM}", **{GEMM: "1"})
+def test_run_and_env_say_what_the_users_own_choice_does(built: building.Built, run: Run, restored: Path) -> None:
+    here = ("--deep-gemm", built.inputs.installation.imported_as)
+    done = run("run", restored, *here, "--engine", "vllm", "--", "sh", "-c", f"echo ${GEMM}", **{GEMM: "1"})
     assert done.stdout == "1\n", done.stderr
     assert f"{GEMM}=1 is set and stays" in done.stderr and "no artifact holds them" in done.stderr
     printed = run("env", restored, "--engine", "vllm", **{GEMM: "1"}).stdout
     assert f"export {GEMM}=1" in printed and "0 takes those of the cache" in printed
-    assert run("run", restored, "--engine", "vllm", "--", "true").stderr == ""
+    assert run("run", restored, *here, "--engine", "vllm", "--", "true").stderr == ""
 
 
 @pytest.mark.parametrize("option", ["--fp8-gemm-backend flashinfer_deepgemm", "--fp8-gemm-backend=flashinfer_deepgemm"])
-def test_run_says_what_sglangs_flashinfer_backend_compiles(option: str, run: Run, restored: Path) -> None:
+def test_run_says_what_sglangs_flashinfer_backend_compiles(
+    option: str, built: building.Built, run: Run, restored: Path
+) -> None:
+    here = ("--deep-gemm", built.inputs.installation.imported_as)
     command = ("--engine", "sglang", "--", "echo", "sglang.launch_server", *option.split())
-    done = run("run", restored, *command)
+    done = run("run", restored, *here, *command)
     assert done.stdout.startswith("sglang.launch_server") and "deep_gemm serves every M from the cache" in done.stderr
 
 

@@ -53,11 +53,12 @@ def test_a_program_is_served_from_the_cache_built_of_its_recording(
     building.build(load_manifest(recorded, deep_gemm=here.path), output)
     assert check(output, here).complete
     served = unpack(output, tmp_path / "served")
-    asked = run("run", served, "--", *program(deep_gemm, "dense", "0"))
+    copy = ("--deep-gemm", here.imported_as)
+    asked = run("run", served, *copy, "--", *program(deep_gemm, "dense", "0"))
     assert asked.returncode == 0, asked.stderr
     log = served / "cachebuilder" / "misses.jsonl"
     assert not log.exists()
-    missed = run("run", served, "--", *program(deep_gemm, "refused", "0"))
+    missed = run("run", served, *copy, "--", *program(deep_gemm, "refused", "0"))
     assert "is not in the restored cache" in missed.stderr + missed.stdout and log.exists()
 
 
