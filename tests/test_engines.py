@@ -126,8 +126,8 @@ def test_without_nvcc_vllm_samples_without_flashinfer(
     nvcc.write_text("#!/bin/sh\n")
     nvcc.chmod(0o755)
     places = {"FROZEN": str(restored / "cachebuilder"), "REAL": str(tmp_path / "real")}
-    for place, path in places.items():
-        machine = {name: text.replace(place, path) for name, text in machine.items()}
+    for mark, path in places.items():
+        machine = {name: text.replace(mark, path) for name, text in machine.items()}
     monkeypatch.syspath_prepend(site)
     assert variables(restored, machine).get(SAMPLER) == value
 

@@ -27,6 +27,7 @@ from cachebuilder.manifest.schema import Manifest, Source, Target, Toolchain
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring import environment as serving
+from cachebuilder.restoring import place
 
 ROOT = Path(__file__).parents[1]
 #: Files of the repository's root that are also pages of the site.
@@ -222,9 +223,9 @@ def environment() -> str:
         "`cachebuilder env DIR --engine …` prints them. These are for `/opt/deep_gemm`, the DeepJIT generation and SM90.\n",
     ]
     for engine in serving.ENGINES:
-        found = serving.variables(
-            Path("/opt/deep_gemm"), [_an_index()], engine, None, {"CUDA_HOME": tempfile.gettempdir()}
-        )
+        indexes = [_an_index()]
+        here = place.usual(Path("/opt/deep_gemm"), indexes, None)
+        found = serving.variables(here, indexes, engine, {"CUDA_HOME": tempfile.gettempdir()})
         parts += [
             f"### engine: {engine}\n",
             _table(("variable", "value", "why"), [(f"`{v.name}`", f"`{v.value}`", v.why) for v in found]),
