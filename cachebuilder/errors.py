@@ -69,7 +69,7 @@ class RestoreError(CacheBuilderError):
 
 
 class VerifyError(CacheBuilderError):
-    """Serving from this cache would compile a kernel: one is missing, or an entry is damaged."""
+    """Serving from this cache would compile a kernel: one is missing or was missed, or an entry is damaged."""
 
     exit_code = 11
 
@@ -123,7 +123,7 @@ EXIT_CODES: dict[int, str] = {
     ArtifactError.exit_code: "an artifact is damaged, or cannot be read or written",
     CompatibilityError.exit_code: "the artifact does not fit this environment: kernels would not be found",
     RestoreError.exit_code: "the destination holds a different entry, or cannot be written",
-    VerifyError.exit_code: "a kernel is missing from the cache, or an entry is damaged",
+    VerifyError.exit_code: "a kernel is missing from the cache or was missed, or an entry is damaged",
     DeviceError.exit_code: "no GPU, another GPU than the target, or a kernel is wrong on it",
     ModelError.exit_code: "bad config.json, or the engine does not serve the model with DeepGEMM",
     SignatureError.exit_code: "no valid signature by a trusted key, or a key cannot be used",

@@ -61,7 +61,7 @@ def zeros(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-OWN_TEXT = "wanted what this version of cachebuilder writes, found another text"
+OWN_TEXT = "wanted what this version of cachebuilder writes, found another version's or a changed one"
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "changed-nvcc": (lambda dir: append(frozen_nvcc(dir), "\n"), f"bin/nvcc: {OWN_TEXT}"),
     "nvcc-of-other-code": (lambda dir: frozen_nvcc(dir).write_text("#!/bin/sh\ntouch PWNED\n"), f"nvcc: {OWN_TEXT}"),

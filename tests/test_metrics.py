@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
+import kubernetes_validate
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ruamel.yaml import YAML
 
+from cachebuilder.cli.main import cli
 from cachebuilder.errors import ArtifactError, InstallationError, VerifyError
 from cachebuilder.restoring import frozen, miss_log
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 from tests.test_frozen import DIGEST, KERNEL
 from tests.users import STRANGER, as_user, ground, needs_root, owned
 
 __all__ = ["ground"]
 
 NOW = int(time.time())
+EXAMPLES = ROOT / "examples" / "prometheus"
+PROMTOOL = shutil.which("promtool")
 Samples = dict[tuple[str, ...], float]
 
 
@@ -222,6 +230,51 @@ def test_a_probe_works_for_any_user_without_a_home_on_a_read_only_file_system(gr
         (ground / "dir" / "cachebuilder" / "misses.jsonl").write_text(line())
 
 
+def test_two_servers_of_one_collector_differ_by_a_label(dir: Path, run: Run) -> None:
+    """The textfile collector refuses the same metric with the same labels in two files."""
+    miss(dir)
+    done = run("misses", dir, "--format", "prometheus", "--label", 'pod=a"\\\n', "--label", "gpu=H200")
+    found = samples(done.stdout)
+    assert found["cachebuilder_misses_total", "H200", 'a"\\\n'] == 1
+    assert all({"H200", 'a"\\\n'} <= set(labels) for labels in found)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="wants promtool (Debian's package prometheus)")
+def test_promtool_takes_the_rules_their_tests_and_the_metrics(dir: Path, run: Run) -> None:
+    miss(dir)
+    text = run("misses", dir, "--format", "prometheus", "--label", "pod=a").stdout
+    for arguments, given in (
+        (["check", "rules", "rules.yaml"], None),
+        (["test", "rules", "rules_test.yaml"], None),
+        (["check", "metrics"], text),
+    ):
+        done = subprocess.run([str(PROMTOOL), *arguments], cwd=EXAMPLES, input=given, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+
+def test_every_metric_of_the_rules_is_one_that_is_there_without_a_miss(dir: Path, run: Run) -> None:
+    text = run("misses", dir, "--format", "prometheus").stdout
+    rules = YAML(typ="safe").load((EXAMPLES / "rules.yaml").read_text())["groups"][0]["rules"]
+    named = {name for rule in rules for name in re.findall(r"cachebuilder_\w+", rule["expr"])}
+    assert named == {name for name in re.findall(r"^\w+", text, re.MULTILINE) if name in named} and len(named) == 3
+
+
+def test_kubernetes_takes_the_pod_and_its_commands_are_cachebuilders() -> None:
+    pod = YAML(typ="safe").load((EXAMPLES / "pod.yaml").read_text())
+    kubernetes_validate.validate(pod, "1.35", strict=True)
+    [sidecar], [server] = pod["spec"]["initContainers"], pod["spec"]["containers"]
+    mounts = {mount["name"] for container in (sidecar, server) for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["spec"]["volumes"]}
+    texts = [sidecar["args"][0], server["args"][0], server["startupProbe"]["exec"]["command"][2]]
+    texts.append((EXAMPLES / "cachebuilder-misses.service").read_text())
+    found = [re.search(r"cachebuilder ((?:misses|run) .*?)(?: -- .*)?$", t.replace("\\\n", ""), re.M) for t in texts]
+    for verb, *arguments in (shlex.split(match[1]) for match in found if match):
+        command = cli.get_command(click.Context(cli), verb)
+        assert command is not None
+        command.make_parser(click.Context(command)).parse_args(arguments)
+    assert all(found)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -232,6 +285,11 @@ def test_a_probe_works_for_any_user_without_a_home_on_a_read_only_file_system(gr
         ["--since", "10m"],
         ["--probe", "--since", "10"],
         ["--json", "--format", "prometheus"],
+        ["--label", "a=b"],
+        ["--format", "prometheus", "--label", "a-b=c"],
+        ["--format", "prometheus", "--label", "__a=b"],
+        ["--format", "prometheus", "--label", "kernel=b"],
+        ["--format", "prometheus", "--label", "a"],
         ["--format", "prometheus", "--add-to", "m.yaml"],
         ["-o", "file"],
     ],

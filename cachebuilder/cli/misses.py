@@ -35,6 +35,16 @@ def _seconds(context: click.Context, option: click.Parameter, duration: str | No
     return int(match[1]) * _SECONDS[match[2]]
 
 
+def _labels(context: click.Context, option: click.Parameter, labels: Sequence[str]) -> dict[str, str]:
+    """The names and values of labels; Prometheus keeps names that begin with two underscores for itself."""
+    pairs = [label.partition("=") for label in labels]
+    for name, sign, _ in pairs:
+        if not sign or not re.fullmatch(r"(?!__)[A-Za-z_][A-Za-z0-9_]*", name) or name in miss_log.LABELS:
+            wanted = f"a label as pod=NAME, none of {', '.join(miss_log.LABELS)}"
+            raise click.BadParameter(f"wanted {wanted}, found {name + sign!r}", context, option)
+    return {name: value for name, _, value in pairs}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Output:
     """What is printed and where: the options of that name."""
@@ -42,6 +52,7 @@ class _Output:
     format: str
     as_json: bool
     file: Path | None
+    labels: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,14 @@ class _Probe:
         type=click.Path(path_type=Path, dir_okay=False),
         help="Replace FILE in one step with what json or prometheus prints.",
     ),
+    click.option(
+        "--label",
+        "labels",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_labels,
+        help="Add a label to each metric; again for more. Two files of one collector need different ones.",
+    ),
 )
 @shared.option_group(
     "probe",
@@ -102,7 +121,7 @@ def misses(log: Path, manifest: Path | None, output: _Output, probe: _Probe) -> 
     if probe.probe:
         _probe(log, probe.since)
     elif output_format == "prometheus":
-        _write(_metrics(log), output.file)
+        _write(_metrics(log, output.labels), output.file)
     else:
         _show(log, manifest, output_format, output.file)
 
@@ -118,6 +137,8 @@ def _check(manifest: Path | None, output: _Output, probe: _Probe) -> str:
         raise click.UsageError("--since: wanted --probe with it")
     if output_format == "text" and output.file:
         raise click.UsageError("--output: wanted --format json or prometheus with it")
+    if output.labels and output_format != "prometheus":
+        raise click.UsageError("--label: wanted --format prometheus with it")
     if output_format == "prometheus" and manifest:
         raise click.UsageError("--add-to: wanted --format text or json with it, found prometheus")
     return output_format
@@ -141,7 +162,7 @@ def _probe(log: Path, since: int | None) -> None:
         )
 
 
-def _metrics(log: Path) -> str:
+def _metrics(log: Path, labels: dict[str, str]) -> str:
     try:
         from cachebuilder.restoring.metrics import exposition
     except ModuleNotFoundError as error:
@@ -149,7 +170,7 @@ def _metrics(log: Path) -> str:
             f"--format prometheus needs {error.name}, which is not installed",
             hint="pip install 'cachebuilder[metrics]'; the images of vLLM and SGLang have it",
         ) from error
-    return exposition(miss_log.tally(miss_log.logs(log, os.environ)))
+    return exposition(miss_log.tally(miss_log.logs(log, os.environ)), labels)
 
 
 def _write(text: str, file: Path | None) -> None:

@@ -127,7 +127,8 @@ def _in_frozen(bin: Folder, name: str, indexes: Sequence[Index]) -> Iterator[Dam
         yield Damage(where, name, "what this version of cachebuilder writes", _words(error))
     else:
         if data not in contents:
-            yield Damage(where, name, "what this version of cachebuilder writes", "another text")
+            wanted = "what this version of cachebuilder writes"
+            yield Damage(where, name, wanted, "another version's or a changed one")
         elif name == NVCC and not executable:
             yield Damage(where, name, "a file that can be executed", "one that cannot")
 

@@ -28,6 +28,9 @@ _KERNEL = re.compile(r"[A-Za-z0-9_:]{1,200}")
 _ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _POLICY = re.compile("refuse|compile|compile-and-warn")
 
+#: The names of what requests are counted by, as metrics have them.
+LABELS = ("kernel", "artifact", "policy")
+
 #: A kernel, an artifact or a policy that a line does not say.
 UNKNOWN = "unknown"
 #: The name that all further requests are counted under, and the number of counts before it. DeepGEMM has about 60
