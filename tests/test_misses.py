@@ -1,20 +1,31 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
+from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring import sources
 from cachebuilder.authoring.sources import NewSource
+from cachebuilder.deepgemm import environment
+from cachebuilder.deepgemm.command import Command
 from cachebuilder.deepgemm.source import read_shape
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
-from cachebuilder.restoring import misses
+from cachebuilder.planning.plan import Kernel
+from cachebuilder.restoring import frozen, misses, near_misses
+from cachebuilder.restoring.machine import Machine
+from cachebuilder.restoring.restore import restore
 from tests.conftest import SMALL, Run
-from tests.restored import check
+from tests.restored import check, copy_of
+from tests.test_frozen import call_deepgemm
 from tests.test_plan import EVERY_OP
 
 
@@ -225,3 +236,224 @@ def test_a_legacy_source_of_other_headers_is_refused(built: building.Built, tmp_
     inputs = load_manifest(tmp_path / "m.yaml", deep_gemm=built.inputs.installation.imported_as)
     with pytest.raises(PlanError, match="a DeepGEMM with other headers wrote it"):
         planning.make(inputs)
+
+
+# Kernels that the cache has, under another key
+
+
+def restored(built: building.Built, dir: Path) -> Path:
+    restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
+    return dir
+
+
+def ask(built: building.Built, nvcc: Path, kernel: Kernel, more: str = "", include: Path | None = None) -> None:
+    """Ask the frozen nvcc for ``kernel`` as DeepGEMM asks, with ``more`` flags or with another include path."""
+    work = nvcc.parents[2].with_name("tmp")
+    work.mkdir(exist_ok=True)
+    (work / "kernel.cu").write_text(kernel.source)
+    path = str(built.inputs.installation.include)
+    if built.plan.legacy_flags is not None:
+        words = f"-cubin -o {work}/kernel.cubin {built.plan.legacy_flags.replace(path, str(include or path))}{more}"
+    else:
+        words = (
+            f"--cubin --output-file {work}/kernel.cubin {' '.join(kernel.flags)}{more} --include-path {include or path}"
+        )
+    done = subprocess.run([nvcc, work / "kernel.cu", *words.split()], capture_output=True, check=False)
+    assert done.returncode == 1
+
+
+def sentences(text: str) -> str:
+    """Wrapped lines as one."""
+    return " ".join(text.split())
+
+
+@pytest.mark.slow
+def test_kernels_that_deepgemm_misses_for_a_variable_and_another_installation_are_explained_and_not_added(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    """DeepGEMM itself serves from the restored folder: with a variable, and from another copy of the package."""
+    dir, manifest = restored(built, tmp_path / "dir"), tmp_path / "m.yaml"
+    other = copy_of(built.inputs.installation, tmp_path / "other" / "deep_gemm")
+    if built.plan.generation == "deepjit":  # legacy asks with another source then
+        with (other.include / "deep_gemm" / "common" / "math.cuh").open("a") as header:
+            header.write("// changed\n")
+    asking = dataclasses.replace(built, inputs=dataclasses.replace(built.inputs, installation=other))
+    assert call_deepgemm(asking, dir, tmp_path, 24, DG_JIT_WITH_LINEINFO="1").returncode
+    manifest.write_text(SMALL)
+    done = run("misses", dir / "cachebuilder" / "misses.jsonl", "--add-to", manifest)
+    [entry] = [kernel.entry for kernel in built.plan.kernels if kernel.name == "transpose_fp32"]
+    text = sentences(done.stdout)
+    assert f"not add it: the cache has this source, as {entry}, under another key, since the request differs in" in text
+    assert "remedy: unset DG_JIT_WITH_LINEINFO" in text and "wanted: no such flag found: -" in text
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()) and "next:" not in done.stdout
+    second = "headers" if built.plan.generation == "deepjit" else "install_include"
+    assert f"{second} wanted: " in text and "missed: 1, requests: 1" in text
+    remedy = "build with the DeepGEMM that serves" if second == "headers" else "restore again for this path"
+    assert manifest.read_text() == SMALL and "0 sources added" in done.stderr
+    assert "1 kernel is not added: the cache has the source under another key. flags differs: unset" in done.stderr
+    assert f"{second} differs: " in done.stderr and remedy in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["JIT_DEBUG", "JIT_PTXAS_VERBOSE", "JIT_WITH_LINEINFO", "JIT_CHECK_NO_SPILLS"])
+def test_the_variable_that_adds_a_flag_is_named(variable: str, built: building.Built, tmp_path: Path) -> None:
+    added = environment.ADDED_FLAGS[built.plan.generation].get(variable)
+    if added is None:
+        pytest.skip("this generation does not read it")
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    ask(built, frozen.frozen_nvcc(dir), kernel, more=f" {' '.join(added)}")
+    [miss] = misses.read(dir / "cachebuilder" / "misses.jsonl").misses
+    [difference] = miss.differences
+    assert (miss.entry, miss.folder, difference.field) == (kernel.entry, str(dir), "flags")
+    assert (difference.wanted, set(str(difference.found).split())) == ("no such flag", set(added))
+    assert f"DG_{variable}" in difference.remedy.split("environment:")[0]
+    document = misses.read(dir / "cachebuilder" / "misses.jsonl").model_dump(mode="json")
+    assert document["misses"][0]["differences"][0]["remedy"] == difference.remedy
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "field", "words"),
+    [
+        ("-std=c++20", "-std=c++17", "flags", "unset DG_JIT_CPP_STANDARD"),
+        ("=sm_90a", "=sm_100a", "arch", "build for the GPU that serves"),
+        ("--expt-extended-lambda", "", "flags", "no variable of DeepGEMM changes them"),
+    ],
+)
+def test_each_other_part_of_a_command_that_differs_is_named(
+    old: str, new: str, field: str, words: str, built: building.Built, tmp_path: Path
+) -> None:
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    ask(built, frozen.frozen_nvcc(dir), kernel)
+    log = dir / "cachebuilder" / "misses.jsonl"
+    assert old in log.read_text()
+    log.write_text(log.read_text().replace(old, new))
+    [miss] = misses.read(log).misses
+    [difference] = miss.differences
+    assert miss.entry == kernel.entry and difference.field == field and words in difference.remedy
+    assert old in str(difference.wanted) and (new or "no such flag") in str(difference.found)
+
+
+def test_a_variable_that_the_artifact_was_built_with_and_that_does_not_serve_is_named(
+    built: building.Built, tmp_path: Path
+) -> None:
+    fingerprint = Fingerprint(
+        **read_index(built.packed.path).fingerprint.model_dump() | {"environment": {"DG_JIT_WITH_LINEINFO": "1"}}
+    )
+    flags = environment.ADDED_FLAGS[fingerprint.generation]["JIT_WITH_LINEINFO"]
+    request = near_misses.Request.of("/dir/cachebuilder/bin/nvcc k.cu -O3")
+    assert request is not None
+    [difference] = near_misses.flags(fingerprint, Command(("-O3", *flags), ()), request, known_only=False)
+    assert difference.wanted == " ".join(flags) and difference.found == "no such flag"
+    assert difference.remedy.startswith(
+        "the artifact was built with DG_JIT_WITH_LINEINFO=1: set it where DeepGEMM serv"
+    )
+
+
+@pytest.mark.parametrize("deep_gemm", ["legacy"], indirect=True, scope="session")
+def test_a_legacy_source_that_differs_only_in_the_hash_of_the_headers_is_not_an_unplanned_shape(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    first, rest = kernel.source.split("\n", 1)
+    other = kernel.model_copy(update={"source": f"{first[:-4]}0000\n{rest}"})
+    ask(built, frozen.frozen_nvcc(dir), other)
+    [miss] = misses.read(dir / "cachebuilder" / "misses.jsonl").misses
+    [difference] = miss.differences
+    assert (miss.entry, difference.field) == (kernel.entry, "headers")
+    assert difference.wanted == first.rpartition(" ")[2] and str(difference.found).endswith("0000")
+
+
+def test_a_request_under_the_entrys_own_key_is_said_to_have_looked_elsewhere(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    ask(built, frozen.frozen_nvcc(dir), kernel)
+    text = sentences(run("misses", dir / "cachebuilder" / "misses.jsonl").stdout)
+    assert f"as {kernel.entry}, under this request's key: the request was made before {dir} was restored, or" in text
+    assert "DeepGEMM did not look into it (DG_JIT_CACHE_DIR must lead there: cachebuilder env)" in text
+
+
+def test_a_kernel_that_the_cache_lacks_is_added_and_what_else_differs_is_said(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    dir, manifest = restored(built, tmp_path / "dir"), tmp_path / "m.yaml"
+    [grouped] = [kernel for kernel in built.plan.kernels if "grouped" in kernel.name][:1]
+    wider = grouped.model_copy(update={"source": grouped.source.replace(" 256, 512,", " 384, 512,")})
+    assert wider.source != grouped.source
+    added = environment.ADDED_FLAGS[built.plan.generation]["JIT_WITH_LINEINFO"]
+    ask(built, frozen.frozen_nvcc(dir), wider, more=f" {' '.join(added)} --unknown")
+    manifest.write_text(SMALL)
+    done = run("misses", dir / "cachebuilder" / "misses.jsonl", "--add-to", manifest)
+    assert "1 sources added" in done.stderr and "n: 384, k: 512}" in done.stdout
+    assert "unset DG_JIT_WITH_LINEINFO" in done.stdout and "--unknown" not in done.stdout
+
+
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
+@pytest.mark.parametrize("where", ["nowhere", "another users"])
+def test_headers_that_cannot_be_read_here_are_said_to_be_unknown(
+    where: str, built: building.Built, tmp_path: Path
+) -> None:
+    """A log names any folder. Another user could have put a FIFO into it, which would never end."""
+    dir, package = restored(built, tmp_path / "dir"), tmp_path / "deep_gemm"
+    if where != "nowhere":
+        (package / "include" / "deep_gemm").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        os.mkfifo(package / "VERSION")
+        package.chmod(0o777)
+    ask(built, frozen.frozen_nvcc(dir), built.plan.kernels[0], include=package / "include")
+    [miss] = misses.read(dir / "cachebuilder" / "misses.jsonl").misses
+    assert miss.differences == () and miss.entry == built.plan.kernels[0].entry
+    assert f"the headers in {package}/include cannot be read here and may differ. If they are the same" in miss.advice
+
+
+def test_the_folder_is_found_by_the_log_by_the_nvcc_in_it_or_by_its_name(
+    built: building.Built, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dir, kernel, log = restored(built, tmp_path / "dir"), built.plan.kernels[0], tmp_path / "own.jsonl"
+    monkeypatch.setenv("CACHEBUILDER_MISS_LOG", str(log))
+    ask(built, frozen.frozen_nvcc(dir), kernel)
+    [miss] = misses.read(log).misses
+    assert (miss.entry, miss.folder) == (kernel.entry, str(dir))
+    dir.rename(tmp_path / "moved")
+    [miss] = misses.read(log).misses
+    assert (miss.entry, miss.folder) == (None, None)
+    assert "name it with --dir" in run("misses", log).stdout
+    assert f"as {kernel.entry}" in sentences(run("misses", log, "--dir", tmp_path / "moved").stdout)
+    refused = run("misses", log, "--dir", tmp_path)
+    assert refused.returncode == 8 and "found no cachebuilder/artifacts" in refused.stderr
+
+
+def test_a_command_that_the_log_has_only_the_beginning_of_lacks_no_flag(built: building.Built, tmp_path: Path) -> None:
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    ask(built, frozen.frozen_nvcc(dir), kernel)
+    log = dir / "cachebuilder" / "misses.jsonl"
+    line = json.loads(log.read_text())
+    assert not line["command"].endswith("...")
+    for length in range(len(line["command"]) - 40, len(line["command"])):
+        log.write_text(json.dumps(line | {"command": f"{line['command'][:length]}..."}) + "\n")
+        [miss] = misses.read(log).misses
+        assert miss.differences == () and miss.entry == kernel.entry
+
+
+def test_a_kernel_of_another_library_is_not_called_an_op_of_deepgemm_and_is_not_added(
+    built: building.Built, run: Run, tmp_path: Path
+) -> None:
+    """FlashInfer, for one, takes nvcc from CUDA_HOME, which may be the folder of the frozen one."""
+    dir, manifest, source = restored(built, tmp_path / "dir"), tmp_path / "m.yaml", tmp_path / "sampling.cu"
+    source.write_text('#include <flashinfer/sampling.cuh>\n#include "tvm_ffi_utils.h"\n')
+    nvcc = frozen.frozen_nvcc(dir)
+    subprocess.run([nvcc, "-std=c++17", "-c", source, "-o", "x.o"], capture_output=True, check=False)
+    manifest.write_text(SMALL)
+    done = run("misses", dir / "cachebuilder" / "misses.jsonl", "--add-to", manifest)
+    assert "it is not DeepGEMM's, since it includes none of its headers" in sentences(done.stdout)
+    assert "1 kernel is not added: not DeepGEMM's" in done.stderr and manifest.read_text() == SMALL
+    assert "manifest lacks an op" not in done.stdout and "CPP_STANDARD" not in done.stdout
+
+
+def test_a_source_that_a_person_gives_to_the_frozen_nvcc_by_hand_is_found_in_the_cache(
+    built: building.Built, tmp_path: Path
+) -> None:
+    dir, kernel = restored(built, tmp_path / "dir"), built.plan.kernels[0]
+    source = dir / "cache" / kernel.entry / "kernel.cu"
+    subprocess.run([frozen.frozen_nvcc(dir), source], capture_output=True, check=False)
+    [miss] = misses.read(dir / "cachebuilder" / "misses.jsonl").misses
+    assert miss.entry == kernel.entry and "its line in the log has no flags, and these may differ" in miss.advice

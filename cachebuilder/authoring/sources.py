@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cachebuilder.common.files import write_atomically
 from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.manifest.schema import Manifest
-from cachebuilder.restoring import misses
+from cachebuilder.restoring.misses import Log
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,18 @@ class NewSource:
 
 @dataclass(frozen=True)
 class Addition:
-    """What became of a log's kernels: new to the manifest, known to it, or without a source that could be added."""
+    """What became of a log's kernels.
+
+    Attributes:
+        new: written into the manifest.
+        known: in the manifest already.
+        refused: why some were not written, a sentence for each reason.
+        without_source: nothing could be written.
+    """
 
     new: int
     known: int
+    refused: tuple[str, ...]
     without_source: int
 
 
@@ -49,15 +58,34 @@ def add(path: Path, sources: Sequence[NewSource]) -> int:
     return len(new)
 
 
-def add_missed(path: Path, log: misses.Log) -> Addition:
+def add_missed(path: Path, log: Log) -> Addition:
     """Write the kernels of a log of misses into the manifest at ``path``, as `add` does, and raise as it does."""
+    can_be_added = [miss for miss in log.misses if miss.can_be_added]
     sources = []
-    for miss in log.misses:
+    for miss in can_be_added:
         if miss.source is not None:
             comment = f"{miss.kernel}: missed {miss.occurrences()}, not in {', '.join(miss.artifacts) or 'the cache'}"
             sources.append(NewSource(miss.source, comment))
     new = add(path, sources)
-    return Addition(new, len(sources) - new, len(log.misses) - len(sources))
+    return Addition(new, len(sources) - new, tuple(_refusals(log)), len(can_be_added) - len(sources))
+
+
+def _refusals(log: Log) -> Iterator[str]:
+    """A sentence for each reason why no build would help some of a log's kernels, and the reason's remedies."""
+    counts = Counter(
+        (miss.entry is None, tuple((one.field, one.remedy) for one in miss.differences))
+        for miss in log.misses
+        if not miss.can_be_added
+    )
+    for (foreign, differences), count in counts.items():
+        kernels = "1 kernel is" if count == 1 else f"{count} kernels are"
+        if foreign:
+            yield f"{kernels} not added: not DeepGEMM's"
+        elif differences:
+            remedies = "; ".join(f"{field} differs: {remedy}" for field, remedy in differences)
+            yield f"{kernels} not added: the cache has the source under another key. {remedies}"
+        else:
+            yield f"{kernels} not added: the cache has the source"
 
 
 def create(path: Path, fields: Mapping[str, object], comment: str, sources: Sequence[NewSource]) -> None:

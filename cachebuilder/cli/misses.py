@@ -72,6 +72,12 @@ class _Probe:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the missed kernels' sources into MANIFEST: the next build contains them.",
 )
+@click.option(
+    "--dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The restored folder that was served from; default: the one that LOG is in, or that its lines name.",
+)
 @shared.option_group(
     "output",
     _Output,
@@ -111,8 +117,8 @@ class _Probe:
         help="With --probe: only requests of the last 90s, 10m, 2h or 1d.",
     ),
 )
-def misses(log: Path, manifest: Path | None, output: _Output, probe: _Probe) -> None:
-    """Group the kernels in the frozen nvcc's LOG and say what to add to the manifest.
+def misses(log: Path, manifest: Path | None, dir: Path | None, output: _Output, probe: _Probe) -> None:
+    """Group the kernels in the frozen nvcc's LOG, and say what to add to the manifest or why each was missed.
 
     LOG is the file, or the folder that restore wrote: it stands for all logs that the frozen nvcc in it writes when
     this user runs it. --probe and --format prometheus take a log that does not exist yet as one without requests.
@@ -123,7 +129,7 @@ def misses(log: Path, manifest: Path | None, output: _Output, probe: _Probe) -> 
     elif output_format == "prometheus":
         _write(_metrics(log, output.labels), output.file)
     else:
-        _show(log, manifest, output_format, output.file)
+        _show(log, dir, manifest, output_format, output.file)
 
 
 def _check(manifest: Path | None, output: _Output, probe: _Probe) -> str:
@@ -181,10 +187,10 @@ def _write(text: str, file: Path | None) -> None:
         write_atomically(file, text.encode(), InstallationError)
 
 
-def _show(log: Path, manifest: Path | None, output_format: str, file: Path | None) -> None:
+def _show(log: Path, dir: Path | None, manifest: Path | None, output_format: str, file: Path | None) -> None:
     from cachebuilder.restoring import misses as reading
 
-    missed = reading.read(*(miss_log.logs(log, os.environ) if log.is_dir() else [log]))
+    missed = reading.read(*(miss_log.logs(log, os.environ) if log.is_dir() else [log]), dir=dir)
     if manifest is not None:
         _add(missed, manifest)
     if output_format == "json":
@@ -197,7 +203,10 @@ def _show(log: Path, manifest: Path | None, output_format: str, file: Path | Non
     console.echo(f"kernels missed: {len(missed.misses)}, requests: {missed.requests()}")
     if missed.unreadable_lines:
         console.echo(f"note: {missed.unreadable_lines} lines of the log are not the frozen nvcc's")
-    if missed.misses:
+    if any(miss.source and not miss.folder for miss in missed.misses):
+        console.echo("note: the restored folder was not found, so nobody looked whether it has these")
+        console.echo("      kernels under other keys: name it with --dir")
+    if any(miss.can_be_added for miss in missed.misses):
         console.echo("next: add the ops to the manifest (fill in each ?), or the kernels as they are")
         console.echo("      with --add-to MANIFEST; build, and check the artifact with")
         console.echo("      cachebuilder verify ARTIFACT --manifest MANIFEST")
@@ -208,6 +217,8 @@ def _add(missed: reading.Log, manifest: Path) -> None:
 
     addition = sources.add_missed(manifest, missed)
     console.echo(f"{manifest}: {addition.new} sources added, {addition.known} were in it already", err=True)
+    for reason in addition.refused:
+        console.echo(f"note: {reason}", err=True)
     if addition.without_source:
         console.echo(f"note: {addition.without_source} kernels have no kept source: add their ops by hand", err=True)
 
@@ -216,12 +227,15 @@ def _print(missed: Sequence[reading.Miss]) -> None:
     for miss in missed:
         table.title(f"{miss.kernel}: {miss.occurrences()}")
         if miss.artifacts:
-            _print_wrapped(f"not in {', '.join(miss.artifacts)}")
-        if miss.shape and miss.shape.op:  # to be copied as one line
+            _print_wrapped(f"{'not found' if miss.entry else 'not'} in {', '.join(miss.artifacts)}")
+        if miss.shape and miss.shape.op and not miss.entry:  # to be copied as one line
             console.echo(f"  {miss.advice}")
         else:
             _print_wrapped(miss.advice)
-        if miss.shape:
+        for difference in miss.differences:
+            for line in difference.lines():
+                console.echo(f"  {line}")
+        if miss.shape and not miss.entry:
             note = f"under target.sm_counts, or the op's own: {miss.shape.sm_count}"
             if miss.shape.op and miss.shape.n is None:
                 note += "; n and k are not compiled in, so this kernel serves many shapes"
@@ -229,4 +243,7 @@ def _print(missed: Sequence[reading.Miss]) -> None:
 
 
 def _print_wrapped(text: str, indent: str = "  ") -> None:
-    console.echo(textwrap.fill(text, table.WIDTH, initial_indent="  ", subsequent_indent=indent))
+    lines = textwrap.wrap(
+        text, table.WIDTH, initial_indent="  ", subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    console.echo("\n".join(lines))

@@ -26,13 +26,30 @@ FLAGS: dict[Generation, tuple[str, ...]] = {
     ),
     "legacy": ("JIT_DEBUG", "JIT_PTXAS_VERBOSE", "JIT_PTXAS_CHECK", "JIT_WITH_LINEINFO", "JIT_USE_NVRTC"),
 }
+#: The flags of nvcc that these variables add.
+ADDED_FLAGS: dict[Generation, dict[str, tuple[str, ...]]] = {
+    "deepjit": {
+        "JIT_DEBUG": ("--ptxas-options=--verbose", "--generate-line-info"),
+        "JIT_PTXAS_VERBOSE": ("--ptxas-options=--verbose",),
+        "JIT_CHECK_NO_SPILLS": ("--ptxas-options=--warn-on-spills",),
+        "JIT_CHECK_NO_LOCAL_MEMORY": ("--ptxas-options=--warn-on-local-memory-usage",),
+        "JIT_WITH_LINEINFO": ("--generate-line-info",),
+    },
+    "legacy": {
+        "JIT_DEBUG": ("--ptxas-options=--verbose,--warn-on-local-memory-usage",),
+        "JIT_PTXAS_VERBOSE": ("--ptxas-options=--verbose,--warn-on-local-memory-usage",),
+        "JIT_PTXAS_CHECK": ("--ptxas-options=--verbose,--warn-on-local-memory-usage",),
+        "JIT_WITH_LINEINFO": ("-Xcompiler", "-rdynamic", "-lineinfo"),
+    },
+}
 _ALL_FLAGS = frozenset(FLAGS["deepjit"] + FLAGS["legacy"])
 #: Variables that change no kernel: where to look, what to print or dump, how cuBLASLt is used.
 _HARMLESS = re.compile(
     r"JIT_CACHE_DIR|JIT_NVCC_COMPILER|JIT_PRINT_\w+|JIT_DUMP_\w+|PRINT_CONFIGS|USE_(PYTORCH|TEMP)_\w*CUBLASLT\w*"
 )
 _OFF = ("", "0", "false", "no")
-_CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
+#: The variable that changes a flag, and the value that it has by default.
+CPP_STANDARD, _DEFAULT_CPP_STANDARD = "JIT_CPP_STANDARD", "20"
 #: Each generation's prefixes; a variable with an earlier one is preferred.
 PREFIXES: dict[Generation, tuple[str, ...]] = {"deepjit": ("DG", "DJ"), "legacy": ("DG",)}
 
@@ -94,7 +111,7 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
             continue
         taken, value = get(generation, environment, suffix) or (name, "")
         off = value.lower() in _OFF if suffix in FLAGS[generation] else not value
-        if taken == name and not off and (suffix, value) != (_CPP_STANDARD, _DEFAULT_CPP_STANDARD):
+        if taken == name and not off and (suffix, value) != (CPP_STANDARD, _DEFAULT_CPP_STANDARD):
             changing[name] = value
     return changing
 

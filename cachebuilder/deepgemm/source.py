@@ -110,6 +110,11 @@ def includes(source: str) -> list[str]:
     return re.findall(r"^\s*#\s*include\s*[<\"]([^>\"]+)", source, re.MULTILINE)
 
 
+def is_deep_gemms(source: str) -> bool:
+    """Whether DeepGEMM may have written ``source``: each of its sources includes one of its own headers."""
+    return any(name.startswith("deep_gemm/") for name in includes(source))
+
+
 def family(source: str) -> tuple[str | None, str | None]:
     """The template that ``source`` instantiates and its GemmType, if any: DeepGEMM names a kernel by these two."""
     gemm_type = re.search(r"\bGemmType::(\w+)", source)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from cachebuilder.deepgemm import entries as entry_files
+from cachebuilder.deepgemm.command import Command
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel
@@ -55,20 +56,10 @@ def flags_of(entry: RecordedEntry, include: str) -> tuple[str, ...]:
     Raises:
         PlanError: the command has another include path.
     """
-    words = iter(entry.arguments.split(" ")[1:])  # the first is the source
-    flags: list[str] = []
-    for word in words:
-        if word in ("-o", "--output-file"):
-            next(words, None)
-        elif word in ("-I", "--include-path"):
-            flags.append(f"-I{next(words, '')}")
-        elif word not in ("-cubin", "--cubin"):
-            flags.append(word)
-    flags = [flag for flag in flags if flag != f"-I{include}"]
-    foreign = [flag for flag in flags if flag.startswith(("-I", "--include-path"))]
-    if foreign:
+    command = Command.parse(entry.arguments)
+    if foreign := [path for path in command.includes if path != include]:
         raise PlanError(f"{entry.name}: wanted no include path except {include}, found {' '.join(foreign)}")
-    return tuple(flags)
+    return command.flags
 
 
 def _legacy_flags(entry: RecordedEntry) -> str:

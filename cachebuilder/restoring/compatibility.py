@@ -70,4 +70,4 @@ def between(wanted: Fingerprint, found: Fingerprint) -> list[Difference]:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= 69 else f"{text[:68]}…"
+    return text if len(text) <= 68 else f"{text[:67]}…"

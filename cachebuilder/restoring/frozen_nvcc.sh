@@ -208,8 +208,12 @@ log_miss() (
     json_kernel=$quoted
     if [ -n "$copy" ] && [ ${#copy} -lt 500 ]; then json "$copy"; else quoted=null; fi
     json_source=$quoted
-    if [ ${#command} -gt 900 ]; then command=$(printf '%.900s...' "$command"); fi
-    json "$command"
+    for length in 2000 1000; do # quoting may double it
+        shown=$command
+        if [ ${#command} -gt $length ]; then shown=$(printf "%.${length}s..." "$command"); fi
+        json "$shown"
+        [ ${#quoted} -gt 2100 ] || break
+    done
     printf '%s\n' "{\"time\": $time, \"pid\": $$, \"kernel\": $json_kernel, \"policy\": $json_policy, \"artifact\": $json_artifact, \"fingerprint\": \"$fingerprint\", \"source\": $json_source, \"command\": $quoted}" >>"$name"
 ) 2>/dev/null
 

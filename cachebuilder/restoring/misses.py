@@ -1,4 +1,4 @@
-"""Reads the frozen nvcc's log: which kernels were missed, how often, and what to add to the manifest.
+"""Reads the frozen nvcc's log: which kernels were missed, how often, and what to do about each.
 
 A log comes from machines that serve models, perhaps through several hands. Only names and paths in the form that the
 frozen nvcc writes are taken from it.
@@ -15,11 +15,18 @@ from typing import Any
 from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.folders import Folder, is_safe
 from cachebuilder.common.records import Record
-from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
+from cachebuilder.deepgemm.source import Shape, is_deep_gemms, kernel_template, read_shape
 from cachebuilder.restoring import miss_log
+from cachebuilder.restoring.compatibility import Difference
+from cachebuilder.restoring.near_misses import Caches, Comparison, Request
 
 #: The largest generated source is a page long.
 _MAX_SOURCE_BYTES = 1 << 20
+#: What to do about a kernel of another library that takes the frozen nvcc for the toolkit's.
+FOREIGN = (
+    "do not add it: it is not DeepGEMM's, since it includes none of its headers. Another library took this nvcc from "
+    "CUDA_HOME or PATH: give it a real one, or turn its compilation off"
+)
 
 
 class Miss(Record):
@@ -31,8 +38,11 @@ class Miss(Record):
         first, last: seconds since 1970, UTC; null where the log has no time.
         artifacts: names of the artifacts that lacked it.
         shape: what its source says; null where the source says none.
-        advice: what to add to the manifest.
+        advice: what to add to the manifest, or why there is nothing to add.
         source: the text of ``kernel.cu``; null where no copy of it was kept.
+        folder: the restored folder that it was compared with; null where that was not found.
+        entry: the folder's entry with the same source, which another key leads to; null where there is none.
+        differences: how the requests differ from what the folder's kernels were built with.
     """
 
     kernel: str
@@ -43,6 +53,14 @@ class Miss(Record):
     shape: Shape | None
     advice: str
     source: str | None
+    folder: str | None = None
+    entry: str | None = None
+    differences: tuple[Difference, ...] = ()
+
+    @property
+    def can_be_added(self) -> bool:
+        """Whether a build may help: it is DeepGEMM's kernel, and the cache has its source under no key."""
+        return self.entry is None and self.advice != FOREIGN
 
     def occurrences(self) -> str:
         """How often and when, as ``2 times, 2026-01-01 10:00:00Z to 2026-01-02 08:30:00Z``."""
@@ -62,13 +80,17 @@ class Log(Record):
         return sum(miss.count for miss in self.misses)
 
 
-def read(*paths: Path) -> Log:
+def read(*paths: Path, dir: Path | None = None) -> Log:
     """The logs at ``paths``, grouped by kernel source; lines without a source are grouped by the kernel's name.
 
+    Args:
+        dir: the restored folder that was served from; default: the one that the log is in, or that its lines name.
+
     Raises:
-        ArtifactError: one of them cannot be read.
+        ArtifactError: one of them cannot be read, or ``dir`` is no restored folder.
     """
-    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    caches = Caches(dir)
+    groups: dict[tuple[str, str | None, Comparison], list[dict[str, Any]]] = {}
     unreadable_lines = 0
     for path in paths:
         with open_file(path) as file:
@@ -79,8 +101,9 @@ def read(*paths: Path) -> Log:
                     continue
                 source = _read_source(line.get("source"), path, owner)
                 name = (kernel_template(source) if source else None) or miss_log.kernel_of(line) or miss_log.UNKNOWN
-                groups.setdefault((name.removesuffix("_impl"), source), []).append(line)
-    misses = [_miss(name, source, lines) for (name, source), lines in groups.items()]
+                comparison = caches.compare(path, Request.of(line.get("command")), source)
+                groups.setdefault((name.removesuffix("_impl"), source, comparison), []).append(line)
+    misses = [_miss(*key, lines) for key, lines in groups.items()]
     misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
     return Log(unreadable_lines=unreadable_lines, misses=tuple(misses))
 
@@ -103,7 +126,7 @@ def _read_source(name: object, log: Path, owner: int) -> str | None:
     return None
 
 
-def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
+def _miss(name: str, source: str | None, comparison: Comparison, lines: list[dict[str, Any]]) -> Miss:
     times = [seconds for line in lines if (seconds := miss_log.time_of(line)) is not None]
     shape = read_shape(source) if source else None
     return Miss(
@@ -113,8 +136,11 @@ def _miss(name: str, source: str | None, lines: list[dict[str, Any]]) -> Miss:
         last=max(times, default=None),
         artifacts=tuple(sorted({artifact for line in lines if (artifact := miss_log.artifact_of(line))})),
         shape=shape,
-        advice=advice(shape),
+        advice=comparison.advice() or (FOREIGN if source and not is_deep_gemms(source) else advice(shape)),
         source=source,
+        folder=comparison.folder,
+        entry=comparison.entry,
+        differences=comparison.differences,
     )
 
 
