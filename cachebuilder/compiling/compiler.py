@@ -31,6 +31,9 @@ from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning.plan import Kernel
 
+#: What DeepGEMM asks for, unless DG_JIT_CPP_STANDARD says otherwise.
+_STANDARD = "-std=c++20"
+
 #: The folders whose code turns a source into a cubin: the store serves only cubins that the same code made.
 CODE = ("common", "compiling", "cuda")
 
@@ -193,6 +196,8 @@ def _compile_error(failures: Sequence[tuple[Kernel, str]], count: int) -> Compil
     if missing_header:
         header = missing_header[1]
         hint = f"nvcc cannot find {header}: install that part of its CUDA toolkit, or name a complete one with --nvcc"
+    elif other := {flag for kernel, _ in failures for flag in kernel.flags if flag.startswith("-std=")} - {_STANDARD}:
+        hint = f"DeepGEMM's headers are written for {_STANDARD}, found {min(other)}: remove DG_JIT_CPP_STANDARD"
     return CompileError("\n".join(lines), hint=hint)
 
 

@@ -56,12 +56,13 @@ class Toolchain:
         return [str(self.nvcc), ptx, "--cubin", "--output-file", cubin, *flags]
 
 
-def find(nvcc: Path | None = None, release: str | None = None) -> Toolchain:
+def find(nvcc: Path | None = None, release: str | None = None, at_least: str | None = None) -> Toolchain:
     """Find nvcc: ``nvcc`` if it is given, else the first of ``CUDA_HOME``, PATH and PyPI's wheels that will do.
 
     Args:
         nvcc: use this compiler and no other.
-        release: the release that is needed, as major.minor; compilers of other releases are skipped.
+        release: the release that the manifest wants, as major.minor; compilers of other releases are skipped.
+        at_least: the oldest release that DeepGEMM takes; older compilers are skipped.
 
     Raises:
         ToolchainError: there is no nvcc, one does not run, or none has that release.
@@ -69,12 +70,19 @@ def find(nvcc: Path | None = None, release: str | None = None) -> Toolchain:
     others = []
     for path, origin in _candidates() if nvcc is None else [(nvcc.absolute(), "--nvcc")]:
         toolchain = _at(path, origin)
-        if release in (None, toolchain.release):
+        if release in (None, toolchain.release) and _numbers(toolchain.release) >= _numbers(at_least or "0"):
             return toolchain
         others.append(f"{toolchain.release} at {path} ({origin})")
+    wishes = [f"the manifest wants nvcc {release}"] if release else []
+    wishes += [f"this DeepGEMM wants nvcc {at_least} or later"] if at_least else []
     if others:
-        raise ToolchainError(f"the manifest wants nvcc {release}, found {', '.join(others)}", hint=_HINT)
+        raise ToolchainError(f"{' and '.join(wishes)}, found {', '.join(others)}", hint=_HINT)
     raise ToolchainError("wanted nvcc, found none in CUDA_HOME, on PATH or among the installed wheels", hint=_HINT)
+
+
+def _numbers(release: str) -> list[int]:
+    """Major and minor, which compare as numbers do: 12.10 is later than 12.9."""
+    return [int(part) for part in release.split(".")]
 
 
 def _candidates() -> Iterator[tuple[Path, str]]:

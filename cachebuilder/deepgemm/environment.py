@@ -116,6 +116,24 @@ def kernel_variables(generation: Generation, environment: Mapping[str, str]) -> 
     return changing
 
 
+def value_problem(generation: Generation, environment: Mapping[str, str]) -> str | None:
+    """Why DeepGEMM does not take the value of one of its variables; None where it takes all of them.
+
+    DeepJIT raises for another value than these. Legacy then goes on with whatever number is in memory
+    (``get_env``, ``csrc/utils/system.hpp``), so each process may look for other keys.
+    """
+    for name, value in environment.items():
+        suffix = name.partition("_")[2]
+        if suffix == CPP_STANDARD and not (value.isascii() and value.isdecimal()):
+            return f"{name}: wanted a C++ standard, as 20, found {value!r}"
+        is_number = re.fullmatch(r"-?[0-9]{1,9}", value) is not None
+        is_word = generation == "deepjit" and value.lower() in ("true", "yes", "false", "no")
+        if suffix in FLAGS[generation] and not (is_number or is_word):
+            words = "a number, true, yes, false or no" if generation == "deepjit" else "a number"
+            return f"{name}: wanted {words}, found {value!r}"
+    return None
+
+
 def cache_roots(generation: Generation, environment: Mapping[str, str]) -> tuple[str, list[Path]]:
     """What names the cache roots, a variable or ``default``, and the roots, the writable one first.
 

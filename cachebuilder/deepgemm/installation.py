@@ -18,6 +18,9 @@ _INSTALL = "pip install sgl-deep-gemm or tokenspeed-deepgemm, or name a copy wit
 #: A text in the compiled extension of each generation that is not in the other's: DeepJIT's commit marker
 #: (``deep_jit/cache/disk.hpp``) and an error message of legacy (``csrc/jit/kernel_runtime.hpp``, DeepGEMM 2.6.1).
 _MARKS: dict[Generation, bytes] = {"deepjit": b".committed", "legacy": b"Corrupted JIT cache directory"}
+#: DeepJIT's and legacy's words for an nvcc that is too old (``deep_jit/backend/cuda/backend.hpp``,
+#: ``csrc/jit/compiler.hpp``).
+_OLDEST_NVCC = re.compile(rb"NVCC version (?:must be at least|should be >=) (\d+\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ class Installation:
                 hint="this cachebuilder knows DeepGEMM 2.5 (legacy) to 2.8 (DeepJIT): install one of these",
             )
         return generations[0]
+
+    @cached_property
+    def oldest_nvcc(self) -> str | None:
+        """The oldest release of nvcc that it takes, as major.minor, from its error message; None where it has none."""
+        match = _OLDEST_NVCC.search(self.extensions[0].read_bytes())
+        return match[1].decode() if match else None
 
     @property
     def include(self) -> Path:

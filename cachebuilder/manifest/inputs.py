@@ -8,7 +8,9 @@ from pathlib import Path
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.deepgemm import installation as installations
+from cachebuilder.deepgemm.environment import value_problem
 from cachebuilder.deepgemm.installation import Installation
+from cachebuilder.errors import ManifestError
 from cachebuilder.manifest import schema
 from cachebuilder.manifest.schema import Manifest
 
@@ -35,11 +37,14 @@ def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm
         deep_gemm: the ``deep_gemm`` package; left out, the installed one, else vLLM's own copy.
 
     Raises:
-        ManifestError: the manifest cannot be read or is wrong.
-        ToolchainError: there is no nvcc, or not the release that the manifest wants.
+        ManifestError: the manifest cannot be read or is wrong, or this DeepGEMM does not take one of its variables.
+        ToolchainError: there is no nvcc, not the release that the manifest wants, or none that this DeepGEMM takes.
         InstallationError: there is no DeepGEMM.
     """
     model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
-    toolchain = toolchains.find(Path(nvcc) if nvcc else None, release)
-    return Inputs(model, data, toolchain, installations.find(Path(deep_gemm) if deep_gemm else None))
+    installation = installations.find(Path(deep_gemm) if deep_gemm else None)
+    if problem := value_problem(installation.generation, model.environment):
+        raise ManifestError(f"{path}: environment: {problem}", hint="correct the value, or remove the variable")
+    toolchain = toolchains.find(Path(nvcc) if nvcc else None, release, installation.oldest_nvcc)
+    return Inputs(model, data, toolchain, installation)

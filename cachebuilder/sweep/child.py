@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cachebuilder.common.foreign import without_traces
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.ops.catalog import OpBase
@@ -96,14 +97,14 @@ def load(job: Job, position: Position) -> DeviceInUse:
     position.op = protocol.IMPORTING
     try:
         import torch
-    except ImportError as error:
-        raise JobError("import", f"torch: {error}") from error
+    except (ImportError, OSError) as error:  # the linker's errors are an OSError
+        raise JobError("import", f"torch: {_text(error)}") from error
     if job.device == "cuda":
         _check_gpu(torch, job.gpu)
     try:
         deep_gemm = import_deep_gemm(job.deep_gemm)
     except Exception as error:
-        raise JobError("import", f"DeepGEMM under torch {torch.__version__}: {error}") from error
+        raise JobError("import", f"DeepGEMM under torch {torch.__version__}: {_text(error)}") from error
     return DeviceInUse(torch, deep_gemm, virtual=job.device == "virtual")
 
 
@@ -114,7 +115,7 @@ def _check_gpu(torch: Any, target: Gpu) -> None:
         device = properties(torch)
         torch.zeros(1, device="cuda")
     except Exception as error:  # no driver, one that is too old, no GPU, or a GPU that another process holds
-        raise JobError("device", f"wanted the GPU {target.name}, found no GPU to use: {error}") from error
+        raise JobError("device", f"wanted the GPU {target.name}, found no GPU to use: {_text(error)}") from error
     names = {"capability": "compute capability", "sm_count": "SMs", "l2_bytes": "bytes of L2"}
     differences = [
         f"{name}: wanted {getattr(target, field)}, found {getattr(device, field)}"
@@ -143,9 +144,10 @@ def classify(torch: Any, error: Exception) -> JobError:
     return JobError("memory" if isinstance(error, torch.OutOfMemoryError) else "refused", _text(error))
 
 
-def _text(error: Exception) -> str:
-    """What ``error`` says, without the C++ frames that DeepJIT appends (deep_jit/utils/exception.hpp)."""
-    return (str(error) or type(error).__name__).partition("\nC++ trace")[0].rstrip()
+def _text(error: BaseException) -> str:
+    """What ``error`` says, and the error that it comes from: torch's "Could not load" has the linker's words there."""
+    own = without_traces(str(error)) or type(error).__name__
+    return f"{own}: {_text(error.__cause__)}" if error.__cause__ is not None else own
 
 
 def _check_tensors_are_read_right(device: DeviceInUse) -> None:
@@ -160,7 +162,7 @@ def _check_tensors_are_read_right(device: DeviceInUse) -> None:
     try:
         scales = get_mn_major_tma_aligned_tensor(device.empty(rows, columns, dtype="float32"))
     except Exception as error:
-        raise JobError("misreads", _text(error)) from error
+        raise JobError("refused", _text(error)) from error
     if tuple(scales.shape) != (rows, columns) or tuple(scales.stride()) != (1, aligned_rows):
         raise JobError("misreads", f"scales [{rows}, {columns}] came back as {tuple(scales.shape)}, {scales.stride()}")
 

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from cachebuilder.common.foreign import without_traces
 from cachebuilder.common.progress import Progress
 from cachebuilder.common.records import Record
 from cachebuilder.errors import CacheBuilderError, DeviceError, InstallationError, PlanError
+from cachebuilder.sweep import causes
 from cachebuilder.sweep.protocol import ANSWER, CHECKING, FAILURE, IMPORTING, JOB, POSITION, Failure, Job, Position
 from cachebuilder.virtual_gpu import library as virtual_gpu
+
+_CRASH = "a crash here is often a DeepGEMM that was built for another torch; the README lists pairs that work"
 
 A = TypeVar("A", bound=Record)
 
@@ -103,7 +107,7 @@ def run_child(module: str, job: Job, setting: Setting, answer: type[A], progress
     if child.returncode == 0 and (folder / FAILURE).exists():
         raise _explain(Failure.model_validate_json((folder / FAILURE).read_bytes()), job, position)
     end = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
-    last_lines = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
+    last_lines = "\n".join(without_traces(log.read_text(errors="replace")).strip().splitlines()[-8:])
     reason = f"the sweep's process ended with {end}\n{last_lines}".strip()
     raise _explain(Failure(kind="died", reason=reason), job, position)
 
@@ -141,16 +145,22 @@ def _explain(failure: Failure, job: Job, position: Position) -> CacheBuilderErro
             f"the virtual GPU does not answer {reason}",
             hint="this torch or DeepGEMM is newer than cachebuilder: report it",
         )
-    if position.op == IMPORTING:
-        return InstallationError(
-            f"cannot load {reason}" if kind == "import" else f"cannot load torch and DeepGEMM: {reason}",
-            hint="DeepGEMM must be built for the installed torch; the README lists pairs that work",
-        )
-    if position.op == CHECKING:
+    if kind == "misreads":
         return PlanError(
             f"this DeepGEMM misreads tensors under this torch, so a plan would be wrong: {reason}",
-            hint="install the torch that it was built for; the README lists pairs that work",
+            hint=causes.OTHER_TORCH,
         )
+    if position.op == IMPORTING:
+        loading = kind == "import"
+        where = "cannot load " + (reason.partition(": ")[0] if loading else "torch and DeepGEMM")
+        unknown = "cachebuilder doctor prints what is installed here; does python -c 'import deep_gemm' work?"
+        return causes.find(reason, where) or InstallationError(
+            f"cannot load {reason}" if loading else f"{where}: {reason}", hint=_CRASH if kind == "died" else unknown
+        )
+    if position.op == CHECKING:
+        where = f"DeepGEMM {'died' if kind == 'died' else 'failed'} at its first call, before all ops"
+        unknown = "no known cause: report it, with what cachebuilder doctor prints"
+        return causes.find(reason, where) or PlanError(f"{where}: {reason}", hint=_CRASH if kind == "died" else unknown)
     op = job.ops[position.op]
     place = f"ops[{position.op}] {op.op} {op.shape()} at {op.variable} {position.value}"
     if kind == "memory":
@@ -158,6 +168,8 @@ def _explain(failure: Failure, job: Job, position: Position) -> CacheBuilderErro
             f"{place}: does not fit into the GPU's memory: {reason}",
             hint="stop what else runs on the GPU, lower the op's maximum, or use --device virtual",
         )
+    if known := causes.find(reason, place, of_call=True):
+        return known
     return PlanError(
         f"{place}: DeepGEMM {'died' if kind == 'died' else 'refused'}: {reason}",
         hint="copies of DeepGEMM differ in what they accept (docs/entry-points.md): plan with the copy that serves",

@@ -137,7 +137,8 @@ def check(observation: Observation, path: Path, nvcc: Path | None = None, progre
         ManifestError, PlanError: it cannot be read or planned.
     """
     manifest, data = manifests.load(path)
-    inputs = Inputs(manifest, data, toolchains.find(nvcc), observation.installation)
+    toolchain = toolchains.find(nvcc, at_least=observation.installation.oldest_nvcc)
+    inputs = Inputs(manifest, data, toolchain, observation.installation)
     known = _plan(inputs, progress)
     lacking = {source: kernel for source, kernel in observation.planned.items() if source not in known}
     requested = sum(source in observation.requested for source in lacking)

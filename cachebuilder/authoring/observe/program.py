@@ -17,6 +17,7 @@ from cachebuilder.authoring.observe import calls, traffic
 from cachebuilder.authoring.observe.calls import Observed
 from cachebuilder.authoring.observe.engines import Launch
 from cachebuilder.common.cache import own_folder
+from cachebuilder.common.foreign import without_traces
 from cachebuilder.common.progress import Progress
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import PlanError, RecordingError
@@ -188,7 +189,7 @@ def _failure(reason: str, setting: Setting) -> RecordingError | PlanError:
             f"{reason}: the virtual GPU does not answer {', '.join(unanswered)}",
             hint="this engine calls more of CUDA than cachebuilder knows: report it",
         )
-    lines = setting.log.read_text(errors="replace").splitlines()
+    lines = without_traces(setting.log.read_text(errors="replace")).splitlines()
     errors = [line for line in lines if re.search(r"Error\b", line)][-4:]
     shown = "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
     kept = own_folder("recordings") / f"observed-{os.getpid()}.log"  # the setting's folder is about to be removed
