@@ -250,6 +250,6 @@ esac
 tell_server "$named is not in the restored cache (artifact $artifact), and nothing is compiled here"
 printf '%s\n' \
     "frozen nvcc: $named is not in the restored cache (artifact $artifact), and nothing is compiled here." \
-    "frozen nvcc: add its shape to the manifest and build again${log:+: cachebuilder misses $log shows what to add}," \
-    "frozen nvcc: or set CACHEBUILDER_ON_MISS=compile, with a real nvcc on PATH or in CACHEBUILDER_REAL_NVCC." >&2
+    "frozen nvcc: The manifest lacks its shape, or a variable, the headers or a path are not those of the build${log:+: cachebuilder misses $log says which, and what to do}." \
+    "frozen nvcc: To compile it here, set CACHEBUILDER_ON_MISS=compile, with a real nvcc on PATH or in CACHEBUILDER_REAL_NVCC." >&2
 exit 1
