@@ -121,7 +121,8 @@ def misses(log: Path, manifest: Path | None, dir: Path | None, output: _Output, 
     """Group the kernels in the frozen nvcc's LOG, and say what to add to the manifest or why each was missed.
 
     LOG is the file, or the folder that restore wrote: it stands for all logs that the frozen nvcc in it writes when
-    this user runs it. --probe and --format prometheus take a log that does not exist yet as one without requests.
+    this user runs it, with this CACHEBUILDER_MISS_LOG. --probe and --format prometheus take a log that does not exist
+    yet as one without requests.
     """
     output_format = _check(manifest, output, probe)
     if probe.probe:

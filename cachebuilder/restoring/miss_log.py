@@ -45,7 +45,8 @@ def logs(target: Path, environment: Mapping[str, str]) -> list[Path]:
     TMPDIR. The first miss makes the log, so no log is no miss.
 
     Raises:
-        ArtifactError: there is neither a log nor a folder for one, so no miss could be logged; or it cannot be seen.
+        ArtifactError: there is neither a log nor a folder for one, so no miss could be logged; or it cannot be seen;
+            or this user cannot write into the restored folder, so the log may be where `run` found a place for it.
     """
     own = target / FOLDER / LOG_NAME
     if not os.path.isdir(target):
@@ -54,7 +55,13 @@ def logs(target: Path, environment: Mapping[str, str]) -> list[Path]:
     places = [own, private / LOG_NAME] if _is_own(private) else [own]
     if variable := environment.get(LOG_VARIABLE):
         places.append(Path(variable))
-    return [path for path in dict.fromkeys(places) if _exists(path)]
+    existing = [path for path in dict.fromkeys(places) if _exists(path)]
+    if not (existing or variable or os.access(own.parent, os.W_OK | os.X_OK, effective_ids=True)):
+        raise ArtifactError(
+            f"{own}: cannot be written by user {os.geteuid()}, so the log may be in a place that run chose",
+            hint=f"set {LOG_VARIABLE}, for the server and here, or name the log",
+        )
+    return existing
 
 
 def _exists(log: Path) -> bool:
