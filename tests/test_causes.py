@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cachebuilder import building
 from cachebuilder.common.foreign import without_traces
 from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import installation as installations
@@ -24,6 +25,7 @@ from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.sweep import causes
 from tests.conftest import LEGACY, Run
+from tests.restored import check
 from tests.test_plan import fake_deep_gemm
 
 ONE = "name: x\ntarget: {gpu: H200}\nmax_tokens: 1\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
@@ -108,7 +110,24 @@ def test_a_value_that_deepgemm_does_not_take_is_refused_before_the_sweep(
 ) -> None:
     with pytest.raises(ManifestError) as error:
         load_manifest(manifest(tmp_path, f"environment: {{{environment}}}\n"), deep_gemm=deep_gemm)
-    assert words in str(error.value) and "m.yaml: environment:" in str(error.value)
+    assert words in str(error.value) and "x: environment:" in str(error.value)
+
+
+def test_doctor_says_that_deepgemm_takes_neither_this_nvcc_nor_a_variable(
+    deep_gemm: Path | None, run: Run, tmp_path: Path
+) -> None:
+    old, oldest = REFUSED[installations.find(deep_gemm).generation]
+    here = ("--deep-gemm", deep_gemm) if deep_gemm else ()
+    named = {"DG_JIT_NVCC_COMPILER": str(nvcc(tmp_path, old)), "DG_JIT_DEBUG": "maybe"}
+    text = " ".join(run("doctor", *here, **named).stdout.split())
+    assert f"note: this DeepGEMM wants nvcc {oldest} or later, found {old}" in text
+    assert "note: DeepGEMM does not take a variable that is set here: DG_JIT_DEBUG: wanted a number" in text
+
+
+def test_verify_refuses_a_value_that_deepgemm_does_not_take(built: building.Built, tmp_path: Path) -> None:
+    path = manifest(tmp_path, 'environment: {DG_JIT_CPP_STANDARD: "new"}\n')
+    with pytest.raises(ManifestError, match="DG_JIT_CPP_STANDARD: wanted a C"):
+        check(built.packed.path, built.inputs.installation, path)
 
 
 @pytest.mark.parametrize("value", ["0", "1", "-1", "yes", "False"])

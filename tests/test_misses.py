@@ -387,6 +387,16 @@ def test_a_kernel_that_the_cache_lacks_is_added_and_what_else_differs_is_said(
     assert "unset DG_JIT_WITH_LINEINFO" in done.stdout and "--unknown" not in done.stdout
 
 
+def test_a_kernel_for_another_sm_count_is_said_to_be_one(built: building.Built, run: Run, tmp_path: Path) -> None:
+    dir = restored(built, tmp_path / "dir")
+    [kernel] = [kernel for kernel in built.plan.kernels if "grouped" in kernel.name][:1]
+    assert "132, GemmType" in kernel.source
+    other = kernel.model_copy(update={"source": kernel.source.replace("132, GemmType", "78, GemmType")})
+    ask(built, frozen.frozen_nvcc(dir), other)
+    text = sentences(run("misses", dir).stdout)
+    assert "sm_counts wanted: 132 found: 78 remedy: kernels hold the SM count: add it to target.sm_counts" in text
+
+
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 @pytest.mark.parametrize("where", ["nowhere", "another users"])
 def test_headers_that_cannot_be_read_here_are_said_to_be_unknown(

@@ -38,6 +38,11 @@ class Toolchain:
     def __str__(self) -> str:
         return f"nvcc {self.release} ({self.origin}, {self.nvcc})"
 
+    def is_older_than(self, release: str | None) -> bool:
+        """Whether it is older than ``release``, as major.minor; 12.10 is later than 12.9. False where that is None."""
+        own, other = ([int(part) for part in text.split(".")] for text in (self.release, release or "0"))
+        return own < other
+
     def own_command(self, source: str, cubin: str, flags: Sequence[str], include: str) -> list[str]:
         """The command that DeepGEMM itself runs: one source to its cubin."""
         return [str(self.nvcc), source, "--cubin", "--output-file", cubin, *flags, f"-I{include}"]
@@ -70,7 +75,7 @@ def find(nvcc: Path | None = None, release: str | None = None, at_least: str | N
     others = []
     for path, origin in _candidates() if nvcc is None else [(nvcc.absolute(), "--nvcc")]:
         toolchain = _at(path, origin)
-        if release in (None, toolchain.release) and _numbers(toolchain.release) >= _numbers(at_least or "0"):
+        if release in (None, toolchain.release) and not toolchain.is_older_than(at_least):
             return toolchain
         others.append(f"{toolchain.release} at {path} ({origin})")
     wishes = [f"the manifest wants nvcc {release}"] if release else []
@@ -78,11 +83,6 @@ def find(nvcc: Path | None = None, release: str | None = None, at_least: str | N
     if others:
         raise ToolchainError(f"{' and '.join(wishes)}, found {', '.join(others)}", hint=_HINT)
     raise ToolchainError("wanted nvcc, found none in CUDA_HOME, on PATH or among the installed wheels", hint=_HINT)
-
-
-def _numbers(release: str) -> list[int]:
-    """Major and minor, which compare as numbers do: 12.10 is later than 12.9."""
-    return [int(part) for part in release.split(".")]
 
 
 def _candidates() -> Iterator[tuple[Path, str]]:

@@ -118,6 +118,10 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     # A machine without DeepGEMM would get one of the current generation.
     generation: Generation = described.generation if described else "deepjit"
     toolchain = _attempt(problems, _toolchain, generation)
+    if installation and described and toolchain and toolchain.is_older_than(installation.oldest_nvcc):
+        problems.append(f"this DeepGEMM wants nvcc {installation.oldest_nvcc} or later, found {toolchain.release}")
+    if problem := variables.value_problem(generation, os.environ):
+        problems.append(f"DeepGEMM does not take a variable that is set here: {problem}")
     c_compiler = _attempt(problems, _c_compiler)
     gpu = nvml.first_gpu()
     roots_from, roots = variables.cache_roots(generation, os.environ)

@@ -44,7 +44,14 @@ def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm
     model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
     installation = installations.find(Path(deep_gemm) if deep_gemm else None)
-    if problem := value_problem(installation.generation, model.environment):
-        raise ManifestError(f"{path}: environment: {problem}", hint="correct the value, or remove the variable")
+    check_environment(model, installation)
     toolchain = toolchains.find(Path(nvcc) if nvcc else None, release, installation.oldest_nvcc)
     return Inputs(model, data, toolchain, installation)
+
+
+def check_environment(manifest: Manifest, installation: Installation) -> None:
+    """Raise `ManifestError` where this DeepGEMM does not take the value of one of the manifest's variables."""
+    if problem := value_problem(installation.generation, manifest.environment):
+        raise ManifestError(
+            f"{manifest.name}: environment: {problem}", hint="correct the value in the manifest, or remove the variable"
+        )

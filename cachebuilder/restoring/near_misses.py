@@ -24,7 +24,7 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.command import Command
-from cachebuilder.deepgemm.source import is_deep_gemms
+from cachebuilder.deepgemm.source import is_deep_gemms, read_shape
 from cachebuilder.errors import ArtifactError, InstallationError
 from cachebuilder.restoring import frozen
 from cachebuilder.restoring.compatibility import Difference, difference
@@ -167,6 +167,8 @@ class _Cache:
             wanted, found = (_headers_hash(text) for text in (self._read(entry, entry_files.SOURCE), source))
             if wanted != found:
                 differences.append(difference(fingerprint, "headers", wanted, found))
+        if entry is None and (sm_counts := self._other_sm_counts(source)):
+            differences.append(difference(fingerprint, "sm_counts", *sm_counts))
         if request is None:
             return differences, "its line in the log has no flags, and these may differ"
         if example := entry or next(iter(index.entries), None):
@@ -178,6 +180,14 @@ class _Cache:
         if headers is None:
             return differences, f"the headers in {include} cannot be read here and may differ"
         return differences + headers, None
+
+    def _other_sm_counts(self, source: bytes) -> tuple[str, str] | None:
+        """The SM counts that the folder's kernels are for, and that of ``source``, where it is none of them."""
+        known = {count for index in self._folder.indexes for count in index.fingerprint.sm_counts}
+        shape = read_shape(source.decode())
+        if shape is None or shape.sm_count in known:
+            return None
+        return ", ".join(map(str, sorted(known))), str(shape.sm_count)
 
     def _command(self, index: Index, entry: Entry) -> Command:
         """The command that DeepGEMM compiles an entry with."""

@@ -15,6 +15,7 @@ from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError
 from cachebuilder.manifest import schema as manifests
+from cachebuilder.manifest.inputs import check_environment
 from cachebuilder.restoring.environment import uncovered
 from cachebuilder.verifying import real, virtual
 from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
@@ -49,7 +50,7 @@ def verify(
 
     Raises:
         ArtifactError: ``target`` is neither an artifact nor a restored folder, or the folder's own files are damaged.
-        ManifestError: ``manifest`` cannot be read or is wrong.
+        ManifestError: ``manifest`` cannot be read or is wrong, or this DeepGEMM does not take one of its variables.
         InstallationError: torch or DeepGEMM is missing or does not load.
         CompatibilityError: a variable has DeepGEMM compile with NVRTC.
         PlanError: DeepGEMM died or misreads tensors. (A call that it refuses is part of the report.)
@@ -63,6 +64,8 @@ def verify(
             replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
         else:
             replayed = [(manifests.parse(item.manifest, item.stem), (item,)) for item in folder.artifacts]
+        for model, _ in replayed:
+            check_environment(model, installation)
         chosen = replayed[0][0].target.choose(device)
         _refuse_nvrtc(installation)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
