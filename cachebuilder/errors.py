@@ -33,7 +33,7 @@ class InstallationError(CacheBuilderError):
 
 
 class ToolchainError(CacheBuilderError):
-    """There is no nvcc, or not the release that was asked for."""
+    """There is no nvcc, or none of the release that the manifest wants or that DeepGEMM takes."""
 
     exit_code = 5
 
@@ -117,7 +117,7 @@ EXIT_CODES: dict[int, str] = {
     2: "wrong command line",
     ManifestError.exit_code: "bad manifest",
     InstallationError.exit_code: "torch, DeepGEMM or a C compiler is missing or does not work",
-    ToolchainError.exit_code: "no nvcc, or not the release that was asked for",
+    ToolchainError.exit_code: "no nvcc, or none of the release that the manifest or DeepGEMM wants",
     PlanError.exit_code: "DeepGEMM refused a shape, or its answers cannot be trusted",
     CompileError.exit_code: "a kernel did not compile, or compiled to the wrong code",
     ArtifactError.exit_code: "an artifact is damaged, or cannot be read or written",

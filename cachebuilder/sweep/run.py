@@ -108,6 +108,8 @@ def call(job: SweepJob, setting: Setting, progress: Progress = no_progress) -> A
         DeviceError: there is no real GPU, it is not the job's, or it is out of memory (op and point are named).
         PlanError: DeepGEMM refused a shape or died (op and point are named), misreads tensors under this torch,
             lacks an op, or made a CUDA call that the virtual GPU does not answer (named).
-        InstallationError: torch or DeepGEMM does not load.
+        InstallationError: torch or DeepGEMM does not load; what is missing is named if that shows.
+        ToolchainError: DeepGEMM refuses the compiler's release.
+        ManifestError: DeepGEMM does not take the value of a variable.
     """
     return run_child("child", job, setting, Answer, progress)
