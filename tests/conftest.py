@@ -25,6 +25,7 @@ from cachebuilder.cuda.processes import Processes
 from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.restoring.machine import Machine
+from cachebuilder.sweep import warm
 from tests.command_line import cachebuilder
 from tests.registries import Registry, registry
 
@@ -80,6 +81,13 @@ def cache_folder(shared_folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     os.environ["CACHEBUILDER_CACHE_DIR"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def import_torch_once() -> Iterator[None]:
+    """The tests' sweeps are forks of one process that has imported torch, as those of `verify` are."""
+    with warm.kept():
+        yield
 
 
 @pytest.fixture(scope="session")

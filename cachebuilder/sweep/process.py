@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +12,7 @@ from cachebuilder.common.foreign import without_traces
 from cachebuilder.common.progress import Progress
 from cachebuilder.common.records import Record
 from cachebuilder.errors import CacheBuilderError, DeviceError, InstallationError, PlanError
-from cachebuilder.sweep import causes
+from cachebuilder.sweep import causes, warm
 from cachebuilder.sweep.protocol import ANSWER, CHECKING, FAILURE, IMPORTING, JOB, POSITION, Failure, Job, Position
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
@@ -75,38 +71,19 @@ def run_child(module: str, job: Job, setting: Setting, answer: type[A], progress
         (folder / reply).unlink(missing_ok=True)  # from an earlier call in the same folder
     position = Position.shared(folder / POSITION)
     log = folder / "log.txt"
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                f"cachebuilder.sweep.{module}",
-                str(folder),
-            ],  # -P: no module of the working folder
-            env=_environment(job, setting),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C reaches the parent only, which ends the child
-        )
-        try:
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=0.05)
-                progress(setting.step, position.done, position.total)
-                if child.returncode is not None:
-                    break
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):  # the child may have ended in the meantime
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-            raise
-    if child.returncode == 0 and (folder / ANSWER).exists():
+    child = warm.start(module, folder, _environment(job, setting), log)
+    try:
+        while (exit_code := child.wait(0.05)) is None:
+            progress(setting.step, position.done, position.total)
+        progress(setting.step, position.done, position.total)
+    except BaseException:
+        child.kill()
+        raise
+    if exit_code == 0 and (folder / ANSWER).exists():
         return answer.model_validate_json((folder / ANSWER).read_bytes())
-    if child.returncode == 0 and (folder / FAILURE).exists():
+    if exit_code == 0 and (folder / FAILURE).exists():
         raise _explain(Failure.model_validate_json((folder / FAILURE).read_bytes()), job, position)
-    end = f"signal {-child.returncode}" if child.returncode < 0 else f"exit code {child.returncode}"
+    end = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
     last_lines = "\n".join(without_traces(log.read_text(errors="replace")).strip().splitlines()[-8:])
     reason = f"the sweep's process ended with {end}\n{last_lines}".strip()
     raise _explain(Failure(kind="died", reason=reason), job, position)

@@ -17,6 +17,7 @@ from cachebuilder.errors import CompatibilityError
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.manifest.inputs import check_environment
 from cachebuilder.restoring.environment import uncovered
+from cachebuilder.sweep import warm
 from cachebuilder.verifying import real, virtual
 from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
 from cachebuilder.verifying.virtual import Launches, Serving
@@ -58,7 +59,7 @@ def verify(
     """
     target = Path(target)
     installation = installations.find(Path(deep_gemm) if deep_gemm else None)
-    with scratch_folder() as scratch:
+    with scratch_folder() as scratch, warm.kept():
         folder = virtual.open_target(target, installation, scratch)
         if manifest:
             replayed = [(manifests.load(Path(manifest))[0], folder.artifacts)]
