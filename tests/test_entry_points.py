@@ -37,10 +37,13 @@ def test_every_op_is_planned_and_compiled_to_deepgemms_own_code(arch: str, gener
     assert plan.generation == generation
     planned = {selection.op for kernel in plan.kernels for selection in kernel.selected_by}
     assert planned == set(range(len(plan.ops))), "each op asks for a kernel"
-    cubins = compiling.compile_kernels(inputs, plan.kernels, store=CubinStore()).cubins
-    assert cubins.keys() == {kernel.entry for kernel in plan.kernels}
+    # Kernels of one name that one op asks for differ in numbers only: one of them is compiled.
+    kinds = {(kernel.name, selection.op): kernel for kernel in plan.kernels for selection in kernel.selected_by}
+    kernels = list({kernel.entry: kernel for kernel in kinds.values()}.values())
+    cubins = compiling.compile_kernels(inputs, kernels, store=CubinStore()).cubins
+    assert cubins.keys() == {kernel.entry for kernel in kernels}
     # test_compile.py compares one kernel of every family of the engines' six GEMMs; here two of the others, at random.
-    others = [kernel for kernel in plan.kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
+    others = [kernel for kernel in kernels if "1d" not in kernel.name and "bf16_gemm" not in kernel.name]
     check_code(random.Random(f"{arch} {generation}").sample(others, 2), cubins, inputs)
 
 
