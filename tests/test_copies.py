@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from cachebuilder import building
+from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import installation as installations
-from cachebuilder.errors import InstallationError, PlanError
-from cachebuilder.sweep.recorder import Newcomers, read_entries
+from cachebuilder.errors import InstallationError, PlanError, RecordingError
+from cachebuilder.sweep.recorder import Newcomers, read_entries, recording_compiler
 from tests.conftest import Run
-from tests.restored import copy_of, unpack
+from tests.restored import copy_of
+
+DEEP_JIT = Path(__file__).parent / "data" / "deep_jit"
 
 
 def install(site: Path, distribution: str, version: str, package: Path) -> None:
@@ -61,20 +68,65 @@ def test_the_distribution_that_brought_a_copy_is_named(built: building.Built, tm
     assert str(copy).startswith(f"DeepGEMM {copy.version} (tokenspeed-deepgemm 2.8.2.post20261020, ")
 
 
-def test_a_kernel_that_deepgemm_changes_after_nvcc_is_refused(built: building.Built, tmp_path: Path) -> None:
-    if built.plan.generation == "legacy":
-        pytest.skip("legacy DeepGEMM has no such programs")
-    folder = unpack(built.packed.path, tmp_path / "root")
-    first, *others = sorted((folder / "cache").iterdir())
-    shutil.rmtree(folder / "cachebuilder")
-    for entry in (first, *others):  # what the recording compiler writes beside the source
-        entry.chmod(0o755)
-        (entry / "command.txt").write_text(f"{entry}/kernel.cu --cubin --output-file {entry}/kernel.cubin -O3\n")
-    assert len(read_entries(folder, "deepjit")) == len(others) + 1
-    meta = json.loads((first / "meta.json").read_text())
-    meta["compiler_options"]["post_hook"] = "jit_hooks/interleave.py"
-    (first / "meta.json").chmod(0o644)
-    (first / "meta.json").write_text(json.dumps(meta))
-    for read in (lambda: read_entries(folder, "deepjit"), lambda: list(Newcomers(folder, "deepjit").take())):
-        with pytest.raises(PlanError, match=rf"{first.name}: .* changes after nvcc, by jit_hooks/interleave\.py"):
+@pytest.fixture(scope="module")
+def hooked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that compiles one kernel with DeepJIT's own code and a post-hook."""
+    dry = [toolchains.find().nvcc, "--dryrun", "-c", "kernel.cu"]
+    top = re.search(r"TOP=(.*)", subprocess.run(dry, capture_output=True, text=True, check=False).stderr)
+    headers = Path(top[1] if top else "/usr/local/cuda").resolve() / "include"
+    compiler, torch = shutil.which("g++"), installations.package_folder("torch")
+    if compiler is None or torch is None or not (headers / "cuda_runtime.h").is_file():
+        pytest.skip("wants g++, torch and the CUDA toolkit's headers")
+    program = tmp_path_factory.mktemp("deep_jit") / "hooked"
+    include = installations.find().include
+    folders = [f"-I{folder}" for folder in (DEEP_JIT, include, torch / "include", headers)]
+    libraries = [
+        f"-L{headers.parent}/lib64",
+        f"-L{torch}/lib",
+        f"-Wl,-rpath,{torch}/lib",
+        f"-Wl,-rpath,{headers.parent}/lib64",
+    ]
+    names = ["-lcudart", "-ltorch", "-ltorch_cpu", "-ltorch_cuda", "-lc10", "-ldl"]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O0",
+        *folders,
+        str(DEEP_JIT / "hooked.cpp"),
+        "-o",
+        str(program),
+        *libraries,
+        *names,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+@pytest.mark.slow
+def test_a_kernel_that_deepjit_changes_after_nvcc_is_refused(run: Run, hooked: Path, tmp_path: Path) -> None:
+    library, root = tmp_path / "library", tmp_path / "root"
+    (library / "jit_hooks").mkdir(parents=True)
+    (library / "jit_hooks" / "hook.py").write_text("import sys\nopen(sys.argv[1], 'a').write('changed')\n")
+    entry = root / "cache" / f"sm90_fp8_gemm_1d2d.{'0' * 32}"
+    entry.mkdir(parents=True)
+    compiler = recording_compiler(tmp_path, toolchains.find().version_text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # DeepJIT runs the program with `python`
+    variables = {"CUDA_HOME": str(compiler.home), "DG_JIT_NVCC_COMPILER": str(compiler.nvcc), "PATH": path}
+    subprocess.run([hooked, library, entry], env=os.environ | variables, check=True)
+    assert (entry / "kernel.cubin").read_text().endswith("changed")
+    wanted = rf"{entry.name}: .* changes after nvcc, by jit_hooks/hook\.py"
+    for read in (lambda: read_entries(root, "deepjit"), lambda: list(Newcomers(root, "deepjit").take())):
+        with pytest.raises(PlanError, match=wanted):
             read()
+
+    (entry / ".committed").touch()
+    program = f'mkdir -p "$DG_JIT_CACHE_DIR/cache" && cp -r {entry} "$DG_JIT_CACHE_DIR/cache/"'
+    done = run("record", "-o", tmp_path / "m.yaml", "--gpu", "H200", "--", "sh", "-c", program)
+    assert "changes after nvcc, by jit_hooks/hook.py" in " ".join(done.stderr.split()), done.stderr
+    assert done.returncode == RecordingError.exit_code and not (tmp_path / "m.yaml").exists()
+
+    meta = json.loads((entry / "meta.json").read_text())
+    meta["compiler_options"]["post_hook"] = None  # as in the meta.json of every kernel that DeepGEMM has today
+    (entry / "meta.json").write_text(json.dumps(meta))
+    assert list(read_entries(root, "deepjit")) == [entry.name]

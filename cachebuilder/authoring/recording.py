@@ -192,6 +192,10 @@ def _read_cache(cache: Path) -> tuple[Generation | None, tuple[RecordedKernel, .
         for kind, files in entries.FILES.items():
             if (name := entries.kernel_name(kind, entry.name)) and all((entry / file).is_file() for file in files):
                 generation = kind
+                if kind == "deepjit" and (
+                    refusal := entries.hook_refusal(name, _read_source(entry / entries.METADATA))
+                ):
+                    raise RecordingError(refusal, hint="the manifest's sources cannot name such a kernel's key")
                 kernels[entry.name] = RecordedKernel(name, _read_source(entry / entries.SOURCE))
     return generation, tuple(kernels.values())
 

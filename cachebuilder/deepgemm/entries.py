@@ -7,6 +7,7 @@ Facts from DeepGEMM 2.6.1 ``csrc/jit/compiler.hpp`` and ``csrc/utils/hash.hpp`` 
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,24 @@ def kernel_name(generation: Generation, entry: str) -> str | None:
     """The kernel's name in the name of an entry's folder; None where the generation has no such names."""
     match = _NAMES[generation].fullmatch(entry)
     return match[1] if match else None
+
+
+def hook_refusal(entry: str, metadata: str) -> str | None:
+    """Why a DeepJIT kernel cannot be built: DeepGEMM runs a program of its own on nvcc's cubin. None where it does not.
+
+    The program's text is part of the key (``deep_jit/backend/cuda/options.hpp``), and cachebuilder runs no program.
+    No DeepGEMM has one yet: tokenspeed-deepgemm 2.8.2 has an empty folder for them, ``jit_hooks``.
+
+    Args:
+        metadata: ``meta.json``, as DeepJIT writes it.
+    """
+    try:
+        hook = json.loads(metadata)["compiler_options"]["post_hook"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None  # not DeepJIT's file
+    if hook is None:
+        return None
+    return f"{entry}: wanted a kernel that nvcc alone makes, found one that DeepGEMM changes after nvcc, by {hook}"
 
 
 def legacy_entry(kernel: str, nvcc_release: str, flags: str, source: bytes) -> str:

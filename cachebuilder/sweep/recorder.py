@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,8 +85,8 @@ def _read(folder: Path, generation: Generation) -> RecordedEntry:
         raise PlanError(f"wanted entries of the {generation} generation, found {folder.name}")
     metadata = folder / entry_files.METADATA
     text = metadata.read_text() if metadata.exists() else None
-    if text is not None:
-        _refuse_hook(folder.name, text)
+    if text is not None and (refusal := entry_files.hook_refusal(folder.name, text)):
+        raise PlanError(refusal, hint="leave the op that asks for it out of the manifest, or take another DeepGEMM")
     return RecordedEntry(
         name=folder.name,
         kernel_name=kernel_name,
@@ -95,18 +94,3 @@ def _read(folder: Path, generation: Generation) -> RecordedEntry:
         arguments=(folder / "command.txt").read_text().rstrip("\n"),
         metadata=text,
     )
-
-
-def _refuse_hook(entry: str, metadata: str) -> None:
-    """Raise `PlanError` where DeepJIT runs a program of DeepGEMM's on the cubin that nvcc made.
-
-    The program's text is part of the key (``deep_jit/backend/cuda/options.hpp``). No DeepGEMM has such a kernel yet:
-    tokenspeed-deepgemm 2.8.2 has an empty folder for them, ``jit_hooks``.
-    """
-    hook = json.loads(metadata)["compiler_options"].get("post_hook")
-    if hook is not None:
-        raise PlanError(
-            f"{entry}: wanted a kernel that nvcc alone makes, found one that DeepGEMM changes after nvcc, by {hook}",
-            hint="cachebuilder runs no such program, so its kernel would not be DeepGEMM's: leave the op that asks for "
-            "it out of the manifest, or build with another DeepGEMM",
-        )
