@@ -133,7 +133,8 @@ def restored(small: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("name", ["vllm", "sglang", "init-container", "image-volume"])
 def test_the_environment_is_the_one_that_env_prints(name: str, restored: Path, run: Run) -> None:
     docker = name in ("vllm", "sglang")
-    more = ["--scratch", "/writable/scratch"] if name == "image-volume" else []
+    scratch = "/tmp/deep_gemm" if docker else "/writable/scratch" if name == "image-volume" else None
+    more = ["--scratch", scratch] if scratch else []
     command = (
         "env",
         restored,
