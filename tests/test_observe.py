@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cachebuilder import building
+from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring.observe import calls, engines, traffic
 from cachebuilder.authoring.observe.manifest import bound
 from cachebuilder.errors import RecordingError
@@ -85,6 +86,36 @@ def test_a_manifest_is_checked_against_the_engine(run: Run, observed: Observed, 
     done = run("observe", "--check", tmp_path / "less.yaml", *command)
     assert done.returncode == 11
     assert "m_grouped_fp8_gemm_contiguous" in done.stdout and "{op: fp8_gemm_nt, n: 1024, k: 512" in done.stdout
+
+
+@pytest.mark.slow
+@needs_headers
+def test_a_build_observes_an_engine_and_has_all_that_it_asks_for(run: Run, observed: Observed, tmp_path: Path) -> None:
+    output = tmp_path / "a.tar.zst"
+    done = run("build", "--gpu", TARGET, "-o", output, "--", sys.executable, ENGINE)
+    assert done.returncode == 0, done.stderr
+    plan = building.plan(load_manifest(observed[0]))
+    entries = {entry.name for entry in read_index(output).entries}
+    assert entries == {kernel.entry for kernel in plan.kernels}
+    manifest = tmp_path / "a.tar.zst.manifest.yaml"
+    assert str(manifest) in done.stdout and load_manifest(manifest).manifest.ops
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["m.yaml", "n.yaml"], "wanted one MANIFEST, found m.yaml n.yaml; an engine's command wants --gpu NAME"),
+        (["--gpu", "no-such-card", "--", "true"], "no-such-card"),
+        (["--gpu", TARGET, "--deep-gemm", ".", "--", "true"], "--deep-gemm goes with a manifest"),
+        (["--gpu", TARGET, "--", "true"], "called no function of DeepGEMM"),
+    ],
+)
+def test_a_build_that_cannot_observe_says_why_and_leaves_nothing(
+    arguments: list[str], words: str, run: Run, tmp_path: Path
+) -> None:
+    done = run("build", "-o", tmp_path / "out" / "a.tar.zst", *arguments)
+    assert done.returncode != 0 and words in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_a_program_is_served_from_the_cache_built_of_its_recording(
     building.build(load_manifest(recorded, deep_gemm=here.path), output)
     assert check(output, here).complete
     served = unpack(output, tmp_path / "served")
-    copy = ("--deep-gemm", here.imported_as)
+    copy = ("--deep-gemm", here.path)
     asked = run("run", served, *copy, "--", *program(deep_gemm, "dense", "0"))
     assert asked.returncode == 0, asked.stderr
     log = served / "cachebuilder" / "misses.jsonl"

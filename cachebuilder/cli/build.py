@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 import cachebuilder
+from cachebuilder.authoring.observe import observe as observing
 from cachebuilder.building import Built
-from cachebuilder.cli import remote, shared, words
+from cachebuilder.cli import remote, shared
+from cachebuilder.cli.observe import find_gpu, print_summary
 from cachebuilder.cli.push import run_push
+from cachebuilder.cli.words import several, size
+from cachebuilder.common.files import make_folders, write_atomically
 from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda.device import DeviceChoice
+from cachebuilder.errors import ManifestError
+from cachebuilder.manifest import schema as manifests
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class _Options:
 
 
 @click.command()
-@shared.manifest_argument
+@click.argument("words", metavar="MANIFEST | -- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--gpu", metavar="NAME", help="With -- CMD: the GPU to show to the engine, for example H200.")
 @click.option(
     "-o",
     "--output",
@@ -50,12 +58,24 @@ class _Options:
     ),
 )
 def build(
-    manifest: Path, output: Path | str | None, tools: shared.ToolPaths, device: DeviceChoice, how: _Options
+    words: tuple[str, ...],
+    gpu: str | None,
+    output: Path | str | None,
+    tools: shared.ToolPaths,
+    device: DeviceChoice,
+    how: _Options,
 ) -> None:
     """Plan MANIFEST, compile every kernel, and pack them into one artifact.
 
-    Also writes the record of the build, ARTIFACT.build.json, which `report` reads.
+    With --gpu and an engine's serve command CMD, `observe` writes the manifest first, as ARTIFACT.manifest.yaml. Also
+    writes the record of the build, ARTIFACT.build.json, which `report` reads.
     """
+    if gpu is not None:
+        manifest, tools, output = _observe(words, gpu, output, tools)
+    elif len(words) > 1:
+        raise click.UsageError(f"wanted one MANIFEST, found {' '.join(words)}; an engine's command wants --gpu NAME")
+    else:
+        manifest = Path(words[0])
     inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
     shared.say(f"using     {inputs.installation}")
     shared.say(f"          {inputs.toolchain}")
@@ -72,12 +92,33 @@ def build(
         run_push(destination, (built.packed.path,))
 
 
+def _observe(
+    command: tuple[str, ...], gpu: str, output: Path | str | None, tools: shared.ToolPaths
+) -> tuple[Path, shared.ToolPaths, Path | str]:
+    """Observe an engine; returns the manifest, the DeepGEMM that the engine called, and the artifact's file."""
+    if tools.deep_gemm is not None:
+        raise click.UsageError("--deep-gemm goes with a manifest; an engine brings its own DeepGEMM")
+    with shared.show_progress() as progress:
+        observation = observing.observe(
+            command, find_gpu(gpu), nvcc=tools.nvcc, environment=os.environ, progress=progress
+        )
+    print_summary(observation)
+    data = observation.manifest.encode()
+    default = Path("dist") / f"{manifests.parse(data, 'observed').name}.tar.zst"
+    file = default if output is None or remote.is_remote(output) else Path(output)
+    manifest = file.with_name(f"{file.name}.manifest.yaml")
+    make_folders(manifest.parent)
+    write_atomically(manifest, data, ManifestError)
+    shared.say(f"manifest  {manifest}")
+    return manifest, shared.ToolPaths(tools.nvcc, observation.installation.path), output or file
+
+
 def _print_summary(built: Built) -> None:
     plan, compiled, packed = built.plan, built.compiled, built.packed
     sm_counts = ", ".join(map(str, plan.sm_counts))
     target = f"{plan.gpu.name}, {plan.arch}, {sm_counts} SMs"
     shared.say(f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {target}")
-    new_kernels = words.several(len(compiled.compiled), "kernel")
+    new_kernels = several(len(compiled.compiled), "kernel")
     shared.say(f"compiled  {new_kernels}, {compiled.reused} from the store, {compiled.checked} checked")
     shared.say(
         f"time      plan {built.plan_seconds:.1f} s, compile {compiled.wall_seconds:.1f} s "
@@ -85,6 +126,6 @@ def _print_summary(built: Built) -> None:
     )
     if built.device == "cuda":
         shared.say(f"on GPU    needs the same kernels; all {plan.calls} calls were served from the artifact")
-    shared.say(f"artifact  {packed.path}, {words.size(packed.size)} ({words.size(packed.unpacked_size)} unpacked)")
+    shared.say(f"artifact  {packed.path}, {size(packed.size)} ({size(packed.unpacked_size)} unpacked)")
     shared.say(f"sha256    {packed.sha256}")
     shared.say(f"next      cachebuilder inspect {packed.path}")

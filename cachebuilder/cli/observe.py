@@ -14,6 +14,7 @@ from cachebuilder.authoring.record import check_writable
 from cachebuilder.cli import console, shared, words
 from cachebuilder.common.files import write_atomically
 from cachebuilder.cuda import gpus
+from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import ManifestError, VerifyError
 
 
@@ -41,10 +42,7 @@ def observe(
     """
     if output is None and known is None:
         raise click.UsageError("wanted -o FILE for a new manifest, or --check MANIFEST, or both")
-    try:
-        target = gpus.find(gpu)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--gpu") from None
+    target = find_gpu(gpu)
     if output is not None:
         check_writable(output)
     lack = None
@@ -56,7 +54,7 @@ def observe(
             write_atomically(output, observation.manifest.encode(), ManifestError)
         if known is not None:
             lack = observing.check(observation, known, nvcc, progress)
-    _print_summary(observation)
+    print_summary(observation)
     if output is not None:
         shared.say(f"manifest  {output}")
         shared.say(f"next      cachebuilder build {output} --deep-gemm {observation.installation.path}")
@@ -64,7 +62,16 @@ def observe(
         _print_lack(observation, known, lack)
 
 
-def _print_summary(observation: Observation) -> None:
+def find_gpu(name: str) -> Gpu:
+    """The GPU that ``--gpu`` names."""
+    try:
+        return gpus.find(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--gpu") from None
+
+
+def print_summary(observation: Observation) -> None:
+    """Print what was changed, called and planned."""
     run, observed = observation.run, observation.observed
     for change in observation.changes:
         shared.say(f"changed   {change.what}: {change.why}")
