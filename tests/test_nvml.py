@@ -105,6 +105,15 @@ def test_a_restore_compares_the_gpu_that_is_visible(
         assert forced.returncode == 0 and "forced" in forced.stderr and words[2] in forced.stderr
         looked = run("doctor", tmp_path / "dir", *here, **environment)
         assert f"GPU          {card['NAME']}, compute capability" in looked.stdout and words[2] in looked.stdout
+        started = run("run", tmp_path / "dir", *here, "--", "echo", "started", **environment)
+        assert (started.returncode, started.stdout) == (9, ""), "every call would miss here"
+        for word in words:
+            assert word in started.stderr
+        forced = run("run", tmp_path / "dir", "--force", *here, "--", "echo", "started", **environment)
+        assert (forced.returncode, forced.stdout) == (0, "started\n")
+        proved = run("verify", tmp_path / "dir", *here, **environment)
+        assert proved.returncode == 0 and "0 missing" in proved.stdout, "verify replays for the manifest's GPU"
+        assert words[2] in proved.stdout, "and says that another one is here"
 
 
 #: CUDA_VISIBLE_DEVICES, the SMs of the first card's MIG instance (0: MIG is off, -1: it has no instance), and the GPU
