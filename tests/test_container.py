@@ -49,7 +49,14 @@ os._exit(0)  # DeepGEMM's destructors would tidy up a GPU that does not exist
 def dir(built: building.Built, ground: Path) -> Path:
     """Restored by root, in a folder that other users can enter and read but not write to."""
     restore([built.packed.path], ground / "dir", machine=Machine(built.inputs.installation))
+    (ground / "tmp").mkdir()
+    (ground / "tmp").chmod(0o1777)
     return ground / "dir"
+
+
+def temporary(dir: Path) -> dict[str, str]:
+    """A temporary folder as /tmp is, which no other test uses."""
+    return {"TMPDIR": str(dir.parent / "tmp")}
 
 
 def of_copy(built: building.Built) -> tuple[str, Path]:
@@ -63,8 +70,8 @@ def of_copy(built: building.Built) -> tuple[str, Path]:
 @pytest.mark.parametrize(
     ("container", "environment", "private"),
     [
-        pytest.param(Container(), {}, f"/tmp/cachebuilder-{USER}/", id="another-user"),
-        pytest.param(Container(), {"HOME": "/"}, f"/tmp/cachebuilder-{USER}/", id="home-that-is-roots"),
+        pytest.param(Container(), {}, f"{{ground}}/tmp/cachebuilder-{USER}/", id="another-user"),
+        pytest.param(Container(), {"HOME": "/"}, f"{{ground}}/tmp/cachebuilder-{USER}/", id="home-that-is-roots"),
         pytest.param(Container(read_only=True), {}, f"/dev/shm/cachebuilder-{USER}/", id="read-only"),
         pytest.param(Container(user=0, read_only=True), {"HOME": "/"}, "/dev/shm/cachebuilder-0/", id="root-read-only"),
     ],
@@ -72,12 +79,13 @@ def of_copy(built: building.Built) -> tuple[str, Path]:
 def test_run_takes_a_root_of_its_own_where_it_cannot_write_and_says_which(
     container: Container, environment: dict[str, str], private: str, built: building.Built, dir: Path
 ) -> None:
-    done = container.run(*ENTERED, dir, *of_copy(built), *SHOW, **environment)
+    done = container.run(*ENTERED, dir, *of_copy(built), *SHOW, **temporary(dir), **environment)
     assert done.returncode == 0, done.stderr
     root = done.stdout.splitlines()[0].split(":")[0]
-    assert root.startswith(private) and f" {root}" in done.stderr and "cannot be" in done.stderr
+    assert (
+        root.startswith(private.format(ground=dir.parent)) and f" {root}" in done.stderr and "cannot be" in done.stderr
+    )
     assert done.stderr.startswith("note ")
-    shutil.rmtree(f"/tmp/cachebuilder-{USER}", ignore_errors=True)
 
 
 @needs_container
@@ -109,9 +117,9 @@ def test_a_scratch_folder_that_cannot_be_written_is_refused_with_its_user(
     built: building.Built, dir: Path, ground: Path
 ) -> None:
     (ground / "scratch").mkdir()
-    done = Container().run(*ENTERED, dir, *of_copy(built), "--scratch", ground / "scratch", *SHOW)
+    done = Container().run(*ENTERED, dir, *of_copy(built), "--scratch", ground / "scratch", *SHOW, **temporary(dir))
     if built.plan.generation == "legacy":  # it has no scratch folder unless it needs one
-        assert done.returncode == 0 and f"/tmp/cachebuilder-{USER}/" in done.stdout
+        assert done.returncode == 0 and f"{ground}/tmp/cachebuilder-{USER}/" in done.stdout
         return
     assert done.returncode == RestoreError.exit_code
     assert f"{ground}/scratch cannot be written to by user {USER}" in " ".join(done.stderr.split())
@@ -129,9 +137,11 @@ def test_on_a_mount_without_exec_run_takes_a_copy_of_the_frozen_nvcc(built: buil
 def test_env_for_a_shell_names_what_this_user_can_use_and_for_a_dockerfile_warns(
     built: building.Built, dir: Path, run: Run
 ) -> None:
-    done = Container().run("cachebuilder", "env", dir)
+    done = Container().run("cachebuilder", "env", dir, **temporary(dir))
     assert done.returncode == 0, done.stderr
-    assert f"export DG_JIT_CACHE_DIR=/tmp/cachebuilder-{USER}/" in done.stdout and "cannot be" in done.stderr
+    assert (
+        f"export DG_JIT_CACHE_DIR={dir.parent}/tmp/cachebuilder-{USER}/" in done.stdout and "cannot be" in done.stderr
+    )
     for form in ("docker", "k8s"):
         done = run("env", dir, "--format", form)
         assert "only root can write to" in done.stderr and "cachebuilder run" in done.stderr
@@ -165,7 +175,7 @@ def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
 ) -> None:
     """As reported: hits are served, but a miss dies as 'cannot create directories', with no kernel and no log line."""
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "libraries"))
-    gpu = virtual_gpu.environment(built.plan.gpu)
+    gpu = virtual_gpu.environment(built.plan.gpu) | temporary(dir)
     container = Container(read_only=condition == "read-only", noexec=[dir] if condition == "noexec" else [])
     call = ("--", "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", "4096")
     without = container.run("cachebuilder", "run", dir, *of_copy(built), *call, **gpu)
@@ -173,15 +183,14 @@ def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
     assert "served 16" in said and "served 4096" not in said, said
     assert "is not in the restored cache" in said and "cachebuilder misses" in said, said
     log = next(word for word in said.split() if word.endswith("misses.jsonl"))
-    assert log.startswith(f"/{'dev/shm' if condition == 'read-only' else 'tmp'}/cachebuilder-{USER}/")
+    assert log.startswith(f"{'/dev/shm' if condition == 'read-only' else ground / 'tmp'}/cachebuilder-{USER}/")
     if condition != "read-only":  # its /dev/shm ended with it
         assert [json.loads(line)["artifact"] for line in Path(log).read_text().splitlines()] == ["small"]
     nvcc = shutil.which("nvcc") or str(built.inputs.toolchain.nvcc)
     compiling = {"CACHEBUILDER_ON_MISS": "compile", "CACHEBUILDER_REAL_NVCC": nvcc}
     if condition == "read-only":
-        compiling["TMPDIR"] = "/dev/shm"  # nvcc itself writes there
+        gpu["TMPDIR"] = "/dev/shm"  # nvcc itself writes there
     with_compiler = container.run("cachebuilder", "run", dir, *of_copy(built), *call, **gpu, **compiling)
-    shutil.rmtree(f"/tmp/cachebuilder-{USER}", ignore_errors=True)
     assert "served 4096" in with_compiler.stdout, with_compiler.stdout + with_compiler.stderr
 
 
@@ -263,7 +272,8 @@ def test_an_examples_image_restored_as_root_serves_as_another_user_and_names_a_m
     for command in re.findall(r"^RUN (cachebuilder .*)$", text, re.MULTILINE):
         subprocess.run(["sh", "-ec", command], env=os.environ | {"PATH": path, "HOME": f"{ground}/home"}, check=True)
     variables = dict(re.findall(r"^ENV (\w+)=(.*)$", text, re.MULTILINE)) | {
-        "CUDA_HOME": f"{ground}/deep_gemm/cachebuilder"
+        "CUDA_HOME": f"{ground}/deep_gemm",
+        "TMPDIR": f"{ground}/tmp",
     }
     done = Container().run(
         "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", "4096", **gpu, **variables
