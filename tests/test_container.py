@@ -194,6 +194,22 @@ def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
     assert "served 4096" in with_compiler.stdout, with_compiler.stdout + with_compiler.stderr
 
 
+@needs_container
+@pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
+def test_a_root_that_another_user_made_does_not_end_a_hit_of_a_server_without_run(
+    built: building.Built, dir: Path, ground: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """An init container checks as root by `run DIR -- true`; the server gets its variables from the pod's text."""
+    assert run("run", dir, *of_copy(built), "--", "true").returncode == 0 and (dir / "scratch").is_dir()
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "libraries"))
+    variables = virtual_gpu.environment(built.plan.gpu) | json.loads(run("env", dir, "--format", "json").stdout)
+    done = Container().run(
+        "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", **variables, **temporary(dir)
+    )
+    assert "served 16" in done.stdout, done.stderr
+
+
 # What fits
 
 

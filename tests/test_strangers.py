@@ -354,9 +354,9 @@ def test_in_a_folder_that_all_may_write_the_writable_root_is_a_private_one(tempo
         place.private_root(temporary)
 
 
-def test_a_writable_root_that_is_missing_is_made_for_this_user_alone(tmp_path: Path) -> None:
+def test_a_writable_root_that_is_missing_is_made_for_this_user_alone_to_write(tmp_path: Path) -> None:
     assert place.private_root(tmp_path / "scratch") == tmp_path / "scratch"
-    assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "scratch").stat().st_mode) == 0o755
 
 
 # The cache folder

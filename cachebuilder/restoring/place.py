@@ -217,13 +217,17 @@ def _absolute(path: Path) -> Path:
 
 
 def _enter(parent: Folder, path: Path) -> Folder:
-    """The folder at ``path``, which may be a link of this user or root; made for this user alone if it is missing."""
+    """The folder at ``path``, which may be a link of this user or root; made if it is missing, for this user to write.
+
+    Other users may look into it: a server of another user would otherwise fail at a hit, since DeepJIT looks into its
+    first root for every kernel (`std::filesystem::exists` throws where it may not look; deep_jit/cache/disk.hpp).
+    """
     try:
         if stat.S_ISLNK(parent.status(path.name).st_mode) and parent.status(path.name).st_uid in (0, os.geteuid()):
             return Folder.at(path)
     except FileNotFoundError:
         pass
-    return parent.make(path.name, 0o700)
+    return parent.make(path.name)
 
 
 def _require_own(root: Folder) -> None:
