@@ -26,6 +26,8 @@ from tests.users import ground
 
 __all__ = ["ground"]  # a fixture
 
+pytestmark = pytest.mark.slow
+
 DOCKERFILES = sorted((ROOT / "examples").glob("Dockerfile.*"))
 
 ENTERED = "cachebuilder", "run"
@@ -164,7 +166,6 @@ def test_doctor_names_the_root_that_deepgemm_cannot_write_and_the_nvcc_that_it_c
 
 
 @needs_container
-@pytest.mark.slow
 @pytest.mark.parametrize("condition", ["another-user", "read-only", "noexec"])
 def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
     condition: str,
@@ -195,7 +196,6 @@ def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
 
 
 @needs_container
-@pytest.mark.slow
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_a_root_that_another_user_made_does_not_end_a_hit_of_a_server_without_run(
     built: building.Built, dir: Path, ground: Path, monkeypatch: pytest.MonkeyPatch, run: Run
@@ -250,7 +250,6 @@ def test_without_a_deepgemm_beside_cachebuilder_run_compares_the_rest(dir: Path,
         serving.require_fit(folder, Machine(None, environment={"DG_JIT_DEBUG": "1"}), force=False)
 
 
-@pytest.mark.slow
 def test_verify_replays_under_the_variables_that_are_set_here(built: building.Built, dir: Path, run: Run) -> None:
     done = run("verify", dir, *of_copy(built), DG_JIT_WITH_LINEINFO="1")
     assert done.returncode != 0 and " 0 kernels found, 5 missing" in done.stdout
@@ -269,7 +268,6 @@ def test_verify_refuses_nvrtc_which_asks_no_compiler(built: building.Built, dir:
 
 
 @needs_container
-@pytest.mark.slow
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_an_examples_image_restored_as_root_serves_as_another_user_and_names_a_miss(

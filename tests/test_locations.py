@@ -106,6 +106,7 @@ def guarded(artifact: Path) -> Iterator[tuple[Raw, str]]:
         yield server, f"http://fleet:swordfish@{server.host}/a.tar.zst"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["a.tar.zst", "none.tar.zst", "a.tar.zst#sha256=" + "0" * 64, "a.tar.zst?token=swordfish"]
 )

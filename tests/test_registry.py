@@ -307,6 +307,7 @@ def test_of_several_signatures_the_trusted_one_is_found_whoever_came_last(
     assert not beside(got, ".intoto.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["index", "manifest", "blob", "list", "attached", "signature"])
 def test_a_bit_flipped_on_the_way_is_refused_before_extraction_and_nothing_is_left(
     part: str, there: Registry, artifact: Path, keys: Path, run: Run, tmp_path: Path

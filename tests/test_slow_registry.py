@@ -45,6 +45,7 @@ DRIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [pytest.param(parts, id=name) for name, parts in DRIPS.items()])
 def test_a_registry_that_drips_is_given_up(parts: list[bytes]) -> None:
     with Raw(lambda connection, head: drip(connection, iter(parts))) as server:

@@ -54,6 +54,7 @@ def test_no_table_is_wider_than_80_columns(verb: str, built: Built, small: Path,
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("no_color", "coloured"), [(None, True), ("", True), ("1", False)])
 def test_colour_is_for_terminals_without_no_color(built: Built, no_color: str | None, coloured: bool) -> None:
     environment = {} if no_color is None else {"NO_COLOR": no_color}
