@@ -118,6 +118,13 @@ def test_a_build_that_cannot_observe_says_why_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_build_that_could_not_write_its_artifact_says_so_before_it_observes(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    observed = tmp_path / "observed"
+    done = run("build", "--gpu", TARGET, "-o", tmp_path / "file" / "a.tar.zst", "--", "touch", observed)
+    assert done.returncode == 3 and "cannot be written" in done.stderr and not observed.exists()
+
+
 @pytest.mark.slow
 @needs_headers
 def test_a_cuda_call_without_an_answer_ends_with_its_name(run: Run, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import click
 
 import cachebuilder
 from cachebuilder.authoring.observe import observe as observing
+from cachebuilder.authoring.record import check_writable
 from cachebuilder.building import Built
 from cachebuilder.cli import remote, shared
 from cachebuilder.cli.observe import find_gpu, print_summary
@@ -31,7 +32,7 @@ class _Options:
 
 
 @click.command()
-@click.argument("words", metavar="MANIFEST | -- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("manifest_or_command", metavar="MANIFEST | -- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--gpu", metavar="NAME", help="With -- CMD: the GPU to show to the engine, for example H200.")
 @click.option(
     "-o",
@@ -58,7 +59,7 @@ class _Options:
     ),
 )
 def build(
-    words: tuple[str, ...],
+    manifest_or_command: tuple[str, ...],
     gpu: str | None,
     output: Path | str | None,
     tools: shared.ToolPaths,
@@ -71,11 +72,12 @@ def build(
     writes the record of the build, ARTIFACT.build.json, which `report` reads.
     """
     if gpu is not None:
-        manifest, tools, output = _observe(words, gpu, output, tools)
-    elif len(words) > 1:
-        raise click.UsageError(f"wanted one MANIFEST, found {' '.join(words)}; an engine's command wants --gpu NAME")
+        manifest, tools, output = _observe(manifest_or_command, gpu, output, tools)
+    elif len(manifest_or_command) > 1:
+        words = " ".join(manifest_or_command)
+        raise click.UsageError(f"wanted one MANIFEST, found {words}; an engine's command wants --gpu NAME")
     else:
-        manifest = Path(words[0])
+        manifest = Path(manifest_or_command[0])
     inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
     shared.say(f"using     {inputs.installation}")
     shared.say(f"          {inputs.toolchain}")
@@ -98,6 +100,7 @@ def _observe(
     """Observe an engine; returns the manifest, the DeepGEMM that the engine called, and the artifact's file."""
     if tools.deep_gemm is not None:
         raise click.UsageError("--deep-gemm goes with a manifest; an engine brings its own DeepGEMM")
+    _check_output(output)  # before the minutes that an observation takes
     with shared.show_progress() as progress:
         observation = observing.observe(
             command, find_gpu(gpu), nvcc=tools.nvcc, environment=os.environ, progress=progress
@@ -111,6 +114,17 @@ def _observe(
     write_atomically(manifest, data, ManifestError)
     shared.say(f"manifest  {manifest}")
     return manifest, shared.ToolPaths(tools.nvcc, observation.installation.path), output or file
+
+
+def _check_output(output: Path | str | None) -> None:
+    """Raise an error if the artifact could not be written to ``output``, or pushed there."""
+    if output is not None and remote.is_remote(output):
+        remote.ready()
+    file = Path("dist", "artifact") if output is None or remote.is_remote(output) else Path(output)
+    existing = next(folder for folder in file.absolute().parents if folder.exists())
+    if not existing.is_dir():
+        raise ManifestError(f"{file}: cannot be written: {existing} is no folder")
+    check_writable(existing / file.name)
 
 
 def _print_summary(built: Built) -> None:
