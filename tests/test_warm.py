@@ -43,11 +43,25 @@ def test_a_fork_plans_what_a_process_of_its_own_plans(
 
     monkeypatch.setattr(warm, "Process", Noted)
     assert plan().kernels == forked[0].kernels and not processes
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torch reads it when it is imported, so no fork will do
+    token = warm._server.set(None)
     own = plan()
+    warm._server.reset(token)
     assert len(processes) == 1
     for one in forked:
         assert one.kernels == own.kernels and one.calls == own.calls
+
+
+def test_torch_is_imported_anew_for_a_variable_that_it_reads_when_it_is_imported(
+    plan: Callable[[], Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    plan()
+    first = running()._process
+    plan()
+    assert running()._process is first
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    plan()
+    assert running()._process is not first
 
 
 def test_a_server_that_was_killed_is_replaced(plan: Callable[[], Plan]) -> None:

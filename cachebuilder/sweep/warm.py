@@ -65,8 +65,10 @@ class Server:
         self._started_with: dict[str, str] = {}
 
     def start(self, folder: Path, environment: Mapping[str, str], log: Path) -> Child | None:
-        """Start a sweep; None if it cannot be done here: the server lacks torch, or has other variables."""
+        """Start a sweep; None if it cannot be done here, since the server cannot import torch, or has ended."""
         at_start = {name: value for name, value in environment.items() if name.startswith(_READ_AT_START)}
+        if at_start != self._started_with:
+            self.kill()
         if self._process is None:
             self._started_with = at_start
             self._process = subprocess.Popen(
@@ -79,9 +81,8 @@ class Server:
                 start_new_session=True,
             )
             if self._read_line() != READY:
-                self._started_with = {}
-        if at_start != self._started_with:
-            return None
+                self.kill()
+                return None
         assert self._process.stdin is not None
         request = Request(folder=str(folder), log=str(log), environment=dict(environment))
         try:
