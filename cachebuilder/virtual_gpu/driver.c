@@ -70,11 +70,6 @@ EXPORT int cuModuleLoadData(void **module, const void *image) { return (void)ima
 EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned n, void *options, void *values) {
     return (void)n, (void)options, (void)values, cuModuleLoadData(module, image);
 }
-EXPORT int cuLibraryLoadData(void **library, const void *code, void *jit_options, void *jit_values, unsigned jit_count,
-                             void *options, void *values, unsigned count) {
-    (void)jit_options, (void)jit_values, (void)jit_count, (void)options, (void)values, (void)count;
-    return cuModuleLoadData(library, code);
-}
 EXPORT int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
     return (void)name, *kernel = library, SUCCESS;
 }
@@ -139,7 +134,6 @@ EXPORT int cuEventElapsedTime(float *milliseconds) { return *milliseconds = 1, S
 EXPORT int cuEventDestroy(void *event) { return free(event), SUCCESS; }
 EXPORT int cuEventDestroy_v2(void *event) { return free(event), SUCCESS; }
 
-EXPORT int cudaFuncSetAttribute(void) { return SUCCESS; }
 EXPORT int cudaEventElapsedTime(float *milliseconds, void *a, void *b) { return (void)a, (void)b, *milliseconds = 1, SUCCESS; }
 EXPORT int cudaGetSymbolAddress(void **address, const void *symbol) { return (void)symbol, *address = calloc(1, 4096), SUCCESS; }
 EXPORT int cudaStreamCreate(void **stream) { return *stream = malloc(1), SUCCESS; }

@@ -10,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
 #include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,12 +31,38 @@ EXPORT uint32_t virtual_gpu_launches[MAX_LAUNCHES]; /* library numbers since the
 EXPORT uint32_t virtual_gpu_launch_count;           /* may exceed MAX_LAUNCHES: the rest is not noted */
 EXPORT char virtual_gpu_unanswered[4096]; /* names of calls without an answer, one a line */
 
+/* A library that was loaded from a file, or one kernel of a library that was loaded from memory. */
 struct library {
     uint32_t number;
-    char path[4096];
+    uint32_t kernel_count; /* of the library that begins here; 0 for a further kernel of one from memory */
+    int from_memory;
+    char path[4096]; /* of the file; from memory, the kernel's name */
 };
 static struct library *libraries[MAX_LIBRARIES];
 static uint32_t library_count;
+
+static struct library *new_library(const char *path, uint32_t kernel_count, int from_memory) {
+    struct library *l = library_count < MAX_LIBRARIES ? malloc(sizeof *l) : NULL;
+    if (!l)
+        return NULL;
+    *l = (struct library){.number = library_count, .kernel_count = kernel_count, .from_memory = from_memory};
+    snprintf(l->path, sizeof l->path, "%s", path);
+    return libraries[library_count++] = l; /* never freed: the sweep may ask for the path of an unloaded library */
+}
+
+static int is_library(const void *handle) {
+    for (uint32_t i = 0; i < library_count; i++)
+        if (libraries[i] == handle)
+            return 1;
+    return 0;
+}
+
+static int note_launch(const struct library *l) {
+    if (virtual_gpu_launch_count < MAX_LAUNCHES)
+        virtual_gpu_launches[virtual_gpu_launch_count] = l->number;
+    virtual_gpu_launch_count++; /* counts on past the end: outside a sweep nothing resets it */
+    return SUCCESS;
+}
 
 EXPORT const char *virtual_gpu_library_path(uint32_t number) {
     return number < library_count ? libraries[number]->path : NULL;
@@ -244,7 +271,11 @@ EXPORT int cudaEventSynchronize(void *e) { return (void)e, SUCCESS; }
 
 /* torch's own kernels: launches are accepted, and nothing reads the results */
 EXPORT int cudaLaunchKernel(void) { return SUCCESS; }
-EXPORT int cudaLaunchKernelExC(void) { return SUCCESS; }
+/* FlashInfer launches kernels of libraries by this call, too */
+EXPORT int cudaLaunchKernelExC(const void *config, const void *function, void **arguments) {
+    (void)config, (void)arguments;
+    return is_library(function) ? note_launch(function) : SUCCESS;
+}
 /* torch sorts with CUB, which chooses its launch by the arch that a kernel was compiled for. */
 EXPORT int cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *function) {
     (void)function;
@@ -336,20 +367,64 @@ EXPORT int cuLibraryLoadFromFile(struct library **library, const char *path) {
     int problem = check_cubin(path);
     if (problem)
         return problem;
-    if (library_count == MAX_LIBRARIES)
-        return OUT_OF_MEMORY;
-    struct library *l = malloc(sizeof *l);
-    if (!l)
-        return OUT_OF_MEMORY;
-    l->number = library_count;
-    snprintf(l->path, sizeof l->path, "%s", path);
-    libraries[library_count++] = *library = l; /* never freed: the sweep may ask for the path of an unloaded library */
-    return SUCCESS;
+    return (*library = new_library(path, 1, 0)) ? SUCCESS : OUT_OF_MEMORY;
+}
+
+/* The names of a cubin's kernels, each ended by a zero byte, in `names`; returns their number, 0 if the image is no
+ * cubin. A placeholder of a sweep, which is text, has one: "to be compiled: NAME\n". */
+static uint32_t kernel_names(const char *image, char *names, size_t bytes) {
+    static const char placeholder[] = "to be compiled: ";
+    if (!strncmp(image, placeholder, sizeof placeholder - 1)) {
+        const char *name = image + sizeof placeholder - 1;
+        snprintf(names, bytes, "%.*s", (int)strcspn(name, "\n"), name);
+        return 1;
+    }
+    if (memcmp(image, ELFMAG, SELFMAG))
+        return 0;
+    const Elf64_Ehdr *header = (const void *)image;
+    const Elf64_Shdr *sections = (const void *)(image + header->e_shoff);
+    uint32_t count = 0;
+    for (int i = 0; i < header->e_shnum; i++) {
+        if (sections[i].sh_type != SHT_SYMTAB)
+            continue;
+        const Elf64_Sym *symbols = (const void *)(image + sections[i].sh_offset);
+        const char *texts = image + sections[sections[i].sh_link].sh_offset;
+        for (size_t j = 0; j < sections[i].sh_size / sizeof *symbols; j++) {
+            enum { CUDA_ENTRY = 0x10 }; /* in st_other: a kernel (STO_CUDA_ENTRY of cuda-gdb's elf/cuda.h) */
+            size_t length = strlen(texts + symbols[j].st_name) + 1;
+            if (ELF64_ST_TYPE(symbols[j].st_info) != STT_FUNC || !(symbols[j].st_other & CUDA_ENTRY) || length > bytes)
+                continue;
+            memcpy(names, texts + symbols[j].st_name, length);
+            names += length, bytes -= length, count++;
+        }
+    }
+    return count;
+}
+
+EXPORT int cuLibraryLoadData(struct library **library, const void *image) {
+    char names[1 << 16];
+    uint32_t count = kernel_names(image, names, sizeof names);
+    *library = new_library(count ? names : "", count, 1);
+    const char *name = names;
+    for (uint32_t i = 1; i < count && *library; i++)
+        if (!new_library(name += strlen(name) + 1, 0, 1))
+            *library = NULL;
+    return *library ? SUCCESS : OUT_OF_MEMORY;
 }
 EXPORT int cuLibraryUnload(struct library *library) { return (void)library, SUCCESS; }
-EXPORT int cuLibraryGetKernelCount(unsigned *count, struct library *library) { return (void)library, *count = 1, SUCCESS; }
+EXPORT int cuLibraryGetKernelCount(unsigned *count, struct library *library) {
+    /* nobody has asked for those of an image that is no cubin, such as a fat binary */
+    return (*count = library->kernel_count) ? SUCCESS : virtual_gpu_note_unanswered("cuLibraryGetKernelCount");
+}
 EXPORT int cuLibraryEnumerateKernels(struct library **kernels, unsigned count, struct library *library) {
-    return (void)count, kernels[0] = library, SUCCESS;
+    for (unsigned i = 0; i < count && i < library->kernel_count; i++)
+        kernels[i] = libraries[library->number + i];
+    return SUCCESS;
+}
+EXPORT int cuKernelGetName(const char **name, struct library *kernel) {
+    if (!kernel->from_memory) /* nobody asks for it */
+        return virtual_gpu_note_unanswered("cuKernelGetName");
+    return *name = kernel->path, SUCCESS;
 }
 EXPORT int cuKernelGetFunction(struct library **function, struct library *kernel) { return *function = kernel, SUCCESS; }
 /* the module API: legacy DeepGEMM uses it where it was built for CUDA before 12.4 */
@@ -359,19 +434,19 @@ EXPORT int cuModuleGetFunction(struct library **function, struct library *module
     return (void)name, *function = module, SUCCESS;
 }
 
-EXPORT int cuFuncSetAttribute(struct library *function, int attribute, int value) {
+EXPORT int cuFuncSetAttribute(const void *function, int attribute, int value) {
     (void)function;
-    enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 }; /* CUfunction_attribute in cuda.h */
+    enum { MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 }; /* CUfunction_attribute in cuda.h, cudaFuncAttribute in driver_types.h */
     int over = attribute == MAX_DYNAMIC_SHARED_SIZE_BYTES && value > property("VIRTUAL_GPU_SHARED_MEMORY_BYTES");
     return over ? INVALID_VALUE : SUCCESS;
+}
+EXPORT int cudaFuncSetAttribute(const void *function, int attribute, int value) {
+    return cuFuncSetAttribute(function, attribute, value);
 }
 
 EXPORT int cuLaunchKernelEx(const void *config, struct library *function, void **arguments, void **extra) {
     (void)config, (void)arguments, (void)extra;
-    if (virtual_gpu_launch_count < MAX_LAUNCHES)
-        virtual_gpu_launches[virtual_gpu_launch_count] = function->number;
-    virtual_gpu_launch_count++; /* counts on past the end: outside a sweep nothing resets it */
-    return SUCCESS;
+    return note_launch(function);
 }
 
 /* Refuses what a real GPU refuses: the limits that the driver documents for tiled tensor maps (CUDA driver API 13.0,
