@@ -28,6 +28,7 @@ from types import TracebackType
 import click
 
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.cores import available_cores
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import compiler as compiling
 from cachebuilder.compiling import units
@@ -165,12 +166,12 @@ def main(
             cachebuilder=__version__,
             deep_gemm=inputs.installation.version,
             nvcc=inputs.toolchain.release,
-            cores=compiling.available_cores(),
+            cores=available_cores(),
             machine=machine,
         )
         for count in kernels or (len(plan.kernels),):
             chosen = random.Random(count).sample(plan.kernels, min(count, len(plan.kernels)))
-            for job_count in jobs or (compiling.available_cores(),):
+            for job_count in jobs or (available_cores(),):
                 compiled: dict[str, Compiled] = {}
                 for way in ("grouped", "separate") if separate else ("grouped",):
                     memory = Memory()

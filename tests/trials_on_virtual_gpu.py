@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
-from cachebuilder.sweep.child import import_deep_gemm
+from cachebuilder.sweep.loading import import_deep_gemm
 
 
 def shared(value: Any) -> Any:

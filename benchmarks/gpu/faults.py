@@ -39,7 +39,7 @@ HANGS_AFTER = 90
 
 def serve(deep_gemm: str, device_name: DeviceName, forever: bool) -> None:
     """The serving process: says what it got through, and ends with what stopped it."""
-    from cachebuilder.sweep.child import load
+    from cachebuilder.sweep.loading import load
     from cachebuilder.sweep.protocol import Job, Position
 
     manifest = manifests.load(MANIFEST)[0]

@@ -38,7 +38,7 @@ from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.child import import_deep_gemm
+from cachebuilder.sweep.loading import import_deep_gemm
 from cachebuilder.sweep.process import Setting
 from cachebuilder.sweep.protocol import SweepJob
 from cachebuilder.sweep.recorder import recording_compiler

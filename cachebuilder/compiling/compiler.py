@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import resource
@@ -20,6 +19,7 @@ from types import TracebackType
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.code import code_digest
+from cachebuilder.common.cores import available_cores
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.compiling import check, units
 from cachebuilder.compiling.front_end import FrontEnds
@@ -199,11 +199,6 @@ def _compile_error(failures: Sequence[tuple[Kernel, str]], count: int) -> Compil
     elif other := {flag for kernel, _ in failures for flag in kernel.flags if flag.startswith("-std=")} - {_STANDARD}:
         hint = f"DeepGEMM's headers are written for {_STANDARD}, found {min(other)}: remove DG_JIT_CPP_STANDARD"
     return CompileError("\n".join(lines), hint=hint)
-
-
-def available_cores() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _children_cpu() -> float:

@@ -1,6 +1,6 @@
 """A process that has imported torch and forks for each sweep: importing torch takes longer than most sweeps do.
 
-``python -m cachebuilder.sweep.fork_server`` reads a `Request` a line and answers each with a line: the exit code of the
+It reads a `Request` a line and answers each with a line: the exit code of the
 child that did the job, negative for a signal. The first line says that torch is there. It ends with its input.
 
 No CUDA call is made before the fork, and the virtual GPU, DeepGEMM and the compiler are read from variables that each
@@ -13,6 +13,7 @@ import os
 import sys
 
 from cachebuilder.common.records import Record
+from cachebuilder.sweep import child, torch_import
 
 READY = "ready"
 
@@ -31,19 +32,15 @@ class Request(Record):
     environment: dict[str, str]
 
 
-def serve() -> None:
+def start() -> None:
     """Do what the input asks for, one request after the other."""
-    import torch  # noqa: F401  what the children need
-
-    from cachebuilder.sweep import child
-    from cachebuilder.sweep.protocol import SweepJob
-
+    torch_import.finish(whole=False)
     print(READY, flush=True)
     while line := sys.stdin.readline():
         request = Request.model_validate_json(line)
         if (pid := os.fork()) == 0:
             _become_child(request)
-            child.main(SweepJob, child.run)  # ends the process
+            child.start()  # ends the process
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
@@ -55,7 +52,3 @@ def _become_child(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     sys.argv[1:] = [request.folder]
-
-
-if __name__ == "__main__":
-    serve()

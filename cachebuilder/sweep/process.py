@@ -13,10 +13,24 @@ from cachebuilder.common.progress import Progress
 from cachebuilder.common.records import Record
 from cachebuilder.errors import CacheBuilderError, DeviceError, InstallationError, PlanError
 from cachebuilder.sweep import causes, warm
-from cachebuilder.sweep.protocol import ANSWER, CHECKING, FAILURE, IMPORTING, JOB, POSITION, Failure, Job, Position
+from cachebuilder.sweep.protocol import (
+    ANSWER,
+    CHECKING,
+    FAILURE,
+    IMPORTING,
+    JOB,
+    NONE_FAILED,
+    POSITION,
+    Failure,
+    Job,
+    Position,
+)
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
 _CRASH = "a crash here is often a DeepGEMM that was built for another torch; the README lists pairs that work"
+
+#: How often to look at a running child, in seconds.
+_POLL_SECONDS = 0.02
 
 A = TypeVar("A", bound=Record)
 
@@ -66,16 +80,17 @@ def run_child(module: str, job: Job, setting: Setting, answer: type[A], progress
     """
     folder = setting.scratch
     (folder / JOB).write_text(job.model_dump_json())
-    (folder / POSITION).write_bytes(bytes(Position(op=IMPORTING)))
+    (folder / POSITION).write_bytes(bytes(Position(op=IMPORTING, first_failed=NONE_FAILED)) * job.positions)
     for reply in (ANSWER, FAILURE):
         (folder / reply).unlink(missing_ok=True)  # from an earlier call in the same folder
-    position = Position.shared(folder / POSITION)
+    positions = Position.shared(folder / POSITION, job.positions)
+    position = positions[0]
     log = folder / "log.txt"
     child = warm.start(module, folder, _environment(job, setting), log)
     try:
-        while (exit_code := child.wait(0.05)) is None:
-            progress(setting.step, position.done, position.total)
-        progress(setting.step, position.done, position.total)
+        while (exit_code := child.wait(_POLL_SECONDS)) is None:
+            progress(setting.step, sum(each.done for each in positions), position.total)
+        progress(setting.step, sum(each.done for each in positions), position.total)
     except BaseException:
         child.kill()
         raise

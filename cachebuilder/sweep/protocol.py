@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, WithJsonSchema
 
+from cachebuilder.common.cores import available_cores
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.device import DeviceName
 from cachebuilder.cuda.gpus import Gpu
@@ -27,6 +28,8 @@ JOB, POSITION, ANSWER, FAILURE = "job.json", "position", "answer.json", "failure
 
 #: What `Position.op` holds before the first op.
 CHECKING, IMPORTING = -1, -2
+#: What `Position.first_failed` holds before a failure.
+NONE_FAILED = (1 << 63) - 1
 
 
 class Position(ctypes.Structure):
@@ -36,19 +39,23 @@ class Position(ctypes.Structure):
         op: the op's place in the job, or `IMPORTING` or `CHECKING`.
         value: the value of the op's variable.
         done, total: calls.
+        first_failed: the place of the first part, in the manifest's order, whose failure ends the job.
     """
 
     op: int
     value: int
     done: int
     total: int
-    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("op", "value", "done", "total")]
+    first_failed: int
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("op", "value", "done", "total", "first_failed")]
 
     @classmethod
-    def shared(cls, path: Path) -> Self:
-        """The position in the file ``path``."""
+    def shared(cls, path: Path, count: int) -> list[Self]:
+        """The positions in the file ``path``: that of the whole job, then those of its forks."""
+        size = ctypes.sizeof(cls)
         with path.open("r+b") as file:
-            return cls.from_buffer(mmap.mmap(file.fileno(), ctypes.sizeof(cls)))
+            memory = mmap.mmap(file.fileno(), count * size)
+        return [cls.from_buffer(memory, number * size) for number in range(count)]
 
 
 class Job(Record):
@@ -58,12 +65,19 @@ class Job(Record):
         device: where DeepGEMM runs.
         gpu: the GPU to show; a real one must have its properties.
         deep_gemm: DeepGEMM's folder, by the path that it is imported under.
+        processes: how many processes call DeepGEMM at once, at most.
     """
 
     device: DeviceName
     gpu: Gpu
     deep_gemm: str
     ops: tuple[Op, ...]
+    processes: int = 1
+
+    @property
+    def positions(self) -> int:
+        """How many positions there are: that of the whole job, and if several processes do it, theirs."""
+        return 1 if self.processes == 1 else 1 + self.processes
 
 
 class SweepJob(Job):
@@ -88,7 +102,7 @@ class SweepJob(Job):
         go_on: bool = False,
         self_check: bool = True,
     ) -> Self:
-        """All ops of ``manifest``, called on its target."""
+        """All ops of ``manifest``, called on its target: on a real GPU by one process, else by one for each core."""
         return cls(
             device=device,
             gpu=manifest.target.gpu,
@@ -97,6 +111,7 @@ class SweepJob(Job):
             sm_counts=tuple(manifest.target.all_sm_counts),
             go_on=go_on,
             self_check=self_check,
+            processes=available_cores() if device == "virtual" else 1,
         )
 
 
@@ -156,7 +171,8 @@ class Answer(Record):
         sweeps: on a real GPU, where launches cannot be seen, their spans name no entries.
         checked: entries that the self-check launched, before all ops.
         calls: how many times DeepGEMM was called.
-        peak_bytes: the child's largest resident memory.
+        peak_bytes: the largest resident memory of the process that imported torch, and what each fork of it had for
+            itself at its end.
         device: the real GPU; None on the virtual one.
     """
 

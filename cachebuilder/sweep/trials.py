@@ -1,25 +1,28 @@
 """The child process that calls DeepGEMM on random inputs, on a real GPU, and compares with a reference.
 
-``python -m cachebuilder.sweep.trials FOLDER`` does the `TrialsJob` in FOLDER.
+It does the `TrialsJob` in a folder.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cachebuilder.ops.catalog import OpBase
 from cachebuilder.ops.device import Device as DeviceInUse
-from cachebuilder.sweep.child import classify, load, main, properties
+from cachebuilder.sweep import protocol
+from cachebuilder.sweep.loading import classify, load, main, properties
 from cachebuilder.sweep.protocol import Position, TrialResult, TrialsAnswer, TrialsJob
 
 #: How many calls are timed at each point, after as many that are not.
 _CALLS = 5
 
 
-def run(job: TrialsJob, position: Position) -> TrialsAnswer:
+def run(job: TrialsJob, folder: Path) -> TrialsAnswer:
     """Do the whole job. Raises `JobError`."""
+    [position] = Position.shared(folder / protocol.POSITION, job.positions)
     device = load(job, position)
     position.total = len(job.points)
     groups: dict[tuple[int, int], dict[int, int]] = {}
@@ -93,5 +96,6 @@ def _times(device: DeviceInUse, call: Callable[[int], None], values: Sequence[in
     return medians
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Do the job in the folder that the command line names."""
     main(TrialsJob, run)

@@ -72,7 +72,7 @@ class Server:
         if self._process is None:
             self._started_with = at_start
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cachebuilder.sweep.fork_server"],
+                [sys.executable, "-P", "-m", "cachebuilder.sweep.program", "fork_server"],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -145,4 +145,4 @@ def start(module: str, folder: Path, environment: Mapping[str, str], log: Path) 
     if server is not None and module == "child" and (child := server.start(folder, environment, log)):
         return child
     # -P: no module of the working folder
-    return Process([sys.executable, "-P", "-m", f"cachebuilder.sweep.{module}", str(folder)], environment, log)
+    return Process([sys.executable, "-P", "-m", "cachebuilder.sweep.program", module, str(folder)], environment, log)
