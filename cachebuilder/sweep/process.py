@@ -113,7 +113,7 @@ def _environment(job: Job, setting: Setting) -> dict[str, str]:
         kept
         | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
         | setting.environment
-        | (virtual_gpu.environment(job.gpu) if job.device == "virtual" else {})
+        | (virtual_gpu.environment(job.gpu) | {"VIRTUAL_GPU_NO_FSYNC": "1"} if job.device == "virtual" else {})
         | setting.compiler.environment
         | {
             "DG_JIT_CACHE_DIR": ":".join(map(str, setting.roots)),
