@@ -1,17 +1,22 @@
-"""Run cachebuilder's command line in a process of its own.
+"""Run cachebuilder's command line.
 
 Each command is a fork of a process that has imported cachebuilder's modules. A new interpreter would import them again
-for each of the tests' hundreds of commands, which takes longer than most commands themselves.
+for each of the tests' hundreds of commands, which takes longer than most commands themselves. The verbs that call
+DeepGEMM run in the tests' own process: there, their sweeps are forks of the server that conftest.py keeps, and torch is
+not imported again for each. test_docs.py, test_build.py and test_bad_machine.py run these verbs as programs, too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from cachebuilder.cli import main as command_line
@@ -22,6 +27,7 @@ _CONTEXT.set_forkserver_preload(
 )
 #: Variables that a process reads only when its program starts: a command with others of these gets a new interpreter.
 _READ_AT_START = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
+_CALLS_DEEPGEMM = ("build", "plan", "verify")
 
 
 def cachebuilder(
@@ -40,6 +46,9 @@ def cachebuilder(
         return subprocess.run(new, capture_output=True, text=True, env=variables, check=False)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder, "stdout"), Path(folder, "stderr")
+        if command[0] in _CALLS_DEEPGEMM and not without:
+            code = contextvars.copy_context().run(_main_here, command, variables, files)
+            return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
         process = _CONTEXT.Process(
             target=_main,
             args=(command, variables, os.getcwd(), files, without),
@@ -49,6 +58,40 @@ def cachebuilder(
         stdout, stderr = (file.read_text() for file in files)
         assert process.exitcode is not None
         return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+
+
+def _main_here(arguments: list[str], environment: dict[str, str], files: tuple[Path, Path]) -> int:
+    """Run the command in this process; returns its exit code."""
+    variables, argv = dict(os.environ), sys.argv
+    try:
+        with _output_to(files):
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv = ["cachebuilder", *arguments]
+            command_line.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(variables)
+    raise AssertionError("the command line ends with an exit code")
+
+
+@contextmanager
+def _output_to(files: tuple[Path, Path]) -> Iterator[None]:
+    """Let this process and its children write their stdout and stderr into two files."""
+    with contextlib.ExitStack() as stack:
+        for number, (name, file) in enumerate(zip(("stdout", "stderr"), files, strict=True), 1):
+            getattr(sys, name).flush()
+            before = os.dup(number)
+            stack.callback(os.close, before)
+            stack.callback(os.dup2, before, number)
+            stream = stack.enter_context(file.open("w", buffering=1))
+            os.dup2(stream.fileno(), number)
+            stack.callback(setattr, sys, name, getattr(sys, name))
+            setattr(sys, name, stream)
+        yield
 
 
 def _main(
