@@ -5,6 +5,8 @@ DeepGEMM and nvcc are the real ones. `make` installs the legacy generation's Dee
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -21,7 +23,9 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.locks import lock
 from cachebuilder.compiling import check as code
 from cachebuilder.compiling import record as build_record
+from cachebuilder.compiling.store import CubinStore
 from cachebuilder.cuda.processes import Processes
+from cachebuilder.cuda.toolchain import host_compiler_text
 from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.restoring.machine import Machine
@@ -50,10 +54,26 @@ ops:
 
 def check_code(kernels: Iterable[Kernel], cubins: Mapping[str, bytes], inputs: Inputs) -> None:
     """Raise `CompileError` if a kernel's code is not what nvcc makes of it alone, called as DeepGEMM calls it."""
+    nvcc = inputs.toolchain.version_text, host_compiler_text(), inputs.installation.include_digest
+    store = kept_cubins("alone")
     with scratch_folder() as scratch:
         for kernel in kernels:
-            own = code.compile_alone(kernel, inputs, Processes(), scratch)
+            # Everything that this cubin depends on; no code of cachebuilder is among it.
+            key = hashlib.sha256(json.dumps([*nvcc, kernel.flags, kernel.source]).encode()).hexdigest()
+            if (own := store.get(key)) is None:
+                own = code.compile_alone(kernel, inputs, Processes(), scratch)
+                store.put(key, own)
             code.require_equal(kernel, own, cubins[kernel.entry])
+
+
+def kept_cubins(name: str) -> CubinStore:
+    """A store that outlives the session if ``CACHEBUILDER_TEST_STORE`` names a folder, as it does for `make test`.
+
+    A cubin is found there only if the compilers, DeepGEMM's headers, the flags and the source are the same. For a cubin
+    that cachebuilder made, so must be all code of cachebuilder that makes cubins.
+    """
+    folder = os.environ.get("CACHEBUILDER_TEST_STORE")
+    return CubinStore(Path(folder, name)) if folder else CubinStore()
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -98,9 +118,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A manifest of one kernel."""
+    path = tmp_path / "tiny.yaml"
+    op = "{op: get_mn_major_tma_aligned_tensor, columns: 4}"
+    path.write_text(f"name: tiny\ntarget: {{gpu: {TARGET}}}\nmax_tokens: 16\nops: [{op}]\n")
+    return path
+
+
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Run the command line in a process of its own, as a user does."""
+    """Run the command line as a user does (`tests/command_line.py`)."""
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
         return cachebuilder(*arguments, environment=os.environ | environment)

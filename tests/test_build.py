@@ -24,7 +24,6 @@ from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import entries
 from cachebuilder.errors import CompileError, ToolchainError
 from cachebuilder.manifest.inputs import load_manifest
-from tests.conftest import Run
 
 
 def members(artifact: Path) -> dict[str, bytes]:
@@ -57,14 +56,16 @@ def test_the_artifact_holds_each_planned_kernel_as_deepgemm_reads_it(built: buil
 
 @pytest.mark.slow
 def test_two_builds_in_different_folders_are_equal_byte_for_byte(
-    built: building.Built, small: Path, run: Run, tmp_path: Path
+    built: building.Built, small: Path, tmp_path: Path
 ) -> None:
-    deep_gemm = built.inputs.installation.imported_as
-    elsewhere = {"CACHEBUILDER_CACHE_DIR": str(tmp_path / "cache"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    process = run("build", small, "-o", tmp_path / "a.tar.zst", "--deep-gemm", deep_gemm, "-j", "1", **elsewhere)
-    assert process.returncode == 0, process.stderr
-    assert built.packed.sha256 in process.stdout
-    assert (tmp_path / "a.tar.zst").read_bytes() == built.packed.path.read_bytes()
+    deep_gemm = str(built.inputs.installation.imported_as)
+    process = start_build(
+        small, tmp_path, "--deep-gemm", deep_gemm, "-j", "1", HOME=str(tmp_path), TMPDIR=str(tmp_path)
+    )
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert built.packed.sha256 in output
+    assert (tmp_path / "out.tar.zst").read_bytes() == built.packed.path.read_bytes()
 
 
 @pytest.mark.slow
@@ -80,11 +81,12 @@ def test_a_build_after_a_build_runs_no_compiler(built: building.Built, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_only_what_changed_is_compiled(built: building.Built, tmp_path: Path) -> None:
     text = built.inputs.manifest_bytes.decode().replace("max_tokens: 40", "max_tokens: 200")
     (tmp_path / "more.yaml").write_text(text)
     inputs = load_manifest(tmp_path / "more.yaml", deep_gemm=built.inputs.installation.imported_as)
-    more = building.build(inputs, tmp_path / "more.tar.zst")
+    more = building.build(inputs, tmp_path / "more.tar.zst", options=CompileOptions(check_code=0))
     new = {kernel.entry for kernel in more.plan.kernels} - {kernel.entry for kernel in built.plan.kernels}
     assert 0 < len(new) < len(more.plan.kernels)
     assert {kernel.entry for kernel in more.compiled.compiled} == new
@@ -114,9 +116,11 @@ def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp
     assert sorted(os.listdir(tmp_path)) == ["a.tar.zst", "nvcc"]
 
 
-def start_build(manifest: Path, folder: Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "cache")}
+def start_build(manifest: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    """A build as a program, with a cache folder of its own; test_entry_points.py compares its code with nvcc's own."""
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "cache")} | environment
     command = [sys.executable, "-m", "cachebuilder", "build", str(manifest), "-o", str(folder / "out.tar.zst")]
+    command += ["--check-code", "0", *options]
     return subprocess.Popen(
         command,
         env=environment,
@@ -145,8 +149,8 @@ def wait_for_compilers(folder: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_path: Path) -> None:
-    process = start_build(small, tmp_path)
+def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(tiny: Path, tmp_path: Path) -> None:
+    process = start_build(tiny, tmp_path)
     wait_for_compilers(tmp_path, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
@@ -158,23 +162,25 @@ def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(small: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.0, 4.0])
-def test_a_build_after_a_killed_one_makes_the_same_bytes(small: Path, tmp_path: Path, seconds: float) -> None:
-    expected = building.build(load_manifest(small), tmp_path / "expected.tar.zst").packed.sha256
-    process = start_build(small, tmp_path)
-    wait_for_compilers(tmp_path, process)
-    time.sleep(seconds)
-    process.kill()
-    process.communicate()
-    process = start_build(small, tmp_path)
+def test_a_build_after_killed_ones_makes_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    expected = building.build(load_manifest(tiny), tmp_path / "expected.tar.zst").packed.sha256
+    for seconds in (0.0, 4.0):
+        process = start_build(tiny, tmp_path)
+        wait_for_compilers(tmp_path, process)
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+        while compilers_under(tmp_path):  # they end by themselves
+            time.sleep(0.05)
+    process = start_build(tiny, tmp_path)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert expected in output
 
 
 @pytest.mark.slow
-def test_two_builds_at_once_share_a_store(small: Path, tmp_path: Path) -> None:
-    one, two = start_build(small, tmp_path), start_build(small, tmp_path)
+def test_two_builds_at_once_share_a_store(tiny: Path, tmp_path: Path) -> None:
+    one, two = start_build(tiny, tmp_path), start_build(tiny, tmp_path)
     outputs = [process.communicate() for process in (one, two)]
     assert (one.returncode, two.returncode) == (0, 0), outputs
     digests = [line for output, _ in outputs for line in output.splitlines() if line.startswith("sha256")]

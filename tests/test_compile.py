@@ -10,8 +10,8 @@ import pytest
 
 from cachebuilder import building
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.compiling import check, units
 from cachebuilder.compiling import compiler as compiling
-from cachebuilder.compiling import units
 from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.schedule import Schedule
@@ -19,12 +19,13 @@ from cachebuilder.compiling.steps import Steps, check_order
 from cachebuilder.compiling.store import CubinStore, NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.cuda import ptx
+from cachebuilder.cuda.processes import Processes
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
 from cachebuilder.planning.plan import Kernel, Plan
-from tests.conftest import LEGACY, MANIFESTS, check_code
+from tests.conftest import LEGACY, check_code
 from tests.test_plan import EVERY_OP
 
 
@@ -41,21 +42,6 @@ def compile_units(work: Sequence[Unit], inputs: Inputs) -> dict[str, bytes]:
         steps.run(work)
         assert steps.failures == []
     return cubins
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["H200", "B200"])
-def test_the_code_of_every_family_is_what_deepgemms_own_nvcc_call_makes(
-    gpu: str, deep_gemm: Path | None, tmp_path: Path
-) -> None:
-    inputs, plan = plan_of(EVERY_OP.format(gpu=gpu), tmp_path, deep_gemm)
-    shuffled = random.Random(0).sample(plan.kernels, len(plan.kernels))
-    one_of_each = {kernel.name: kernel for kernel in shuffled}
-    assert len(one_of_each) >= 6
-    another_of_each = {kernel.name: kernel for kernel in reversed(shuffled)}  # so that a unit has several kernels
-    kernels = {kernel.entry: kernel for kernel in (*one_of_each.values(), *another_of_each.values())}
-    cubins = compiling.compile_kernels(inputs, list(kernels.values()), store=NoStore()).cubins
-    check_code(one_of_each.values(), cubins, inputs)
 
 
 @dataclass(frozen=True)
@@ -75,31 +61,33 @@ def two_compiled(built: building.Built) -> TwoCompiled:
     def watch(step: str, done: int, total: int, share: float | None = None) -> None:
         reports.append((step, done, total, share))
 
-    cubins = compiling.compile_kernels(built.inputs, kernels, store=NoStore(), progress=watch).cubins
+    options = CompileOptions(check_code=0)
+    cubins = compiling.compile_kernels(built.inputs, kernels, options, NoStore(), watch).cubins
     return TwoCompiled(kernels, cubins, reports)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_compiling_reports_its_first_and_its_last_kernel(two_compiled: TwoCompiled) -> None:
     assert two_compiled.reports[0] == ("compile", 0, 2, 0.0)
     assert two_compiled.reports[-1] == ("compile", 2, 2, 1.0)
 
 
 @pytest.mark.slow
-def test_a_difference_in_code_is_found(two_compiled: TwoCompiled, built: building.Built) -> None:
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
+def test_a_difference_in_code_is_found(two_compiled: TwoCompiled, built: building.Built, tmp_path: Path) -> None:
     one, two = two_compiled.kernels
-    check_code([one], two_compiled.cubins, built.inputs)
-    swapped = {one.entry: two_compiled.cubins[two.entry]}
+    own = check.compile_alone(one, built.inputs, Processes(), tmp_path)
+    check.require_equal(one, own, two_compiled.cubins[one.entry])
     with pytest.raises(CompileError, match=f"{one.entry}: the code differs from what nvcc makes .* alone, in .*text"):
-        check_code([one], swapped, built.inputs)
+        check.require_equal(one, own, two_compiled.cubins[two.entry])
 
 
 @pytest.mark.slow
-def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit() -> None:
-    inputs = load_manifest(MANIFESTS / "deepseek-v3-tp8-h200.yaml")
-    plan = planning.make(inputs)
-    family = [kernel for kernel in plan.kernels if kernel.name == "sm90_fp8_gemm_1d2d"]
-    kernel, *others = random.Random(0).sample(family, 12)
+def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit(tmp_path: Path) -> None:
+    inputs, plan = plan_of(EVERY_OP.format(gpu="H200"), tmp_path, None)
+    family = [kernel for kernel in plan.kernels if kernel.name == "sm90_m_grouped_fp8_gemm_contiguous_1d2d"]
+    kernel, *others = random.Random(0).sample(family, 7)
 
     def module(members: Sequence[Kernel]) -> str:
         with scratch_folder() as scratch:
@@ -107,30 +95,37 @@ def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit() -> None:
             return modules[list(members).index(kernel)].text
 
     three = [others[0], kernel, others[1]]
-    ten = [*others[2:9], kernel, *others[9:]]
-    assert module([kernel]) == module(three) == module(ten)
+    seven = [*others[2:], kernel, *others[:2]]
+    assert module([kernel]) == module(three) == module(seven)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpu", "legacy"), [("B200", True), ("RTX-PRO-6000", False)])
-def test_the_cubin_of_a_kernel_with_strings_does_not_depend_on_its_unit(gpu: str, legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gpu", "legacy", "name"),
+    [("B200", True, "transpose_and_pack_fp32_into_ue8m0"), ("RTX-PRO-6000", False, "sm120_fp8_fp4_gemm_1d1d")],
+)
+def test_the_cubin_of_a_kernel_with_strings_does_not_depend_on_its_unit(
+    gpu: str, legacy: bool, name: str, tmp_path: Path
+) -> None:
     text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 64\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168}}, {{op: fp8_gemm_nt, n: 576, k: 512}}]"
     inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
-    kernels = list(plan.kernels)
+    kernels = [kernel for kernel in plan.kernels if kernel.name == name]
+    assert len(kernels) >= 2
     separately = compile_units(units.separate(kernels), inputs)
     random.Random(0).shuffle(kernels)
     assert compile_units(units.group(kernels, 1), inputs) == separately
-    check_code([kernel for kernel in kernels if "transpose" in kernel.name], separately, inputs)
+    check_code(kernels[:2], separately, inputs)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_one_bad_kernel_does_not_fail_the_others_of_its_unit(built: building.Built, tmp_path: Path) -> None:
-    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name]
+    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:3]
     bad = kernels[1].model_copy(update={"source": kernels[1].source + '\nstatic_assert(false, "not today");\n'})
     members = [kernels[0], bad, *kernels[2:]]
     store = CubinStore(tmp_path / "store")
     with pytest.raises(CompileError) as error:
-        compiling.compile_kernels(built.inputs, members, CompileOptions(jobs=1), store)
+        compiling.compile_kernels(built.inputs, members, CompileOptions(jobs=1, check_code=0), store)
     assert f"1 of {len(members)} kernels did not compile" in str(error.value)
     assert f"{bad.entry}:" in str(error.value) and "not today" in str(error.value)
     good = [kernel for kernel in members if kernel is not bad]
