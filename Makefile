@@ -3,7 +3,7 @@
 # make check   before each commit: lint, types, the site, the tests that take less than a second or so
 # make docs    the site, in build/site, its links checked
 # make lock    the hashes of all that is installed, for the versions in constraints.txt; needs uv
-# make clean   removes .venv, build and dist
+# make clean   removes .venv, build (with the cubins that the tests keep) and dist
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,8 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 build: $(VENV)/installed
 	$(VENV)/bin/cachebuilder build $(MANIFEST)
 
+# build/test-store keeps cubins between runs: nvcc's own, which others are compared with, and one of every op. A cubin is
+# taken from there only if all that it depends on is the same: compilers, headers, flags, source, and our own code.
 test: $(VENV)/installed $(VENV)/legacy
-	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES)
+	@mkdir -p build/test-store && find build/test-store -type f -mtime +7 -delete
+	CACHEBUILDER_TEST_STORE=$(CURDIR)/build/test-store $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # test_trial.py is slow as a whole, and even to look for its tests is to import torch.
 check: lint docs $(VENV)/legacy

@@ -1,7 +1,7 @@
 """A program that uses DeepGEMM, for the tests of `record`: ``python -m tests.asking FOLDER STEP…`` on a virtual H200.
 
-FOLDER holds the deep_gemm package. The steps: ``layout4`` and ``layout5`` ask for one small kernel each, ``dense`` for a
-GEMM, ``refused`` for a kernel that nvcc refuses; ``stay`` waits until the program is ended; a number is the exit code.
+FOLDER holds the deep_gemm package. The steps: ``layout4`` and ``layout5`` ask for one small kernel each, ``dense`` for the
+first GEMM of the tests' small manifest, ``refused`` for a kernel that nvcc refuses; ``stay`` waits until the program is ended; a number is the exit code.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main(folder: str, *steps: str) -> None:
         if step.startswith("layout"):
             get_mn_major_tma_aligned_tensor(empty(64, int(step[-1])))
         elif step == "dense":
-            out = empty(16, 256, dtype=torch.bfloat16)
-            deep_gemm.fp8_gemm_nt(operands(16, 16), operands(256, 2), out, compiled_dims="nk")
+            out = empty(16, 576, dtype=torch.bfloat16)
+            deep_gemm.fp8_gemm_nt(operands(16, 16), operands(576, 5), out, compiled_dims="nk")
         elif step == "refused":  # ops/dense.py, ScaledGemm.points, says why
             out = empty(16, 256)
             try:

@@ -137,6 +137,12 @@ def run() -> Run:
     return run
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files with tests of more than a minute first, so that no process waits for them in the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_entry_points.py"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each test that uses a DeepGEMM with every generation.
 

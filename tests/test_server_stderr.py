@@ -191,7 +191,12 @@ def test_a_person_at_a_terminal_reads_it_once(tmp_path: Path, call: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["refuse", "compile", "compile-and-warn"])
+@pytest.mark.parametrize(
+    ("policy", "deep_gemm"),  # nvcc's own script follows the policy; each generation gets its refusal
+    [("refuse", "deepjit"), ("refuse", "legacy"), ("compile", "deepjit"), ("compile-and-warn", "deepjit")],
+    indirect=["deep_gemm"],
+    scope="session",
+)
 def test_a_miss_of_deepgemm_itself_is_one_line_on_its_stderr(
     policy: str, built: building.Built, tmp_path: Path
 ) -> None:
