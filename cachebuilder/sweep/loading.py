@@ -50,12 +50,25 @@ def load(job: Job, position: Position) -> DeviceInUse:
     if job.device == "cuda":
         _check_gpu(torch, job.gpu)
     try:
-        deep_gemm = import_deep_gemm(job.deep_gemm)
+        deep_gemm = _import_fast(job) if job.device == "virtual" else import_deep_gemm(job.deep_gemm)
     except Exception as error:
         raise JobError("import", f"DeepGEMM under torch {torch.__version__}: {text(error)}") from error
     gc.freeze()  # what was imported stays, so no collection need look at it
     gc.enable()
     return DeviceInUse(torch, deep_gemm, virtual=job.device == "virtual")
+
+
+def _import_fast(job: Job) -> Any:
+    """Import DeepGEMM without triton; with it if this copy insists."""
+    try:
+        with torch_import.without_triton():
+            return import_deep_gemm(job.deep_gemm)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "deep_gemm"]:
+            del sys.modules[name]
+        return import_deep_gemm(job.deep_gemm)
 
 
 def _check_gpu(torch: Any, target: Gpu) -> None:

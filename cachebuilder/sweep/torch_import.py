@@ -7,6 +7,8 @@ import ctypes
 import gc
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +38,23 @@ def _load_libraries() -> None:
         for folder in (spec.submodule_search_locations if spec else None) or ():
             ctypes.CDLL(str(Path(folder, "lib", "libtorch_global_deps.so")), mode=ctypes.RTLD_GLOBAL)
             ctypes.CDLL(str(Path(folder, "lib", "libtorch_cuda.so")))
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Within the context, ``import triton`` fails.
+
+    vLLM's DeepGEMM imports it for kernels of its own for A100, which no op calls, and does without it. It takes
+    longer than all else that DeepGEMM imports.
+    """
+    if "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
 
 
 def finish(*, whole: bool) -> ModuleType:
