@@ -92,7 +92,13 @@ def build(
     on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
-        made = planning.make(inputs, reuse=options.use_store, progress=progress, on_kernel=compiler.expect)
+        made = planning.make(
+            inputs,
+            reuse=options.use_store,
+            progress=progress,
+            on_sweep=compiler.prepare,
+            on_kernel=compiler.expect,
+        )
         if on_gpu:
             on_gpu.require_same_plan(made)
         planned = time.monotonic()

@@ -17,10 +17,11 @@ import pytest
 from cachebuilder import building
 from cachebuilder.building import Built
 from cachebuilder.compiling import compiler as compiling
-from cachebuilder.compiling.compiler import CompileOptions
+from cachebuilder.compiling import heads
+from cachebuilder.compiling.compiler import CompileOptions, Compiler
 from cachebuilder.compiling.front_end import FrontEnd, FrontEnds
 from cachebuilder.compiling.steps import Steps
-from cachebuilder.compiling.store import NoStore
+from cachebuilder.compiling.store import CubinStore, NoStore
 from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import load_manifest
@@ -116,6 +117,35 @@ def test_a_build_starts_a_front_end_while_it_plans_and_leaves_none_running(
     # With one job there is one unit for each set of headers, and such a unit starts no front end itself.
     assert steps.count("headers") == 1 and steps.count("check") == 1
     assert _processes_in(tmp_path) == []
+
+
+def test_a_build_starts_the_front_ends_of_the_last_build_of_these_ops(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
+    inputs = built.inputs
+    some = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+    first, second = some[0].source, some[0].flags
+    with Compiler(inputs, CompileOptions(use_store=False)) as compiler:
+        compiler.prepare()
+        assert not compiler._front_ends.expected(first, second)
+        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+    store = CubinStore(tmp_path / "cubins")
+    with Compiler(inputs, CompileOptions(), store) as compiler:
+        compiler.prepare()
+        assert compiler._front_ends.expected(first, second)
+        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+    with Compiler(inputs, CompileOptions(), store) as compiler:  # the store has all
+        compiler.prepare()
+        assert compiler.compile(some).reused == 2
+    assert _processes_in(tmp_path) == []
+    [kept] = (tmp_path / "cache" / "headers").iterdir()
+    kept.write_text(kept.read_text().replace("sm90", "sm89"))
+    with Compiler(inputs, CompileOptions(use_store=False)) as compiler:  # headers that do not exist
+        compiler.prepare()
+        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+    kept.write_text("{}")
+    assert heads.read(inputs) == ()
 
 
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")

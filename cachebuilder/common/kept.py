@@ -23,6 +23,7 @@ from cachebuilder.common.records import Record
 _PARTS: dict[str, tuple[str, str]] = {
     "plans": ("plans", "*.json"),
     "cubins": ("compiled kernels", "*/*"),
+    "headers": ("which headers the kernels of some ops include", "*.json"),
     "fetched": ("artifacts that were fetched from elsewhere", "*"),
     "restored": ("folders that `run` restored artifacts into", "*"),
     "served": ("roots for folders that are read-only", "*"),

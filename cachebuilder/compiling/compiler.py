@@ -21,7 +21,7 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.code import code_digest
 from cachebuilder.common.cores import available_cores
 from cachebuilder.common.progress import Progress, no_progress
-from cachebuilder.compiling import check, units
+from cachebuilder.compiling import check, heads, units
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.record import CompilerCall
 from cachebuilder.compiling.steps import Steps
@@ -122,6 +122,12 @@ class Compiler:
         if self._options.grouped and self._store.get(self._key(source, flags)) is None:
             self._front_ends.expect(source, flags)
 
+    def prepare(self) -> None:
+        """Prepare for a plan that is being made: start the front ends that an earlier build of these ops needed."""
+        if self._options.grouped:
+            for head in heads.read(self._inputs)[: max(1, self._jobs // 2)]:  # torch is imported at the same time
+                self._front_ends.expect(head.text, head.flags)
+
     def compile(self, kernels: Sequence[Kernel], progress: Progress = no_progress) -> Compiled:
         """Compile ``kernels``. Ends the front ends: a `Compiler` compiles once.
 
@@ -153,6 +159,10 @@ class Compiler:
 
         report(0.0)
         grouped = self._options.grouped
+        if grouped and missing:
+            heads.keep(self._inputs, kernels)
+        elif not missing:
+            self._front_ends.processes.stop()  # what was prepared for is in the store
         with scratch_folder() as scratch:
             steps = Steps(self._front_ends, scratch, keep, report, hold=grouped)
             compare = random.sample(missing, min(self._options.check_code, len(missing)))

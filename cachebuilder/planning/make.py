@@ -31,6 +31,7 @@ def make(
     *,
     reuse: bool = True,
     progress: Progress = no_progress,
+    on_sweep: Callable[[], None] = lambda: None,
     on_kernel: Callable[[str, tuple[str, ...]], None] = lambda source, flags: None,
 ) -> Plan:
     """Plan a manifest: call DeepGEMM at every point of every op, and join the kernels that it asks for.
@@ -39,6 +40,7 @@ def make(
         reuse: take the plan from the user's cache folder if nothing that it depends on has changed; otherwise keep the
             new plan there.
         progress: the step is "plan", the units are calls of DeepGEMM.
+        on_sweep: called before the sweep, if there is one.
         on_kernel: called with the source and the flags of each kernel as soon as the sweep has found it.
 
     Raises:
@@ -48,6 +50,7 @@ def make(
     plan_file = f"{_digest(inputs)}.json"
     if reuse and (plan := _read(plan_file)):
         return plan
+    on_sweep()
     include = str(inputs.installation.include)
     swept = Sweep(inputs, progress).run(lambda entry: on_kernel(entry.source, flags_of(entry, include)))
     plan = _join(inputs, swept)
