@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import PlanError
 from cachebuilder.sweep.process import Compiler
 
+_TICK_NANOSECONDS = 20_000_000
 _RECORDER = Path(__file__).parent / "recording_nvcc.sh"
 
 
@@ -61,14 +63,24 @@ class Newcomers:
         self._root = root
         self._generation = generation
         self._seen: set[str] = set()
+        self._settled: int | None = None  # when the folder last changed, if all of that was seen
 
     def take(self) -> Iterator[RecordedEntry]:
         """Entries that no earlier call returned. Raises as `read_entries` does."""
+        try:
+            changed, now = (self._root / "cache").stat().st_mtime_ns, time.time_ns()
+        except FileNotFoundError:
+            return
+        if changed == self._settled:
+            return
+        # Two changes within one tick of the file system's clock have the same time.
+        self._settled = changed if now - changed > _TICK_NANOSECONDS else None
         for folder in _folders(self._root):
             if folder.name not in self._seen:
                 try:
                     entry = _read(folder, self._generation)
                 except FileNotFoundError:  # DeepGEMM is still writing it
+                    self._settled = None
                     continue
                 self._seen.add(folder.name)
                 yield entry
