@@ -16,9 +16,12 @@ from cachebuilder import building
 from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring.observe import calls, engines, traffic
 from cachebuilder.authoring.observe.manifest import bound
+from cachebuilder.deepgemm import installation
 from cachebuilder.errors import RecordingError
 from cachebuilder.manifest.inputs import load_manifest
-from tests.conftest import TARGET, Run
+from cachebuilder.ops.catalog import OPS, OpBase
+from tests import entry_points
+from tests.conftest import LEGACY, ROOT, TARGET, Run
 
 ENGINE = Path(__file__).with_name("small_engine.py")
 
@@ -99,6 +102,37 @@ def test_a_build_observes_an_engine_and_has_all_that_it_asks_for(run: Run, obser
     assert entries == {kernel.entry for kernel in plan.kernels}
     manifest = tmp_path / "a.tar.zst.manifest.yaml"
     assert str(manifest) in done.stdout and load_manifest(manifest).manifest.ops
+
+
+#: How far an op goes, which an observed one says in its own way; and what no call shows.
+_NOT_SEEN = {"max_tokens", "max_rows", "max_batch", "max_k", "topk", "alignment", "sm_counts"}
+#: Ops whose prepare calls these as well.
+_SCHEDULES = {op for op in OPS if op.endswith("_mqa_logits_metadata")}
+
+
+def as_seen(op: OpBase) -> str:
+    """An op as its calls show it: with the experts of a token only where they select a kernel."""
+    hidden = _NOT_SEEN - ({"topk"} if hasattr(op, "ranks") or op.op == "bf16_mega_gate" else set())
+    return json.dumps(op.model_dump(exclude=hidden, exclude_none=True), sort_keys=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "generation"), [pair for pair in entry_points.PAIRS if pair[0] != "sm120"])
+def test_every_op_is_read_back_from_its_own_calls(arch: str, generation: str, run: Run, tmp_path: Path) -> None:
+    """`OpBase.sighting` is the inverse of ``prepare``."""
+    copy = installation.find(LEGACY if generation == "legacy" else None).path
+    program = [sys.executable, "-m", "tests.every_op", copy, arch, generation]
+    output = tmp_path / "m.yaml"
+    done = run("observe", "-o", output, "--gpu", entry_points.GPUS[arch], "--", *program, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    unread = set(re.findall(r"no op     (\w+):", done.stdout))
+    # These two are handed the parts of a buffer, not the buffer with its numbers of ranks and experts.
+    assert unread <= {"mega_moe_pre_dispatch", "mega_moe_pre_dispatch_sm90"}
+    cases = load_manifest(entry_points.write_manifest(tmp_path / "cases.yaml", arch, generation)).manifest.ops
+    wanted = {as_seen(op) for op in cases if op.op not in unread}
+    seen = {as_seen(op) for op in load_manifest(output).manifest.ops}
+    assert wanted <= seen
+    assert {json.loads(text)["op"] for text in seen - wanted} <= _SCHEDULES
 
 
 @pytest.mark.parametrize(

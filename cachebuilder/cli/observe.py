@@ -81,6 +81,13 @@ def print_summary(observation: Observation) -> None:
     for what, count in observed.unexpressed.items():
         seen = words.several(count, "call")
         shared.say(f"no op     {what}: {seen}; sources ask for this run's kernels, and another M may need more")
+    for one in observed.uncalled:
+        modules, shapes = words.several(one.count, "module"), ", ".join(map(str, map(list, one.shapes)))
+        by_warmup = ", called by the engine's warm-up alone" if one.warmed else ""
+        shared.say(
+            f"uncalled  {one.modules}: {modules} with quantised weights {shapes}{by_warmup}: no request reached them, "
+            "or the engine serves them with another kernel"
+        )
     for remark in observed.remarks:
         shared.say(f"note      {remark}")
     ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")

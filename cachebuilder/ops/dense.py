@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from cachebuilder.ops.base import Bf16K, Fp8K, N, TokenOp
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.scaled import Format, Operands, ScaledOp
-from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require, tensor
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, element_format, in_elements, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output
 
 Accumulate = Annotated[Literal[True] | None, Field(description="D += A·B: C is D itself")]
@@ -234,6 +234,14 @@ class Fp8Fp4GemmNt(ScaledGemm):
     a_format: Annotated[Literal["fp4"] | None, Field(description="left out: FP8")] = None
     b_format: Annotated[Literal["fp8"] | None, Field(description="left out: FP4")] = None
 
+    @classmethod
+    def read_operands(cls, given: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Operands of either format, and the fields for it and for their scales."""
+        a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
+        formats = {"a_format": "fp4"} if element_format(a) == "fp4" else {}
+        formats |= {"b_format": "fp8"} if element_format(b) == "fp8" else {}
+        return in_elements(a), in_elements(b), formats | fields
+
     @property
     def formats(self) -> tuple[Format, Format]:  # type: ignore[override]
         """Element formats of A and B."""
@@ -260,6 +268,16 @@ class Fp8GemmNtSkipHeadMid(ScaledOp, TokenOp):
         if self.n % (self.left + self.right):
             raise ValueError(f"wanted n in whole heads of left + right = {self.left + self.right}, found {self.n}")
         return self
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """N and K from B, M from A, and the splits of a head."""
+        given = call.by_name("a", "b", "d", "head_splits", "recipe", "compiled_dims", "disable_ue8m0_cast")
+        a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
+        n, k = tensor(b, 2, "float8_e4m3fn").shape
+        left, mid, right = given["head_splits"]
+        sizes = {"n": n, "k": k, "left": left, "mid": mid, "right": right}
+        return Sighting(sizes | fields, tensor(a, 2, "float8_e4m3fn").shape[0])
 
     @property
     def head_splits(self) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from cachebuilder.ops.base import Fp8K, N, TokenOp
 from cachebuilder.ops.device import Device, ceil_div, round_up
 from cachebuilder.ops.scaled import ScaledOp
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 
@@ -29,6 +30,15 @@ class Einsum(TokenOp):
     def widths(self) -> tuple[int, int]:
         """A's and D's last dimension."""
         return (self.r, self.d) if self.expr == "bhr,hdr->bhd" else (self.d, self.r)
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from B, the tokens from A."""
+        given = call.by_name("expr", "a", "b", "d", "c", "use_cublaslt")
+        require(given["expr"] in ("bhr,hdr->bhd", "bhd,hdr->bhr"), f"the expression {given['expr']}")
+        require(given["c"] is None and not given["use_cublaslt"], "c or use_cublaslt")
+        h, d, r = tensor(given["b"], 3, "bfloat16").shape
+        return Sighting({"expr": given["expr"], "h": h, "d": d, "r": r}, tensor(given["a"], 3, "bfloat16").shape[0])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the most tokens, sliced at each call."""
@@ -66,6 +76,15 @@ class Fp8Einsum(ScaledOp, TokenOp):
     h: Annotated[int, Field(ge=1, le=4096, description="groups")]
     d: N
     r: Fp8K
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from B, the tokens from A."""
+        given = call.by_name("expr", "a", "b", "d", "c", "recipe")
+        require(given["expr"] == "bhr,hdr->bhd" and given["c"] is None, f"the expression {given['expr']}, or c")
+        a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
+        h, d, r = tensor(b, 3, "float8_e4m3fn").shape
+        return Sighting({"h": h, "d": d, "r": r} | fields, tensor(a, 3, "float8_e4m3fn").shape[0])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the most tokens, sliced at each call; the scales of A as the engines' own kernels write them."""

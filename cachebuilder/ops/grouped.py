@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cachebuilder.ops.base import Bf16K, Experts, Fp8K, N, OpBase, TokenOp
 from cachebuilder.ops.device import Device, ceil_div, round_up
 from cachebuilder.ops.scaled import Operands, ScaledOp
-from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require, tensor
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, element_format, in_elements, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, contiguous_output, masked_output
 
 #: Arguments in the order of the functions (sgl-deep-gemm 0.2.3.post2 ``deep_gemm/__init__.py``, vLLM 0.33.0
@@ -27,8 +27,8 @@ class GroupedFp8Op(ScaledOp):
         """A and B in the op's own formats, and the fields of their scales. Raises `Inexpressible`."""
         a, b, fields = cls.scaled_fields(given, given["a"], given["b"])
         for operand, format in zip((a, b), cls.formats, strict=True):
-            require((operand.dtype == "float8_e4m3fn") == (format == "fp8"), f"elements of {operand.dtype}")
-        return a, b, fields
+            require(element_format(operand) == format, f"elements of {operand.dtype}")
+        return in_elements(a), in_elements(b), fields
 
     def unsupported(self, major: int) -> str | None:
         """SM90 has 1 × 128 and 128 × 128 scales and K-major operands only."""

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cachebuilder.ops.base import TokenOp
 from cachebuilder.ops.device import Device, ceil_div
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 
@@ -31,7 +32,17 @@ class Tf32HcPrenormGemm(TokenOp):
         if self.num_splits is not None:
             return self.num_splits
         sms = device.torch.cuda.get_device_properties(0).multi_processor_count if device.name == "cuda" else 132
-        return int(max(1, min(sms // ceil_div(m, 64), ceil_div(self.k, 64) // 4)))
+        return _engines_splits(sms, m, self.k)
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Sizes from A and B; the splits where they are not the engines' own."""
+        given = call.by_name("a", "b", "d", "sqr_sum", "num_splits")
+        m, k = tensor(given["a"], 2, "bfloat16").shape
+        splits = given["num_splits"]
+        require(splits is not None, "no splits")
+        fields = {"n": tensor(given["b"], 2, "float32").shape[0], "k": k}
+        return Sighting(fields | ({} if splits == _engines_splits(call.sm_count, m, k) else {"num_splits": splits}), m)
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest M, sliced at each call."""
@@ -70,6 +81,11 @@ class Tf32HcPrenormGemm(TokenOp):
         )
 
 
+def _engines_splits(sm_count: int, m: int, k: int) -> int:
+    """The number of splits that vLLM and SGLang choose (`Tf32HcPrenormGemm`)."""
+    return max(1, min(sm_count // ceil_div(m, 64), ceil_div(k, 64) // 4))
+
+
 _CONNECTIONS, _ITERATIONS, _EPSILON = 4, 20, 1e-6
 #: Mixing weights of one token: for the next layer's input, for its output, and between connections.
 _MIXES = _CONNECTIONS * (2 + _CONNECTIONS)
@@ -86,6 +102,15 @@ class MegaMhc(TokenOp):
 
     op: Literal["mega_mhc"]
     hidden: Annotated[int, Field(ge=1024, le=1 << 16, multiple_of=1024, description="hidden size")]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """M and the hidden size from x; the output is BF16 only, as vLLM 0.33.0's."""
+        require(len(call.arguments) == 21 and call.options.keys() == {"y_bf16"}, "other arguments than vLLM's")
+        m, hidden = tensor(call.arguments[0], 2, "bfloat16").shape
+        connections, iterations = call.arguments[8], call.arguments[13]
+        require((connections, iterations) == (_CONNECTIONS, _ITERATIONS), f"{connections} connections, {iterations}")
+        return Sighting({"hidden": hidden}, m)
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest M, row-sliced at each call."""

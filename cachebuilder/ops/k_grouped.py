@@ -11,6 +11,7 @@ from pydantic import Field
 from cachebuilder.ops import scaled
 from cachebuilder.ops.base import Experts, OpBase
 from cachebuilder.ops.device import Device
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 #: DeepGEMM's alignment of each expert's K (``get_mk_alignment_for_contiguous_layout``), unless somebody sets another.
@@ -21,6 +22,7 @@ class KGroupedGemm(OpBase):
     """D [experts, m, n] += A_iᵀ · B_i in float32; each expert's K is every multiple of 128 up to ``max_k``."""
 
     variable: ClassVar[str] = "k"
+    maximum: ClassVar[str | None] = "max_k"
     #: Whether A and B are each expert's [m, K] and [n, K], one after another, instead of [all K, m] and [all K, n].
     k_major: ClassVar[bool] = False
     #: Whether A and B are FP8 with one scale for 1 × 128 of K, instead of BF16.
@@ -30,6 +32,19 @@ class KGroupedGemm(OpBase):
     m: Annotated[int, Field(ge=16, le=1 << 20, multiple_of=16, description="rows of each product")]
     n: Annotated[int, Field(ge=16, le=1 << 20, multiple_of=16, description="columns of each product")]
     max_k: Annotated[int, Field(ge=128, le=1 << 20, multiple_of=128, description="the largest K of one expert")]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Experts and sizes of the products from D, the largest K from the list of all."""
+        names = ("a", "b", "d", "ks", "grouped_layout", "c")
+        given = call.by_name(
+            *names, *(("recipe",) if cls.fp8 else ()), "compiled_dims", "use_psum_layout", "use_padded_sf_layout"
+        )
+        require(not given["use_psum_layout"] and not given["use_padded_sf_layout"], "another layout")
+        require(given.get("recipe") in (None, (1, 1, ALIGNMENT)), f"the recipe {given.get('recipe')}")
+        experts, m, n = tensor(given["d"], 3, "float32").shape
+        fields = {} if given["compiled_dims"] is None else {"compiled_dims": given["compiled_dims"]}
+        return Sighting({"experts": experts, "m": m, "n": n} | fields, max(given["ks"]))
 
     def points(self, device: Device) -> range:
         """Every multiple of 128 up to ``max_k``."""

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cachebuilder.ops.base import Bf16K, Experts, TokenOp
 from cachebuilder.ops.device import Device
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import GUARD_ROWS, Inputs, Output, Trial, dense_output, product_nt
 
 #: Scores that differ by less may change places: the reference sums the router's product in another order.
@@ -32,6 +33,22 @@ class Bf16MegaGate(TokenOp):
         Literal[True] | None,
         Field(description="the token's hash chooses the experts (fix_routing_mask, unmapped_topk_idx)"),
     ] = None
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """M and the hidden size from x, the experts from the weight."""
+        names = ("x", "weight", "num_topk", "use_shared_as_routed", "num_shared_experts", "routed_scaling_factor")
+        given = call.by_name(
+            *names, "ep_rank", "scoring_func", "mask", "bias", "image_bias", "image_token_mask", "fix_routing_mask",
+            "to_physical_map", "logical_count", "unmapped_topk_idx", "force_random", "out",
+        )  # fmt: skip
+        others = ("mask", "image_bias", "image_token_mask", "to_physical_map", "logical_count", "force_random")
+        set_others = [name for name in ("use_shared_as_routed", "num_shared_experts", *others) if given[name]]
+        require(not set_others, f"the arguments {', '.join(set_others)}")
+        m, hidden = tensor(given["x"], 2, "bfloat16").shape
+        fields = {"hidden": hidden, "experts": given["weight"].shape[0], "topk": given["num_topk"]}
+        fields |= {"scoring": given["scoring_func"] or "identity", "bias": given["bias"] is not None}
+        return Sighting(fields | ({"hashed": True} if given["fix_routing_mask"] is not None else {}), m)
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest M, row-sliced at each call; arguments as vLLM 0.33.0 gives them."""

@@ -7,7 +7,7 @@ every rank's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from cachebuilder.ops.base import TokenOp
 from cachebuilder.ops.device import Device
 from cachebuilder.ops.scaled import FP8_MAX, Quantisation, empty, random
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import Inputs, Trial, dense_output, product_nt
 
 
@@ -42,6 +43,20 @@ class MegaMoeOp(TokenOp):
         if self.experts % self.ranks:
             raise ValueError(f"wanted experts in equal parts for {self.ranks} ranks, found {self.experts}")
         return self
+
+    @classmethod
+    def buffer_fields(cls, buffer: Any) -> dict[str, Any]:
+        """The fields that the buffer of a call holds, ``max_tokens`` with them. Raises `Inexpressible`."""
+        require(isinstance(buffer, Mapping) and "ranks" in buffer, f"the buffer {buffer}")
+        sizes = buffer["fields"]
+        return {
+            "ranks": buffer["ranks"],
+            "experts": sizes["num_experts"],
+            "topk": sizes["num_topk"],
+            "hidden": sizes["hidden"],
+            "intermediate": sizes["intermediate_hidden"],
+            "max_tokens": sizes["num_max_tokens_per_rank"],
+        }
 
     @property
     def local_experts(self) -> int:
@@ -172,6 +187,18 @@ class Fp8MegaMoe(MegaMoeOp):
     found_in = "sgl-deep-gemm 0.1.4 to 0.2.3.post2"
 
     op: Literal["fp8_mega_moe"]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from the buffer, the tokens from y."""
+        names = ("y", "l1_weights", "l2_weights", "sym_buffer", "cumulative_local_expert_recv_stats", "recipe")
+        given = call.by_name(*names, "activation", "activation_clamp", "fast_math")
+        require(given["activation"] in (None, "swiglu"), f"the activation {given['activation']}")
+        require(given["fast_math"] in (None, True), "fast_math off")
+        fields = cls.buffer_fields(given["sym_buffer"])
+        if given["activation_clamp"] is not None:
+            fields["activation_clamp"] = given["activation_clamp"]
+        return Sighting(fields, tensor(given["y"], 2, "bfloat16").shape[0])
 
     @property
     def weight_shapes(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from cachebuilder.ops.attention import accepts
 from cachebuilder.ops.device import Device, round_up
 from cachebuilder.ops.mega_moe import LAYER_TOLERANCE, MegaMoeOp, ReferenceLayer, sm100_buffer
 from cachebuilder.ops.scaled import Quantisation, Scaled, empty, random, requantised
+from cachebuilder.ops.seen import SeenCall, Sighting, require, tensor
 from cachebuilder.ops.trial import TOLERANCE, Inputs, Trial, dense_output, product_nt
 
 #: What SM100's kernels read.
@@ -74,6 +75,14 @@ _TAKEN_BY = {
 }
 
 
+#: DeepGEMM's own values of fields that are left out.
+_DEFAULTS = {"activation": "swiglu", "fast_math": True, "weight_layout": "megamoe"}
+#: Keyword arguments of the norm; the last is that of vLLM 0.33.0's copy.
+NORM_ARGUMENTS = (
+    "post_expert_norm", "post_expert_norm_weight", "post_expert_norm_eps", "post_expert_norm_gamma",
+)  # fmt: skip
+
+
 class Sm100MegaMoeOp(MegaMoeOp):
     """A layer on SM100. Its reference is from the kernels' sources and has not been checked on such a card.
 
@@ -89,11 +98,46 @@ class Sm100MegaMoeOp(MegaMoeOp):
     buffer_type: ClassVar[str]
     #: Fields that are keyword arguments of the call as they are.
     plain: ClassVar[tuple[str, ...]] = ("fast_math",)
+    #: Fields that are true where a tensor is given by that name.
+    by_tensor: ClassVar[tuple[str, ...]] = ()
 
     shared_experts: Annotated[
         int | None, Field(ge=1, le=64, description="experts of the same size that every token goes to")
     ] = None
     fast_math: Annotated[Literal[False] | None, Field(description="left out: approximate exp and division")] = None
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """All sizes from the buffer, the tokens from y; each argument that selects a kernel has a field of its name.
+
+        Raises:
+            Inexpressible: a fifth argument by position, whose meaning differs between the copies.
+        """
+        first = ("y", "l1_weights", "l2_weights", "sym_buffer")
+        without_field = ("shared_l1_weights", "shared_l2_weights", "cumulative_local_expert_recv_stats", "recipe")
+        given = call.by_name(*first, "activation_clamp", *cls.plain, *cls.by_tensor, *NORM_ARGUMENTS, *without_field)
+        require(len(call.arguments) <= len(first), "a fifth argument by position")
+        buffer = given["sym_buffer"]
+        fields = cls.buffer_fields(buffer) | cls.mma_fields(buffer["fields"].get("mma_type"))
+        for name in ("activation_clamp", *cls.plain):
+            if given[name] not in (None, _DEFAULTS.get(name, False)):
+                fields[name] = given[name]
+        fields |= {name: True for name in cls.by_tensor if given[name] is not None}
+        if given["shared_l1_weights"] is not None:
+            fields["shared_experts"] = buffer["fields"]["num_shared_experts"]
+        return Sighting(fields | cls.norm_fields(given), tensor(given["y"], 2, "bfloat16").shape[0])
+
+    @classmethod
+    def norm_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields for the norm of an expert's output. Raises `Inexpressible`."""
+        require(not any(given[name] for name in NORM_ARGUMENTS), "a norm of the experts' outputs")
+        return {}
+
+    @classmethod
+    def mma_fields(cls, mma_type: str | None) -> dict[str, Any]:
+        """The field for the buffer's types; None where the copy's buffer does not say them. Raises `Inexpressible`."""
+        require(mma_type in (None, cls.buffer_type), f"a buffer of {mma_type}")
+        return {}
 
     def function(self, deep_gemm: ModuleType) -> Callable[..., Any]:
         """DeepGEMM's function. Raises LookupError also if it does not take what a field gives."""

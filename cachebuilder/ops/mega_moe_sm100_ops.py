@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,7 @@ from cachebuilder.ops.device import Device
 from cachebuilder.ops.mega_moe import nvfp4_buffer
 from cachebuilder.ops.mega_moe_sm100 import QUANTISATIONS, Kind, Plain, Sm100MegaMoeOp, around_one, shared_rows
 from cachebuilder.ops.scaled import Scaled, quantised
+from cachebuilder.ops.seen import require
 from cachebuilder.ops.trial import Inputs, Trial
 
 #: sgl-deep-gemm's default of ``post_expert_norm_eps`` (0.2.3.post2, ``deep_gemm/mega/__init__.py``).
@@ -75,6 +76,19 @@ class NormedMegaMoeOp(Sm100MegaMoeOp):
         if self.shared_experts and self.post_expert_norm:
             raise ValueError("post_expert_norm goes without shared_experts")
         return self
+
+    @classmethod
+    def norm_fields(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The norm, its epsilon unless it is the default, and whether it has no gain."""
+        with_gain = given["post_expert_norm_gamma"] is not None
+        if not (given["post_expert_norm"] or with_gain):
+            return {}
+        fields: dict[str, Any] = {"post_expert_norm": True}
+        if "post_expert_norm_eps" in cls.model_fields and given["post_expert_norm_eps"] not in (None, _EPSILON):
+            fields["post_expert_norm_eps"] = given["post_expert_norm_eps"]
+        if not with_gain and given["post_expert_norm_weight"] is None:
+            fields["post_expert_norm_weight"] = False
+        return fields
 
     def takes(self, deep_gemm: ModuleType, function: Callable[..., Any], field: str) -> bool:
         """In vLLM 0.33.0's copy, a function that takes a gain has the norm."""
@@ -180,6 +194,12 @@ class Fp8Fp4MegaMoe(ActivatedMegaMoeOp):
         Field(description="left out: swiglu; swigluoai is sgl-deep-gemm's, swiglustep vLLM's copy's"),
     ] = None
 
+    @classmethod
+    def mma_fields(cls, mma_type: str | None) -> dict[str, Any]:
+        """The field ``mma_type``; NVFP4 is another op's."""
+        require(mma_type in (None, "fp8xfp4", "fp8xfp8", "mxf4xmxf4"), f"a buffer of {mma_type}")
+        return {} if mma_type in (None, "fp8xfp4") else {"mma_type": mma_type}
+
     @property
     def kinds(self) -> tuple[Kind, Kind]:  # type: ignore[override]
         """Those of ``mma_type``."""
@@ -213,6 +233,7 @@ class Nvfp4MegaMoe(NormedActivatedMegaMoeOp):
     kinds = ("nvfp4", "nvfp4")
     buffer_type = "nvfp4xnvfp4"
     plain = (*NormedActivatedMegaMoeOp.plain, "use_x_scales")
+    by_tensor = ("l1_alphas", "l2_alphas", "l2_act_scales")
 
     op: Literal["nvfp4_mega_moe"]
     activation: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -70,6 +70,19 @@ def tensor(value: Any, dimensions: int, *dtypes: str) -> Tensor:
     if not isinstance(value, Tensor) or len(value.shape) != dimensions or value.dtype not in dtypes:
         raise Inexpressible(f"{value} where {dimensions} dimensions of {' or '.join(dtypes)} are known")
     return value
+
+
+def element_format(operand: Tensor) -> str:
+    """``fp8``, or ``fp4``, which is bytes of two elements. Raises `Inexpressible` for another type."""
+    require(operand.dtype in ("float8_e4m3fn", "int8", "uint8"), f"elements of {operand.dtype}")
+    return "fp8" if operand.dtype == "float8_e4m3fn" else "fp4"
+
+
+def in_elements(operand: Tensor) -> Tensor:
+    """``operand`` with its shape in elements: FP4 has two to a byte of K, which comes last."""
+    if element_format(operand) == "fp8":
+        return operand
+    return replace(operand, shape=(*operand.shape[:-1], 2 * operand.shape[-1]))
 
 
 def require(holds: bool, what: str) -> None:

@@ -8,7 +8,7 @@ formats, the blocks and the page select the kernels; the numbers of rows and key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -26,6 +26,7 @@ from cachebuilder.ops.attention import (
 )
 from cachebuilder.ops.base import OpBase, TokenOp
 from cachebuilder.ops.device import Device
+from cachebuilder.ops.seen import SeenCall, Sighting, Tensor, require
 from cachebuilder.ops.trial import Inputs, Output, Trial
 
 HEAD_DIM = 128
@@ -47,6 +48,26 @@ class SparseOp(OpBase):
     def vectors(self, device: Device, inputs: Inputs | None, *shape: int) -> Vectors:
         """Queries or keys ``[…, 128]``."""
         return scaled_vectors(device, inputs, MXFP4 if self.format == "fp4" else MX, *shape, HEAD_DIM)
+
+    @staticmethod
+    def sparse_sighting(data_type: str, value: int, **fields: Any) -> Sighting:
+        """``fields`` that are set, and the one for the elements of Q and K. Raises `Inexpressible`."""
+        require(data_type in ("float8_e4m3fn", "int8", "uint8"), f"elements of {data_type}")
+        formats = {} if data_type == "float8_e4m3fn" else {"format": "fp4"}
+        return Sighting({name: field for name, field in fields.items() if field} | formats, value)
+
+    @classmethod
+    def schedule_sighting(cls, given: Mapping[str, Any], rows: Tensor, **fields: Any) -> Sighting:
+        """Blocks and their formats from a call for a schedule, and ``fields``."""
+        blocks = {"block": given["sparse_block_kv"], "blocks": given["sparse_kv_block_indices"].shape[1]}
+        return cls.sparse_sighting(given["qk_dtype"]["text"].removeprefix("torch."), rows.shape[0], **blocks, **fields)
+
+    @classmethod
+    def logits_sighting(cls, given: Mapping[str, Any], **fields: Any) -> Sighting:
+        """Blocks, heads and formats from a call for logits, and ``fields``."""
+        q = given["q"][0] if isinstance(given["q"], tuple) else given["q"]
+        blocks = {"block": given["sparse_block_kv"], "blocks": given["num_max_sparse_blocks"], "heads": q.shape[-2]}
+        return cls.sparse_sighting(q.dtype, q.shape[0], **blocks, **fields)
 
     def data_type(self, torch: Any) -> Any:
         """Torch's type for the elements of Q and K."""
@@ -219,6 +240,13 @@ class GetSparseMqaLogitsMetadata(RowsOp, TokenOp):
 
     op: Literal["get_sparse_mqa_logits_metadata"]
 
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """The blocks of a row from their numbers, the rows from the first keys."""
+        names = ("cu_seq_len_k_start", "cu_seq_len_k_end", "num_kv_tokens", "sparse_kv_block_indices", "qk_dtype")
+        given = call.by_name(*names, "sparse_block_kv", "use_unaligned_ks")
+        return cls.schedule_sighting(given, given["cu_seq_len_k_start"], unaligned=given["use_unaligned_ks"])
+
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Bounds and blocks of the most rows, sliced at each call."""
         starts, ends, block_ids = self.keys_of_rows(device, None, self.largest_m)
@@ -244,6 +272,13 @@ class Fp8Fp4SparseMqaLogits(HeadsOp, RowsOp, TokenOp):
     """
 
     op: Literal["fp8_fp4_sparse_mqa_logits"]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Heads, formats and rows from Q."""
+        names = ("q", "kv", "weights", "metadata", "num_max_sparse_blocks", "sparse_block_kv", "use_unaligned_ks")
+        given = call.by_name(*names)
+        return cls.logits_sighting(given, unaligned=given["use_unaligned_ks"])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the most rows, sliced at each call, and a schedule for each call."""
@@ -282,6 +317,13 @@ class GetPagedSparseMqaLogitsMetadata(BatchOp, PagedSparseOp):
 
     op: Literal["get_paged_sparse_mqa_logits_metadata"]
 
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """The blocks of a sequence from their numbers, the batch from the lengths."""
+        names = ("context_lens", "block_table", "indices", "page_kv", "sparse_kv_block_indices", "qk_dtype")
+        given = call.by_name(*names, "sparse_block_kv")
+        return cls.schedule_sighting(given, given["context_lens"], page_size=given["page_kv"])
+
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Lengths, pages and blocks of the largest batch, sliced at each call."""
         lengths = device.empty(self.max_batch, dtype="int32")
@@ -312,6 +354,12 @@ class Fp8Fp4PagedSparseMqaLogits(BatchOp, HeadsOp, PagedSparseOp):
     """
 
     op: Literal["fp8_fp4_paged_sparse_mqa_logits"]
+
+    @classmethod
+    def sighting(cls, call: SeenCall) -> Sighting:
+        """Heads, formats and the batch from Q, the page from the cache."""
+        given = call.by_name("q", "kv_cache", "weights", "metadata", "num_max_sparse_blocks", "sparse_block_kv")
+        return cls.logits_sighting(given, page_size=given["kv_cache"].shape[1])
 
     def prepare(self, device: Device) -> Callable[[int], None]:
         """Buffers for the largest batch, sliced at each call, and a schedule for each call."""

@@ -18,8 +18,8 @@ from cachebuilder.ops.seen import Inexpressible, SeenCall, Tensor
 
 #: How the hook marks a call that takes up cached context.
 _CONTEXT = {"in _compute_prefill_context", "in _context_parallel_compute_prefill_context"}
-#: How the hook marks a call that prepares a weight.
-_LOADING = "in process_weights_after_loading"
+#: How the hook marks a call that prepares a weight, and one of the engine's own warm-up.
+_LOADING, _WARMUP = "in process_weights_after_loading", "in warmup"
 
 
 class Facts(Record):
@@ -69,6 +69,23 @@ class SeenOp:
 
 
 @dataclass(frozen=True)
+class Uncalled:
+    """Modules with quantised weights that called no GEMM of DeepGEMM in traffic.
+
+    Attributes:
+        modules: the engine's names, with ``#`` for each number.
+        count: how many modules have them.
+        shapes: of one module's weights.
+        warmed: the engine's own warm-up called DeepGEMM for one of them.
+    """
+
+    modules: str
+    count: int
+    shapes: tuple[tuple[int, ...], ...]
+    warmed: bool
+
+
+@dataclass(frozen=True)
 class Observed:
     """Everything that was written down.
 
@@ -76,6 +93,7 @@ class Observed:
         ops: in the order in which they were first seen.
         unexpressed: calls that no op expresses: the function and why, and how often.
         remarks: what the ops leave out, one sentence each.
+        uncalled: the model's quantised modules that called nothing.
         copies: the folders of the DeepGEMMs that were called.
         processes: how many processes called.
     """
@@ -83,6 +101,7 @@ class Observed:
     ops: tuple[SeenOp, ...]
     unexpressed: Mapping[str, int]
     remarks: tuple[str, ...]
+    uncalled: tuple[Uncalled, ...]
     copies: tuple[Path, ...]
     facts: Facts
     processes: int
@@ -112,9 +131,12 @@ def read(folder: Path) -> Observed:
     copies: dict[Path, None] = {}
     files = sorted(folder.glob("calls-*.jsonl"))
     functions = {name: model for model in OPS.values() for name in model.names()}
+    called: dict[bool, set[str]] = {False: set(), True: set()}  # in the warm-up or not → the modules that called
     for file in files:
         for call, count in _read_file(file):
             copies[Path(call.copy_folder)] = None
+            if _LOADING not in call.callers:
+                called[_WARMUP in call.callers].update(map(_module, filter(_is_module, call.callers)))
             seen = SeenCall(
                 call.function,
                 tuple(map(_value, call.args)),
@@ -133,7 +155,16 @@ def read(folder: Path) -> Observed:
         for op in ops.values()
         if len(op.alignments) > 1
     ]
-    return Observed(tuple(ops.values()), unexpressed, tuple(remarks), tuple(copies), _facts(folder), len(files))
+    facts, modules = _facts(folder)
+    return Observed(
+        ops=tuple(ops.values()),
+        unexpressed=unexpressed,
+        remarks=tuple(remarks),
+        uncalled=_uncalled(modules, called[False], called[True]),
+        copies=tuple(copies),
+        facts=facts,
+        processes=len(files),
+    )
 
 
 def _read_file(file: Path) -> Iterator[tuple[_Call, int]]:
@@ -175,9 +206,7 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
     if value is not None:
         op.maximum = max(op.maximum or 0, value)
         op.values.add(value)
-    for place in call.callers:
-        if place.startswith("module "):
-            op.modules.add(re.sub(r"\d+", "#", place.removeprefix("module ")))
+    op.modules.update(_family(_module(place)) for place in call.callers if _is_module(place))
     op.places.update(place for place in call.callers if ".py:" in place)
     op.sm_counts.add(seen.sm_count)
     if "alignment" in model.model_fields and seen.alignment is not None:
@@ -185,12 +214,41 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
     op.takes_context |= not _CONTEXT.isdisjoint(call.callers)
 
 
-def _facts(folder: Path) -> Facts:
-    """The largest of each fact over all processes."""
+def _facts(folder: Path) -> tuple[Facts, dict[str, list[list[int]]]]:
+    """The largest of each fact over all processes; and the models' quantised modules with their weights' shapes."""
     facts: dict[str, Any] = {}
+    modules: dict[str, list[list[int]]] = {}
     for file in sorted(folder.glob("facts-*.jsonl")):
         for line in file.read_text().splitlines():
             for name, value in json.loads(line).items():
                 if name in Facts.model_fields and value is not None:
                     facts[name] = max(facts.get(name, value), value)
-    return Facts(**facts)
+                elif name == "modules":
+                    modules |= value
+    return Facts(**facts), modules
+
+
+def _is_module(caller: str) -> bool:
+    return caller.startswith("module ")
+
+
+def _module(caller: str) -> str:
+    return caller.removeprefix("module ")
+
+
+def _family(module: str) -> str:
+    """A module's name without its numbers: the same for each layer."""
+    return re.sub(r"\d+", "#", module)
+
+
+def _uncalled(
+    modules: Mapping[str, list[list[int]]], in_traffic: set[str], in_warmup: set[str]
+) -> tuple[Uncalled, ...]:
+    """The modules that did not call in traffic, those of one name and shape together."""
+    groups: dict[tuple[str, tuple[tuple[int, ...], ...]], list[str]] = {}
+    for name in modules.keys() - in_traffic:
+        groups.setdefault((_family(name), tuple(map(tuple, modules[name]))), []).append(name)
+    return tuple(
+        Uncalled(family, len(names), shapes, not in_warmup.isdisjoint(names))
+        for (family, shapes), names in sorted(groups.items())
+    )

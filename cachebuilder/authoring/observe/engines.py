@@ -106,6 +106,7 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
         "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": ("0", "FlashInfer's copy of DeepGEMM has its own cache; without it, "
         "every M goes to DeepGEMM"),
         "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
+        "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
     }  # fmt: skip
     if os.path.isdir(model):

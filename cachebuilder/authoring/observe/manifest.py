@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ def bound(op: SeenOp, facts: Facts) -> tuple[int, str] | None:
     """
     if op.maximum is None:
         return None
+    if size := op.fields.get(OPS[op.name].maximum or ""):
+        return size, "the engine's buffer"
     largest, why = op.maximum, "the largest seen"
     bounds = {
         "max_tokens": [("max_num_batched_tokens", facts.max_num_batched_tokens)],
@@ -105,14 +108,13 @@ def _first(items: Sequence[str], most: int) -> str:
 
 
 def _flow(fields: dict[str, Any]) -> str:
-    texts = (
-        f"{key}: {str(value).lower() if isinstance(value, bool) else _text(value)}" for key, value in fields.items()
-    )
-    return "{" + ", ".join(texts) + "}"
+    return "{" + ", ".join(f"{key}: {_text(value)}" for key, value in fields.items()) + "}"
 
 
 def _text(value: Any) -> str:
-    return '""' if value == "" else str(value)
+    """``value`` in YAML; JSON is YAML, but names read better without quotes."""
+    is_name = isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w-]*", value)
+    return value if is_name else json.dumps(value)
 
 
 def _comment(text: str, width: int = _WIDTH) -> list[str]:

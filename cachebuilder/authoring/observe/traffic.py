@@ -36,13 +36,13 @@ def requests(facts: Facts) -> list[list[Request]]:
     step = facts.max_num_batched_tokens or 2048
     several = min(facts.max_num_seqs or 8, 8)
     batches = [
-        [Request(1, 4)],
-        [Request(min(37, longest), 4)],
+        [Request(1, 2)],
+        [Request(min(37, longest), 2)],
         # Longer than a step: its second chunk has the first one as cached context.
-        [Request(min(step + step // 2, longest), 4)],
-        [Request(min(100 + 7 * i, longest), 8) for i in range(several)],
+        [Request(min(step + step // 2, longest), 2)],
+        [Request(min(100 + 7 * i, longest), 4) for i in range(several)],
         # Prefills while others decode.
-        [Request(min(5, longest), 32)] * 2 + [Request(min(step, longest), 4)],
+        [Request(min(5, longest), 12)] * 2 + [Request(min(step, longest), 2)],
     ]
     return batches
 

@@ -1,0 +1,206 @@
+"""Observe engines on models of which only the config is here, and compare with what is expected.
+
+    python benchmarks/observe.py --gpu H200 -o benchmarks/results/observe.jsonl MODEL[:LAYOUT]... [-- OPTIONS...]
+
+Runs in the engine's environment, with cachebuilder importable. MODEL is a folder with ``config.json``; LAYOUT is
+``tpN``, ``tpN-epN`` or ``tpN-epN-dpN``, and ``-CLASS`` behind it adds the model's own draft layers. Without a LAYOUT,
+all of vLLM's in the folder's ``expected.json`` are observed. OPTIONS are added to the serve command. One line of JSON is
+added to the results for each observation, also for one that failed. ``plot.py`` makes the docs' table from them.
+
+Seconds and memory depend on the machine and on what else runs on it; CPU seconds depend less. Memory is the most that all
+processes of the engine held at once, shared pages counted once (PSS, sampled every 2 s).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cachebuilder.authoring.observe import observe as observing
+from cachebuilder.cuda import gpus
+from cachebuilder.errors import CacheBuilderError
+
+ROOT = Path(__file__).parents[1]
+#: What is served with, besides the layout: the batch of the issue's command; vLLM itself takes DeepGEMM for experts only
+#: where it is told to.
+OPTIONS = ["--max-num-batched-tokens", "8192", "--max-model-len", "16384", "--moe-backend", "deep_gemm"]
+DRAFT = ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+
+Shape = tuple[str, int | None, int, int]
+
+
+def layouts(folder: Path) -> list[str]:
+    """The layouts of vLLM that a case has."""
+    keys = json.loads((folder / "expected.json").read_text())
+    return [key.removeprefix("vllm-") for key in keys if key.startswith("vllm-")]
+
+
+def serve_command(folder: Path, layout: str, more: list[str]) -> list[str]:
+    parts = dict(re.findall(r"(tp|ep|dp)(\d+)", layout))
+    command = ["vllm", "serve", str(folder), "--tensor-parallel-size", parts["tp"]]
+    if "dp" in parts:
+        command += ["--data-parallel-size", parts["dp"]]
+    if "ep" in parts:
+        command += ["--enable-expert-parallel"]
+    if is_draft(layout):
+        command += DRAFT
+    return [*command, *OPTIONS, *more]
+
+
+def is_draft(layout: str) -> bool:
+    return bool(re.search(r"-[A-Z]", layout))
+
+
+def expected_shapes(folder: Path, layout: str) -> tuple[set[Shape], list[str]] | None:
+    """What the case says of a layout, with its main model where the layout is of the draft; and what is refused."""
+    file = folder / "expected.json"
+    if not file.exists():
+        return None
+    cases = json.loads(file.read_text())
+    parts = [cases.get(f"vllm-{name}") for name in {layout, re.sub(r"-[A-Z].*", "", layout)}]
+    shapes = {(op["op"], op.get("experts"), op["n"], op["k"]) for part in parts if part for op in part["deep_gemm"]}
+    return shapes, [text for part in parts if part for _, text in part["engine_refuses"]]
+
+
+def observed_shapes(observation: observing.Observation) -> dict[Shape, list[str]]:
+    """The shapes of the GEMMs with weights that were observed, with the modules that called."""
+    shapes: dict[Shape, list[str]] = {}
+    for op in observation.observed.ops:
+        if "n" in op.fields and "k" in op.fields and "gemm" in op.name:
+            shape = op.name, op.fields.get("experts"), op.fields["n"], op.fields["k"]
+            shapes.setdefault(shape, []).extend(sorted(op.modules))
+    return shapes
+
+
+@contextlib.contextmanager
+def memory() -> Iterator[list[int]]:
+    """Yields a list of one: the most bytes that all descendants of this process held at once."""
+    most, ended = [0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(2):
+            most[0] = max(most[0], sum(map(pss, descendants(os.getpid()))))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found, todo = [], [root]
+    while todo:
+        todo += (own := children.get(todo.pop(), []))
+        found += own
+    return found
+
+
+def pss(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return int(re.search(r"^Pss: +(\d+)", rollup, re.M)[1]) * 1024  # type: ignore[index]
+    return 0
+
+
+def cpu_seconds() -> float:
+    """Of all ended descendants."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, Any]:
+    command = serve_command(folder, layout, more)
+    model = folder.resolve().name
+    shown = ["vllm", "serve", model, *command[3:]]
+    row: dict[str, Any] = {"model": model, "layout": layout, "gpu": gpu, "command": shown, "load": os.getloadavg()[0]}
+    started, cpu = time.monotonic(), cpu_seconds()
+    expected = expected_shapes(folder, layout)
+    with memory() as most:
+        try:
+            observation = observing.observe(command, gpus.find(gpu), environment=os.environ)
+        except CacheBuilderError as error:
+            observation, row["error"] = None, str(error)
+            refused = [text for text in expected[1] if text in str(error)] if expected else []
+            row |= {"refused_as_expected": refused} if refused else {}
+    row |= {
+        "whole_seconds": round(time.monotonic() - started, 1),
+        "cpu_seconds": round(cpu_seconds() - cpu, 1),
+        "memory_gb": round(most[0] / 1e9, 2),
+    }
+    if observation is None:
+        return row
+    run, observed = observation.run, observation.observed
+    row |= {
+        "deep_gemm": str(observation.installation).split(", /")[0],
+        "up_seconds": round(run.up_seconds, 1),
+        "seconds": round(run.seconds, 1),
+        "processes": observed.processes,
+        "requests": run.requests,
+        "calls": observed.calls,
+        "call_sites": len({place for op in observed.ops for place in op.places}),
+        "ops": len(observed.ops),
+        "kernels_requested": len(observation.requested),
+        "kernels_planned": len(observation.planned),
+        "sources": observation.sources,
+        "no_op": dict(observed.unexpressed),
+        "uncalled": [[one.modules, one.count, one.shapes, one.warmed] for one in observed.uncalled],
+    }
+    shapes = observed_shapes(observation)
+    if expected is not None:
+        row["missing"] = sorted(map(list, expected[0] - shapes.keys()), key=str)
+        row["extra"] = sorted(
+            ([*shape, modules] for shape, modules in shapes.items() if shape not in expected[0]), key=str
+        )
+    return row
+
+
+def main() -> None:
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        at = own.index("--")
+        own, more = own[:at], own[at + 1 :]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gpu", default="H200")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("models", nargs="+")
+    arguments = parser.parse_args(own)
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = {
+        "engine": f"vllm {version('vllm')}",
+        "torch": version("torch"),
+        "commit": commit[:12],
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for model in arguments.models:
+        folder, _, only = model.partition(":")
+        for layout in [only] if only else layouts(Path(folder)):
+            row = observe(Path(folder), layout, arguments.gpu, more) | machine
+            with arguments.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
