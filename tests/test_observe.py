@@ -16,6 +16,7 @@ from cachebuilder import building
 from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring.observe import calls, engines, traffic
 from cachebuilder.authoring.observe.manifest import bound
+from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import RecordingError
 from cachebuilder.manifest.inputs import load_manifest
@@ -184,7 +185,7 @@ def test_a_program_that_fails_shows_its_last_lines(run: Run, tmp_path: Path) -> 
 
 def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
     command = ["vllm", "serve", str(tmp_path), "-tp", "8", "--port=8001", "--enforce-eager"]
-    launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"})
+    launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"}, gpus.find(TARGET))
     assert launch.address == "http://127.0.0.1:8001" and launch.ranks == 8
     added = launch.command[len(command) :]
     assert "--load-format" in added and "--port" not in added and "--enforce-eager" not in added
@@ -203,7 +204,7 @@ def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path
 )
 def test_what_cannot_be_observed_yet_is_refused(command: list[str], words: str) -> None:
     with pytest.raises(RecordingError, match=words):
-        engines.launch(command, {})
+        engines.launch(command, {}, gpus.find(TARGET))
 
 
 def test_an_op_is_swept_to_the_engines_bound_and_never_below_what_was_seen() -> None:

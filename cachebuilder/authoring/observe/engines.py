@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import RecordingError
 
 
@@ -71,7 +72,7 @@ class _Arguments:
             self.changes.append(Change(" ".join(options), why))
 
 
-def launch(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
+def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> Launch:
     """How ``command`` is run: a serve command of vLLM is changed; anything else is run to its end as it is.
 
     Raises:
@@ -79,7 +80,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
     """
     names = [os.path.basename(argument) for argument in command]
     if names[:2] == ["vllm", "serve"] or "vllm.entrypoints.openai.api_server" in command:
-        return _vllm(command, environment)
+        return _vllm(command, environment, gpu)
     if "sglang.launch_server" in command or names[:2] == ["sglang", "serve"]:
         raise RecordingError(
             "wanted a serve command of vLLM, found one of SGLang, which cannot be observed yet",
@@ -88,7 +89,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
     return Launch(tuple(command), {}, (), None, "")
 
 
-def _vllm(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
+def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> Launch:
     arguments = _Arguments(command)
     for options in (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp")):
         if arguments.number(*options) > 1:
@@ -107,6 +108,10 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
         "every M goes to DeepGEMM"),
         "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
         "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
+        "FLASHINFER_CUDA_ARCH_LIST": (f"{gpu.major}.{gpu.minor}a", "FlashInfer would ask the GPU for it at import, and "
+        "a process that uses a GPU cannot fork"),
+        "CACHEBUILDER_OBSERVE_NO_CUTE_DSL": ("1", "cutlass.cute.compile then compiles nothing: it takes minutes for "
+        "kernels that would not run, and none of them is DeepGEMM's"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
     }  # fmt: skip
     if os.path.isdir(model):

@@ -94,7 +94,7 @@ def observe(
         InstallationError, ToolchainError: something is missing on this machine.
     """
     toolchain = toolchains.find(nvcc)
-    launch = engines.launch(command, environment)
+    launch = engines.launch(command, environment, gpu)
     with scratch_folder() as folder:
         compiler = recording_compiler(folder, toolchain.version_text)
         setting = program.Setting(gpu, compiler, folder, environment)

@@ -1,0 +1,115 @@
+"""What is done in an engine's processes so that they run on a virtual GPU, and what its configuration says.
+
+From vLLM 0.25.0; each function names its file.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import Any
+
+from _cachebuilder_calls import note, note_weights  # type: ignore[import-not-found]
+
+
+def one_rank_of_many(module: ModuleType) -> None:
+    """Make this process rank 0 of ``$CACHEBUILDER_OBSERVE_RANKS``: each process group is one that does nothing.
+
+    torch's own FakeProcessGroup stands for the other ranks (``torch/testing/_internal/distributed/fake_pg.py``).
+    """
+    ranks = int(os.environ["CACHEBUILDER_OBSERVE_RANKS"])
+    init, new_group = module.init_process_group, module.new_group
+
+    def init_process_group(*args: Any, **kwargs: Any) -> None:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        init(backend="fake", rank=0, world_size=ranks, store=FakeStore())
+
+    def new_fake_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return new_group(ranks, backend="fake")
+
+    module.init_process_group, module.new_group = init_process_group, new_fake_group  # type: ignore[attr-defined]
+
+
+def all_ranks_on_this_machine(module: ModuleType) -> None:
+    """Answer for all ranks: vLLM asks each where it runs (``vllm/distributed/parallel_state.py``, 0.25.0)."""
+    ranks = int(os.environ["CACHEBUILDER_OBSERVE_RANKS"])
+    module.in_the_same_node_as = lambda group, source_rank=0: [True] * ranks  # type: ignore[attr-defined]
+
+
+def no_message_queue(module: ModuleType) -> None:
+    """Make no queue in shared memory: it would wait for a reader in each rank (vLLM 0.25.0 ``shm_broadcast.py``)."""
+    module.MessageQueue.create_from_process_group = staticmethod(lambda *args, **kwargs: None)
+
+
+def note_settings(module: ModuleType) -> None:
+    """Write down vLLM's configuration as it resolved it, each time it makes one."""
+    resolve = module.VllmConfig.__post_init__
+
+    def resolve_and_note(self: Any) -> None:
+        resolve(self)
+        scheduler, model = self.scheduler_config, self.model_config
+        note(
+            {
+                "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+                "max_num_seqs": scheduler.max_num_seqs,
+                "max_model_len": model.max_model_len if model else None,
+            }
+        )
+
+    module.VllmConfig.__post_init__ = resolve_and_note
+
+
+def note_loaded_weights(module: ModuleType) -> None:
+    """Write down the quantised modules of each model that vLLM loads, once their weights are as kernels read them."""
+    load = module.BaseModelLoader.load_model
+
+    def load_and_note(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        note_weights(model)
+        return model
+
+    module.BaseModelLoader.load_model = load_and_note
+
+
+def note_context_chunk(module: ModuleType) -> None:
+    """Write down how many cached tokens vLLM's MLA takes up at once, when it computes that."""
+    builder = getattr(module, "MLACommonMetadataBuilder", None)
+    compute = getattr(builder, "determine_chunked_prefill_workspace_size", None)
+    if builder is None or compute is None:
+        return
+
+    def compute_and_note(*args: Any, **kwargs: Any) -> Any:
+        tokens = compute(*args, **kwargs)
+        note({"context_chunk": int(tokens)})
+        return tokens
+
+    builder.determine_chunked_prefill_workspace_size = staticmethod(compute_and_note)
+
+
+class Nothing:
+    """A compiled kernel that does nothing, whatever is asked of it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """A launch: no kernel runs on the virtual GPU."""
+
+    def __getattr__(self, name: str) -> Nothing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+
+class CompilesNothing:
+    """In place of CuTe-DSL's ``cute.compile``, which is called and, with options, indexed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        """Take a kernel's source, and compile nothing."""
+        return Nothing()
+
+    def __getitem__(self, options: Any) -> CompilesNothing:
+        return self
+
+
+def compile_nothing(module: ModuleType) -> None:
+    """Spare the minutes that CuTe-DSL takes for a kernel that never runs."""
+    module.compile = CompilesNothing()  # type: ignore[attr-defined]
