@@ -3,13 +3,15 @@
     python benchmarks/plot.py
 
 Reads from benchmarks/results: compile.jsonl (machine by machine; each ``run`` line names its machine), gpu/warmup.jsonl,
-sensitivity.jsonl, relaxed-vllm.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and the tables
-between the markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md and README.md.
+sensitivity.jsonl, relaxed-vllm.jsonl, observe.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and
+the tables between the markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md,
+docs/howto/observe.md and README.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SPEED = ROOT / "docs" / "explanation" / "speed.md"
 VIRTUAL = ROOT / "docs" / "explanation" / "virtual-gpu.md"
 MODELS = ROOT / "docs" / "models.md"
+OBSERVE = ROOT / "docs" / "howto" / "observe.md"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "compile.svg"
 
@@ -239,6 +242,37 @@ def missed_rows(rows: Sequence[Row]) -> list[str]:
     return table(("model", "tp, ep", "GPU", "kernels", "missed", "reached"), lines)
 
 
+def observed_rows(rows: Sequence[Row]) -> list[str]:
+    """Observed engines, a row a run; what differs from the expected shapes, or why the engine did not start."""
+    lines = []
+    for row in rows:
+        layers = re.search(r'"(?:num_hidden_)?layers": (\d+)', " ".join(row["command"]))
+        model = row["model"] + (f" ({layers[1]} layers)" if layers else "")
+        first = [row["engine"], model, row["layout"], row["gpu"]]
+        spent = [row.get("seconds", row["whole_seconds"]), row["cpu_seconds"], row["memory_gb"]]
+        if "error" in row:
+            reasons = [line for line in row["error"].splitlines() if re.search(r"Error\b|divisible|does not answer", line)]
+            reason = re.sub(r"^\(.*?\)( ERROR [^\]]*\])?\s*", "", (reasons or [row["error"]])[0])
+            lines.append([*first, *spent, "", "", "", "", f"not served: {reason[:150]}"])
+            continue
+        differences = [f"missing {_shape(shape)}" for shape in row.get("missing", [])]
+        differences += [f"also {_shape(shape)}" for shape in row.get("extra", [])]
+        told = "; ".join(differences) or ("equal" if "missing" in row else "–")
+        kernels = f"{row['kernels_requested']}, {row['kernels_planned']}, {row['sources']}"
+        lines.append([*first, *spent, row["calls"], row["call_sites"], row["ops"], kernels, told])
+    header = (
+        "engine", "model", "layout", "GPU", "seconds", "CPU seconds", "memory, GB", "calls", "call sites", "ops",
+        "kernels asked for, planned, sources", "against the expected shapes",
+    )  # fmt: skip
+    return table(header, lines)
+
+
+def _shape(shape: Sequence[Any]) -> str:
+    """Of a GEMM: ``[op, experts, n, k, …]``."""
+    op, experts, n, k = shape[:4]
+    return f"`{op}` {f'{experts} × ' if experts else ''}({n}, {k})"
+
+
 def main() -> None:
     compiled, warmed = read("compile.jsonl"), read("gpu/warmup.jsonl")
     picture(compiled).save(PICTURE)
@@ -249,6 +283,7 @@ def main() -> None:
     put(VIRTUAL, "sensitivity", sensitivity_rows(read("sensitivity.jsonl")))
     put(MODELS, "engines", engine_rows())
     put(MODELS, "missed", missed_rows(read("relaxed-vllm.jsonl")))
+    put(OBSERVE, "observed", observed_rows(read("observe.jsonl")))
     put(README, "warm-up", readme_rows(compiled, warmed))
 
 

@@ -189,8 +189,11 @@ def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path
     assert launch.address == "http://127.0.0.1:8001" and launch.ranks == 8
     added = launch.command[len(command) :]
     assert "--load-format" in added and "--port" not in added and "--enforce-eager" not in added
-    assert "external_launcher" in added and "VLLM_NO_USAGE_STATS" not in launch.environment
-    assert {change.what.split("=")[0] for change in launch.changes} >= {"VLLM_DISABLE_PYNCCL", "--load-format dummy"}
+    assert "uni" in added and "VLLM_NO_USAGE_STATS" not in launch.environment
+    assert {change.what.split("=")[0] for change in launch.changes} >= {
+        "VLLM_ALLREDUCE_USE_SYMM_MEM",
+        "--load-format dummy",
+    }
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,13 @@ def environment(gpu: Gpu) -> dict[str, str]:
     }
 
 
-def engine_environment(gpu: Gpu, count: int, folder: Path) -> dict[str, str]:
+def engine_environment(gpu: Gpu, count: int, folder: Path, memories: int = 1) -> dict[str, str]:
     """The variables by which all processes of an engine see ``count`` of ``gpu`` and no other.
 
     Args:
         folder: gets a folder with links to the library, which Triton wants by the name ``libcuda.so``, and
             `UNANSWERED`, the names of the calls without an answer.
+        memories: how many GPUs' memory each has.
 
     Raises:
         InstallationError: as `environment` does, or nothing is known of the GPU's memory.
@@ -60,11 +61,12 @@ def engine_environment(gpu: Gpu, count: int, folder: Path) -> dict[str, str]:
     for name in ("libcuda.so", "libcuda.so.1"):
         (links / name).symlink_to(own["VIRTUAL_GPU_LIBRARY"])
     return own | {
-        "LD_PRELOAD": f"{own['LD_PRELOAD']} {_nvml()}",
+        "LD_PRELOAD": f"{own['LD_PRELOAD']} {_beside('nvml.c', 'libnvidia-ml.so.1', 'virtual NVML')}",
+        "VLLM_NCCL_SO_PATH": str(_beside("nccl.c", "libnccl.so.2", "virtual NCCL")),
         "TRITON_LIBCUDA_PATH": str(links),
         "VIRTUAL_GPU_NAME": f"NVIDIA {gpu.name}",
         "VIRTUAL_GPU_COUNT": str(count),
-        "VIRTUAL_GPU_MEMORY_BYTES": str(gpu.memory.bytes),
+        "VIRTUAL_GPU_MEMORY_BYTES": str(memories * gpu.memory.bytes),
         "VIRTUAL_GPU_MEMORY_CLOCK_KHZ": str(gpu.memory.clock_khz),
         "VIRTUAL_GPU_MEMORY_BUS_BITS": str(gpu.memory.bus_bits),
         "VIRTUAL_GPU_UNANSWERED_FILE": str(folder / UNANSWERED),
@@ -119,11 +121,9 @@ def _cublas(runtime: Path) -> list[str]:
     return ["\n".join(lines) + "\n"]
 
 
-def _nvml() -> Path:
-    """Compile the virtual NVML, unless it was compiled before; returns its path. Raises as `environment` does."""
-    return native.shared_library(
-        "libnvidia-ml.so.1", "virtual NVML", [_HERE / "nvml.c"], ["-Wl,-soname,libnvidia-ml.so.1", f"-I{_HERE}"]
-    )
+def _beside(source: str, name: str, what: str) -> Path:
+    """Compile a library of its own, unless it was compiled before; returns its path. Raises as `environment` does."""
+    return native.shared_library(name, what, [_HERE / source], [f"-Wl,-soname,{name}", f"-I{_HERE}"])
 
 
 #: ELF-64 (the System V ABI, chapter 4): one section's header, and one symbol: name, type, section, address.

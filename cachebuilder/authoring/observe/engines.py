@@ -32,7 +32,8 @@ class Launch:
         changes: what differs from the user's command and environment.
         address: where the engine serves HTTP; None for a program that is run to its end.
         model: what the command names as its model; empty where that is not known.
-        ranks: how many GPUs one copy of the model is spread over.
+        ranks: how many GPUs the experts, or one stage of the model, are spread over.
+        stages: of pipeline parallelism, whose layers one virtual GPU holds.
     """
 
     command: tuple[str, ...]
@@ -41,6 +42,7 @@ class Launch:
     address: str | None
     model: str
     ranks: int = 1
+    stages: int = 1
 
 
 class _Arguments:
@@ -64,6 +66,12 @@ class _Arguments:
         if text is not None and not text.isdecimal():
             raise RecordingError(f"{names[0]}: wanted a number, found {text!r}")
         return int(text or 1)
+
+    def set(self, why: str, option: str, value: str) -> None:
+        """Give an option a value: the last one counts."""
+        if self.value(option) != value:
+            self.command += (option, value)
+            self.changes.append(Change(f"{option} {value}", why))
 
     def add(self, why: str, *options: str) -> None:
         """Add options, unless the first is given already."""
@@ -91,9 +99,6 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> 
 
 def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> Launch:
     arguments = _Arguments(command)
-    for options in (("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp")):
-        if arguments.number(*options) > 1:
-            raise RecordingError(f"wanted tensor and expert parallelism only, found {options[0]}: not observed yet")
     model = arguments.value("--model") or _first_operand(command)
     arguments.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
     arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
@@ -116,31 +121,34 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
     }  # fmt: skip
     if os.path.isdir(model):
         added["HF_HUB_OFFLINE"] = ("1", "the model's folder is here: no network")
-    ranks = arguments.number("--tensor-parallel-size", "-tp")
+    stages = arguments.number("--pipeline-parallel-size", "-pp")
+    engines = arguments.number("--data-parallel-size", "-dp")
+    if stages > 1:
+        arguments.set("one stage, with the layers of all: each calls DeepGEMM with the same M",
+                      "--pipeline-parallel-size", "1")  # fmt: skip
+    if engines > 1:
+        arguments.set(f"one engine stands for {engines}: the others have as many tokens", "--data-parallel-rank", "0")
+    ranks = engines * arguments.number("--tensor-parallel-size", "-tp")
     if ranks > 1:
-        arguments.add(
+        arguments.set(
             f"one process stands for {ranks} ranks: its process groups do nothing (torch's FakeProcessGroup)",
             "--distributed-executor-backend",
-            "external_launcher",
+            "uni",
         )
         arguments.add("needs the other ranks; calls no DeepGEMM", "--disable-custom-all-reduce")
         added |= {
-            "VLLM_DISABLE_PYNCCL": ("1", "needs the other ranks; calls no DeepGEMM"),
             "VLLM_ALLREDUCE_USE_SYMM_MEM": ("0", "needs the other ranks; calls no DeepGEMM"),
         }
     taken = {name: pair for name, pair in added.items() if environment.get(name) != pair[0]}
-    ranked = {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-    } if ranks > 1 else {}  # fmt: skip
     changes = [*arguments.changes, *(Change(f"{name}={value}", why) for name, (value, why) in taken.items())]
     return Launch(
         command=tuple(arguments.command),
-        environment={name: value for name, (value, _) in taken.items()} | ranked,
+        environment={name: value for name, (value, _) in taken.items()},
         changes=tuple(changes),
         address=f"http://127.0.0.1:{port}",
         model=model,
         ranks=ranks,
+        stages=stages,
     )
 
 

@@ -112,7 +112,7 @@ def environment(launch: Launch, setting: Setting) -> dict[str, str]:
     """The variables of the observed program."""
     kept = {name: value for name, value in setting.environment.items() if not name.startswith(_DROPPED)}
     paths = [str(_INSIDE), *filter(None, [kept.get("PYTHONPATH")])]
-    own = virtual_gpu.engine_environment(setting.gpu, launch.ranks, setting.folder)
+    own = virtual_gpu.engine_environment(setting.gpu, launch.ranks, setting.folder, launch.stages)
     if launch.ranks > 1:
         own["CACHEBUILDER_OBSERVE_RANKS"] = str(launch.ranks)
     return (

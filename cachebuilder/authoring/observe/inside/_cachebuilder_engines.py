@@ -5,25 +5,23 @@ From vLLM 0.25.0; each function names its file.
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from _cachebuilder_calls import note, note_weights  # type: ignore[import-not-found]
 
 
 def one_rank_of_many(module: ModuleType) -> None:
-    """Make this process rank 0 of ``$CACHEBUILDER_OBSERVE_RANKS``: each process group is one that does nothing.
+    """Make this process one rank of as many as it asks for: each process group is one that does nothing.
 
     torch's own FakeProcessGroup stands for the other ranks (``torch/testing/_internal/distributed/fake_pg.py``).
     """
-    ranks = int(os.environ["CACHEBUILDER_OBSERVE_RANKS"])
     init, new_group = module.init_process_group, module.new_group
 
-    def init_process_group(*args: Any, **kwargs: Any) -> None:
+    def init_process_group(*args: Any, rank: int = 0, world_size: int = 1, **kwargs: Any) -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        init(backend="fake", rank=0, world_size=ranks, store=FakeStore())
+        init(backend="fake", rank=rank, world_size=world_size, store=FakeStore())
 
     def new_fake_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
         return new_group(ranks, backend="fake")
@@ -33,8 +31,63 @@ def one_rank_of_many(module: ModuleType) -> None:
 
 def all_ranks_on_this_machine(module: ModuleType) -> None:
     """Answer for all ranks: vLLM asks each where it runs (``vllm/distributed/parallel_state.py``, 0.25.0)."""
-    ranks = int(os.environ["CACHEBUILDER_OBSERVE_RANKS"])
-    module.in_the_same_node_as = lambda group, source_rank=0: [True] * ranks  # type: ignore[attr-defined]
+    module.in_the_same_node_as = lambda group, source_rank=0: [True] * group.size()  # type: ignore[attr-defined]
+
+
+def plain_memory(module: ModuleType) -> None:
+    """Make symmetric memory of this rank's own: mega-MoE's buffer (``torch/distributed/_symmetric_memory``)."""
+    import torch
+
+    def rendezvous(memory: Any, group: Any) -> SimpleNamespace:
+        return SimpleNamespace(buffer_ptrs=[memory.data_ptr()] * group.size(), barrier=lambda: None)
+
+    module.empty, module.rendezvous = torch.empty, rendezvous  # type: ignore[attr-defined]
+
+
+def group_of_engines(module: ModuleType) -> None:
+    """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
+
+    def join(host: str, port: int, rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        import torch
+        from torch.testing._internal.distributed.fake_pg import FakeProcessGroup, FakeStore
+
+        store, kind = FakeStore(), torch.distributed.ProcessGroup.BackendType.CUSTOM
+        group = torch.distributed.ProcessGroup(store, rank, world_size)
+        group._set_default_backend(kind)
+        for device in ("cpu", "cuda"):
+            group._register_backend(torch.device(device), kind, FakeProcessGroup._create_internal(rank, world_size))
+        return (group, store) if kwargs.get("return_store") else group
+
+    module.stateless_init_torch_distributed_process_group = join  # type: ignore[attr-defined]
+
+
+def engines_do_the_same(module: ModuleType) -> None:
+    """Answer for the other data parallel engines: each has as many tokens as this one.
+
+    vLLM 0.25.0 ``v1/worker/dp_utils.py`` and ``v1/worker/gpu/dp_utils.py``: a column for each engine, this one's set.
+    """
+
+    def all_reduce(columns: Any, *args: Any, **kwargs: Any) -> None:
+        values = columns.cpu()
+        columns.copy_(values[:, :1].repeat(1, values.shape[1]))
+
+    module.dist = SimpleNamespace(all_reduce=all_reduce)  # type: ignore[attr-defined]
+
+
+def start_one_engine(module: ModuleType) -> None:
+    """Shake hands with the one data parallel engine that runs (vLLM 0.25.0 ``v1/engine/utils.py``)."""
+    wait = module.wait_for_engine_startup
+
+    def wait_for_own(socket: Any, addresses: Any, core_engines: Any, *args: Any) -> None:
+        wait(socket, addresses, [engine for engine in core_engines if engine.local], *args)
+
+    module.wait_for_engine_startup = wait_for_own  # type: ignore[attr-defined]
+
+
+def coordinate_one_engine(module: ModuleType) -> None:
+    """Wait for no other data parallel engine (vLLM 0.25.0 ``v1/engine/coordinator.py``)."""
+    init = module.DPCoordinatorProc.__init__
+    module.DPCoordinatorProc.__init__ = lambda self, engine_count, *args, **kwargs: init(self, 1, *args, **kwargs)
 
 
 def no_message_queue(module: ModuleType) -> None:

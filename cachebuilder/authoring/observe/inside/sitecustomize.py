@@ -33,6 +33,12 @@ if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
         "torch.distributed.distributed_c10d": engines.one_rank_of_many,
         "vllm.distributed.parallel_state": engines.all_ranks_on_this_machine,
         "vllm.distributed.device_communicators.shm_broadcast": engines.no_message_queue,
+        "torch.distributed._symmetric_memory": engines.plain_memory,
+        "vllm.distributed.utils": engines.group_of_engines,
+        "vllm.v1.worker.dp_utils": engines.engines_do_the_same,
+        "vllm.v1.worker.gpu.dp_utils": engines.engines_do_the_same,
+        "vllm.v1.engine.coordinator": engines.coordinate_one_engine,
+        "vllm.v1.engine.utils": engines.start_one_engine,
     }
 
 
