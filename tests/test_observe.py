@@ -196,11 +196,17 @@ def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path
     }
 
 
+def test_one_process_stands_for_all_data_parallel_engines_and_pipeline_stages() -> None:
+    command = ["vllm", "serve", "m", "-tp", "2", "--data-parallel-size", "4", "-pp", "2"]
+    launch = engines.launch(command, {}, gpus.find(TARGET))
+    assert (launch.ranks, launch.stages) == (8, 2)
+    text = " ".join(launch.command)
+    assert "--data-parallel-rank 0" in text and text.index("--pipeline-parallel-size 1") > text.index("-pp 2")
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["vllm", "serve", "m", "--data-parallel-size", "2"], "--data-parallel-size"),
-        (["vllm", "serve", "m", "-pp", "2"], "--pipeline-parallel-size"),
         (["vllm", "serve", "m", "-tp", "many"], "wanted a number, found 'many'"),
         (["python", "-m", "sglang.launch_server", "--model-path", "m"], "SGLang"),
     ],
@@ -224,6 +230,23 @@ def test_traffic_has_a_prompt_longer_than_a_step_and_steps_with_several_sequence
     batches = traffic.requests(calls.Facts(max_num_batched_tokens=2048, max_num_seqs=16, max_model_len=8192))
     assert max(request.tokens for batch in batches for request in batch) == 3072
     assert max(map(len, batches)) == 8
+
+
+def test_quantised_modules_that_no_request_led_to_deepgemm_are_listed(tmp_path: Path) -> None:
+    a, b, d = tensor(8, 64), tensor(16, 64), tensor(8, 16)
+    lines = [
+        call("bf16_gemm_nt", a, b, d, callers=["module model.layers.0.mlp.up", "engine.py:1 apply"]),
+        call("bf16_gemm_nt", a, b, d, callers=["module model.layers.0.attention.kv", "in warmup"]),
+    ]
+    (tmp_path / "calls-1.jsonl").write_text("\n".join(lines) + "\n")
+    names = [f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.up", "attention.kv")]
+    modules = {"modules": {name: [[16, 64]] for name in names}}
+    (tmp_path / "facts-1.jsonl").write_text(json.dumps(modules) + "\n")
+    shapes = ((16, 64),)
+    assert calls.read(tmp_path).uncalled == (
+        calls.Uncalled("model.layers.#.attention.kv", 2, shapes, warmed=True),
+        calls.Uncalled("model.layers.#.mlp.up", 1, shapes, warmed=False),
+    )
 
 
 def call(function: str, *args: object, **fields: object) -> str:

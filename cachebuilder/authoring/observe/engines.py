@@ -102,6 +102,8 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
     model = arguments.value("--model") or _first_operand(command)
     arguments.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
     arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
+    arguments.add("FlashInfer would compile linear attention's prefill for minutes; it calls no DeepGEMM",
+                  "--gdn-prefill-backend", "triton")  # fmt: skip
     if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
         arguments.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
     port = arguments.value("--port")
