@@ -183,6 +183,19 @@ def test_a_program_that_fails_shows_its_last_lines(run: Run, tmp_path: Path) -> 
     assert Path(log).read_text() == "no such model\n"
 
 
+def test_no_process_is_left_over_not_even_of_another_group(run: Run, tmp_path: Path) -> None:
+    """ninja starts each compiler in a process group of its own."""
+    program = (
+        "import os, subprocess, sys\n"
+        f"started = subprocess.Popen(['sleep', '600'], process_group=0)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(started.pid))\n"
+    )
+    run("observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", sys.executable, "-c", program)
+    pid = int((tmp_path / "pid").read_text())
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
     command = ["vllm", "serve", str(tmp_path), "-tp", "8", "--port=8001", "--enforce-eager"]
     launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"}, gpus.find(TARGET))

@@ -117,8 +117,8 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
         "FLASHINFER_CUDA_ARCH_LIST": (f"{gpu.major}.{gpu.minor}a", "FlashInfer would ask the GPU for it at import, and "
         "a process that uses a GPU cannot fork"),
-        "CACHEBUILDER_OBSERVE_NO_CUTE_DSL": ("1", "cutlass.cute.compile then compiles nothing: it takes minutes for "
-        "kernels that would not run, and none of them is DeepGEMM's"),
+        "CACHEBUILDER_OBSERVE_COMPILE_NOTHING": ("1", "Triton and CuTe-DSL take minutes for kernels that never run, "
+        "and none of them is DeepGEMM's"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
     }  # fmt: skip
     if os.path.isdir(model):
@@ -132,13 +132,10 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         arguments.set(f"one engine stands for {engines}: the others have as many tokens", "--data-parallel-rank", "0")
     ranks = engines * arguments.number("--tensor-parallel-size", "-tp")
     if ranks > 1:
-        arguments.set(
-            f"one process stands for {ranks} ranks: its process groups do nothing (torch's FakeProcessGroup)",
-            "--distributed-executor-backend",
-            "uni",
-        )
+        arguments.add(f"one process stands for {ranks} ranks", "--distributed-executor-backend", "uni")
         arguments.add("needs the other ranks; calls no DeepGEMM", "--disable-custom-all-reduce")
         added |= {
+            "CACHEBUILDER_OBSERVE_RANKS": (str(ranks), "process groups (torch's FakeProcessGroup) and NCCL do nothing"),
             "VLLM_ALLREDUCE_USE_SYMM_MEM": ("0", "needs the other ranks; calls no DeepGEMM"),
         }
     taken = {name: pair for name, pair in added.items() if environment.get(name) != pair[0]}

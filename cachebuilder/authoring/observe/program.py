@@ -113,8 +113,6 @@ def environment(launch: Launch, setting: Setting) -> dict[str, str]:
     kept = {name: value for name, value in setting.environment.items() if not name.startswith(_DROPPED)}
     paths = [str(_INSIDE), *filter(None, [kept.get("PYTHONPATH")])]
     own = virtual_gpu.engine_environment(setting.gpu, launch.ranks, setting.folder, launch.stages)
-    if launch.ranks > 1:
-        own["CACHEBUILDER_OBSERVE_RANKS"] = str(launch.ranks)
     return (
         kept
         | dict(launch.environment)
@@ -148,9 +146,24 @@ def _running(launch: Launch, setting: Setting) -> Iterator[subprocess.Popen[byte
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            while members := _session(process.pid):
+                for member in members:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(member, signal.SIGKILL)
+                process.poll()  # which takes the dead leader away
+                time.sleep(0.01)
             process.wait()
+
+
+def _session(leader: int) -> list[int]:
+    """The living processes of a session. A group is not enough: ninja gives each of its compilers one of its own."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state not in "ZX":
+                members.append(int(stat.parent.name))
+    return members
 
 
 def _wait(process: subprocess.Popen[bytes], address: str | None) -> int | None:

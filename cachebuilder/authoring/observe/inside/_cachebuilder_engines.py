@@ -163,6 +163,21 @@ class CompilesNothing:
         return self
 
 
-def compile_nothing(module: ModuleType) -> None:
-    """Spare the minutes that CuTe-DSL takes for a kernel that never runs."""
+def no_cute_dsl(module: ModuleType) -> None:
+    """Spare the minutes that CuTe-DSL takes for a kernel that never runs (nvidia-cutlass-dsl 4.5.2)."""
     module.compile = CompilesNothing()  # type: ignore[attr-defined]
+
+
+def no_triton(module: ModuleType) -> None:
+    """Let Triton's launches do nothing, and compile nothing (Triton 3.6 ``runtime/jit.py``); a warm-up still does."""
+    run = module.JITFunction.run
+
+    def run_nothing(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs) if warmup else None
+
+    module.JITFunction.run = run_nothing
+
+
+def no_tuning(module: ModuleType) -> None:
+    """Let Triton take a kernel's first configuration: all take as long (Triton 3.6 ``runtime/autotuner.py``)."""
+    module.Autotuner._bench = lambda self, *args, **kwargs: [1.0, 1.0, 1.0]

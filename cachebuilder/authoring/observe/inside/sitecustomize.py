@@ -26,8 +26,12 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.model_executor.model_loader.base_loader": engines.note_loaded_weights,
     "vllm.model_executor.layers.attention.mla_attention": engines.note_context_chunk,
 }
-if os.environ.get("CACHEBUILDER_OBSERVE_NO_CUTE_DSL"):
-    AFTER_IMPORT["cutlass.cute"] = engines.compile_nothing
+if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
+    AFTER_IMPORT |= {
+        "cutlass.cute": engines.no_cute_dsl,
+        "triton.runtime.jit": engines.no_triton,
+        "triton.runtime.autotuner": engines.no_tuning,
+    }
 if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
     AFTER_IMPORT |= {
         "torch.distributed.distributed_c10d": engines.one_rank_of_many,
