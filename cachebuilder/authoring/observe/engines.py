@@ -5,6 +5,7 @@ From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,8 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
                   "--gdn-prefill-backend", "triton")  # fmt: skip
     if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
         arguments.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
+    if _sees_without_processor(model):
+        arguments.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
     port = arguments.value("--port")
     if port is None:
         port = str(_free_port())
@@ -149,6 +152,16 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         ranks=ranks,
         stages=stages,
     )
+
+
+def _sees_without_processor(model: str) -> bool:
+    """Whether a folder's model takes images, and the config of what prepares them is missing."""
+    folder = Path(model)
+    try:
+        sees = "vision_config" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # the engine says what is wrong
+    return sees and not any(folder.glob("*processor_config.json"))
 
 
 def _first_operand(command: Sequence[str]) -> str:
