@@ -251,10 +251,8 @@ def observed_rows(rows: Sequence[Row]) -> list[str]:
         first = [row["engine"], model, row["layout"], row["gpu"]]
         spent = [row.get("seconds", row["whole_seconds"]), row["cpu_seconds"], row["memory_gb"]]
         if "error" in row:
-            reasons = [
-                line for line in row["error"].splitlines() if re.search(r"Error\b|divisible|does not answer", line)
-            ]
-            reason = re.sub(r"^\(.*?\)( ERROR [^\]]*\])?\s*", "", (reasons or [row["error"]])[0])
+            reasons = re.findall(r"\w+Error: .+|.*does not answer .+", row["error"])
+            reason = (row.get("refused_as_expected") or reasons or [row["error"]])[0]
             lines.append([*first, *spent, "", "", "", "", f"not served: {reason[:150]}"])
             continue
         differences = [f"missing {_shape(shape)}" for shape in row.get("missing", [])]

@@ -16,8 +16,8 @@ from types import FrameType, ModuleType
 from typing import Any
 
 FOLDER = os.environ.get("CACHEBUILDER_OBSERVE", "")
-#: Types of quantised weights.
-QUANTISED = ("torch.float8_e4m3fn", "torch.float4_e2m1fn_x2", "torch.uint8", "torch.int8")
+#: Types of quantised weights; Marlin packs 4-bit ones into 32 bits.
+QUANTISED = ("torch.float8_e4m3fn", "torch.float4_e2m1fn_x2", "torch.uint8", "torch.int8", "torch.int32")
 #: DeepGEMM's modules of functions in plain torch.
 HELPERS = (".utils.math", ".utils.dist", ".testing")
 #: How many frames are looked at, and how many of the engine's are written down; the nearest first.

@@ -168,6 +168,24 @@ def no_cute_dsl(module: ModuleType) -> None:
     module.compile = CompilesNothing()  # type: ignore[attr-defined]
 
 
+def no_flashinfer(module: ModuleType) -> None:
+    """Let FlashInfer's modules of other things than GEMMs do nothing (FlashInfer 0.6.13 ``jit/core.py``).
+
+    Those of GEMMs are built, since some of them hold a DeepGEMM.
+    """
+    build_and_load = module.JitSpec.build_and_load
+
+    def build_gemms_only(self: Any) -> Any:
+        return build_and_load(self) if "gemm" in self.name else Nothing()
+
+    module.JitSpec.build_and_load = build_gemms_only
+
+
+def no_cubins(module: ModuleType) -> None:
+    """Load none of the cubins that FlashInfer would download (FlashInfer 0.6.13 ``jit/cubin_loader.py``)."""
+    module.setup_cubin_loader = lambda path: None  # type: ignore[attr-defined]
+
+
 def no_triton(module: ModuleType) -> None:
     """Let Triton's launches do nothing, and compile nothing (Triton 3.6 ``runtime/jit.py``); a warm-up still does."""
     run = module.JITFunction.run

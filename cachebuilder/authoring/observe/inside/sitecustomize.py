@@ -29,6 +29,8 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
 if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
     AFTER_IMPORT |= {
         "cutlass.cute": engines.no_cute_dsl,
+        "flashinfer.jit.core": engines.no_flashinfer,
+        "flashinfer.jit.cubin_loader": engines.no_cubins,
         "triton.runtime.jit": engines.no_triton,
         "triton.runtime.autotuner": engines.no_tuning,
     }
