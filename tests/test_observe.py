@@ -283,6 +283,24 @@ def test_an_argument_by_position_is_read_as_the_function_reads_it(tmp_path: Path
     assert op.fields == {"n": 16, "k": 64, "compiled_dims": "nk"} and op.modules == {"model.layers.#.mlp"}
 
 
+@pytest.mark.parametrize(
+    ("scales", "fields"),
+    [
+        (("float32", "float32"), {}),
+        (("int32", "int32"), {"scales": "packed"}),
+        (("float32", "int32"), {}),  # vLLM packs a weight's scales when it loads them, and DeepGEMM packs a token's
+    ],
+)
+def test_scales_that_are_packed_already_are_told_by_their_types(
+    scales: tuple[str, str], fields: dict[str, str], tmp_path: Path
+) -> None:
+    a, b = tensor(8, 512, dtype="float8_e4m3fn"), tensor(128, 512, dtype="float8_e4m3fn")
+    pairs = [[operand, tensor(4, 1, dtype=dtype)] for operand, dtype in zip((a, b), scales, strict=True)]
+    (tmp_path / "calls-1.jsonl").write_text(call("fp8_gemm_nt", *pairs, tensor(8, 128)) + "\n")
+    [op] = calls.read(tmp_path).ops
+    assert op.fields == {"n": 128, "k": 512} | fields
+
+
 def test_an_alignment_that_the_engine_sets_by_call_is_named(tmp_path: Path) -> None:
     rows, weight, out = tensor(256, 64), tensor(2, 16, 64), tensor(256, 16)
     lines = [

@@ -276,11 +276,13 @@ class ScaledOp(OpBase):
             Inexpressible: they are no pairs, or the two have scales of different types.
         """
         require(isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2, "operands without scales")
-        require(a[1].dtype == b[1].dtype and a[1].dtype in ("float32", "int32"), "scales of two types")
+        types = {a[1].dtype, b[1].dtype}
+        require(types <= {"float32", "int32"}, f"scales of {a[1].dtype} and {b[1].dtype}")
         fields: dict[str, Any] = {
             name: list(given[name]) for name in ("recipe", "recipe_a", "recipe_b") if given.get(name)
         }
-        if a[1].dtype == "int32":
+        # Where one operand's are packed already, DeepGEMM packs the other's: the op plans both, and the same GEMMs.
+        if types == {"int32"}:
             fields["scales"] = "packed"
         if given.get("disable_ue8m0_cast"):
             fields["disable_ue8m0_cast"] = True

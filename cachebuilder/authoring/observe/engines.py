@@ -120,8 +120,9 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
         "FLASHINFER_CUDA_ARCH_LIST": (f"{gpu.major}.{gpu.minor}a", "FlashInfer would ask the GPU for it at import, and "
         "a process that uses a GPU cannot fork"),
-        "CACHEBUILDER_OBSERVE_COMPILE_NOTHING": ("1", "Triton, CuTe-DSL, FlashInfer: minutes for kernels that never "
+        "CACHEBUILDER_OBSERVE_COMPILE_NOTHING": ("1", "Triton, TileLang, CuTe-DSL, FlashInfer: minutes for what never "
         "run; none of them is DeepGEMM's, and FlashInfer's GEMMs are built"),
+        "TILELANG_DISABLE_CACHE": ("1", "what was not compiled must not be kept"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
     }  # fmt: skip
     if os.path.isdir(model):

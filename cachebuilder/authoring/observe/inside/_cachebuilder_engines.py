@@ -181,9 +181,24 @@ def no_flashinfer(module: ModuleType) -> None:
     module.JitSpec.build_and_load = build_gemms_only
 
 
+def no_tactics(module: ModuleType) -> None:
+    """Let FlashInfer take its fallback instead of timing kernels (FlashInfer 0.6.13 ``autotuner.py``)."""
+    module.AutoTuner.choose_one = lambda self, name, runners, *args, **kwargs: (runners[0], -1)
+
+
 def no_cubins(module: ModuleType) -> None:
     """Load none of the cubins that FlashInfer would download (FlashInfer 0.6.13 ``jit/cubin_loader.py``)."""
     module.setup_cubin_loader = lambda path: None  # type: ignore[attr-defined]
+
+
+def no_tilelang(module: ModuleType) -> None:
+    """Compile only TileLang's kernels that return tensors (TileLang 0.1.9 ``jit/kernel.py``); its cache must be off."""
+    compile_kernel = module.JITKernel._compile_and_create_adapter
+
+    def compile_with_outputs(self: Any, source: Any, outputs: Any) -> Any:
+        return Nothing() if outputs is None else compile_kernel(self, source, outputs)
+
+    module.JITKernel._compile_and_create_adapter = compile_with_outputs
 
 
 def no_triton(module: ModuleType) -> None:

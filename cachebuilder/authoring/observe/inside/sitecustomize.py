@@ -29,8 +29,10 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
 if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
     AFTER_IMPORT |= {
         "cutlass.cute": engines.no_cute_dsl,
+        "flashinfer.autotuner": engines.no_tactics,
         "flashinfer.jit.core": engines.no_flashinfer,
         "flashinfer.jit.cubin_loader": engines.no_cubins,
+        "tilelang.jit.kernel": engines.no_tilelang,
         "triton.runtime.jit": engines.no_triton,
         "triton.runtime.autotuner": engines.no_tuning,
     }
