@@ -204,7 +204,8 @@ def note_weights(model: Any) -> None:
     modules: dict[str, list[list[int]]] = {}
     for name, module in model.named_modules():
         for own_name, weight in module.named_parameters(recurse=False):
-            if weight.dim() > 1 and str(weight.dtype) in QUANTISED and "scale" not in own_name:
+            is_weight = "weight" in own_name and "scale" not in own_name
+            if is_weight and weight.dim() > 1 and str(weight.dtype) in QUANTISED:
                 WEIGHTS[weight.data_ptr()] = name
                 modules.setdefault(name, []).append(list(weight.shape))
     note({"modules": modules})
