@@ -15,7 +15,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring.observe import calls, engines, traffic
-from cachebuilder.authoring.observe.manifest import bound
+from cachebuilder.authoring.observe.manifest import About, bound, manifest_text
 from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation
 from cachebuilder.errors import RecordingError
@@ -301,15 +301,15 @@ def test_scales_that_are_packed_already_are_told_by_their_types(
     assert op.fields == {"n": 128, "k": 512} | fields
 
 
-def test_an_alignment_that_the_engine_sets_by_call_is_named(tmp_path: Path) -> None:
+def test_an_alignment_that_the_engine_sets_by_call_is_swept(tmp_path: Path) -> None:
     rows, weight, out = tensor(256, 64), tensor(2, 16, 64), tensor(256, 16)
     lines = [
         call("m_grouped_bf16_gemm_nt_contiguous", rows, weight, out, tensor(256, dtype="int32"), alignment=alignment)
         for alignment in (64, 128)
     ]
     (tmp_path / "calls-1.jsonl").write_text("\n".join(lines) + "\n")
-    [remark] = calls.read(tmp_path).remarks
-    assert "alignments [64, 128]" in remark
+    text = manifest_text(calls.read(tmp_path), About(gpus.find(TARGET), "x", "engine", 0), {})
+    assert "max_rows: 256, alignment: per-call}" in text
 
 
 def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:

@@ -88,8 +88,6 @@ def print_summary(observation: Observation) -> None:
             f"uncalled  {one.modules}: {modules} with quantised weights {shapes}{by_warmup}: no request reached them, "
             "or the engine serves them with another kernel"
         )
-    for remark in observed.remarks:
-        shared.say(f"note      {remark}")
     ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")
     shared.say(
         f"kernels   {len(observation.requested)} asked for in this run; {ops} and {sources} ask for "

@@ -79,8 +79,6 @@ class ContiguousGemm(TokenOp):
     def _check_psum(self) -> ContiguousGemm:
         if (self.topk is None) == (self.max_rows is None):
             raise ValueError("wanted topk or max_rows, and not both")
-        if self.max_rows and self.alignment:
-            raise ValueError("alignment: per-call goes with topk")
         if not self.psum and (self.expected_m is not None or self.zero_padding is not None):
             raise ValueError("expected_m and zero_padding go with psum: true")
         return self
@@ -116,7 +114,9 @@ class ContiguousGemm(TokenOp):
         if self.alignment is None:
             return {default: self.max_rows or self.rows_of(self.largest_m, default)}
         theory = device.deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout
-        assert self.topk is not None, "per-call goes with topk"
+        if self.max_rows is not None:  # the rows of an expert are not known: from 1 to more than any alignment
+            return {min(theory(rows), default): self.max_rows for rows in range(1, 2 * default)}
+        assert self.topk is not None, "max_rows stands for it"
         largest_rows: dict[int, int] = {}
         for tokens in range(1, self.largest_m + 1):
             alignment = min(theory(ceil_div(tokens * self.topk, self.experts)), default)

@@ -92,7 +92,6 @@ class Observed:
     Attributes:
         ops: in the order in which they were first seen.
         unexpressed: calls that no op expresses: the function and why, and how often.
-        remarks: what the ops leave out, one sentence each.
         uncalled: the model's quantised modules that called nothing.
         copies: the folders of the DeepGEMMs that were called.
         processes: how many processes called.
@@ -100,7 +99,6 @@ class Observed:
 
     ops: tuple[SeenOp, ...]
     unexpressed: Mapping[str, int]
-    remarks: tuple[str, ...]
     uncalled: tuple[Uncalled, ...]
     copies: tuple[Path, ...]
     facts: Facts
@@ -149,17 +147,10 @@ def read(folder: Path) -> Observed:
             except (KeyError, Inexpressible) as error:
                 why = f"{call.function}: {error}" if isinstance(error, Inexpressible) else f"{call.function}: no op"
                 unexpressed[why] = unexpressed.get(why, 0) + count
-    # `alignment: per-call` needs topk, which no call shows.
-    remarks = [
-        f"{op.name} {op.fields}: found alignments {sorted(op.alignments)}, of which only DeepGEMM's default is swept"
-        for op in ops.values()
-        if len(op.alignments) > 1
-    ]
     facts, modules = _facts(folder)
     return Observed(
         ops=tuple(ops.values()),
         unexpressed=unexpressed,
-        remarks=tuple(remarks),
         uncalled=_uncalled(modules, called[False], called[True]),
         copies=tuple(copies),
         facts=facts,

@@ -85,6 +85,8 @@ def _fields(op: SeenOp, facts: Facts, gpu: Gpu) -> dict[str, Any]:
         fields["max_tokens"] = op.fields["rows"]
     elif maximum and (limit := bound(op, facts)):
         fields[maximum] = limit[0]
+    if len(op.alignments) > 1:
+        fields["alignment"] = "per-call"
     sm_counts = sorted(count for count in op.sm_counts if count)
     if sm_counts and sm_counts != [gpu.sm_count]:
         fields["sm_counts"] = sm_counts
