@@ -140,7 +140,7 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, A
         try:
             observation = observing.observe(command, gpus.find(gpu), environment=os.environ)
         except CacheBuilderError as error:
-            observation, row["error"] = None, str(error)
+            observation, row["error"] = None, re.sub(r"(/[\w.+-]+)+/", "…/", str(error))
             refused = [text for text in expected[1] if text in str(error)] if expected else []
             row |= {"refused_as_expected": refused} if refused else {}
     row |= {
