@@ -28,14 +28,14 @@ class JobError(Exception):
         self.failure = Failure(kind=kind, reason=reason)
 
 
-def import_deep_gemm(path: str) -> Any:
-    """Import the copy of DeepGEMM in the folder ``path``, as ``deep_gemm``."""
-    spec = importlib.util.spec_from_file_location("deep_gemm", f"{path}/__init__.py", submodule_search_locations=[path])
+def import_package(name: str, path: str) -> Any:
+    """Import the copy of the package ``name`` in the folder ``path``."""
+    spec = importlib.util.spec_from_file_location(name, f"{path}/__init__.py", submodule_search_locations=[path])
     assert spec is not None and spec.loader is not None
     # What the copy imports may lie beside it, or beside the link that leads to it.
     sys.path += dict.fromkeys([str(Path(path).parent), str(Path(path).resolve().parent)])
     module = importlib.util.module_from_spec(spec)
-    sys.modules["deep_gemm"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -50,7 +50,7 @@ def load(job: Job, position: Position) -> DeviceInUse:
     if job.device == "cuda":
         _check_gpu(torch, job.gpu)
     try:
-        deep_gemm = _import_fast(job) if job.device == "virtual" else import_deep_gemm(job.deep_gemm)
+        deep_gemm = _import_fast(job) if job.device == "virtual" else import_package("deep_gemm", job.deep_gemm)
     except Exception as error:
         raise JobError("import", f"DeepGEMM under torch {torch.__version__}: {text(error)}") from error
     gc.freeze()  # what was imported stays, so no collection need look at it
@@ -62,13 +62,13 @@ def _import_fast(job: Job) -> Any:
     """Import DeepGEMM without triton; with it if this copy insists."""
     try:
         with torch_import.without_triton():
-            return import_deep_gemm(job.deep_gemm)
+            return import_package("deep_gemm", job.deep_gemm)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
         for name in [name for name in sys.modules if name.partition(".")[0] == "deep_gemm"]:
             del sys.modules[name]
-        return import_deep_gemm(job.deep_gemm)
+        return import_package("deep_gemm", job.deep_gemm)
 
 
 def _check_gpu(torch: Any, target: Gpu) -> None:

@@ -92,9 +92,13 @@ class LaunchLog:
             raise RuntimeError(f"{count} launches in one call: the virtual GPU notes {len(self._numbers)}")
         return tuple(self._numbers[:count])
 
+    def path(self, number: int) -> str:
+        """The path of cubin ``number``; of one that was loaded from memory, the kernel's name."""
+        return os.fsdecode(self._path(number))
+
     def entry(self, number: int) -> str:
         """The cache entry that holds cubin ``number``."""
-        return Path(os.fsdecode(self._path(number))).parent.name
+        return Path(self.path(number)).parent.name
 
     def take_unanswered(self) -> tuple[str, ...]:
         """Names of the CUDA calls that the virtual GPU did not answer since the last call."""

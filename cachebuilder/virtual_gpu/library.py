@@ -78,7 +78,7 @@ def build() -> Path:
 
     Raises: as `environment` does.
     """
-    runtime = _find_cuda_runtime()
+    runtime = find_cuda_runtime()
     headers = runtime.parent.parent / "include"
     major = runtime.name.rpartition(".so.")[2].split(".")[0]
     return native.shared_library(
@@ -147,7 +147,7 @@ def _exported(library: Path) -> list[str]:
     return sorted(names)
 
 
-def _find_cuda_runtime() -> Path:
+def find_cuda_runtime() -> Path:
     """The libcudart that torch will load, from the wheels beside torch."""
     torch = package_folder("torch")
     if torch is None:

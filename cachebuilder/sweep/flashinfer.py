@@ -1,0 +1,231 @@
+"""FlashInfer's own code at work without a GPU: it describes and builds its modules, and its GEMM asks for kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.files import make_folders
+from cachebuilder.common.foreign import without_traces
+from cachebuilder.common.records import Record
+from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.cuda.toolchain import Toolchain
+from cachebuilder.errors import CacheBuilderError, CompileError, InstallationError, PlanError
+from cachebuilder.flashinfer import entries, stand_in
+from cachebuilder.flashinfer.installation import FlashInfer
+from cachebuilder.flashinfer.schema import Gemm
+from cachebuilder.sweep.flashinfer_protocol import (
+    PLACEHOLDER_KERNEL,
+    GemmsAnswer,
+    GemmsJob,
+    ModulesAnswer,
+    ModulesJob,
+)
+from cachebuilder.sweep.protocol import ANSWER, FAILURE, JOB, Failure
+from cachebuilder.sweep.warm import Process
+from cachebuilder.virtual_gpu import library as virtual_gpu
+
+_HERE = Path(__file__).parent
+_PACKAGE_ROOT = Path(__file__).parents[2]
+#: Variables with these beginnings change what torch, CUDA or FlashInfer do: a child does not inherit them.
+_DROPPED = ("CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "NVCC_", "VIRTUAL_GPU_", "FLASHINFER_", "TRTLLM_")
+
+A = TypeVar("A", bound=Record)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel that FlashInfer's GEMM asked its compiler for: the source, and nvcc's flags without include paths."""
+
+    source: str
+    flags: tuple[str, ...]
+
+
+def build_modules(
+    flashinfer: FlashInfer, toolchain: Toolchain, gpu: Gpu, names: Sequence[str], jobs: int
+) -> dict[str, bytes]:
+    """Build FlashInfer's modules ``names`` for ``gpu`` by FlashInfer's own descriptions; returns each one's bytes.
+
+    Raises:
+        CompileError: a compiler fails, with its output.
+        InstallationError: FlashInfer does not load.
+        PlanError: FlashInfer has no such module for this GPU.
+    """
+    with scratch_folder() as scratch:
+        home = _cuda_home(toolchain, scratch / "cuda")
+        environment = _environment() | {
+            "CUDA_HOME": str(home),
+            "FLASHINFER_CUDA_ARCH_LIST": gpu.capability,
+            "FLASHINFER_WORKSPACE_BASE": str(scratch),
+            "HOME": str(scratch),
+            "TMPDIR": str(scratch),
+        }
+        job = ModulesJob(flashinfer=str(flashinfer.path), names=tuple(names), jobs=jobs)
+        answer = _call("modules", job, environment, scratch, ModulesAnswer, flashinfer)
+        return {name: Path(path).read_bytes() for name, path in answer.built.items()}
+
+
+def requested_kernels(
+    flashinfer: FlashInfer, gpu: Gpu, gemms: Sequence[Gemm], module: bytes
+) -> tuple[GemmsAnswer, dict[str, Request]]:
+    """Call FlashInfer's GEMM at every M of ``gemms`` on a virtual ``gpu``, with a compiler that records.
+
+    Args:
+        module: the module with the GEMM, as `build_modules` made it.
+
+    Returns:
+        The answer, whose spans name entries, and each entry's request.
+
+    Raises:
+        InstallationError: FlashInfer does not load.
+        PlanError: FlashInfer refuses a shape, or the virtual GPU does not answer a CUDA call.
+    """
+    with scratch_folder() as scratch:
+        nvcc = scratch / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        shutil.copyfile(_HERE / "recording_flashinfer_nvcc.sh", nvcc)
+        nvcc.chmod(0o755)
+        root = scratch / "flashinfer"
+        write_modules(root, flashinfer.version, gpu, {entries.GEMM_MODULE: module})
+        answer = call_gemms(flashinfer, gpu, gemms, root, nvcc)
+        requests = {
+            folder.name: Request((folder / "kernel.cu").read_text(), _flags(folder / "flags.txt"))
+            for folder in sorted((nvcc.parent / "requests").glob("*"))
+        }
+    launched = {
+        name: name.removeprefix(PLACEHOLDER_KERNEL) for sweep in answer.sweeps for s in sweep.spans for name in s.entries
+    }
+    if strange := sorted(entry for entry in launched.values() if entry not in requests or not entries.is_entry(entry)):
+        raise PlanError(f"wanted an entry for every kernel that FlashInfer's GEMM launched, found {strange[0]!r}")
+    return _renamed(answer, launched), {entry: requests[entry] for entry in sorted(set(launched.values()))}
+
+
+def call_gemms(flashinfer: FlashInfer, gpu: Gpu, gemms: Sequence[Gemm], root: Path, nvcc: Path) -> GemmsAnswer:
+    """Call FlashInfer's GEMM at every M of ``gemms`` on a virtual ``gpu``.
+
+    Args:
+        root: a folder as a restore makes it: modules, the stand-in, the cache of cubins.
+        nvcc: the compiler that FlashInfer calls for a kernel that the cache lacks.
+
+    Raises: as `requested_kernels` does.
+    """
+    with scratch_folder() as scratch:
+        environment = _environment() | virtual_gpu.environment(gpu)
+        environment |= {
+            "PYTHONPATH": f"{root / 'python'}:{environment['PYTHONPATH']}",
+            "TRTLLM_DG_CACHE_DIR": str(root),
+            "TRTLLM_DG_NVCC_COMPILER": str(nvcc),
+            "FLASHINFER_WORKSPACE_BASE": str(scratch),
+            "FLASHINFER_DISABLE_JIT": "1",
+            "CUDA_HOME": str(scratch),
+        }
+        job = GemmsJob(flashinfer=str(flashinfer.path), gpu=gpu, gemms=tuple(gemms))
+        return _call("gemms", job, environment, scratch, GemmsAnswer, flashinfer)
+
+
+def write_modules(root: Path, version: str, gpu: Gpu, modules: Mapping[str, bytes]) -> None:
+    """Lay modules into ``root`` beside a stand-in that FlashInfer finds them by."""
+    for name, data in modules.items():
+        make_folders(root / "modules" / name)
+        (root / "modules" / name / entries.module_file(name)).write_bytes(data)
+    make_folders(root / "python" / stand_in.PACKAGE)
+    text = stand_in.text(version, f"sm_{gpu.major}{gpu.minor}a", list(modules))
+    (root / "python" / stand_in.PACKAGE / "__init__.py").write_text(text)
+
+
+def _flags(path: Path) -> tuple[str, ...]:
+    return tuple(flag for flag in path.read_text().split() if not flag.startswith("-I"))
+
+
+def _renamed(answer: GemmsAnswer, names: Mapping[str, str]) -> GemmsAnswer:
+    """The same answer with other names for the launched kernels."""
+    return answer.model_copy(
+        update={
+            "sweeps": tuple(
+                sweep.model_copy(
+                    update={
+                        "spans": tuple(
+                            span.model_copy(update={"entries": tuple(names[one] for one in span.entries)})
+                            for span in sweep.spans
+                        )
+                    }
+                )
+                for sweep in answer.sweeps
+            )
+        }
+    )
+
+
+def _cuda_home(toolchain: Toolchain, home: Path) -> Path:
+    """A CUDA home in the folder ``home``: this nvcc, and the headers and libraries of torch's own CUDA wheels.
+
+    So no toolkit has to be installed. A linker looks for libraries by their names without a version, which the wheels
+    lack; the virtual GPU stands for the driver.
+    """
+    runtime = virtual_gpu.find_cuda_runtime()
+    for name in ("bin", "lib64"):
+        (home / name).mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\nexec "{toolchain.nvcc}" "$@"\n')
+    nvcc.chmod(0o755)
+    (home / "include").symlink_to(runtime.parent.parent / "include")
+    for library in runtime.parent.glob("lib*.so.*"):
+        link = home / "lib64" / f"{library.name.partition('.so.')[0]}.so"
+        if not link.exists():
+            link.symlink_to(library)
+    (home / "lib64" / "libcuda.so").symlink_to(virtual_gpu.build())
+    return home
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED)}
+    paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
+
+
+def _call(
+    kind: str, job: Record, environment: dict[str, str], folder: Path, answer: type[A], flashinfer: FlashInfer
+) -> A:
+    """Run the child with ``job`` in ``folder``; returns its answer."""
+    (folder / JOB).write_text(job.model_dump_json())
+    log = folder / "log.txt"
+    command = [sys.executable, "-P", "-m", "cachebuilder.sweep.flashinfer_child", str(folder), kind]
+    child = Process(command, environment, log)
+    try:
+        while (exit_code := child.wait(0.5)) is None:
+            pass
+    except BaseException:
+        child.kill()
+        raise
+    if (folder / ANSWER).exists():
+        return answer.model_validate_json((folder / ANSWER).read_bytes())
+    last_lines = "\n".join(without_traces(log.read_text(errors="replace")).strip().splitlines()[-12:])
+    if (folder / FAILURE).exists():
+        raise _explain(Failure.model_validate_json((folder / FAILURE).read_bytes()), kind, flashinfer, last_lines)
+    raise PlanError(f"{flashinfer}: its process ended with exit code {exit_code}\n{last_lines}")
+
+
+def _explain(failure: Failure, kind: str, flashinfer: FlashInfer, output: str) -> CacheBuilderError:
+    """The error for what happened in the child."""
+    reason = failure.reason
+    if failure.kind == "import":
+        return InstallationError(f"cannot load {reason}", hint="install what the engine's flashinfer-python needs beside it")
+    if failure.kind == "missing":
+        return PlanError(
+            f"{flashinfer} describes no module {reason} for this GPU",
+            hint="flashinfer: modules: wants FlashInfer's own names, which `flashinfer list-modules` prints",
+        )
+    if failure.kind == "unanswered":
+        return PlanError(
+            f"the virtual GPU does not answer {reason}",
+            hint="this FlashInfer is newer than cachebuilder: report it",
+        )
+    if kind == "modules":
+        return CompileError(f"{flashinfer}: a module did not compile\n{reason}")
+    return PlanError(f"{flashinfer}: its GEMM refused {reason}\n{output}")

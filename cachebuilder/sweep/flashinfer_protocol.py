@@ -1,0 +1,56 @@
+"""What FlashInfer's child processes and their parent hand to each other, beside what `protocol` has."""
+
+from __future__ import annotations
+
+from cachebuilder.common.records import Record
+from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.flashinfer.schema import Gemm
+from cachebuilder.sweep.protocol import OpSweep
+
+#: What the sweep's compiler writes in place of a cubin, up to the entry's name. FlashInfer looks for a kernel with this
+#: part in its name, and the virtual GPU takes the rest of the line for the name of the kernel.
+PLACEHOLDER = "to be compiled: "
+PLACEHOLDER_KERNEL = "fp8_gemm_kernel "
+
+
+class ModulesJob(Record):
+    """Build modules.
+
+    Attributes:
+        flashinfer: FlashInfer's package folder.
+        names: the modules.
+        jobs: how many compilers run at once.
+    """
+
+    flashinfer: str
+    names: tuple[str, ...]
+    jobs: int
+
+
+class ModulesAnswer(Record):
+    """The modules' files, by name."""
+
+    built: dict[str, str]
+
+
+class GemmsJob(Record):
+    """Call FlashInfer's GEMM at every M of every shape, on the virtual GPU."""
+
+    flashinfer: str
+    gpu: Gpu
+    gemms: tuple[Gemm, ...]
+
+
+class GemmsAnswer(Record):
+    """What the calls launched.
+
+    Attributes:
+        sweeps: one for each shape, in order. ``entries`` has the names of the launched kernels: `PLACEHOLDER_KERNEL` and
+            an entry's name, or the mangled name in a real cubin.
+        calls: how often FlashInfer was called.
+    """
+
+    sweeps: tuple[OpSweep, ...]
+    calls: int
+    torch: str
+    python: str
