@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cachebuilder.artifact.pack import Packed, pack
+from cachebuilder.artifact.pack import FlashInferFiles, Packed, flashinfer_files_of, pack
 from cachebuilder.common import packages
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.packages import Material
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.version import __version__
-from cachebuilder.compiling import record
+from cachebuilder.compiling import flashinfer, record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
 from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.cuda.toolchain import Toolchain
@@ -56,7 +57,10 @@ def plan(inputs: Inputs, *, reuse: bool = True, progress: Progress = no_progress
         PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
         InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
-    return planning.make(inputs, reuse=reuse, progress=progress)
+    options = CompileOptions(use_store=reuse)
+    return planning.make(
+        inputs, reuse=reuse, progress=progress, modules=lambda: flashinfer.build_modules(inputs, options)
+    )
 
 
 def build(
@@ -92,19 +96,22 @@ def build(
     on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
+        modules = flashinfer.build_modules(inputs, options)
         made = planning.make(
             inputs,
             reuse=options.use_store,
             progress=progress,
             on_sweep=compiler.prepare,
             on_kernel=compiler.expect,
+            modules=lambda: modules,
         )
         if on_gpu:
             on_gpu.require_same_plan(made)
         planned = time.monotonic()
         compiled = compiler.compile(made.kernels, progress)
+    files = _for_flashinfer(inputs, made, modules, options)
     packing = time.monotonic()
-    artifact = pack(inputs, made, compiled.cubins)
+    artifact = pack(inputs, made, compiled.cubins, files)
     launching = time.monotonic()
     if on_gpu:
         with scratch_folder() as scratch:
@@ -124,6 +131,15 @@ def build(
     )
     record.write(packed.path, _record_of(built))
     return built
+
+
+def _for_flashinfer(
+    inputs: Inputs, made: Plan, modules: Mapping[str, bytes], options: CompileOptions
+) -> FlashInferFiles | None:
+    if made.flashinfer is None:
+        return None
+    cubins = flashinfer.compile_gemms(inputs, made.flashinfer.kernels, options)
+    return flashinfer_files_of(inputs, made, modules, cubins)
 
 
 def _record_of(built: Built) -> record.BuildRecord:

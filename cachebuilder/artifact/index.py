@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
@@ -15,6 +17,9 @@ from cachebuilder.planning.selection import Selection
 
 #: The members of an artifact: the index, the manifest as given, and the folder of entries.
 INDEX, MANIFEST, CACHE = "artifact.json", "manifest.yaml", "cache"
+#: The folder of all that is FlashInfer's, and in it those of the GEMM's entries and of the modules.
+FLASHINFER = "flashinfer"
+FLASHINFER_CACHE, FLASHINFER_MODULES = f"{FLASHINFER}/cache", f"{FLASHINFER}/modules"
 
 #: Files beside an artifact have its name and a suffix: the report of what a GPU did with it,
 REPORT_SUFFIX = ".verified.json"
@@ -77,6 +82,56 @@ class Entry(Record):
     selected_by: Annotated[tuple[Selection, ...], FailFast()]
 
 
+class FlashInferFingerprint(Record):
+    """What must agree between build and serving for FlashInfer to take what was built, and for that to be right.
+
+    FlashInfer's names hold no version and no header, so it would load what another FlashInfer's code was built into.
+    The compiler is the artifact's, as are the GPU and its SM count.
+
+    Attributes:
+        version: FlashInfer's.
+        headers: `flashinfer.installation.FlashInfer.headers_digest`.
+        tvm_ffi: the version of ``apache-tvm-ffi``, whose ABI the modules use.
+        arch: that the modules are compiled for, as nvcc names it.
+        glibc: the newest version of glibc's functions that a module calls, as ``2.34``.
+    """
+
+    version: Line
+    headers: Sha256
+    tvm_ffi: Line
+    arch: Line
+    glibc: Line
+
+
+class FlashInferPart(Record):
+    """What FlashInfer would compile at run time.
+
+    Attributes:
+        modules: each in a folder of its name, with one file.
+        gemms: the shapes, as the manifest's models dump them, not validated here.
+        entries: the GEMM's kernels, named as FlashInfer names them.
+    """
+
+    fingerprint: FlashInferFingerprint
+    modules: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
+    gemms: Annotated[tuple[dict[str, object], ...], FailFast()]
+    entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an artifact beside its index and its manifest: ``folder/entry/file``."""
+
+    folder: str
+    entry: Entry
+    file: File
+
+    @property
+    def path(self) -> str:
+        """The member's name in the tar."""
+        return f"{self.folder}/{self.entry.name}/{self.file.name}"
+
+
 class Index(Record):
     """All of ``artifact.json``.
 
@@ -84,6 +139,7 @@ class Index(Record):
         manifest: sha256 of the manifest's bytes.
         ops: as the manifest's models dump them, not validated here.
         recorded: facts for a person that bind nothing: torch, Python and the GPU's name.
+        flashinfer: None in an artifact that holds DeepGEMM's kernels only.
     """
 
     schema_version: Literal[1]
@@ -94,6 +150,25 @@ class Index(Record):
     ops: Annotated[tuple[dict[str, object], ...], FailFast()]
     entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
     recorded: dict[Line, Line]
+    flashinfer: FlashInferPart | None = None
+
+    @property
+    def folders(self) -> dict[str, tuple[Entry, ...]]:
+        """The entries of each folder of the artifact, in the folders' order."""
+        folders = {CACHE: self.entries}
+        if self.flashinfer:
+            folders |= {FLASHINFER_MODULES: self.flashinfer.modules, FLASHINFER_CACHE: self.flashinfer.entries}
+        return folders
+
+    def members(self) -> Iterator[tuple[str, list[Member]]]:
+        """The files of the index in groups, in the order of the tar; each with what its files are called.
+
+        In each folder all entries' first files come first, then all second ones, and so on.
+        """
+        for folder, entries in self.folders.items():
+            for position in range(max((len(entry.files) for entry in entries), default=0)):
+                members = [Member(folder, entry, entry.files[position]) for entry in entries]
+                yield members[0].file.name, members
 
     @property
     def gpu(self) -> str:

@@ -12,13 +12,25 @@ from pathlib import Path
 
 import zstandard
 
-from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Fingerprint, Index
+from cachebuilder.artifact.index import (
+    INDEX,
+    MANIFEST,
+    Entry,
+    File,
+    Fingerprint,
+    FlashInferFingerprint,
+    FlashInferPart,
+    Index,
+)
 from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
+from cachebuilder.flashinfer import entries as flashinfer_files
+from cachebuilder.flashinfer.elf import newest_glibc
 from cachebuilder.manifest.inputs import Inputs
-from cachebuilder.planning.plan import Kernel, Plan
+from cachebuilder.planning.plan import FlashInferPlan, Kernel, Plan
+from cachebuilder.planning.selection import Selection
 
 #: The tar of DeepSeek-V3's cache has 9.2 MB. Level 17 leaves 591 kB of it, level 19 571 kB, and level 22, with a window
 #: of 16 MiB, 568 kB.
@@ -48,17 +60,43 @@ class PackedBytes:
         return Packed(path, hashlib.sha256(self.data).hexdigest(), len(self.data), self.unpacked_size)
 
 
-def pack(inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes]) -> PackedBytes:
+@dataclass(frozen=True)
+class FlashInferFiles:
+    """What was compiled for FlashInfer: modules by name, the GEMM's cubins by entry; and their fingerprint."""
+
+    modules: Mapping[str, bytes]
+    cubins: Mapping[str, bytes]
+    fingerprint: FlashInferFingerprint
+
+
+def pack(
+    inputs: Inputs, plan: Plan, cubins: Mapping[str, bytes], flashinfer: FlashInferFiles | None = None
+) -> PackedBytes:
     """Pack the artifact of ``plan``; ``cubins`` are by entry."""
     name, manifest = inputs.manifest.name, inputs.manifest_bytes
-    return pack_as(name, manifest, plan, cubins, fingerprint_of(plan, inputs))
+    return pack_as(name, manifest, plan, cubins, fingerprint_of(plan, inputs), flashinfer)
 
 
 def pack_as(
-    name: str, manifest: bytes, plan: Plan, cubins: Mapping[str, bytes], fingerprint: Fingerprint
+    name: str,
+    manifest: bytes,
+    plan: Plan,
+    cubins: Mapping[str, bytes],
+    fingerprint: Fingerprint,
+    flashinfer: FlashInferFiles | None = None,
 ) -> PackedBytes:
     """Pack an artifact with this name, these bytes of a manifest and this fingerprint."""
     contents = {kernel.entry: _files(plan, kernel, cubins[kernel.entry]) for kernel in plan.kernels}
+    part = None
+    if plan.flashinfer and flashinfer:
+        contents |= {name: {flashinfer_files.module_file(name): data} for name, data in flashinfer.modules.items()}
+        for kernel in plan.flashinfer.kernels:
+            files = {
+                flashinfer_files.SOURCE: kernel.source.encode(),
+                flashinfer_files.CUBIN: flashinfer.cubins[kernel.entry],
+            }
+            contents[kernel.entry] = files
+        part = _flashinfer_part(plan.flashinfer, flashinfer, contents)
     index = Index(
         schema_version=1,
         name=name,
@@ -66,21 +104,48 @@ def pack_as(
         fingerprint_digest=fingerprint.digest(),
         manifest=hashlib.sha256(manifest).hexdigest(),
         ops=plan.ops,
-        entries=tuple(
-            Entry(
-                name=kernel.entry,
-                files=tuple(
-                    File(name=file, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-                    for file, data in contents[kernel.entry].items()
-                ),
-                selected_by=kernel.selected_by,
-            )
-            for kernel in plan.kernels
-        ),
+        entries=tuple(_entry(kernel.entry, contents, kernel.selected_by) for kernel in plan.kernels),
         recorded={"cachebuilder": __version__, "torch": plan.torch, "python": plan.python, "gpu": plan.gpu.name},
+        flashinfer=part,
     )
-    unpacked_size = sum(file.size for entry in index.entries for file in entry.files)
+    unpacked_size = sum(member.file.size for _, members in index.members() for member in members)
     return PackedBytes(compress(_tar(index, manifest, plan, contents)), unpacked_size)
+
+
+def _entry(name: str, contents: Mapping[str, Mapping[str, bytes]], selected_by: tuple[Selection, ...] = ()) -> Entry:
+    files = contents[name].items()
+    return Entry(
+        name=name,
+        files=tuple(File(name=file, size=len(d), sha256=hashlib.sha256(d).hexdigest()) for file, d in files),
+        selected_by=selected_by,
+    )
+
+
+def _flashinfer_part(
+    plan: FlashInferPlan, files: FlashInferFiles, contents: Mapping[str, Mapping[str, bytes]]
+) -> FlashInferPart:
+    return FlashInferPart(
+        fingerprint=files.fingerprint,
+        modules=tuple(_entry(name, contents) for name in plan.modules),
+        gemms=plan.gemms,
+        entries=tuple(_entry(kernel.entry, contents, kernel.selected_by) for kernel in plan.kernels),
+    )
+
+
+def flashinfer_files_of(
+    inputs: Inputs, plan: Plan, modules: Mapping[str, bytes], cubins: Mapping[str, bytes]
+) -> FlashInferFiles:
+    """What was compiled for FlashInfer, with its fingerprint."""
+    flashinfer = inputs.flashinfer
+    assert flashinfer is not None and plan.flashinfer is not None
+    fingerprint = FlashInferFingerprint(
+        version=flashinfer.version,
+        headers=flashinfer.headers_digest,
+        tvm_ffi=flashinfer.tvm_ffi,
+        arch=plan.flashinfer.arch,
+        glibc=newest_glibc(modules.values()),
+    )
+    return FlashInferFiles(modules, cubins, fingerprint)
 
 
 def fingerprint_of(plan: Plan, inputs: Inputs) -> Fingerprint:
@@ -117,10 +182,10 @@ def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mappi
     tar.add(INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
     tar.add(MANIFEST, manifest)
     # By file name first, then by source: like stands next to like, which is what the compressor needs.
-    by_source = sorted(plan.kernels, key=lambda kernel: (kernel.name, kernel.source, kernel.entry))
-    for file in entry_files.FILES[plan.generation]:
-        for kernel in by_source:
-            tar.add(f"{CACHE}/{kernel.entry}/{file}", contents[kernel.entry][file])
+    place = {kernel.entry: (kernel.name, kernel.source) for kernel in plan.kernels}
+    for _, members in index.members():
+        for member in sorted(members, key=lambda member: (place.get(member.entry.name, ("", "")), member.entry.name)):
+            tar.add(member.path, contents[member.entry.name][member.file.name])
     return tar.bytes()
 
 

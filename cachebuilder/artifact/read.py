@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from cachebuilder.artifact.frame import unpacked
-from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, File, Index
+from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, FlashInferPart, Index, Member
 from cachebuilder.artifact.tar import TarReader
 from cachebuilder.artifact.whole import open_file
 from cachebuilder.common import records
 from cachebuilder.common.records import RecordError
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
+from cachebuilder.flashinfer import entries as flashinfer_files
 
 #: 20,000 kernels make about 20 MB.
 MAX_INDEX_BYTES = 32 << 20
@@ -59,30 +60,31 @@ class Archive:
         for _ in self._parts:
             pass
 
-    def files(self) -> Iterator[tuple[Entry, File, bytes]]:
+    def files(self) -> Iterator[tuple[Member, bytes]]:
         """Every file of every entry, its bytes checked against the index; ``manifest`` is set before the first.
 
-        All entries' first files come first, then all second ones, and so on: an entry's marker is its last.
-        Only when the iterator ends has the whole archive been checked.
+        They come in the order of `Index.members`: an entry's marker is its last. Only when the iterator ends has the
+        whole archive been checked.
 
         Raises:
             ArtifactError: at the first byte that is not as `artifact.pack` would have written it.
         """
         self.manifest = self._manifest()
-        for position, kind in enumerate(entry_files.FILES[self.index.fingerprint.generation]):
-            left = {f"{CACHE}/{entry.name}/{kind}": (entry, entry.files[position]) for entry in self.index.entries}
+        for kind, members in self.index.members():
+            left = {member.path: member for member in members}
             while left:
                 name, size = self._tar.header()
                 if name not in left:
                     raise self._tar.error(self._why_not(name, kind, len(left)))
-                entry, file = left.pop(name)
+                member = left.pop(name)
+                file = member.file
                 if size != file.size:
                     raise self._tar.error(f"{name}: wanted {file.size} bytes, found {size}")
                 data = self._tar.body(size)
                 digest = hashlib.sha256(data).hexdigest()
                 if digest != file.sha256:
                     raise self._tar.error(f"{name}: wanted sha256 {file.sha256}, found {digest}")
-                yield entry, file, data
+                yield member, data
         self._tar.end()
 
     def _manifest(self) -> bytes:
@@ -174,18 +176,52 @@ def _problem(index: Index) -> str | None:
         return "ops: wanted printable text, found control characters"
     if index.fingerprint_digest != fingerprint.digest():
         return f"fingerprint_digest: wanted {fingerprint.digest()}, found {index.fingerprint_digest}"
-    files = entry_files.FILES[fingerprint.generation]
-    seen: dict[str, str] = {}
+    generation = fingerprint.generation
+    bounds = {file: entry_files.MAX_BYTES[file] for file in entry_files.FILES[generation]}
     for entry in index.entries:
-        if entry_files.kernel_name(fingerprint.generation, entry.name) is None:
-            return f"entries: wanted names of {fingerprint.generation} entries, found {entry.name[:200]!r}"
-        if tuple(file.name for file in entry.files) != files:
-            return f"{entry.name}: wanted the files {', '.join(files)}, found {[f.name[:100] for f in entry.files]}"
-        if large := next((file for file in entry.files if file.size > entry_files.MAX_BYTES[file.name]), None):
-            most = entry_files.MAX_BYTES[large.name]
-            return f"{entry.name}/{large.name}: wanted at most {most} bytes, found {large.size}"
+        if entry_files.kernel_name(generation, entry.name) is None:
+            return f"entries: wanted names of {generation} entries, found {entry.name[:200]!r}"
+        if problem := _wrong_files(entry, bounds):
+            return problem
+    if problem := _twice(index.entries, "entries"):
+        return problem
+    return _flashinfer_problem(index.flashinfer) if index.flashinfer else None
+
+
+def _flashinfer_problem(part: FlashInferPart) -> str | None:
+    if not _is_printable(part.gemms):
+        return "flashinfer.gemms: wanted printable text, found control characters"
+    if not re.fullmatch(r"\d{1,3}\.\d{1,3}", part.fingerprint.glibc):
+        return f"flashinfer.fingerprint.glibc: wanted major.minor, found {part.fingerprint.glibc[:100]!r}"
+    for module in part.modules:
+        if not flashinfer_files.is_module(module.name):
+            return f"flashinfer.modules: wanted names of modules, found {module.name[:200]!r}"
+        file = flashinfer_files.module_file(module.name)
+        if problem := _wrong_files(module, {file: flashinfer_files.MAX_MODULE_BYTES}):
+            return problem
+    for entry in part.entries:
+        if not flashinfer_files.is_entry(entry.name):
+            return f"flashinfer.entries: wanted names of the GEMM's entries, found {entry.name[:200]!r}"
+        if problem := _wrong_files(entry, flashinfer_files.MAX_BYTES):
+            return problem
+    return _twice(part.modules, "flashinfer.modules") or _twice(part.entries, "flashinfer.entries")
+
+
+def _wrong_files(entry: Entry, bounds: Mapping[str, int]) -> str | None:
+    """What is wrong with an entry's files; ``bounds`` has their names in order, and the most bytes of each."""
+    if tuple(file.name for file in entry.files) != tuple(bounds):
+        return f"{entry.name}: wanted the files {', '.join(bounds)}, found {[f.name[:100] for f in entry.files]}"
+    if large := next((file for file in entry.files if file.size > bounds[file.name]), None):
+        return f"{entry.name}/{large.name}: wanted at most {bounds[large.name]} bytes, found {large.size}"
+    return None
+
+
+def _twice(entries: Sequence[Entry], where: str) -> str | None:
+    """Which entry is there twice, or beside one whose name differs in case only."""
+    seen: dict[str, str] = {}
+    for entry in entries:
         if other := seen.get(key := entry.name.casefold()):
             kind = "twice" if other == entry.name else f"beside {other}, which differs in case only"
-            return f"entries: found {entry.name} {kind}"
+            return f"{where}: found {entry.name} {kind}"
         seen[key] = entry.name
     return None

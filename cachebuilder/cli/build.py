@@ -78,7 +78,7 @@ def build(
         raise click.UsageError(f"wanted one MANIFEST, found {words}; an engine's command wants --gpu NAME")
     else:
         manifest = Path(manifest_or_command[0])
-    inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
+    inputs = tools.load_manifest(manifest)
     shared.say(f"using     {inputs.installation}")
     shared.say(f"          {inputs.toolchain}")
     destination = str(output) if output and remote.is_remote(output) else None

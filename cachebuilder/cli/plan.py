@@ -21,7 +21,7 @@ from cachebuilder.planning.selection import Selection
 @shared.progress_options
 def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
-    inputs = cachebuilder.load_manifest(manifest, nvcc=tools.nvcc, deep_gemm=tools.deep_gemm)
+    inputs = tools.load_manifest(manifest)
     with shared.show_progress() as progress:
         made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
     if as_json:

@@ -6,13 +6,17 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+import cachebuilder
 from cachebuilder.cli import console
 from cachebuilder.cli.progress import options as progress_options
 from cachebuilder.cli.progress import quiet, remark, show_progress
+
+if TYPE_CHECKING:
+    from cachebuilder.manifest.inputs import Inputs
 
 # The verbs use these imported names as `shared.…`; mypy requires such names in `__all__`.
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]
@@ -32,6 +36,12 @@ nvcc_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="The compiler; default: CUDA_HOME's, else the one on PATH, else the one from PyPI's wheels.",
+)
+flashinfer_option = click.option(
+    "--flashinfer",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="The flashinfer package, for a manifest that needs one; default: the installed one.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
@@ -112,13 +122,18 @@ device_option = click.option(
 
 @dataclasses.dataclass(frozen=True)
 class ToolPaths:
-    """The paths of the compiler and of DeepGEMM, where the user names them."""
+    """The paths of the compiler, of DeepGEMM and of FlashInfer, where the user names them."""
 
     nvcc: Path | None
     deep_gemm: Path | None
+    flashinfer: Path | None = None
+
+    def load_manifest(self, path: Path) -> Inputs:
+        """Read a manifest, and find what it is planned with at these paths. Raises as `cachebuilder.load_manifest`."""
+        return cachebuilder.load_manifest(path, nvcc=self.nvcc, deep_gemm=self.deep_gemm, flashinfer=self.flashinfer)
 
 
-tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option)
+tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option, flashinfer_option)
 
 
 def say(text: str) -> None:

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -332,3 +333,12 @@ class MadeFolder:
     def keep(self) -> None:
         """Let it stay, and close its parent."""
         self.parent.close()
+
+
+@contextmanager
+def open_below(folder: Folder, path: str) -> Iterator[Folder]:
+    """The folder at ``path`` below ``folder``, opened name by name. Raises as `Folder.open` does."""
+    with contextlib.ExitStack() as stack:
+        for name in path.split("/"):
+            folder = stack.enter_context(folder.open(name))
+        yield folder

@@ -64,12 +64,13 @@ def find(path: Path | None = None) -> FlashInfer:
     try:
         text = (folder / "_build_meta.py").read_text()
     except OSError:
-        raise InstallationError(f"wanted a flashinfer package, found no _build_meta.py in {folder}", hint=_INSTALL) from None
+        raise InstallationError(
+            f"wanted a flashinfer package, found no _build_meta.py in {folder}", hint=_INSTALL
+        ) from None
     version = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)", text, re.MULTILINE)
     if version is None or not (folder / "data" / "csrc").is_dir():
         raise InstallationError(
-            f"wanted a flashinfer package with its version and its sources in data/csrc, found neither or one in {folder}",
-            hint=_INSTALL,
+            f"{folder}: wanted a flashinfer package, with _build_meta.py and data/csrc; found none", hint=_INSTALL
         )
     return FlashInfer(folder.absolute(), version[1])
 

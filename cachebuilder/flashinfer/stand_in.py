@@ -7,24 +7,25 @@ installed read-only, where its own folder ``data/aot`` cannot be filled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-#: The stand-in's file below the folder that goes on ``PYTHONPATH``; its modules lie beside it.
+#: The package's folder below the one that goes on ``PYTHONPATH``. The modules are in ``modules/``, beside the latter.
 PACKAGE = "flashinfer_jit_cache"
 
 _TEXT = '''\
-"""FlashInfer's modules that cachebuilder built, in place of the package flashinfer-jit-cache."""
+"""FlashInfer's modules that cachebuilder built, in place of the package flashinfer-jit-cache.
+
+Headers that they are built from: {headers}
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 __version__ = {version!r}
-_FOLDER = str(Path(__file__).resolve().parents[2] / "modules")
+_FOLDER = Path(__file__).resolve().parents[2] / "modules"
 
 
 def get_jit_cache_dir():
     """The folder of all modules, as FlashInfer up to 0.6 asks for it."""
-    return _FOLDER
+    return str(_FOLDER)
 
 
 def get_jit_cache_providers():
@@ -34,20 +35,20 @@ def get_jit_cache_providers():
             provider_id="cachebuilder",
             distribution="flashinfer-jit-cache",
             version=__version__,
-            jit_cache_dir=_FOLDER,
+            jit_cache_dir=str(_FOLDER),
             cuda_architectures=[{arch!r}],
-            modules={modules!r},
+            modules=[path.name for path in _FOLDER.iterdir()],
         )
     ]
 '''
 
 
-def text(version: str, arch: str, modules: Sequence[str]) -> str:
+def text(version: str, arch: str, headers: str) -> str:
     """The stand-in's ``__init__.py``.
 
     Args:
         version: FlashInfer's, which the stand-in must have, too.
         arch: as nvcc names it, for example ``sm_90a``.
-        modules: the names of the modules in ``modules/``, two folders above.
+        headers: the digest of FlashInfer's headers, which tells stand-ins of other code apart.
     """
-    return _TEXT.format(version=version, arch=arch.replace("_", ""), modules=sorted(modules))
+    return _TEXT.format(version=version, arch=arch.replace("_", ""), headers=headers)

@@ -11,6 +11,8 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.environment import value_problem
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ManifestError
+from cachebuilder.flashinfer import installation as flashinfers
+from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.manifest import schema
 from cachebuilder.manifest.schema import Manifest
 
@@ -21,32 +23,42 @@ class Inputs:
 
     Attributes:
         manifest_bytes: the manifest's file as it is, which an artifact carries.
+        flashinfer: None where the manifest needs none.
     """
 
     manifest: Manifest
     manifest_bytes: bytes
     toolchain: Toolchain
     installation: Installation
+    flashinfer: FlashInfer | None = None
 
 
-def load_manifest(path: str | Path, *, nvcc: str | Path | None = None, deep_gemm: str | Path | None = None) -> Inputs:
+def load_manifest(
+    path: str | Path,
+    *,
+    nvcc: str | Path | None = None,
+    deep_gemm: str | Path | None = None,
+    flashinfer: str | Path | None = None,
+) -> Inputs:
     """Read a manifest, and find the compiler and the DeepGEMM that it is planned with.
 
     Args:
         nvcc: the compiler; left out, that of ``CUDA_HOME``, else of ``PATH``, else of PyPI's wheels.
         deep_gemm: the ``deep_gemm`` package; left out, the installed one, else vLLM's own copy.
+        flashinfer: the ``flashinfer`` package, for a manifest that needs one; left out, the installed one.
 
     Raises:
         ManifestError: the manifest cannot be read or is wrong, or this DeepGEMM does not take one of its variables.
         ToolchainError: there is no nvcc, not the release that the manifest wants, or none that this DeepGEMM takes.
-        InstallationError: there is no DeepGEMM.
+        InstallationError: there is no DeepGEMM, or no FlashInfer where the manifest needs one.
     """
     model, data = schema.load(Path(path))
     release = model.toolchain.nvcc if model.toolchain else None
     installation = installations.find(Path(deep_gemm) if deep_gemm else None)
     check_environment(model, installation)
     toolchain = toolchains.find(Path(nvcc) if nvcc else None, release, installation.oldest_nvcc)
-    return Inputs(model, data, toolchain, installation)
+    needed = flashinfers.find(Path(flashinfer) if flashinfer else None) if model.flashinfer else None
+    return Inputs(model, data, toolchain, installation, needed)
 
 
 def check_environment(manifest: Manifest, installation: Installation) -> None:

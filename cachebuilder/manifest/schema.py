@@ -17,6 +17,7 @@ from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.deepgemm.source import foreign_text
 from cachebuilder.errors import ManifestError
+from cachebuilder.flashinfer.schema import FlashInferNeeds, Gemm
 from cachebuilder.manifest import reader
 from cachebuilder.manifest.reader import MAX_BYTES, TextError
 from cachebuilder.ops.base import SmCounts, TokenOp, Tokens
@@ -111,6 +112,10 @@ class Manifest(BaseModel):
     ] = None
     ops: Annotated[list[Op], Field(description="the GEMM shapes; may be empty if there are sources")] = []
     sources: Annotated[list[Source], Field(description="kernels to build in addition to those that the ops need")] = []
+    flashinfer: Annotated[
+        FlashInferNeeds | None,
+        Field(description="what the engine takes from FlashInfer that FlashInfer would compile at run time"),
+    ] = None
     toolchain: Toolchain | None = None
     environment: Annotated[
         KernelEnvironment,
@@ -148,6 +153,12 @@ class Manifest(BaseModel):
             first = first_with.setdefault(source.source, index)
             if first != index:
                 raise ValueError(f"sources[{index}] is the same as sources[{first}]")
+        return self
+
+    @model_validator(mode="after")
+    def _check_flashinfer(self) -> Manifest:
+        if self.flashinfer and (reason := self.flashinfer.problem(self.target.gpu.major)):
+            raise ValueError(f"flashinfer: {reason}")
         return self
 
     def sm_counts_of(self, op: OpBase) -> list[int]:
@@ -248,7 +259,14 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     """The fields that may stand beside the one at ``loc``."""
     if loc[0] == "ops" and len(loc) > 2:
         return list(OPS[loc[2]].model_fields)
-    models: dict[str, type[BaseModel]] = {"target": Target, "gpu": gpus.Gpu, "toolchain": Toolchain}
+    models: dict[str, type[BaseModel]] = {
+        "target": Target,
+        "gpu": gpus.Gpu,
+        "toolchain": Toolchain,
+        "flashinfer": FlashInferNeeds,
+    }
+    if loc[0] == "flashinfer" and len(loc) > 3:
+        return list(Gemm.model_fields)
     if loc[0] == "sources":
         return list(Source.model_fields)
     parent = models.get(str(loc[-2])) if len(loc) > 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 
 from pydantic import ValidationError
@@ -15,13 +15,14 @@ from cachebuilder.common.kept import touch
 from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning import flashinfer as flashinfer_planning
 from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.requests import Requests, flags_of
 from cachebuilder.planning.sources import Sources
 from cachebuilder.sweep.run import Result, Sweep
 
 #: The folders whose code decides what a plan holds: a plan that other code made is not reused.
-CODE = ("common", "cuda", "deepgemm", "manifest", "ops", "planning", "sweep", "virtual_gpu")
+CODE = ("common", "cuda", "deepgemm", "flashinfer", "manifest", "ops", "planning", "sweep", "virtual_gpu")
 #: 20,000 kernels with their sources make about 100 MB.
 _MAX_PLAN_BYTES = 1 << 30
 
@@ -33,6 +34,7 @@ def make(
     progress: Progress = no_progress,
     on_sweep: Callable[[], None] = lambda: None,
     on_kernel: Callable[[str, tuple[str, ...]], None] = lambda source, flags: None,
+    modules: Callable[[], Mapping[str, bytes]] = dict,
 ) -> Plan:
     """Plan a manifest: call DeepGEMM at every point of every op, and join the kernels that it asks for.
 
@@ -42,6 +44,7 @@ def make(
         progress: the step is "plan", the units are calls of DeepGEMM.
         on_sweep: called before the sweep, if there is one.
         on_kernel: called with the source and the flags of each kernel as soon as the sweep has found it.
+        modules: gives the FlashInfer modules of the manifest, by name; called only if the plan must be made.
 
     Raises:
         PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
@@ -54,6 +57,8 @@ def make(
     include = str(inputs.installation.include)
     swept = Sweep(inputs, progress).run(lambda entry: on_kernel(entry.source, flags_of(entry, include)))
     plan = _join(inputs, swept)
+    if inputs.flashinfer:
+        plan = plan.model_copy(update={"flashinfer": flashinfer_planning.make(inputs, modules())})
     if reuse:
         plan.write(own_folder("plans") / plan_file, InstallationError)
     return plan
@@ -80,6 +85,7 @@ def _digest(inputs: Inputs) -> str:
         "deep_gemm": [str(installation.imported_as), installation.code_digest, installation.headers_digest],
         "compiler": inputs.toolchain.version_text,
         "torch": _torch_version(),
+        "flashinfer": inputs.flashinfer and inputs.flashinfer.code_digest,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
@@ -42,6 +45,24 @@ class Kernel(Record):
         return match[1] if match else None
 
 
+class FlashInferPlan(Record):
+    """What FlashInfer would compile at run time.
+
+    Attributes:
+        arch: as nvcc names it, for example ``sm_90a``.
+        modules: the modules to build, by name.
+        gemms: the manifest's shapes, as JSON objects.
+        kernels: the kernels that the GEMM asks for. ``selected_by`` counts the shapes as it counts a manifest's ops.
+        calls: how often the sweep called FlashInfer.
+    """
+
+    arch: str
+    modules: tuple[str, ...]
+    gemms: tuple[dict[str, object], ...]
+    kernels: tuple[Kernel, ...]
+    calls: int
+
+
 class Plan(Record):
     """All kernels of a manifest for one DeepGEMM and one compiler.
 
@@ -53,6 +74,7 @@ class Plan(Record):
         ops: the manifest's ops, as JSON objects.
         calls: how often the sweep called DeepGEMM.
         torch, python, peak_bytes: the versions and the peak memory of the sweep, for information only.
+        flashinfer: None where the manifest needs nothing of FlashInfer.
     """
 
     generation: Generation
@@ -67,3 +89,12 @@ class Plan(Record):
     torch: str
     python: str
     peak_bytes: int
+    flashinfer: FlashInferPlan | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unset_flashinfer(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what most plans do not have."""
+        fields: dict[str, Any] = dump(self)
+        if fields.get("flashinfer", ...) is None:
+            del fields["flashinfer"]
+        return fields

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cachebuilder.artifact.index import CACHE, Entry, Index
-from cachebuilder.common.folders import Folder
+from cachebuilder.common.folders import Folder, open_below
+from cachebuilder.flashinfer import stand_in
+from cachebuilder.restoring.flashinfer_files import NO_BYTECODE, PYTHON, STAND_IN, stand_in_of
 from cachebuilder.restoring.frozen import FOLDER, LOG_NAME, NVCC, VERSION, WORKING_FOLDERS, files
 
 _READ_BYTES = 1 << 20
@@ -31,7 +33,7 @@ class Damage:
     """One file that is not as it was restored.
 
     Attributes:
-        entry: the folder's name in ``cache/``; for one of our own files, its folder's path below DIR.
+        entry: the folder's name in ``cache/``; for other files, their folder's path below DIR.
         file: None where the whole entry is missing or is no folder.
     """
 
@@ -47,33 +49,63 @@ class Damage:
 
 def find(dir: Folder, indexes: Sequence[Index]) -> list[Damage]:
     """All damage: missing entries, then what differs in the others, then what differs in our own files."""
-    expected = {entry.name: entry for index in indexes for entry in index.entries}
+    damage = []
+    for path in sorted({path for index in indexes for path in index.folders}):
+        damage += _in_folder(dir, path, [entry for index in indexes for entry in index.folders.get(path, ())])
+    return damage + list(_in_own(dir, indexes)) + list(_in_stand_in(dir, indexes))
+
+
+def _in_folder(dir: Folder, path: str, entries: Sequence[Entry]) -> list[Damage]:
+    """What is wrong with the entries in the folder ``path`` below DIR."""
+    expected = {entry.name: entry for entry in entries}
+    prefix = "" if path == CACHE else f"{path}/"
     damage = []
     try:
-        with dir.open(CACHE) as cache:
+        with open_below(dir, path) as cache:
             statuses = {name: _kind(cache, name) for name in expected}
-            damage += [Damage(name, None, "an entry", "none") for name in sorted(expected) if not statuses[name]]
+            damage += [
+                Damage(prefix + name, None, "an entry", "none") for name in sorted(expected) if not statuses[name]
+            ]
             for name in sorted(expected):
                 if statuses[name] == "a folder":
-                    damage += _in_entry(cache, expected[name])
+                    damage += _in_entry(cache, prefix, expected[name])
                 elif statuses[name]:
-                    damage.append(Damage(name, None, "a folder", statuses[name]))
+                    damage.append(Damage(prefix + name, None, "a folder", statuses[name]))
     except OSError as error:
-        damage = [Damage(CACHE, None, "a folder", _words(error))] if expected else []
-    return damage + list(_in_own(dir, indexes))
+        damage = [Damage(path, None, "a folder", _words(error))] if expected else []
+    return damage
 
 
-def _in_entry(cache: Folder, entry: Entry) -> list[Damage]:
+def _in_entry(cache: Folder, prefix: str, entry: Entry) -> list[Damage]:
+    where = prefix + entry.name
     try:
         with cache.open(entry.name) as folder:
             damage = [
-                Damage(entry.name, file.name, *differs)
+                Damage(where, file.name, *differs)
                 for file in sorted(entry.files, key=lambda file: file.name)
                 if (differs := _difference(folder, file.name, file.size, file.sha256))
             ]
-            return damage + _extra(folder, entry.name, {file.name for file in entry.files})
+            return damage + _extra(folder, where, {file.name for file in entry.files})
     except OSError as error:
-        return [Damage(entry.name, None, "a folder that can be read", _words(error))]
+        return [Damage(where, None, "a folder that can be read", _words(error))]
+
+
+def _in_stand_in(dir: Folder, indexes: Sequence[Index]) -> Iterator[Damage]:
+    """What differs in the stand-in for FlashInfer's package of modules: Python runs it in the serving process."""
+    wanted = {stand_in_of(index.flashinfer) for index in indexes if index.flashinfer}
+    if not wanted:
+        return
+    where, _, name = STAND_IN.rpartition("/")
+    try:
+        with open_below(dir, PYTHON) as python:
+            yield from _extra(python, PYTHON, {stand_in.PACKAGE})
+            with python.open(stand_in.PACKAGE) as package:
+                bytecode = NO_BYTECODE.rpartition("/")[2]
+                yield from _extra(package, where, {name, bytecode})
+                if package.read(bytecode, _READ_BYTES) or package.read(name, _READ_BYTES) not in wanted:
+                    yield Damage(where, name, "what this version of cachebuilder writes", "a changed one")
+    except OSError as error:
+        yield Damage(where, name, "a file", _words(error))
 
 
 def _difference(folder: Folder, name: str, size: int, sha256: str) -> tuple[str, str] | None:

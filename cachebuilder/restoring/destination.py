@@ -1,5 +1,7 @@
 """DIR while a restore writes it: no reader and no other restore ever sees half an entry.
 
+An entry is known here by its path below DIR, such as ``cache/NAME``.
+
 Other users may be able to write into DIR. So everything below it is done by handle (`common.folders`).
 """
 
@@ -14,19 +16,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachebuilder.artifact.index import CACHE, Entry
+from cachebuilder.artifact.index import CACHE, FLASHINFER, FLASHINFER_CACHE, FLASHINFER_MODULES, Entry
 from cachebuilder.common.folders import Folder, MadeFolder, write_new
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError
 from cachebuilder.restoring import frozen
+from cachebuilder.restoring.flashinfer_files import PYTHON
 
 #: The name of a working folder: the process's number and random digits.
 _WORKING_FOLDER = re.compile(r"[0-9]+-[0-9a-f]{16}")
+#: The folders that a restore writes into, if they exist already: none may be another user's.
+_WRITTEN = (
+    *(CACHE, frozen.FOLDER, f"{frozen.FOLDER}/bin", f"{frozen.FOLDER}/artifacts"),
+    *(FLASHINFER, FLASHINFER_CACHE, FLASHINFER_MODULES, PYTHON, f"{FLASHINFER}/tmp"),
+)
+
+
+_MAX_OWN_BYTES = 64 << 10
 
 
 @dataclass
 class Destination:
-    """DIR while it is written: entries are made in a working folder under it, then renamed into ``cache/``.
+    """DIR while it is written: entries are made in a working folder under it, then renamed into their folders.
 
     In the end the working folder is removed; without `keep`, so are the folders that did not exist before.
 
@@ -34,7 +45,7 @@ class Destination:
         force: write into folders of another user as well.
 
     Attributes:
-        made: names of the entries that were made, in order.
+        made: paths of the entries that were made, in order.
     """
 
     to: Path
@@ -49,8 +60,8 @@ class Destination:
 
     def __enter__(self) -> Destination:
         try:
-            for names in ((), (CACHE,), (frozen.FOLDER,), (frozen.FOLDER, "bin"), (frozen.FOLDER, "artifacts")):
-                self._existing(*names)
+            for path in ("", *_WRITTEN):
+                self._existing(*filter(None, path.split("/")))
         except BaseException:
             self._close()
             raise
@@ -61,31 +72,36 @@ class Destination:
         folder = self._existing(frozen.FOLDER, "bin")
         return frozen.version_text_in(folder) if folder is not None else None
 
-    def entries(self) -> set[str]:
-        """The names in ``cache/`` now."""
-        cache = self._existing(CACHE)
-        return set(cache.names()) if cache is not None else set()
+    def entries(self, *folders: str) -> set[str]:
+        """The paths of what is in these folders now."""
+        return {
+            f"{path}/{name}"
+            for path in folders
+            if (folder := self._existing(*path.split("/"))) is not None
+            for name in folder.names()
+        }
 
-    def new(self, name: str) -> None:
+    def new(self, path: str) -> None:
         """Begin an entry."""
         if self._work is None:
             self._work = self._make_work()
         # Only this user can look into the working folder, so nobody can exchange what is in it.
-        os.mkdir(name, 0o755, dir_fd=self._work.handle)
-        os.chmod(name, 0o755, dir_fd=self._work.handle)  # whatever the umask
-        self.made.append(name)
+        os.mkdir(_working_name(path), 0o755, dir_fd=self._work.handle)
+        os.chmod(_working_name(path), 0o755, dir_fd=self._work.handle)  # whatever the umask
+        self.made.append(path)
 
-    def write(self, name: str, file: str, data: bytes) -> None:
+    def write(self, path: str, file: str, data: bytes) -> None:
         """Write one file of an entry that was begun."""
         assert self._work is not None
-        write_new(f"{name}/{file}", data, 0o644, self._work.handle)
+        write_new(f"{_working_name(path)}/{file}", data, 0o644, self._work.handle)
 
-    def holds(self, name: str, entry: Entry) -> bool:
-        """Whether ``cache/`` has this entry, with equal bytes and no other file, and no other user owns it."""
-        cache = self._existing(CACHE)
-        assert cache is not None
+    def holds(self, path: str, entry: Entry) -> bool:
+        """Whether DIR has this entry, with equal bytes and no other file, and no other user owns it."""
+        *names, name = path.split("/")
+        parent = self._existing(*names)
+        assert parent is not None
         try:
-            with cache.open(name) as folder:
+            with parent.open(name) as folder:
                 if not self.force and folder.status().st_uid not in self._owners:
                     return False
                 if folder.names() != sorted(file.name for file in entry.files):
@@ -95,22 +111,32 @@ class Destination:
             return False
 
     def publish(self, entries: dict[str, Entry]) -> dict[str, bool]:
-        """Rename every entry that was made into ``cache/``.
+        """Rename every entry that was made to its path.
 
         Returns:
             The entries that another restore put there first, and whether each is equal.
         """
-        cache = self._folder(CACHE)
+        self._folder(CACHE)
         made_by_others: dict[str, bool] = {}
-        for name in self.made:
+        for path in self.made:
+            *names, name = path.split("/")
             assert self._work is not None
             try:
-                self._work.rename(name, name, cache)
+                self._work.rename(_working_name(path), name, self._folder(*names))
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                made_by_others[name] = self.holds(name, entries[name])
+                made_by_others[path] = self.holds(path, entries[path])
         return made_by_others
+
+    def read_own(self, path: str) -> bytes | None:
+        """One of cachebuilder's own files, at ``path`` below DIR; None if there is none."""
+        *folders, name = path.split("/")
+        try:
+            folder = self._existing(*folders)
+            return folder.read(name, _MAX_OWN_BYTES) if folder is not None else None
+        except FileNotFoundError:
+            return None
 
     def write_own(self, path: str, data: bytes, mode: int) -> None:
         """Write one of cachebuilder's own files, at ``path`` below DIR, whole or not at all."""
@@ -206,6 +232,11 @@ class Destination:
             f"{own.path / frozen.WORKING_FOLDERS}: cannot be made: other restores keep removing it",
             hint="restore again",
         )
+
+
+def _working_name(path: str) -> str:
+    """An entry's name in the working folder: no two paths share one, since no name of a folder has a dot."""
+    return path.replace("/", ".")
 
 
 def _remove_root(own: Folder) -> None:

@@ -33,7 +33,7 @@ FLASHINFER_SAMPLER = "VLLM_USE_FLASHINFER_SAMPLER"
 #: SGLang's `--fp8-gemm-backend` for the same kernels. The default on SM90 is DeepGEMM, and no variable sets it.
 SGLANG_FLASHINFER_GEMM = "flashinfer_deepgemm"
 
-_COMPILES = "FlashInfer compiles with ninja and nvcc at the first tokens, and no artifact holds them"
+_COMPILES = "FlashInfer compiles with ninja and nvcc at the first tokens, and this artifact does not hold them"
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def variables(place: Place, indexes: Sequence[Index], engine: Engine, environmen
         )
         serving.append(Variable("CUDA_HOME", str(dir), why))
     serving += _manifest_variables(dir, indexes)
+    if place.flashinfer:
+        serving += _flashinfer_variables(place, place.flashinfer, environment)
     if engine == "vllm":
         serving += _vllm_variables(indexes, environment)
     elif engine == "sglang":
@@ -99,7 +101,7 @@ def notes(
         environment: the machine's variables; one that is set there stays as it is.
         command: how the engine is started.
     """
-    if not any(index.fingerprint.arch == "sm_90a" for index in indexes):
+    if not any(index.fingerprint.arch == "sm_90a" and not has_gemms(index) for index in indexes):
         return []
     if engine == "vllm" and _is_on(environment, FLASHINFER_GEMM):
         value = environment[FLASHINFER_GEMM]
@@ -112,8 +114,16 @@ def notes(
     return []
 
 
+def has_gemms(index: Index) -> bool:
+    """Whether an artifact holds kernels for FlashInfer's GEMM."""
+    return index.flashinfer is not None and bool(index.flashinfer.entries)
+
+
 def uncovered(arch: str, environment: Mapping[str, str]) -> str | None:
-    """What vLLM would serve on ``arch`` without an artifact's kernels, in a sentence; None where that is nothing."""
+    """What vLLM would serve on ``arch`` without an artifact's kernels, in a sentence; None where that is nothing.
+
+    For an artifact without kernels for FlashInfer's GEMM.
+    """
     if arch != "sm_90a" or _is_off(environment, FLASHINFER_GEMM):
         return None
     return (
@@ -148,6 +158,23 @@ def _manifest_variables(dir: Path, indexes: Sequence[Index]) -> list[Variable]:
     return [Variable(name, value, "the manifest's environment: it changes kernels") for name, value in values.items()]
 
 
+def _flashinfer_variables(place: Place, folder: Path, environment: Mapping[str, str]) -> list[Variable]:
+    source = "flashinfer/data/csrc/nv_internal/tensorrt_llm/deep_gemm/compiler.cuh, 0.6.13 and 0.7.2"
+    path = os.pathsep.join(filter(None, [str(folder / "python"), environment.get("PYTHONPATH")]))
+    return [
+        Variable("TRTLLM_DG_CACHE_DIR", str(folder), f"the cubins of FlashInfer's GEMM ({source})"),
+        Variable(
+            "TRTLLM_DG_NVCC_COMPILER", str(place.nvcc), f"logs every kernel that FlashInfer's GEMM misses ({source})"
+        ),
+        Variable(
+            "PYTHONPATH",
+            path,
+            "a package in place of flashinfer-jit-cache, from which FlashInfer loads its modules without compiling "
+            "(flashinfer/jit/env.py, 0.6.13 and 0.7.2)",
+        ),
+    ]
+
+
 def _vllm_variables(indexes: Sequence[Index], environment: Mapping[str, str]) -> list[Variable]:
     # VLLM_CACHE_ROOT stays as it is, since vLLM keeps much else there.
     why = (
@@ -155,7 +182,7 @@ def _vllm_variables(indexes: Sequence[Index], environment: Mapping[str, str]) ->
         "VLLM_CACHE_ROOT/deep_gemm (vllm/envs.py, vllm/utils/deep_gemm.py, 0.25.0 and 0.33.0)"
     )
     serving = [Variable("VLLM_DEEP_GEMM_WARMUP", "skip", why)]
-    if any(index.fingerprint.arch == "sm_90a" for index in indexes):
+    if any(index.fingerprint.arch == "sm_90a" and not has_gemms(index) for index in indexes):
         if _is_on(environment, FLASHINFER_GEMM):
             why = f"set here, so it stays: for M < 32, vLLM calls kernels that {_COMPILES}. 0 takes those of the cache"
             serving.append(Variable(FLASHINFER_GEMM, environment[FLASHINFER_GEMM], why))
@@ -166,7 +193,9 @@ def _vllm_variables(indexes: Sequence[Index], environment: Mapping[str, str]) ->
                 "faster end to end at small batches (SGLang's pull request 15514)"
             )
             serving.append(Variable(FLASHINFER_GEMM, "0", why))
-    if not environment.get(FLASHINFER_SAMPLER) and not _flashinfer_can_sample(environment):
+    modules = {module.name for index in indexes if index.flashinfer for module in index.flashinfer.modules}
+    can_sample = "sampling" in modules or _flashinfer_can_sample(environment)
+    if not environment.get(FLASHINFER_SAMPLER) and not can_sample:
         why = (
             "no nvcc is here, and FlashInfer would compile its sampler while vLLM starts: vLLM's own samples "
             "(vllm/v1/sample/ops/topk_topp_sampler.py, 0.25.0 to 0.33.0)"

@@ -14,6 +14,7 @@ from cachebuilder.common.folders import Folder
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring import damage as damages
 from cachebuilder.restoring.damage import Damage
+from cachebuilder.restoring.flashinfer_files import own_files_of
 from cachebuilder.restoring.frozen import FOLDER, VERSION, files, frozen_nvcc, version_text
 
 #: What to do with a folder whose entries are damaged.
@@ -100,7 +101,8 @@ def own_files(
     """
     digest = index.fingerprint_digest
     stem = f"{FOLDER}/artifacts/{digest}.{hashlib.sha256(packed).hexdigest()[:16]}"
-    return files(index.fingerprint.compiler, index.name, digest) | {
+    own = files(index.fingerprint.compiler, index.name, digest) | own_files_of(index.flashinfer)
+    return own | {
         f"{stem}.yaml": (manifest, 0o644),
         f"{stem}.json": (restored or packed, 0o644),
     }

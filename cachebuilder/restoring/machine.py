@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
-from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.index import Fingerprint, FlashInferPart
 from cachebuilder.cuda import nvml
 from cachebuilder.cuda.gpus import GPUS
 from cachebuilder.cuda.nvml import VisibleGpu
@@ -17,6 +17,8 @@ from cachebuilder.deepgemm import environment as variables
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError, InstallationError
+from cachebuilder.flashinfer import installation as flashinfers
+from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.restoring.compatibility import Difference, difference
 
 T = TypeVar("T")
@@ -33,6 +35,10 @@ class Fingerprinted(Protocol):
     def gpu(self) -> str:
         """The name of the GPU that the artifact was planned for; empty where that is unknown."""
 
+    @property
+    def flashinfer(self) -> FlashInferPart | None:
+        """What the artifact holds for FlashInfer; None where that is nothing, or unknown."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -44,6 +50,8 @@ class Machine:
         environment: the serving process's variables.
         compiler: what ``nvcc --version`` will say; None where that is unknown, or where a frozen nvcc will answer.
         sm_counts: SM counts that the engine will set; None where they are unknown.
+        flashinfer: the FlashInfer that the engine will use; None where none was found.
+        glibc: the C library's version, as ``2.36``; None where it is unknown.
     """
 
     installation: Installation | None
@@ -51,6 +59,8 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=dict)
     compiler: str | None = None
     sm_counts: tuple[int, ...] | None = None
+    flashinfer: FlashInfer | None = None
+    glibc: str | None = None
 
     @classmethod
     def here(cls, deep_gemm: str | Path | None = None) -> Self:
@@ -68,7 +78,7 @@ class Machine:
             if deep_gemm is not None:
                 raise
             installation = None
-        return cls(installation, nvml.first_gpu(), os.environ)
+        return cls(installation, nvml.first_gpu(), os.environ, flashinfer=flashinfers.installed(), glibc=_glibc())
 
     def differences(
         self, artifact: Fingerprinted, *, relocates: bool = False, frozen_nvcc: Path | None = None
@@ -90,6 +100,8 @@ class Machine:
             differences += _gpu(artifact, self.gpu)
         if self.sm_counts is not None and not set(self.sm_counts) <= set(fingerprint.sm_counts):
             differences.append(difference(fingerprint, "sm_counts", list(fingerprint.sm_counts), list(self.sm_counts)))
+        if artifact.flashinfer is not None:
+            differences += self._flashinfer(artifact.flashinfer)
         return differences + _environment(fingerprint, self.environment, frozen_nvcc)
 
     def fits(self, artifact: Fingerprinted, *, relocates: bool = False) -> bool:
@@ -113,6 +125,45 @@ class Machine:
         if fingerprint.generation == "legacy" and not relocates:
             facts["install_include"] = (fingerprint.install_include, str(installation.include))
         return [difference(fingerprint, name, built, here) for name, (built, here) in facts.items() if built != here]
+
+    def _flashinfer(self, part: FlashInferPart) -> list[Difference]:
+        """How the FlashInfer here differs from the one that an artifact was built with."""
+        wanted = part.fingerprint
+        if self.flashinfer is None:
+            # An engine without FlashInfer calls DeepGEMM for every M.
+            return [Difference("flashinfer", wanted.version, "none", False, _NO_FLASHINFER)]
+        facts = {
+            "flashinfer": (wanted.version, self.flashinfer.version),
+            "flashinfer_headers": (wanted.headers, self.flashinfer.headers_digest),
+            "tvm_ffi": (wanted.tvm_ffi, self.flashinfer.tvm_ffi),
+        }
+        differences = [
+            Difference(name, built, here, True, _OTHER_FLASHINFER)
+            for name, (built, here) in facts.items()
+            if built != here
+        ]
+        if self.glibc and _numbers(self.glibc) < _numbers(wanted.glibc):
+            remedy = "its modules do not load with an older C library: build on a machine with the image's distribution"
+            differences.append(Difference("glibc", wanted.glibc, self.glibc, True, remedy))
+        return differences
+
+
+_OTHER_FLASHINFER = (
+    "FlashInfer's names do not say what they are built from, so it would load another version's code: build with the "
+    "FlashInfer that serves"
+)
+_NO_FLASHINFER = "nothing to do if the engine has none: it takes DeepGEMM for every M then"
+
+
+def _glibc() -> str | None:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2] or None
+    except (ValueError, OSError):  # another C library
+        return None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 @dataclass(frozen=True)

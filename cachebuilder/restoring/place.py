@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cachebuilder.artifact.index import CACHE, Index
+from cachebuilder.artifact.index import CACHE, FLASHINFER, FLASHINFER_CACHE, FLASHINFER_MODULES, Index
 from cachebuilder.common.cache import open_own
 from cachebuilder.common.folders import Folder, WrongFile, is_safe, others_may_write
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError, RestoreError
-from cachebuilder.restoring import frozen
+from cachebuilder.restoring import flashinfer_files, frozen
 
 _OWN_SCRATCH = "name a folder of your own with --scratch"
 
@@ -38,6 +38,8 @@ class Place:
         log: where it logs misses; None for its own place, beside it.
         private: the private folders that are used in place of the restored folder's own.
         notes: what is in them, and why; a sentence each.
+        flashinfer: FlashInfer's folder, with ``cache``, ``modules``, ``python`` and ``tmp``; None where no artifact has
+            something for it.
     """
 
     dir: Path
@@ -46,6 +48,7 @@ class Place:
     log: Path | None = None
     private: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    flashinfer: Path | None = None
 
 
 def generation_of(dir: Path, indexes: Sequence[Index]) -> Generation:
@@ -70,9 +73,10 @@ def usual(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:
         RestoreError: as `generation_of` does.
     """
     dir = _absolute(dir)
-    if generation_of(dir, indexes) == "legacy":
-        return Place(dir, (dir,), frozen.frozen_nvcc(dir))
-    return Place(dir, (_absolute(scratch or dir / "scratch"), dir), frozen.frozen_nvcc(dir))
+    legacy = generation_of(dir, indexes) == "legacy"
+    roots = (dir,) if legacy else (_absolute(scratch or dir / "scratch"), dir)
+    flashinfer = dir / FLASHINFER if any(index.flashinfer for index in indexes) else None
+    return Place(dir, roots, frozen.frozen_nvcc(dir), flashinfer=flashinfer)
 
 
 def usable(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:
@@ -90,6 +94,8 @@ def usable(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:
         place = _with_writable_root(dir, scratch, place)
     elif reason := _unwritable(dir) or _unwritable(dir / CACHE):
         place = _with_links(dir, indexes, scratch, place, reason)
+    if place.flashinfer:
+        place = _with_flashinfer(dir, indexes, scratch, place)
     if _unwritable(dir / frozen.FOLDER):
         place = replace(place, log=place.roots[0] / frozen.LOG_NAME)
     return place if os.access(place.nvcc, os.X_OK) else _with_executable_nvcc(dir, indexes, place)
@@ -121,6 +127,32 @@ def _with_links(dir: Path, indexes: Sequence[Index], scratch: Path | None, place
                 os.symlink(dir / CACHE / name, name, dir_fd=cache.handle)
         note = f"{reason}; DeepGEMM's root is {root.path}, which has links to the entries"
         return replace(place, roots=(root.path,), private=(folder.path,), notes=(note,))
+
+
+def _with_flashinfer(dir: Path, indexes: Sequence[Index], scratch: Path | None, place: Place) -> Place:
+    """The place with a folder in which FlashInfer can make kernels, and with the modules of its own package.
+
+    FlashInfer has one folder for cubins, which it writes into before it looks at a kernel that the cache lacks; and it
+    looks for modules in one package, which ours would hide.
+    """
+    own_modules = flashinfer_files.package_modules()
+    reason = next(filter(None, (_unwritable(dir / name) for name in (FLASHINFER_CACHE, f"{FLASHINFER}/tmp"))), None)
+    if not reason and not own_modules:
+        return place
+    with _private_folder(dir, scratch) as folder, folder.make(FLASHINFER, 0o700) as root:
+        with root.make("cache", 0o700) as cache, root.make("modules", 0o700) as modules:
+            for index in indexes:
+                for opened, path in ((cache, FLASHINFER_CACHE), (modules, FLASHINFER_MODULES)):
+                    links = {entry.name: dir / path / entry.name for entry in index.folders.get(path, ())}
+                    if opened is modules:
+                        links |= own_modules
+                    for name in links.keys() - set(opened.names()):
+                        os.symlink(links[name], name, dir_fd=opened.handle)
+        with root.make("python", 0o700) as python:
+            flashinfer_files.write_stand_in(python, indexes)
+    why = reason or "the package flashinfer-jit-cache is installed, and has modules, too"
+    note = f"{why}; FlashInfer's folder is {root.path}, which has links"
+    return replace(place, flashinfer=root.path, private=(*place.private, folder.path), notes=(*place.notes, note))
 
 
 def _with_executable_nvcc(dir: Path, indexes: Sequence[Index], place: Place) -> Place:

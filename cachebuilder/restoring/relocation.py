@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from cachebuilder.artifact.index import Entry, Fingerprint, Index
+from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, Index, Member
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError
@@ -37,6 +37,14 @@ class Relocation:
         """
         self.names[entry.name] = self._moved(entry.name, source) if self.moves else entry.name
         return self.names[entry.name]
+
+    def name(self, member: Member) -> str:
+        """The name of a member's entry in DIR."""
+        return self.names[member.entry.name] if member.folder == CACHE else member.entry.name
+
+    def path(self, member: Member) -> str:
+        """A member's path below DIR."""
+        return f"{member.folder}/{self.name(member)}/{member.file.name}"
 
     def index(self) -> Index:
         """The index as restored."""

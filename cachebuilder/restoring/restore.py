@@ -3,6 +3,7 @@
 DIR afterwards::
 
     cache/<entry>/…                          what DeepGEMM reads
+    flashinfer/cache, modules, python, tmp   what FlashInfer reads, where the artifact has something for it
     cachebuilder/bin/nvcc, version.txt       the frozen nvcc and its text
     cachebuilder/artifacts/<digest>.<sha>.json, .yaml    each restored artifact's index and manifest, written last
 
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from cachebuilder.artifact.index import Fingerprint, Index
+from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, FlashInferPart, Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.trust import Trust
 from cachebuilder.artifact.whole import open_file
@@ -31,6 +32,7 @@ from cachebuilder.errors import ArtifactError, RestoreError
 from cachebuilder.restoring import frozen
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.destination import Destination
+from cachebuilder.restoring.flashinfer_files import STAND_IN, stand_in_of
 from cachebuilder.restoring.folder import own_files
 from cachebuilder.restoring.machine import Compared, Machine, choose
 from cachebuilder.restoring.relocation import Relocation
@@ -128,7 +130,7 @@ def restore(
         differences=choice.differences,
         others=tuple(one for one in compared if one is not choice),
         written=written,
-        skipped=len(index.entries) - written,
+        skipped=sum(map(len, index.folders.values())) - written,
         relocated=index is not archive.index,
         signed_by=files[position][1],
     )
@@ -153,19 +155,23 @@ def _restore(archive: Archive, destination: Destination, relocation: Relocation)
     try:
         with destination:
             _check_compiler(destination, archive.index.fingerprint)
-            present = destination.entries()
-            for entry, file, data in archive.files():
-                if file.name == entry_files.SOURCE:
-                    name = relocation.add(entry, data)
-                    if name not in present:
-                        destination.new(name)
-                    elif not destination.holds(name, entry):
-                        different.append(name)
-                if (name := relocation.names[entry.name]) not in present:
-                    destination.write(name, file.name, data)
+            _check_flashinfer(destination, archive.index.flashinfer)
+            present = destination.entries(*archive.index.folders)
+            entries: dict[str, Entry] = {}
+            for member, data in archive.files():
+                if member.folder == CACHE and member.file.name == entry_files.SOURCE:
+                    relocation.add(member.entry, data)
+                path = f"{member.folder}/{relocation.name(member)}"
+                if path not in entries:
+                    entries[path] = member.entry
+                    if path not in present:
+                        destination.new(path)
+                    elif not destination.holds(path, member.entry):
+                        different.append(path)
+                if path not in present:
+                    destination.write(path, member.file.name, data)
             if different:
                 raise _different(to, different)
-            entries = {relocation.names[entry.name]: entry for entry in archive.index.entries}
             made_by_others = destination.publish(entries)
             if different := [name for name, equal in made_by_others.items() if not equal]:
                 raise _different(to, different)
@@ -204,13 +210,26 @@ def _check_compiler(destination: Destination, fingerprint: Fingerprint) -> None:
         )
 
 
+def _check_flashinfer(destination: Destination, part: FlashInferPart | None) -> None:
+    """Raise `RestoreError` where the folder holds what was built from another FlashInfer."""
+    present = destination.read_own(STAND_IN)
+    if part is None or present is None or present == stand_in_of(part):
+        return
+    raise RestoreError(
+        f"{destination.to}: wanted what is built from FlashInfer {part.fingerprint.version}, or nothing of FlashInfer; "
+        "found what is built from another",
+        hint="restore into another folder: FlashInfer's names do not say what they are built from",
+    )
+
+
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or [""])[-1]
 
 
 def _different(to: Path, names: Sequence[str]) -> RestoreError:
     more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    shown = ", ".join(name.removeprefix(f"{CACHE}/") for name in sorted(names)[:3])
     return RestoreError(
-        f"{to}: wanted no entry or an equal one, found a different {', '.join(sorted(names)[:3])}{more}",
+        f"{to}: wanted no entry or an equal one, found a different {shown}{more}",
         hint="restore into a fresh folder, or remove the entry if it is yours to remove",
     )

@@ -50,6 +50,7 @@ class Described:
     name: str
     gpu: str
     fingerprint: Fingerprint
+    flashinfer: None = None  # annotations do not say
 
 
 def read_description(annotations: Mapping[str, str], what: str) -> Described | None:

@@ -23,7 +23,7 @@ from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.trust import Trust
 from cachebuilder.artifact.whole import MAX_ARTIFACT_BYTES, read_beside, read_bytes
 from cachebuilder.common import records
-from cachebuilder.common.folders import Folder
+from cachebuilder.common.folders import Folder, open_below
 from cachebuilder.common.locks import lock
 from cachebuilder.common.records import Record, RecordError
 from cachebuilder.deepgemm import entries as entry_files
@@ -187,26 +187,27 @@ def _is_as_signed(generation: Folder, trust: Trust, machine: Machine) -> bool:
     archive = Archive(io.BytesIO(data), generation.path)
     relocation = Relocation(archive.index, machine.installation)
     digests: dict[str, str] = {}
-    for entry, file, content in archive.files():
-        if file.name == entry_files.SOURCE:
-            relocation.add(entry, content)
-        digests[f"{CACHE}/{relocation.names[entry.name]}/{file.name}"] = file.sha256
+    for member, content in archive.files():
+        if member.folder == CACHE and member.file.name == entry_files.SOURCE:
+            relocation.add(member.entry, content)
+        digests[relocation.path(member)] = member.file.sha256
     index_bytes = relocation.index_bytes(archive.index_bytes)
     for name, (content, _) in own_files(relocation.index(), archive.index_bytes, archive.manifest, index_bytes).items():
         digests[name] = hashlib.sha256(content).hexdigest()
-    with generation.open(CACHE) as cache_folder:
-        entries = cache_folder.names()
-    return entries == sorted(relocation.names.values()) and _digests(generation, digests) == digests
+    for folder, entries in relocation.index().folders.items():
+        with open_below(generation, folder) as opened:
+            if opened.names() != sorted(entry.name for entry in entries):
+                return False
+    return _digests(generation, digests) == digests
 
 
 def _digests(generation: Folder, expected: Iterable[str]) -> dict[str, str]:
-    """sha256 of every file in the folders that these files are in, each two folders down. Links raise `OSError`."""
+    """sha256 of every file in the folders that these files are in. Links raise `OSError`."""
     digests: dict[str, str] = {}
     for path in sorted({name.rpartition("/")[0] for name in expected}):
-        outer_name, _, inner_name = path.partition("/")
-        with generation.open(outer_name) as outer, outer.open(inner_name) as inner:
-            for name in inner.names():
-                with inner.open_file(name) as file:
+        with open_below(generation, path) as folder:
+            for name in folder.names():
+                with folder.open_file(name) as file:
                     digests[f"{path}/{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 

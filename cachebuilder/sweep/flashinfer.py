@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -92,14 +93,17 @@ def requested_kernels(
         shutil.copyfile(_HERE / "recording_flashinfer_nvcc.sh", nvcc)
         nvcc.chmod(0o755)
         root = scratch / "flashinfer"
-        write_modules(root, flashinfer.version, gpu, {entries.GEMM_MODULE: module})
+        write_modules(root, flashinfer, gpu, {entries.GEMM_MODULE: module})
         answer = call_gemms(flashinfer, gpu, gemms, root, nvcc)
         requests = {
             folder.name: Request((folder / "kernel.cu").read_text(), _flags(folder / "flags.txt"))
             for folder in sorted((nvcc.parent / "requests").glob("*"))
         }
     launched = {
-        name: name.removeprefix(PLACEHOLDER_KERNEL) for sweep in answer.sweeps for s in sweep.spans for name in s.entries
+        name: name.removeprefix(PLACEHOLDER_KERNEL)
+        for sweep in answer.sweeps
+        for s in sweep.spans
+        for name in s.entries
     }
     if strange := sorted(entry for entry in launched.values() if entry not in requests or not entries.is_entry(entry)):
         raise PlanError(f"wanted an entry for every kernel that FlashInfer's GEMM launched, found {strange[0]!r}")
@@ -129,14 +133,27 @@ def call_gemms(flashinfer: FlashInfer, gpu: Gpu, gemms: Sequence[Gemm], root: Pa
         return _call("gemms", job, environment, scratch, GemmsAnswer, flashinfer)
 
 
-def write_modules(root: Path, version: str, gpu: Gpu, modules: Mapping[str, bytes]) -> None:
+def write_modules(root: Path, flashinfer: FlashInfer, gpu: Gpu, modules: Mapping[str, bytes]) -> None:
     """Lay modules into ``root`` beside a stand-in that FlashInfer finds them by."""
     for name, data in modules.items():
         make_folders(root / "modules" / name)
         (root / "modules" / name / entries.module_file(name)).write_bytes(data)
     make_folders(root / "python" / stand_in.PACKAGE)
-    text = stand_in.text(version, f"sm_{gpu.major}{gpu.minor}a", list(modules))
+    text = stand_in.text(flashinfer.version, arch_of(gpu), flashinfer.headers_digest)
     (root / "python" / stand_in.PACKAGE / "__init__.py").write_text(text)
+
+
+def runtime_text() -> str:
+    """What tells CUDA runtimes apart that modules are built against: the library's name, and a header's digest."""
+    runtime = virtual_gpu.find_cuda_runtime()
+    versions = (runtime.parent.parent / "include" / "cuda_runtime_api.h").read_text()
+    return f"{runtime.name} {hashlib.sha256(versions.encode()).hexdigest()}"
+
+
+def arch_of(gpu: Gpu) -> str:
+    """The architecture that FlashInfer compiles for, as nvcc names it (``flashinfer/compilation_context.py``)."""
+    family_wide = gpu.major == 12 and gpu.minor == 0
+    return f"sm_{gpu.major}{gpu.minor}{'f' if family_wide else 'a'}"
 
 
 def _flags(path: Path) -> tuple[str, ...]:
@@ -215,7 +232,9 @@ def _explain(failure: Failure, kind: str, flashinfer: FlashInfer, output: str) -
     """The error for what happened in the child."""
     reason = failure.reason
     if failure.kind == "import":
-        return InstallationError(f"cannot load {reason}", hint="install what the engine's flashinfer-python needs beside it")
+        return InstallationError(
+            f"cannot load {reason}", hint="install what the engine's flashinfer-python needs beside it"
+        )
     if failure.kind == "missing":
         return PlanError(
             f"{flashinfer} describes no module {reason} for this GPU",

@@ -1,7 +1,7 @@
 """The child process that imports FlashInfer: it builds modules, or calls the GEMM at every M.
 
-``python -m cachebuilder.sweep.flashinfer_child FOLDER KIND`` does the job in FOLDER, ``modules`` or ``gemms``. The parent
-has set the environment.
+``python -m cachebuilder.sweep.flashinfer_child FOLDER KIND`` does the job in FOLDER, ``modules`` or ``gemms``. The
+parent has set the environment.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ _LINK = "-Xlinker -s -Xlinker --build-id=none"
 
 def import_flashinfer(path: str) -> Any:
     """Import the copy of FlashInfer in the folder ``path``. Raises `JobError`."""
-    spec = importlib.util.spec_from_file_location("flashinfer", f"{path}/__init__.py", submodule_search_locations=[path])
+    spec = importlib.util.spec_from_file_location(
+        "flashinfer", f"{path}/__init__.py", submodule_search_locations=[path]
+    )
     assert spec is not None and spec.loader is not None
     sys.path.append(str(Path(path).parent))  # what the copy imports may lie beside it
     module = importlib.util.module_from_spec(spec)
@@ -107,10 +109,10 @@ def _find(names: tuple[str, ...]) -> dict[str, Any]:
     one module for each combination of types and sizes; FlashInfer's list of what it builds for its own package has the
     usual ones. Only what can have the name is called, since some descriptions make FlashInfer download cubins.
     """
-    specs = {}
+    specs: dict[str, Any] = {}
     for name in names:
         candidates = [make() for make in _makers() if f'"{name}"' in inspect.getsource(make)]
-        specs |= {name: spec for spec in candidates if spec.name == name}
+        specs |= {spec.name: spec for spec in candidates if spec.name == name}
     if specs.keys() < set(names):
         from flashinfer.aot import register_default_modules
         from flashinfer.jit.core import jit_spec_registry
@@ -153,9 +155,7 @@ def call_gemms(job: GemmsJob) -> GemmsAnswer:
     sweeps = []
     try:
         for index, shape in enumerate(job.gemms):
-            sweeps.append(
-                OpSweep(op=index, sm_count=job.gpu.sm_count, spans=tuple(_spans(gemm, shape, torch, log)))
-            )
+            sweeps.append(OpSweep(op=index, sm_count=job.gpu.sm_count, spans=tuple(_spans(gemm, shape, torch, log))))
     finally:
         if names := log.unanswered():
             raise JobError("unanswered", ", ".join(names))

@@ -45,8 +45,8 @@ class GemmsAnswer(Record):
     """What the calls launched.
 
     Attributes:
-        sweeps: one for each shape, in order. ``entries`` has the names of the launched kernels: `PLACEHOLDER_KERNEL` and
-            an entry's name, or the mangled name in a real cubin.
+        sweeps: one for each shape, in order. ``entries`` has the names of the launched kernels: the mangled name in a
+            real cubin, for a placeholder `PLACEHOLDER_KERNEL` and the entry's name.
         calls: how often FlashInfer was called.
     """
 

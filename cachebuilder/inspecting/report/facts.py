@@ -183,8 +183,8 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         index = archive.index
         check_selections(path, len(index.ops), (s for entry in index.entries for s in entry.selected_by))
         files: dict[str, dict[str, bytes]] = {entry.name: {} for entry in index.entries}
-        for entry, file, data in archive.files():
-            files[entry.name][file.name] = data
+        for member, data in archive.files():
+            files.setdefault(member.entry.name, {})[member.file.name] = data
     kernels = tuple(
         KernelFacts(
             entry=entry.name,

@@ -1,0 +1,103 @@
+"""Compile what FlashInfer would compile at run time: modules by its own descriptions, kernels by its own nvcc calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.code import code_digest
+from cachebuilder.compiling.compiler import CODE, CompileOptions, available_cores
+from cachebuilder.cuda.processes import Processes
+from cachebuilder.cuda.toolchain import host_compiler_text
+from cachebuilder.errors import CompileError
+from cachebuilder.manifest.inputs import Inputs
+from cachebuilder.planning.plan import Kernel
+from cachebuilder.sweep import flashinfer as sweep
+
+#: Where FlashInfer's GEMM has its headers, below FlashInfer's folder: what `get_fp8_blockscale_gemm_runner_sm90` names
+#: (``flashinfer/gemm/gemm_base.py``, 0.6.13). The compiler reads the headers by this relative path, so that no path of
+#: this machine is in a cubin.
+_INCLUDE = "flashinfer/data/csrc/nv_internal/tensorrt_llm"
+#: nvcc numbers a module's internal names by its process without it.
+_REPEATABLE = "-frandom-seed=flashinfer"
+
+
+def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
+    """The modules that the manifest's ``flashinfer`` needs, by name: from the store, or built now.
+
+    Raises: as `sweep.flashinfer.build_modules` does.
+    """
+    needs = inputs.manifest.flashinfer
+    if needs is None or inputs.flashinfer is None:
+        return {}
+    store = options.store
+    keys = {name: _key(inputs, "module", inputs.manifest.target.gpu.capability, name) for name in needs.all_modules}
+    modules = {name: data for name, key in keys.items() if (data := store.get(key)) is not None}
+    if missing := [name for name in keys if name not in modules]:
+        jobs = options.jobs or available_cores()
+        gpu = inputs.manifest.target.gpu
+        built = sweep.build_modules(inputs.flashinfer, inputs.toolchain, gpu, missing, jobs)
+        for name, data in built.items():
+            store.put(keys[name], data)
+        modules |= built
+    return dict(sorted(modules.items()))
+
+
+def compile_gemms(inputs: Inputs, kernels: tuple[Kernel, ...], options: CompileOptions) -> dict[str, bytes]:
+    """The cubin of each kernel that FlashInfer's GEMM asks for, by entry, each by an nvcc call as FlashInfer makes it.
+
+    Raises:
+        CompileError: nvcc refuses kernels; the text names each, with nvcc's output.
+    """
+    store = options.store
+    keys = {kernel.entry: _key(inputs, "gemm", *kernel.flags, kernel.source) for kernel in kernels}
+    cubins = {entry: data for entry, key in keys.items() if (data := store.get(key)) is not None}
+    missing = [kernel for kernel in kernels if kernel.entry not in cubins]
+    failures = []
+    processes = Processes()
+    with scratch_folder() as scratch, ThreadPoolExecutor(options.jobs or available_cores()) as pool:
+        try:
+            running = {kernel.entry: pool.submit(_compile, inputs, kernel, scratch, processes) for kernel in missing}
+            for entry, future in running.items():
+                try:
+                    cubins[entry] = future.result()
+                    store.put(keys[entry], cubins[entry])
+                except CompileError as error:
+                    failures.append(f"{entry}:\n{error}")
+        except BaseException:
+            processes.stop()
+            raise
+    if failures:
+        raise CompileError("\n".join([f"{len(failures)} of FlashInfer's kernels did not compile", *failures]))
+    return dict(sorted(cubins.items()))
+
+
+def _compile(inputs: Inputs, kernel: Kernel, scratch: Path, processes: Processes) -> bytes:
+    assert inputs.flashinfer is not None
+    folder = scratch / kernel.entry
+    folder.mkdir()
+    (folder / "flashinfer").symlink_to(inputs.flashinfer.path)
+    (folder / "kernel.cu").write_text(kernel.source)
+    command = [
+        str(inputs.toolchain.nvcc),
+        "kernel.cu",
+        "-o",
+        "kernel.cubin",
+        *kernel.flags,
+        f"-I{_INCLUDE}",
+        _REPEATABLE,
+    ]
+    processes.run(command, folder)
+    return (folder / "kernel.cubin").read_bytes()
+
+
+def _key(inputs: Inputs, *parts: str) -> str:
+    """A key in the store: everything that the bytes depend on."""
+    assert inputs.flashinfer is not None
+    flashinfer = inputs.flashinfer
+    made_by = [code_digest((*CODE, "flashinfer", "sweep")), inputs.toolchain.version_text, host_compiler_text()]
+    made_of = [flashinfer.version, flashinfer.code_digest, flashinfer.tvm_ffi, sweep.runtime_text()]
+    return hashlib.sha256(json.dumps([*made_by, *made_of, *parts]).encode()).hexdigest()
