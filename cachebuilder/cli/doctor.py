@@ -39,6 +39,9 @@ def _print(findings: Findings) -> None:
         _line("", f"headers {here.headers[:16]}…, CUTLASS {here.cutlass}")
     else:
         _line("deep_gemm", "none")
+    if flashinfer := findings.flashinfer:
+        _line("flashinfer", f"{flashinfer.version}, apache-tvm-ffi {flashinfer.tvm_ffi}")
+        _line("", flashinfer.path)
     _line("torch", findings.torch or "none")
     if nvcc := findings.nvcc:
         _line("nvcc", f"{nvcc.release} ({nvcc.origin})")

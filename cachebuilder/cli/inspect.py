@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.index import FlashInferPart
 from cachebuilder.cli import console, remote, shared, table, words
 from cachebuilder.inspecting.summary import Summary, summarise
 
@@ -46,3 +47,15 @@ def _print(summary: Summary) -> None:
     console.echo("kernels")
     for name, count in sorted(summary.families.items()):
         console.echo(f"  {count:>6}  {name}")
+    if index.flashinfer:
+        _print_flashinfer(index.flashinfer)
+
+
+def _print_flashinfer(part: FlashInferPart) -> None:
+    console.echo("flashinfer")
+    for field, value in part.fingerprint.model_dump(mode="json").items():
+        table.line(f"  {field}", value, column=_COLUMN)
+    for module in part.modules:
+        table.line("  module", f"{module.name}, {words.size(module.files[0].size)}", column=_COLUMN)
+    for entry in part.entries:
+        table.line("  kernel", entry.name, column=_COLUMN)

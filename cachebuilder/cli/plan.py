@@ -9,7 +9,7 @@ import click
 
 import cachebuilder
 from cachebuilder.cli import console, shared, table, words
-from cachebuilder.planning.plan import Kernel
+from cachebuilder.planning.plan import FlashInferPlan, Kernel
 from cachebuilder.planning.selection import Selection
 
 
@@ -41,6 +41,8 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
             if not selected:
                 reason = "this DeepGEMM has no kernel of its own (cuBLASLt serves it)"
                 table.line("  nothing to compile:", reason, column=22)
+    if made.flashinfer:
+        _print_flashinfer(made.flashinfer)
     from_sources = [kernel for kernel in made.kernels if not kernel.selected_by]
     if from_sources:
         table.title("sources")
@@ -51,6 +53,18 @@ def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool
     table.line("plan", f"{len(made.kernels)} kernels from {made.calls} calls: {target}")
     table.line("", f"torch {made.torch}, peak memory {words.size(made.peak_bytes)}")
     table.line("using", f"{inputs.installation}")
+
+
+def _print_flashinfer(plan: FlashInferPlan) -> None:
+    for module in plan.modules:
+        table.title(f"flashinfer: module {module}")
+    for index, gemm in enumerate(plan.gemms):
+        table.title(f"flashinfer: gemms[{index}] n={gemm['n']} k={gemm['k']}: m")
+        for kernel in plan.kernels:
+            for selection in kernel.selected_by:
+                if selection.op == index:
+                    points = words.ranges(selection.ranges)
+                    console.echo(textwrap.fill(f"  {kernel.entry} {points}", 80, subsequent_indent=" " * 4))
 
 
 def _line(kernel: Kernel, selection: Selection) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -11,10 +12,18 @@ from cachebuilder.cli import console, remote, shared, table, words
 from cachebuilder.cuda.device import DeviceChoice
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.verifying import verify as verifying
-from cachebuilder.verifying.report import GpuReport, Replay, Report
+from cachebuilder.verifying.report import FlashInferReplay, GpuReport, Replay, Report
 
 #: How many missing kernels and damaged files are listed one by one; the JSON has all.
 _SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ServingPackages:
+    """The packages that will serve, where the user names them."""
+
+    deep_gemm: Path | None
+    flashinfer: Path | None
 
 
 @click.command()
@@ -25,7 +34,7 @@ _SHOWN = 20
     metavar="FILE",
     help="Replay these shapes instead of those it was built for.",
 )
-@shared.deep_gemm_option
+@shared.option_group("serving", ServingPackages, shared.deep_gemm_option, shared.flashinfer_option)
 @shared.device_option
 @click.option(
     "--report",
@@ -39,7 +48,7 @@ _SHOWN = 20
 def verify(
     target: Path,
     manifest: Path | None,
-    deep_gemm: Path | None,
+    serving: ServingPackages,
     device: DeviceChoice,
     report_file: Path | None,
     as_json: bool,
@@ -50,7 +59,14 @@ def verify(
     --device cuda, the calls are also made on the real GPU, and every kernel's results are compared with a reference.
     """
     with shared.show_progress() as progress:
-        report = verifying.verify(target, deep_gemm=deep_gemm, manifest=manifest, device=device, progress=progress)
+        report = verifying.verify(
+            target,
+            deep_gemm=serving.deep_gemm,
+            flashinfer=serving.flashinfer,
+            manifest=manifest,
+            device=device,
+            progress=progress,
+        )
     report.write_gpu_report(report_file)
     if as_json:
         console.echo_json(report.to_json())
@@ -87,6 +103,8 @@ def _print_replay(replay: Replay) -> None:
             head = f"ops[{selection.op}] {op.op} {op.shape()}, {selection.sm_count} SMs: {op.variable} "
             _print_indented(head + words.ranges(selection.ranges))
     _print_more(len(replay.missing))
+    if replay.flashinfer:
+        _print_flashinfer(replay.flashinfer)
     for refusal in replay.refusals:
         op = replay.ops[refusal.op]
         table.line("refused", f"ops[{refusal.op}] {op.op} {op.shape()}, {refusal.sm_count} SMs", table.BAD)
@@ -98,6 +116,18 @@ def _print_replay(replay: Replay) -> None:
                 table.line("differs", line, table.UNSURE)
             else:
                 console.echo(line)
+
+
+def _print_flashinfer(replay: FlashInferReplay) -> None:
+    loaded = f"{words.several(len(replay.modules), 'module')} loaded"
+    counts = f"{words.several(len(replay.hits), 'kernel')} found, {len(replay.missing)} missing"
+    colour = table.BAD if replay.missing or replay.problems else table.GOOD
+    table.line("replay", f"FlashInfer: {loaded}; its GEMM: {replay.calls} calls, {counts}", colour)
+    for name in replay.missing[:_SHOWN]:
+        table.line("missing", name, table.BAD)
+    _print_more(len(replay.missing))
+    for problem in replay.problems:
+        table.line("problem", problem, table.BAD)
 
 
 def _print_on_gpu(report: GpuReport) -> None:

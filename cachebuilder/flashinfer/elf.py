@@ -20,3 +20,15 @@ def newest_glibc(modules: Iterable[bytes]) -> str:
         minors = [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
         newest = max([newest, *(int(minor.partition(".")[0]) for minor in minors)])
     return f"2.{newest}"
+
+
+def kernel_name(cubin: bytes) -> str:
+    """The mangled name of the GEMM's kernel in a cubin; empty where it has none.
+
+    FlashInfer takes the kernel with this part in its name (``runtime.cuh``, 0.6.13).
+    """
+    from elftools.elf.elffile import ELFFile
+
+    symbols: Any = ELFFile(io.BytesIO(cubin)).get_section_by_name(".symtab")
+    names = (symbol.name for symbol in symbols.iter_symbols() if symbol["st_info"]["type"] == "STT_FUNC")
+    return next((name for name in names if "fp8_gemm_kernel" in name), "")

@@ -25,6 +25,7 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import ArtifactError, InstallationError, ToolchainError
+from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.restoring import environment as serving
 from cachebuilder.restoring import frozen
 from cachebuilder.restoring.compatibility import Difference
@@ -51,6 +52,14 @@ class DeepGemm(Record):
     generation: Generation
     headers: str
     cutlass: str
+
+
+class FlashInferHere(Record):
+    """The FlashInfer that serves here; ``tvm_ffi`` is the version of the package that its modules are called by."""
+
+    path: str
+    version: str
+    tvm_ffi: str
 
 
 class Nvcc(Record):
@@ -98,6 +107,7 @@ class Findings(Record):
     """
 
     deep_gemm: DeepGemm | None
+    flashinfer: FlashInferHere | None
     torch: str | None
     nvcc: Nvcc | None
     c_compiler: str | None
@@ -132,17 +142,19 @@ def examine(target: Path | None = None, deep_gemm: Path | None = None) -> Findin
     if sglang_roots is not None and sglang_roots != ":".join(map(str, roots)):
         problems.append(f"SGLang would take SGLANG_DG_CACHE_DIR={sglang_roots} instead of the caches above")
     artifacts = []
+    here = Machine.of(installation if described else None, gpu)
     archs = {"sm_90a"} if gpu and gpu.capability == (9, 0) else set()
     for index, compiler_text in _indexes(target, problems) if target else []:
         compiler = compiler_text or (toolchain.version_text if toolchain else None)
-        machine = Machine(installation if described else None, gpu, os.environ, compiler)
+        machine = replace(here, compiler=compiler)
         differences = machine.differences(index, relocates=compiler_text is None)  # a restore is still to come
         artifacts.append(ArtifactHere(name=index.name, fits=not differences, differences=tuple(differences)))
-        archs.add(index.fingerprint.arch)
+        archs = archs - {index.fingerprint.arch} if serving.has_gemms(index) else archs | {index.fingerprint.arch}
     if all(map(installations.package_folder, ("vllm", "flashinfer"))):
         problems += filter(None, (serving.uncovered(arch, os.environ) for arch in sorted(archs)))
     return Findings(
         deep_gemm=described,
+        flashinfer=_describe_flashinfer(here.flashinfer) if here.flashinfer else None,
         torch=_version("torch"),
         nvcc=Nvcc(path=str(toolchain.nvcc), release=toolchain.release, origin=toolchain.origin) if toolchain else None,
         c_compiler=c_compiler,
@@ -197,6 +209,10 @@ def _describe(installation: Installation) -> DeepGemm:
         headers=installation.headers_digest,
         cutlass=installation.cutlass_version,
     )
+
+
+def _describe_flashinfer(flashinfer: FlashInfer) -> FlashInferHere:
+    return FlashInferHere(path=str(flashinfer.path), version=flashinfer.version, tvm_ffi=flashinfer.tvm_ffi)
 
 
 def _toolchain(generation: Generation) -> Toolchain:

@@ -78,7 +78,12 @@ class Machine:
             if deep_gemm is not None:
                 raise
             installation = None
-        return cls(installation, nvml.first_gpu(), os.environ, flashinfer=flashinfers.installed(), glibc=_glibc())
+        return cls.of(installation, nvml.first_gpu())
+
+    @classmethod
+    def of(cls, installation: Installation | None, gpu: VisibleGpu | None) -> Self:
+        """This machine with this process's variables, where its DeepGEMM and its GPU are known already."""
+        return cls(installation, gpu, os.environ, flashinfer=flashinfers.installed(), glibc=_glibc())
 
     def differences(
         self, artifact: Fingerprinted, *, relocates: bool = False, frozen_nvcc: Path | None = None

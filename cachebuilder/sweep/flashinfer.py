@@ -28,6 +28,7 @@ from cachebuilder.sweep.flashinfer_protocol import (
     ModulesAnswer,
     ModulesJob,
 )
+from cachebuilder.sweep.process import Compiler
 from cachebuilder.sweep.protocol import ANSWER, FAILURE, JOB, Failure
 from cachebuilder.sweep.warm import Process
 from cachebuilder.virtual_gpu import library as virtual_gpu
@@ -94,7 +95,7 @@ def requested_kernels(
         nvcc.chmod(0o755)
         root = scratch / "flashinfer"
         write_modules(root, flashinfer, gpu, {entries.GEMM_MODULE: module})
-        answer = call_gemms(flashinfer, gpu, gemms, root, nvcc)
+        answer = call_gemms(flashinfer, gpu, gemms, root, Compiler(nvcc, scratch))
         requests = {
             folder.name: Request((folder / "kernel.cu").read_text(), _flags(folder / "flags.txt"))
             for folder in sorted((nvcc.parent / "requests").glob("*"))
@@ -110,26 +111,33 @@ def requested_kernels(
     return _renamed(answer, launched), {entry: requests[entry] for entry in sorted(set(launched.values()))}
 
 
-def call_gemms(flashinfer: FlashInfer, gpu: Gpu, gemms: Sequence[Gemm], root: Path, nvcc: Path) -> GemmsAnswer:
-    """Call FlashInfer's GEMM at every M of ``gemms`` on a virtual ``gpu``.
+def call_gemms(
+    flashinfer: FlashInfer,
+    gpu: Gpu,
+    gemms: Sequence[Gemm],
+    root: Path,
+    compiler: Compiler,
+    modules: Sequence[str] = (),
+) -> GemmsAnswer:
+    """Load ``modules``, and call FlashInfer's GEMM at every M of ``gemms``, on a virtual ``gpu``.
 
     Args:
         root: a folder as a restore makes it: modules, the stand-in, the cache of cubins.
-        nvcc: the compiler that FlashInfer calls for a kernel that the cache lacks.
+        compiler: what FlashInfer calls for a kernel that the cache lacks.
 
     Raises: as `requested_kernels` does.
     """
     with scratch_folder() as scratch:
-        environment = _environment() | virtual_gpu.environment(gpu)
+        environment = _environment() | virtual_gpu.environment(gpu) | compiler.environment
         environment |= {
             "PYTHONPATH": f"{root / 'python'}:{environment['PYTHONPATH']}",
             "TRTLLM_DG_CACHE_DIR": str(root),
-            "TRTLLM_DG_NVCC_COMPILER": str(nvcc),
+            "TRTLLM_DG_NVCC_COMPILER": str(compiler.nvcc),
             "FLASHINFER_WORKSPACE_BASE": str(scratch),
             "FLASHINFER_DISABLE_JIT": "1",
-            "CUDA_HOME": str(scratch),
+            "CUDA_HOME": str(compiler.home),
         }
-        job = GemmsJob(flashinfer=str(flashinfer.path), gpu=gpu, gemms=tuple(gemms))
+        job = GemmsJob(flashinfer=str(flashinfer.path), gpu=gpu, gemms=tuple(gemms), modules=tuple(modules))
         return _call("gemms", job, environment, scratch, GemmsAnswer, flashinfer)
 
 
@@ -235,6 +243,8 @@ def _explain(failure: Failure, kind: str, flashinfer: FlashInfer, output: str) -
         return InstallationError(
             f"cannot load {reason}", hint="install what the engine's flashinfer-python needs beside it"
         )
+    if failure.kind == "missing" and kind == "gemms":
+        return PlanError(f"{flashinfer} does not load its module {reason}")
     if failure.kind == "missing":
         return PlanError(
             f"{flashinfer} describes no module {reason} for this GPU",

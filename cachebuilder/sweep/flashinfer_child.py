@@ -144,12 +144,20 @@ def _makers() -> list[Callable[[], Any]]:
 def call_gemms(job: GemmsJob) -> GemmsAnswer:
     """Call the GEMM at every M of every shape, as vLLM does: BF16 activations, FP8 weight with a scale a block.
 
+    First the job's modules are loaded, by FlashInfer's own means.
+
     Raises:
-        JobError: FlashInfer does not load, or refuses a call; or the virtual GPU does not answer a CUDA call.
+        JobError: FlashInfer does not load, does not load a module, or refuses a call; or the virtual GPU does not
+            answer a CUDA call.
     """
     import_flashinfer(job.flashinfer)
     import torch
 
+    for name, spec in _find(job.modules).items():
+        try:
+            spec.build_and_load()
+        except Exception as error:
+            raise JobError("missing", f"{name}: {error}") from error
     gemm = getattr(importlib.import_module("flashinfer.gemm"), GEMM_FUNCTION)
     log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"]))
     sweeps = []

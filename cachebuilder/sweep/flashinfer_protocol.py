@@ -34,11 +34,12 @@ class ModulesAnswer(Record):
 
 
 class GemmsJob(Record):
-    """Call FlashInfer's GEMM at every M of every shape, on the virtual GPU."""
+    """Load modules, and call FlashInfer's GEMM at every M of every shape, on the virtual GPU."""
 
     flashinfer: str
     gpu: Gpu
     gemms: tuple[Gemm, ...]
+    modules: tuple[str, ...] = ()
 
 
 class GemmsAnswer(Record):

@@ -165,6 +165,24 @@ class MissingKernel(Record):
     selected_by: tuple[Selection, ...]
 
 
+class FlashInferReplay(Record):
+    """What a manifest needs of FlashInfer, replayed on the virtual GPU by FlashInfer itself.
+
+    Attributes:
+        calls: how many times FlashInfer's GEMM was called with the compiler that refuses.
+        hits: entries of the GEMM that are whole; with ``calls``, each was launched where it is planned.
+        missing: kernels that the GEMM would compile, and modules that FlashInfer would build.
+        modules: modules that FlashInfer loaded.
+        problems: what else is wrong, a sentence each.
+    """
+
+    calls: int
+    hits: tuple[str, ...]
+    missing: tuple[str, ...]
+    modules: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
 class Replay(Record):
     """One manifest, replayed on the virtual GPU.
 
@@ -185,6 +203,13 @@ class Replay(Record):
     missing: tuple[MissingKernel, ...]
     refusals: tuple[Refusal, ...]
     differences: tuple[Difference, ...]
+    flashinfer: FlashInferReplay | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether serving would compile nothing."""
+        for_flashinfer = self.flashinfer is None or not (self.flashinfer.missing or self.flashinfer.problems)
+        return for_flashinfer and not (self.missing or self.refusals)
 
 
 class Report(_Document):

@@ -14,10 +14,12 @@ from cachebuilder.deepgemm.environment import get as get_variable
 from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.errors import CompatibilityError
+from cachebuilder.flashinfer import installation as flashinfers
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.manifest.inputs import check_environment
-from cachebuilder.restoring.environment import uncovered
+from cachebuilder.restoring.environment import has_gemms, uncovered
 from cachebuilder.sweep import warm
+from cachebuilder.verifying import flashinfer as for_flashinfer
 from cachebuilder.verifying import real, virtual
 from cachebuilder.verifying.report import DeepGemmCopy, Replay, Report
 from cachebuilder.verifying.virtual import Launches, Serving
@@ -27,6 +29,7 @@ def verify(
     target: str | Path,
     *,
     deep_gemm: str | Path | None = None,
+    flashinfer: str | Path | None = None,
     manifest: str | Path | None = None,
     device: DeviceChoice = "virtual",
     progress: Progress = no_progress,
@@ -44,6 +47,8 @@ def verify(
     Args:
         target: an artifact, or a folder that artifacts were restored into.
         deep_gemm: the ``deep_gemm`` package that will serve; left out, the installed one, else vLLM's own copy.
+        flashinfer: the ``flashinfer`` package that will serve, for an artifact that holds something for it; left out,
+            the installed one.
         manifest: the shapes to replay; left out, those that each artifact was built for.
         device: ``cuda`` to use this machine's GPU as well, which must be the manifest's target; ``auto`` to use it if
             it is the target.
@@ -52,7 +57,7 @@ def verify(
     Raises:
         ArtifactError: ``target`` is neither an artifact nor a restored folder, or the folder's own files are damaged.
         ManifestError: ``manifest`` cannot be read or is wrong, or this DeepGEMM does not take one of its variables.
-        InstallationError: torch or DeepGEMM is missing or does not load.
+        InstallationError: torch, DeepGEMM or, where it is needed, FlashInfer is missing or does not load.
         CompatibilityError: a variable has DeepGEMM compile with NVRTC.
         PlanError: DeepGEMM died or misreads tensors. (A call that it refuses is part of the report.)
         DeviceError: the real GPU is missing, not the target, or out of memory.
@@ -76,13 +81,17 @@ def verify(
             (work := scratch / str(number)).mkdir()
             serving = Serving(folder, installation, model, compiler_text, work, nvml.first_gpu())
             replay, launches = virtual.replay(serving, artifacts, damage, progress)
+            if model.flashinfer:
+                found = flashinfers.find(Path(flashinfer) if flashinfer else None)
+                replay = replay.model_copy(update={"flashinfer": for_flashinfer.replay(serving, found, damage)})
             replays.append(replay)
             servings.append((serving, launches))
-        complete = not damage and not any(replay.missing or replay.refusals for replay in replays)
+        complete = not damage and all(replay.complete for replay in replays)
         on_gpu = real.check(target, servings, progress) if complete and chosen == "cuda" else None
     vllm_serves = installation.is_vllms or installations.package_folder("vllm") is not None
     dense = any(op.op == "fp8_gemm_nt" for model, _ in replayed for op in model.ops)
-    archs = {artifact.index.fingerprint.arch for artifact in folder.artifacts} if vllm_serves and dense else set()
+    indexes = [index for index in folder.indexes if not has_gemms(index)] if vllm_serves and dense else []
+    archs = {index.fingerprint.arch for index in indexes}
     return Report(
         complete=complete,
         target=str(target),
