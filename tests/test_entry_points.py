@@ -92,8 +92,8 @@ FUNCTIONS = """
 import json, os, sys
 from tests import without_op
 from cachebuilder.ops.catalog import OPS
-from cachebuilder.sweep.loading import import_deep_gemm
-deep_gemm = import_deep_gemm(sys.argv[1])
+from cachebuilder.sweep.loading import import_package
+deep_gemm = import_package("deep_gemm", sys.argv[1])
 print(json.dumps([without_op.functions(deep_gemm), without_op.unexplained(deep_gemm, OPS)]), flush=True)
 os._exit(0)
 """

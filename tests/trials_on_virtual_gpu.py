@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
-from cachebuilder.sweep.loading import import_deep_gemm
+from cachebuilder.sweep.loading import import_package
 
 
 def shared(value: Any) -> Any:
@@ -102,7 +102,7 @@ def summary(device: Device, fields: dict[str, Any]) -> Any:
 
 
 def main(deep_gemm: str, ops: str) -> None:
-    device = Device(torch, import_deep_gemm(deep_gemm))
+    device = Device(torch, import_package("deep_gemm", deep_gemm))
     with torch.no_grad(), OnCpu():
         summaries = [summary(device, fields) for fields in json.loads(ops)]
     print(json.dumps(summaries), flush=True)

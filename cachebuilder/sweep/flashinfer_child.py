@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 import inspect
 import itertools
 import os
@@ -26,10 +25,10 @@ from typing import Any
 from cachebuilder.flashinfer.entries import GEMM_FUNCTION
 from cachebuilder.flashinfer.schema import Gemm
 from cachebuilder.sweep import protocol
-from cachebuilder.sweep.loading import JobError, import_package, text
-from cachebuilder.sweep.worker import LaunchLog
 from cachebuilder.sweep.flashinfer_protocol import GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
+from cachebuilder.sweep.loading import JobError, import_package, text
 from cachebuilder.sweep.protocol import Failure, OpSweep, Span
+from cachebuilder.sweep.worker import LaunchLog
 
 #: For the linker, in words that both nvcc and the host compiler take. The symbols left out are named after nvcc's
 #: temporary files. FlashInfer finds functions by the dynamic symbols, which stay.
@@ -38,18 +37,10 @@ _LINK = "-Xlinker -s -Xlinker --build-id=none"
 
 def import_flashinfer(path: str) -> Any:
     """Import the copy of FlashInfer in the folder ``path``. Raises `JobError`."""
-    spec = importlib.util.spec_from_file_location(
-        "flashinfer", f"{path}/__init__.py", submodule_search_locations=[path]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.path.append(str(Path(path).parent))  # what the copy imports may lie beside it
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flashinfer"] = module
     try:
-        spec.loader.exec_module(module)
+        return import_package("flashinfer", path)
     except Exception as error:
-        raise JobError("import", f"FlashInfer: {type(error).__name__}: {error}") from error
-    return module
+        raise JobError("import", f"FlashInfer: {text(error)}") from error
 
 
 def build_modules(job: ModulesJob, folder: Path) -> ModulesAnswer:
