@@ -38,7 +38,7 @@ from cachebuilder.ops.catalog import OPS
 from cachebuilder.ops.device import Device
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import run as sweep
-from cachebuilder.sweep.loading import import_deep_gemm
+from cachebuilder.sweep.loading import import_package
 from cachebuilder.sweep.process import Setting
 from cachebuilder.sweep.protocol import SweepJob
 from cachebuilder.sweep.recorder import recording_compiler
@@ -52,7 +52,7 @@ def child(job: dict[str, Any]) -> None:
     """The warm-up, inside the process whose environment stands for the serving one."""
     import torch
 
-    device = Device(torch, import_deep_gemm(job["deep_gemm"]))
+    device = Device(torch, import_package("deep_gemm", job["deep_gemm"]))
     torch.zeros(1, device="cuda")
     ops = [OPS[fields["op"]].model_validate(fields) for fields in job["ops"]]
     device.deep_gemm.set_num_sms(job["sm_count"])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.code import code_digest
-from cachebuilder.compiling.compiler import CODE, CompileOptions, available_cores
+from cachebuilder.common.cores import available_cores
+from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda.processes import Processes
 from cachebuilder.cuda.toolchain import host_compiler_text
 from cachebuilder.errors import CompileError
@@ -23,6 +24,8 @@ from cachebuilder.sweep import flashinfer as sweep
 _INCLUDE = "flashinfer/data/csrc/nv_internal/tensorrt_llm"
 #: nvcc numbers a module's internal names by its process without it.
 _REPEATABLE = "-frandom-seed=flashinfer"
+#: The code that decides the bytes: the store serves only what the same code made.
+CODE = ("compiling/flashinfer.py", "flashinfer", "sweep/flashinfer.py", "sweep/flashinfer_child.py")
 
 
 def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
@@ -98,6 +101,6 @@ def _key(inputs: Inputs, *parts: str) -> str:
     """A key in the store: everything that the bytes depend on."""
     assert inputs.flashinfer is not None
     flashinfer = inputs.flashinfer
-    made_by = [code_digest((*CODE, "flashinfer", "sweep")), inputs.toolchain.version_text, host_compiler_text()]
+    made_by = [code_digest(CODE), inputs.toolchain.version_text, host_compiler_text()]
     made_of = [flashinfer.version, flashinfer.code_digest, flashinfer.tvm_ffi, sweep.runtime_text()]
     return hashlib.sha256(json.dumps([*made_by, *made_of, *parts]).encode()).hexdigest()

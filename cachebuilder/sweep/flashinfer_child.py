@@ -156,7 +156,7 @@ def call_gemms(job: GemmsJob) -> GemmsAnswer:
         for index, shape in enumerate(job.gemms):
             sweeps.append(OpSweep(op=index, sm_count=job.gpu.sm_count, spans=tuple(_spans(gemm, shape, torch, log))))
     finally:
-        if names := log.unanswered():
+        if names := log.take_unanswered():
             raise JobError("unanswered", ", ".join(names))
     return GemmsAnswer(
         sweeps=tuple(sweeps),
