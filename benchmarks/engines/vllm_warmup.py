@@ -40,9 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.worker.workspace import init_workspace_manager
 
     assert wrapper.is_deep_gemm_supported(), "vLLM does not recognise this as a GPU that DeepGEMM runs on"
-    deep_gemm = wrapper._import_package(
-        "deep_gemm",
-    )
+    deep_gemm = wrapper._import_deep_gemm()
     assert Path(deep_gemm.__file__).parent == Path(job["deep_gemm"]), deep_gemm.__file__
     parallel_state._DP = SimpleNamespace(world_size=job["dp"])
     device = torch.device("cuda:0")
