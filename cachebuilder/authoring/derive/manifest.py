@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.derive import Derived, derive
 from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.flashinfer import flashinfer_needs
 from cachebuilder.authoring.derive.serving import EngineOptions, Serving
 from cachebuilder.authoring.derive.text import manifest_text
 from cachebuilder.cuda import gpus
@@ -27,12 +28,14 @@ class Deployment(EngineOptions):
         engine: one of `ENGINES`.
         engine_version: None: the newest whose source was read.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
+        flashinfer: also what the engine takes from FlashInfer.
     """
 
     engine: str
     engine_version: str | None = None
     gpu: str
     moe_backend: MoeBackend = "deep_gemm"
+    flashinfer: bool = False
 
     def serving(self) -> Serving:
         """The engine's rules for this deployment.
@@ -76,6 +79,7 @@ def derive_manifest(model: Path, deployment: Deployment, name: str | None = None
     """
     config, serving = Config.read(model), deployment.serving()
     derived = derive(config, serving)
-    text = manifest_text(config, serving, derived, name)
+    needs = flashinfer_needs(config, serving, derived) if deployment.flashinfer else None
+    text = manifest_text(config, serving, derived, name, needs)
     manifests.parse(text.encode(), "the written manifest")
     return DerivedManifest(text, config, serving, derived)

@@ -10,12 +10,19 @@ from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.derive import Derived
 from cachebuilder.authoring.derive.serving import Serving
 from cachebuilder.common.version import __version__
+from cachebuilder.flashinfer.schema import FlashInferNeeds
 from cachebuilder.ops.catalog import OpBase
 
 _WIDTH = 120
 
 
-def manifest_text(config: Config, serving: Serving, derived: Derived, name: str | None = None) -> str:
+def manifest_text(
+    config: Config,
+    serving: Serving,
+    derived: Derived,
+    name: str | None = None,
+    flashinfer: FlashInferNeeds | None = None,
+) -> str:
     """The manifest as text. ``name`` defaults to the model's folder, the ranks, the GPU and the engine.
 
     Equal inputs give equal texts: there is no time and no path of this machine in it.
@@ -50,7 +57,18 @@ def manifest_text(config: Config, serving: Serving, derived: Derived, name: str 
         for text in item.serves:
             lines += ["  " + line for line in _comment(text, indent="  ", width=_WIDTH - 2)]
         lines.append(f"  - {_flow(item.op)}")
+    if flashinfer:
+        lines += flashinfer_lines(flashinfer)
     return "\n".join(lines) + "\n"
+
+
+def flashinfer_lines(needs: FlashInferNeeds) -> list[str]:
+    """The manifest's ``flashinfer``, with what it is for."""
+    lines = [
+        "# What FlashInfer would compile in the serving process: modules, and kernels of linear layers for M < 32."
+    ]
+    lines += ["flashinfer:", *([f"  modules: [{', '.join(needs.modules)}]"] if needs.modules else [])]
+    return [*lines, "  gemms:", *(f"    - {{n: {gemm.n}, k: {gemm.k}}}" for gemm in needs.gemms)]
 
 
 def default_name(config: Config, serving: Serving) -> str:
