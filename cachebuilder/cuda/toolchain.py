@@ -43,6 +43,23 @@ class Toolchain:
         own, other = ([int(part) for part in text.split(".")] for text in (self.release, release or "0"))
         return own < other
 
+    def include_folders(self, scratch: Path) -> list[Path]:
+        """The folders of nvcc's own headers, as nvcc names them; ``scratch`` is for an empty source.
+
+        Raises:
+            ToolchainError: nvcc names none.
+        """
+        (scratch / "empty.cu").touch()
+        command = [self.nvcc, "--dryrun", "-E", "empty.cu"]
+        dry_run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False).stderr
+        line = re.search(r'^#\$ INCLUDES="(.*?)"', dry_run, re.MULTILINE)
+        folders = [Path(word.removeprefix("-I")) for word in (line[1] if line else "").split() if word.startswith("-I")]
+        if not folders:
+            raise ToolchainError(
+                f"{self.nvcc} --dryrun: wanted its include folders, found {dry_run[:200]!r}", hint=_HINT
+            )
+        return folders
+
     def own_command(self, source: str, cubin: str, flags: Sequence[str], include: str) -> list[str]:
         """The command that DeepGEMM itself runs: one source to its cubin."""
         return [str(self.nvcc), source, "--cubin", "--output-file", cubin, *flags, f"-I{include}"]

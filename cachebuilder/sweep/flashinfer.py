@@ -188,18 +188,21 @@ def _renamed(answer: GemmsAnswer, names: Mapping[str, str]) -> GemmsAnswer:
 
 
 def _cuda_home(toolchain: Toolchain, home: Path) -> Path:
-    """A CUDA home in the folder ``home``: this nvcc, and the headers and libraries of torch's own CUDA wheels.
+    """A CUDA home in the folder ``home``: this nvcc with its headers, and those of torch's CUDA wheels and their libraries.
 
-    So no toolkit has to be installed. A linker looks for libraries by their names without a version, which the wheels
-    lack; the virtual GPU stands for the driver.
+    PyPI's nvcc will do: no toolkit has to be installed. A linker looks for libraries by their names without a version,
+    which the wheels lack; the virtual GPU stands for the driver.
     """
     runtime = virtual_gpu.find_cuda_runtime()
-    for name in ("bin", "lib64"):
+    for name in ("bin", "include", "lib64"):
         (home / name).mkdir(parents=True)
     nvcc = home / "bin" / "nvcc"
     nvcc.write_text(f'#!/bin/sh\nexec "{toolchain.nvcc}" "$@"\n')
     nvcc.chmod(0o755)
-    (home / "include").symlink_to(runtime.parent.parent / "include")
+    for folder in (*toolchain.include_folders(home), runtime.parent.parent / "include"):
+        for header in folder.iterdir():
+            if not (link := home / "include" / header.name).exists():
+                link.symlink_to(header)
     for library in runtime.parent.glob("lib*.so.*"):
         link = home / "lib64" / f"{library.name.partition('.so.')[0]}.so"
         if not link.exists():

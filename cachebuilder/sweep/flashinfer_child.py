@@ -79,10 +79,16 @@ def build_modules(job: ModulesJob, folder: Path) -> ModulesAnswer:
         [_ninja(job.flashinfer), "-C", str(folder), "-j", str(job.jobs)], stdout=subprocess.PIPE, check=False
     )
     if process.returncode:
-        output = process.stdout.decode(errors="replace").splitlines()
-        first = next((number for number, line in enumerate(output) if line.startswith("FAILED:")), 0)
-        raise JobError("refused", "\n".join(output[first:][-60:]))
+        raise JobError("refused", _first_failure(process.stdout.decode(errors="replace")))
     return ModulesAnswer(built={name: str(spec.jit_library_path) for name, spec in specs.items()})
+
+
+def _first_failure(output: str) -> str:
+    """What ninja prints of the first command that failed: the file, and the compiler's output without the command."""
+    lines = output.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith("FAILED:")), 0)
+    others = [number for number, line in enumerate(lines) if number > first and line.startswith(("[", "ninja:"))]
+    return "\n".join([lines[first], *lines[first + 2 : min(others, default=len(lines))]][:60])
 
 
 def _ninja(flashinfer: str) -> str:
