@@ -19,12 +19,12 @@ build: $(VENV)/installed
 
 # build/test-store keeps cubins between runs: nvcc's own, which others are compared with, and one of every op. A cubin is
 # taken from there only if all that it depends on is the same: compilers, headers, flags, source, and our own code.
-test: $(VENV)/installed $(VENV)/legacy
+test: $(VENV)/installed $(VENV)/legacy $(VENV)/flashinfer
 	@mkdir -p build/test-store && find build/test-store -type f -mtime +7 -delete
 	CACHEBUILDER_TEST_STORE=$(CURDIR)/build/test-store $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 # test_trial.py is slow as a whole, and even to look for its tests is to import torch.
-check: lint docs $(VENV)/legacy
+check: lint docs $(VENV)/legacy $(VENV)/flashinfer
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) -m "not slow" --ignore tests/test_trial.py
 
 lint: $(VENV)/installed
@@ -60,6 +60,12 @@ $(VENV)/legacy: $(VENV)/installed locks/legacy.txt
 	$(VENV)/bin/python $(LOCKED) --target $@.new --requirement locks/legacy.txt
 	mv $@.new $@
 
+# FlashInfer without its largest dependencies, which its modules for SM90 do not need.
+$(VENV)/flashinfer: $(VENV)/installed locks/flashinfer.txt
+	rm -rf $@ $@.new
+	$(VENV)/bin/python $(LOCKED) --no-deps --target $@.new --requirement locks/flashinfer.txt
+	mv $@.new $@
+
 # Linux on x86_64. The versions are the same for Python 3.11, 3.12 and 3.13, and the hashes those of all files.
 UV := uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28 --constraints constraints.txt
@@ -69,6 +75,7 @@ lock:
 	$(UV) $(EXTRAS) pyproject.toml locks/tools.in --output-file locks/all.txt
 	$(UV) --extra nvcc pyproject.toml --output-file locks/nvcc.txt
 	$(subst --constraints constraints.txt,,$(UV)) locks/legacy.in --output-file locks/legacy.txt
+	$(subst --constraints constraints.txt,--no-deps,$(UV)) locks/flashinfer.in --output-file locks/flashinfer.txt
 
 clean:
 	rm -rf $(VENV) build dist

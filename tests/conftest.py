@@ -39,6 +39,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 LEGACY = Path(os.environ.get("CACHEBUILDER_TEST_LEGACY", f"{sys.prefix}/legacy")) / "deep_gemm"
+#: FlashInfer as vLLM 0.25.0 brings it; `make` installs it beside the legacy DeepGEMM.
+FLASHINFER = Path(f"{sys.prefix}/flashinfer") / "flashinfer"
 
 #: The GPU in the tests' manifests; `tests/gpu/run.sh` sets it to the card of the machine.
 TARGET = os.environ.get("CACHEBUILDER_TEST_GPU", "H200")

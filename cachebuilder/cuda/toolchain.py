@@ -50,7 +50,7 @@ class Toolchain:
             ToolchainError: nvcc names none.
         """
         (scratch / "empty.cu").touch()
-        command = [self.nvcc, "--dryrun", "-E", "empty.cu"]
+        command = [str(self.nvcc), "--dryrun", "-E", "empty.cu"]
         dry_run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False).stderr
         line = re.search(r'^#\$ INCLUDES="(.*?)"', dry_run, re.MULTILINE)
         folders = [Path(word.removeprefix("-I")) for word in (line[1] if line else "").split() if word.startswith("-I")]

@@ -188,7 +188,7 @@ def _renamed(answer: GemmsAnswer, names: Mapping[str, str]) -> GemmsAnswer:
 
 
 def _cuda_home(toolchain: Toolchain, home: Path) -> Path:
-    """A CUDA home in the folder ``home``: this nvcc with its headers, and those of torch's CUDA wheels and their libraries.
+    """A CUDA home in the folder ``home``: this nvcc and its headers; the other headers and libraries of torch's wheels.
 
     PyPI's nvcc will do: no toolkit has to be installed. A linker looks for libraries by their names without a version,
     which the wheels lack; the virtual GPU stands for the driver.

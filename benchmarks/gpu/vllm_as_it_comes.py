@@ -1,0 +1,211 @@
+"""Serve with an unmodified vLLM on an SM90 GPU: as it comes with cold caches, and from a restored artifact.
+
+    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--cold] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
+
+MODEL is a folder with a config.json; weights are dummies. Each run is a process of its own with empty caches of its own:
+
+- ``restored``: the artifact restored, the variables that ``cachebuilder env --engine vllm`` prints and no others, in a mount
+  namespace in which the CUDA toolkit is hidden.
+- ``switched off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
+- ``cold`` (with --cold): no artifact, the toolkit there.
+
+Prints one JSON object a run: seconds until the engine is up, until the first token, the longest step of each batch, decoded
+tokens a second, and how many compilations there were: calls of nvcc, which a wrapper counts, and lines in the log of the
+frozen nvcc. Then a table. Run it as root, for the mount namespace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+STEPS = "1x1,1x17,1x100,8x33,31x5,64x20,128x3,1x3000"
+
+
+def child(model: str, max_len: int, steps: str) -> None:
+    """The engine, inside the process whose environment is the serving one's."""
+    started = time.monotonic()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model=model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=max_len,
+        max_num_batched_tokens=8192,
+        moe_backend="deep_gemm",
+    )
+    up = time.monotonic() - started
+    engine = llm.llm_engine
+    numbers = iter(range(10**6))
+
+    def serve(batch: int, prompt: int, tokens: int) -> list[float]:
+        """The seconds of each step."""
+        for _ in range(batch):
+            parameters = SamplingParams(max_tokens=tokens, detokenize=False, ignore_eos=True, temperature=0.0)
+            engine.add_request(str(next(numbers)), {"prompt_token_ids": [1] * prompt}, parameters)
+        seconds = []
+        while engine.has_unfinished_requests():
+            before = time.monotonic()
+            engine.step()
+            seconds.append(time.monotonic() - before)
+        return seconds
+
+    longest, first = {}, None
+    for step in steps.split(","):
+        batch, prompt = map(int, step.split("x"))
+        seconds = serve(batch, prompt, 4)
+        first = first if first is not None else seconds[0]
+        longest[step] = round(max(seconds), 3)
+    decode = {}
+    for batch in (1, 8, 31):
+        seconds = serve(batch, 16, 130)[2:]
+        decode[str(batch)] = round(batch * len(seconds) / sum(seconds), 1)
+    print(
+        "RESULT "
+        + json.dumps(
+            {"up": round(up, 1), "first_token": round(first or 0, 3), "longest_step": longest, "decode": decode}
+        ),
+        flush=True,
+    )
+    os._exit(0)
+
+
+def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bool, log: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", *arguments]
+    if hidden:
+        hide = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; hash -r; exec "$@"'
+        Path("/mnt/empty").mkdir(exist_ok=True)
+        command = ["unshare", "-m", "sh", "-c", hide, "sh", *command]
+    started = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=500
+        )
+    lines = log.read_text(errors="replace").splitlines()
+    result = next((json.loads(line[7:]) for line in lines if line.startswith("RESULT ")), None)
+    if result is None:
+        result = {
+            "failed": process.returncode,
+            "end": [line[-300:] for line in lines if "Error" in line][-4:] or lines[-5:],
+        }
+    return {"run": name, "whole": round(time.monotonic() - started, 1)} | result
+
+
+def own_caches(folder: Path) -> dict[str, str]:
+    """Empty caches of its own for every compiler, so that no run warms another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("CUDA_", "VLLM_", "DG_", "TRTLLM_", "FLASHINFER_"))
+    }
+    return kept | {
+        "HOME": str(folder),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "VLLM_CACHE_ROOT": str(folder / "vllm"),
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@click.command()
+@click.argument("model")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--cold", is_flag=True)
+@click.option("--off", is_flag=True, help="also with FlashInfer's GEMM switched off")
+@click.option("--deep-gemm", type=click.Path(path_type=Path))
+@click.option("--max-len", type=int, default=16384)
+@click.option("--steps", default=STEPS)
+@click.option("--logs", type=click.Path(path_type=Path), default=Path("/tmp"))
+def main(
+    model: str, artifact: Path, cold: bool, off: bool, deep_gemm: Path | None, max_len: int, steps: str, logs: Path
+) -> None:
+    arguments = [model, str(max_len), steps]
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        restored = Path("/opt/restored") / artifact.name.split(".")[0]
+        shutil.rmtree(restored, ignore_errors=True)
+        cachebuilder = [sys.executable, "-m", "cachebuilder"]
+        options = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
+        subprocess.run([*cachebuilder, "restore", str(artifact), "--to", str(restored), *options], check=True)
+        for name in ("restored", *(["switched off"] if off else [])):
+            environment = own_caches(work / name.replace(" ", "-"))
+            hide = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; exec "$@"'
+            Path("/mnt/empty").mkdir(exist_ok=True)
+            printed = subprocess.run(
+                [
+                    "unshare",
+                    "-m",
+                    "sh",
+                    "-c",
+                    hide,
+                    "sh",
+                    *cachebuilder,
+                    "env",
+                    str(restored),
+                    "--engine",
+                    "vllm",
+                    "--format",
+                    "json",
+                ],
+                env=environment,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            environment |= json.loads(printed.stdout)
+            if name == "switched off":
+                environment["VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"] = "0"
+            result = run(name, environment, arguments, True, logs / f"{name.replace(' ', '-')}.log")
+            misses = restored / "cachebuilder" / "misses.jsonl"
+            result["compilations"] = len(misses.read_text().splitlines()) if misses.exists() else 0
+            results.append(result)
+            print(json.dumps(result), flush=True)
+        if cold:
+            home, count = work / "cuda", work / "nvcc-calls"
+            real = Path("/usr/local/cuda").resolve()
+            (home / "bin").mkdir(parents=True)
+            for path in [*real.iterdir(), *(real / "bin").iterdir()]:
+                link = home / path.relative_to(real)
+                if path.name not in ("bin", "nvcc"):
+                    link.symlink_to(path)
+            (home / "bin" / "nvcc").write_text(f'#!/bin/sh\necho x >>{count}\nexec {real}/bin/nvcc "$@"\n')
+            (home / "bin" / "nvcc").chmod(0o755)
+            environment = own_caches(work / "cold") | {
+                "CUDA_HOME": str(home),
+                "PATH": f"{home}/bin:{os.environ['PATH']}",
+            }
+            result = run("cold", environment, arguments, False, logs / "cold.log")
+            result["compilations"] = len(count.read_text().splitlines()) if count.exists() else 0
+            results.append(result)
+            print(json.dumps(result), flush=True)
+    print(f"{'run':<14}{'up s':>8}{'first s':>9}{'longest step s':>16}{'tok/s 1':>9}{'8':>9}{'31':>9}{'compiled':>10}")
+    for result in results:
+        steps_of = result.get("longest_step", {"": 0})
+        decode = result.get("decode", {})
+        print(
+            f"{result['run']:<14}{result.get('up', 0):>8}{result.get('first_token', 0):>9}{max(steps_of.values()):>16}"
+            + "".join(f"{decode.get(key, 0):>9}" for key in ("1", "8", "31"))
+            + f"{result['compilations']:>10}"
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--child":
+        child(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        main()
