@@ -19,6 +19,7 @@ from cachebuilder import building
 from cachebuilder.artifact.pack import pack
 from cachebuilder.compiling import flashinfer as compiling
 from cachebuilder.compiling.compiler import CompileOptions
+from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import CompatibilityError, PlanError, RestoreError
 from cachebuilder.flashinfer import entries
 from cachebuilder.manifest.inputs import load_manifest
@@ -28,7 +29,7 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import flashinfer as sweep
 from cachebuilder.verifying.verify import verify
-from tests.conftest import FLASHINFER, Run, one_at_a_time
+from tests.conftest import FLASHINFER, Run, kept_cubins, one_at_a_time
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +50,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> buil
     """An artifact with DeepGEMM's kernels, two modules and two kernels of FlashInfer's GEMM."""
     folder = tmp_path_factory.mktemp("flashinfer")
     (folder / "m.yaml").write_text(MANIFEST)
+    inputs = load_manifest(folder / "m.yaml", flashinfer=FLASHINFER)
+    own, kept = CubinStore(), kept_cubins("flashinfer")
     with one_at_a_time(shared_folder, "flashinfer"):
-        return building.build(load_manifest(folder / "m.yaml", flashinfer=FLASHINFER), folder / "a.tar.zst")
+        for key in compiling.module_keys(inputs).values():
+            if (module := kept.get(key)) is not None:
+                own.put(key, module)
+        for name, module in compiling.build_modules(inputs, CompileOptions()).items():
+            kept.put(compiling.module_keys(inputs)[name], module)
+        return building.build(inputs, folder / "a.tar.zst")
 
 
 @pytest.fixture

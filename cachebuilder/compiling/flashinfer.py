@@ -33,11 +33,9 @@ def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
 
     Raises: as `sweep.flashinfer.build_modules` does.
     """
-    needs = inputs.manifest.flashinfer
-    if needs is None or inputs.flashinfer is None:
+    if inputs.flashinfer is None:
         return {}
-    store = options.store
-    keys = {name: _key(inputs, "module", inputs.manifest.target.gpu.capability, name) for name in needs.all_modules}
+    store, keys = options.store, module_keys(inputs)
     modules = {name: data for name, key in keys.items() if (data := store.get(key)) is not None}
     if missing := [name for name in keys if name not in modules]:
         jobs = options.jobs or available_cores()
@@ -47,6 +45,12 @@ def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
             store.put(keys[name], data)
         modules |= built
     return dict(sorted(modules.items()))
+
+
+def module_keys(inputs: Inputs) -> dict[str, str]:
+    """The key in the store of each module that the manifest's ``flashinfer`` needs, by name."""
+    needs, gpu = inputs.manifest.flashinfer, inputs.manifest.target.gpu
+    return {name: _key(inputs, "module", gpu.capability, name) for name in (needs.all_modules if needs else [])}
 
 
 def compile_gemms(inputs: Inputs, kernels: tuple[Kernel, ...], options: CompileOptions) -> dict[str, bytes]:
@@ -84,16 +88,8 @@ def _compile(inputs: Inputs, kernel: Kernel, scratch: Path, processes: Processes
     folder.mkdir()
     (folder / "flashinfer").symlink_to(inputs.flashinfer.path)
     (folder / "kernel.cu").write_text(kernel.source)
-    command = [
-        str(inputs.toolchain.nvcc),
-        "kernel.cu",
-        "-o",
-        "kernel.cubin",
-        *kernel.flags,
-        f"-I{_INCLUDE}",
-        _REPEATABLE,
-    ]
-    processes.run(command, folder)
+    flags = [*kernel.flags, f"-I{_INCLUDE}", _REPEATABLE]
+    processes.run([str(inputs.toolchain.nvcc), "kernel.cu", "-o", "kernel.cubin", *flags], folder)
     return (folder / "kernel.cubin").read_bytes()
 
 
