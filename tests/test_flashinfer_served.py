@@ -23,6 +23,7 @@ from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import CompatibilityError, PlanError, RestoreError
 from cachebuilder.flashinfer import entries
 from cachebuilder.manifest.inputs import load_manifest
+from cachebuilder.restoring import misses
 from cachebuilder.restoring import place as places
 from cachebuilder.restoring.environment import variables
 from cachebuilder.restoring.machine import Machine
@@ -140,6 +141,8 @@ def test_a_kernel_that_flashinfers_gemm_misses_is_named_in_the_log(
         )
     [miss] = [json.loads(line) for line in (restored / "cachebuilder/misses.jsonl").read_text().splitlines()]
     assert miss["kernel"] == "fp8_gemm_kernel_swapAB" and ENTRIES[0] in miss["command"]
+    [told] = misses.read(restored / "cachebuilder/misses.jsonl").misses
+    assert told.advice.endswith("under flashinfer: gemms:, add - {n: 4096, k: 7168}") and not told.can_be_added
 
 
 def test_another_flashinfer_is_refused_before_anything_is_written(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachebuilder.artifact.index import Fingerprint
+from cachebuilder.artifact.index import CACHE, Fingerprint, Index
 from cachebuilder.artifact.read import read_index
 from cachebuilder.common.folders import Folder
 from cachebuilder.common.records import Record
@@ -71,10 +71,23 @@ def read(path: Path) -> Side:
     if path.is_dir():
         folder = open_folder(path)
         fingerprints = tuple(artifact.index.fingerprint for artifact in folder.artifacts)
-        return Side(path, fingerprints, {entry: _files_on_disk(folder, entry) for entry in folder.entries})
+        kernels = {entry: _files_on_disk(folder, entry) for entry in folder.entries}
+        kernels |= {
+            name: files for artifact in folder.artifacts for name, files in _listed(artifact.index, CACHE).items()
+        }
+        return Side(path, fingerprints, kernels)
     index = read_index(path)
-    kernels = {entry.name: {file.name: file.sha256 for file in entry.files} for entry in index.entries}
-    return Side(path, (index.fingerprint,), kernels)
+    return Side(path, (index.fingerprint,), _listed(index))
+
+
+def _listed(index: Index, *left_out: str) -> dict[str, _Files]:
+    """The files of each entry as an index lists them; entries of FlashInfer by their path below the artifact's root."""
+    return {
+        entry.name if folder == CACHE else f"{folder}/{entry.name}": {file.name: file.sha256 for file in entry.files}
+        for folder, entries in index.folders.items()
+        if folder not in left_out
+        for entry in entries
+    }
 
 
 def compare(a: Side, b: Side) -> Comparison:

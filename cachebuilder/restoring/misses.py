@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cachebuilder.common.records import Record
 from cachebuilder.deepgemm.source import Shape, is_deep_gemms, kernel_template, read_shape
 from cachebuilder.restoring import miss_log
 from cachebuilder.restoring.compatibility import Difference
-from cachebuilder.restoring.near_misses import Caches, Comparison, Request
+from cachebuilder.restoring.near_misses import NOT_COMPARED, Caches, Comparison, Request
 
 #: The largest generated source is a page long.
 _MAX_SOURCE_BYTES = 1 << 20
@@ -27,6 +28,10 @@ FOREIGN = (
     "do not add it: it is not DeepGEMM's, since it includes none of its headers. Another library took this nvcc from "
     "CUDA_HOME or PATH: give it a real one, or turn its compilation off"
 )
+
+
+#: N and K in the source of a kernel of FlashInfer's GEMM (``compiler.cuh``, FlashInfer 0.6.13).
+_FLASHINFER_GEMM = re.compile(r"&fp8_gemm_kernel(?:_swapAB)?<(\d{1,7}), (\d{1,7}),")
 
 
 class Miss(Record):
@@ -60,7 +65,7 @@ class Miss(Record):
     @property
     def can_be_added(self) -> bool:
         """Whether a build may help: it is DeepGEMM's kernel, and the cache has its source under no key."""
-        return self.entry is None and self.advice != FOREIGN
+        return self.entry is None and self.advice != FOREIGN and not flashinfer_advice(self.source)
 
     def occurrences(self) -> str:
         """How often and when, as ``2 times, 2026-01-01 10:00:00Z to 2026-01-02 08:30:00Z``."""
@@ -101,7 +106,9 @@ def read(*paths: Path, dir: Path | None = None) -> Log:
                     continue
                 source = _read_source(line.get("source"), path, owner)
                 name = (kernel_template(source) if source else None) or miss_log.kernel_of(line) or miss_log.UNKNOWN
-                comparison = caches.compare(path, Request.of(line.get("command")), source)
+                of_flashinfer = flashinfer_advice(source) is not None  # its names are made otherwise
+                request = Request.of(line.get("command"))
+                comparison = NOT_COMPARED if of_flashinfer else caches.compare(path, request, source)
                 groups.setdefault((name.removesuffix("_impl"), source, comparison), []).append(line)
     misses = [_miss(*key, lines) for key, lines in groups.items()]
     misses.sort(key=lambda miss: (-miss.count, miss.kernel, miss.source or ""))
@@ -128,7 +135,9 @@ def _read_source(name: object, log: Path, owner: int) -> str | None:
 
 def _miss(name: str, source: str | None, comparison: Comparison, lines: list[dict[str, Any]]) -> Miss:
     times = [seconds for line in lines if (seconds := miss_log.time_of(line)) is not None]
-    shape = read_shape(source) if source else None
+    of_flashinfer = flashinfer_advice(source)
+    shape = read_shape(source) if source and not of_flashinfer else None
+    own_advice = FOREIGN if source and not is_deep_gemms(source) else advice(shape)
     return Miss(
         kernel=name,
         count=len(lines),
@@ -136,7 +145,7 @@ def _miss(name: str, source: str | None, comparison: Comparison, lines: list[dic
         last=max(times, default=None),
         artifacts=tuple(sorted({artifact for line in lines if (artifact := miss_log.artifact_of(line))})),
         shape=shape,
-        advice=comparison.advice() or (FOREIGN if source and not is_deep_gemms(source) else advice(shape)),
+        advice=of_flashinfer or comparison.advice() or own_advice,
         source=source,
         folder=comparison.folder,
         entry=comparison.entry,
@@ -151,6 +160,13 @@ def _time_text(seconds: int | None) -> str:
         return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (OverflowError, OSError, ValueError):
         return f"at {seconds} s"
+
+
+def flashinfer_advice(source: str | None) -> str | None:
+    """What to add to the manifest for a kernel of FlashInfer's GEMM; None where the source is another kernel's."""
+    if (match := _FLASHINFER_GEMM.search(source or "")) is None:
+        return None
+    return f"FlashInfer's GEMM asked for it: under flashinfer: gemms:, add - {{n: {match[1]}, k: {match[2]}}}"
 
 
 def advice(shape: Shape | None) -> str:
