@@ -71,7 +71,7 @@ def read(path: Path) -> Side:
     if path.is_dir():
         folder = open_folder(path)
         fingerprints = tuple(artifact.index.fingerprint for artifact in folder.artifacts)
-        kernels = {entry: _files_on_disk(folder, entry) for entry in folder.entries}
+        kernels: dict[str, _Files] = {entry: _files_on_disk(folder, entry) for entry in folder.entries}
         kernels |= {
             name: files for artifact in folder.artifacts for name, files in _listed(artifact.index, CACHE).items()
         }
