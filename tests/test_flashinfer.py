@@ -130,7 +130,7 @@ def test_an_artifact_fits_the_flashinfer_that_it_was_built_with_and_no_other(bui
 
 def test_flashinfers_version_and_sources_are_found_without_importing_it(tmp_path: Path) -> None:
     here = installation.find(FLASHINFER)
-    assert (here.version, here.tvm_ffi) == ("0.6.13", "0.1.11")
+    assert (here.version, here.tvm_ffi) == ("0.6.13", "0.1.9")
     with pytest.raises(InstallationError, match=r"wanted a flashinfer package, with _build_meta\.py"):
         installation.find(tmp_path)
 
