@@ -22,6 +22,7 @@ from cachebuilder.cuda.gpus import GPUS, Gpu
 from cachebuilder.deepgemm import environment as deepgemm
 from cachebuilder.deepgemm.entries import CUBIN, MAX_BYTES, SOURCE
 from cachebuilder.errors import EXIT_CODES, CacheBuilderError
+from cachebuilder.flashinfer.schema import FlashInferNeeds, Gemm
 from cachebuilder.manifest.reader import MAX_NODES
 from cachebuilder.manifest.schema import Manifest, Source, Target, Toolchain
 from cachebuilder.ops.catalog import OPS
@@ -111,6 +112,10 @@ def manifest() -> str:
             ],
         ),
         _model(Gpu),
+        "## flashinfer\n",
+        _model(FlashInferNeeds),
+        "### gemms\n",
+        _model(Gemm),
         "## toolchain\n",
         _model(Toolchain),
         "## sources\n",
@@ -178,14 +183,18 @@ def artifact() -> str:
         f"| `{index.INDEX}` | the index, below |\n"
         f"| `{index.MANIFEST}` | the manifest, byte for byte as it was given |\n"
         f"| `{index.CACHE}/ENTRY/FILE` | each kernel as DeepGEMM reads it: all entries' `kernel.cu`, then all `kernel.cubin`, "
-        "and in the DeepJIT generation `meta.json` and `.committed` |\n",
+        "and in the DeepJIT generation `meta.json` and `.committed` |\n"
+        f"| `{index.FLASHINFER_MODULES}/NAME/NAME.so` | each of FlashInfer's modules, where the manifest asks for some |\n"
+        f"| `{index.FLASHINFER_CACHE}/ENTRY/FILE` | each kernel of FlashInfer's GEMM: all `kernel.cu`, then all "
+        "`nvcc_kernel.cubin` |\n",
         f"Owner 0, mode 644, mtime `SOURCE_DATE_EPOCH` or 0. At most {index.MAX_ENTRIES:,} entries, "
         f"{MAX_BYTES[CUBIN] >> 20} MiB a cubin and {MAX_BYTES[SOURCE] >> 10} KiB a source. `verify --device cuda` writes what it "
         f"saw beside the artifact, under its name and `{index.REPORT_SUFFIX}`. What a change of the schema means: "
         "[versions](../versions.md).\n",
         "`cachebuilder inspect ARTIFACT --json` prints the index.\n",
     ]
-    for record in (index.Index, index.Fingerprint, index.Entry, index.File, Selection, Range):
+    flashinfer = (index.FlashInferPart, index.FlashInferFingerprint)
+    for record in (index.Index, index.Fingerprint, index.Entry, index.File, Selection, Range, *flashinfer):
         text, described = _attributes(inspect.getdoc(record) or "")
         schema = record.model_json_schema()
         rows = [
