@@ -3,6 +3,8 @@
 # folder NAME_DIGITS_DIGITS, where NAME is the entry's. FlashInfer removes that folder, so the source and the command
 # line go into requests/NAME beside this script. The cubin is a placeholder with the name of a kernel: see
 # flashinfer_protocol.py.
+# FlashInfer also asks for the version. Without an answer it takes that of torch's CUDA, as in an image without a toolkit.
+[ "$1" = --version ] && exit 1
 here=${0%/*}
 folder=${1%/*}
 name=${folder##*/}
