@@ -43,7 +43,7 @@ flashinfer:
   modules: [concat_mla]
   gemms: [{n: 576, k: 512}, {n: 4096, k: 7168}]
 """
-ENTRIES = ["gemm_swapAB_4096_7168_128_16_128_1_81_8_1_Normal", "gemm_swapAB_576_512_128_16_128_1_41_4_1_Normal"]
+ENTRIES = ["gemm_swapAB_4096_7168_128_16_128_1_81_8_1_Normal", "gemm_swapAB_576_512_128_16_128_1_81_8_1_Normal"]
 
 
 @pytest.fixture(scope="module")
