@@ -50,7 +50,9 @@ def part(**fields: object) -> FlashInferPart:
 
 def with_part(artifact: Path, given: FlashInferPart) -> bytes:
     index = Index.model_validate_json(unpack(artifact)[0].data)
-    return index.model_copy(update={"flashinfer": given}).model_dump_json(exclude_none=True).encode()
+    return (
+        index.model_copy(update={"flashinfer": given, "schema_version": 2}).model_dump_json(exclude_none=True).encode()
+    )
 
 
 def test_a_manifest_names_modules_and_shapes_and_the_shapes_bring_their_module() -> None:
@@ -109,6 +111,16 @@ def test_a_hostile_part_for_flashinfer_is_refused(artifact: Path, given: dict[st
     with pytest.raises(ArtifactError, match=r"flashinfer|page") as error:
         parse_index(with_part(artifact, part(**given)), artifact)
     assert words in str(error.value)
+
+
+def test_only_an_index_with_a_part_for_flashinfer_has_the_second_schema(artifact: Path) -> None:
+    index = json.loads(with_part(artifact, part())) | {"schema_version": 1}
+    with pytest.raises(ArtifactError, match="wanted 2 with flashinfer and 1 without, found 1"):
+        parse_index(json.dumps(index).encode(), artifact)
+    del index["flashinfer"]
+    assert parse_index(json.dumps(index).encode(), artifact).schema_version == 1
+    with pytest.raises(ArtifactError, match="wanted 2 with flashinfer and 1 without, found 2"):
+        parse_index(json.dumps(index | {"schema_version": 2}).encode(), artifact)
 
 
 def test_an_artifact_fits_the_flashinfer_that_it_was_built_with_and_no_other(built: building.Built) -> None:

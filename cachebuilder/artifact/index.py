@@ -136,13 +136,14 @@ class Index(Record):
     """All of ``artifact.json``.
 
     Attributes:
+        schema_version: 2 in an artifact with something for FlashInfer, else 1.
         manifest: sha256 of the manifest's bytes.
         ops: as the manifest's models dump them, not validated here.
         recorded: facts for a person that bind nothing: torch, Python and the GPU's name.
         flashinfer: None in an artifact that holds DeepGEMM's kernels only.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     name: str
     fingerprint: Fingerprint
     fingerprint_digest: Sha256

@@ -98,7 +98,7 @@ def pack_as(
             contents[kernel.entry] = files
         part = _flashinfer_part(plan.flashinfer, flashinfer, contents)
     index = Index(
-        schema_version=1,
+        schema_version=2 if part else 1,
         name=name,
         fingerprint=fingerprint,
         fingerprint_digest=fingerprint.digest(),

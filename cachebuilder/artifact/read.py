@@ -168,6 +168,8 @@ def _problem(index: Index) -> str | None:
     fingerprint = index.fingerprint
     if not _NAME.fullmatch(index.name):
         return f"name: wanted letters, digits, '.', '_' and '-', found {index.name[:100]!r}"
+    if index.schema_version != (2 if index.flashinfer else 1):
+        return f"schema_version: wanted 2 with flashinfer and 1 without, found {index.schema_version}"
     if len(fingerprint.compiler) > 4096:
         return "fingerprint.compiler: wanted the text of nvcc --version, found more than 4096 characters"
     if len(fingerprint.legacy_flags or "") > 4096:  # a relocation hashes them for every entry
