@@ -43,7 +43,7 @@ def test_the_record_is_not_part_of_the_artifact(built: Built, tmp_path: Path) ->
     record = build_record.read(again.packed.path, again.packed.sha256)
     assert record is not None and record.reused == len(again.plan.kernels) and not record.runs
     with open_archive(again.packed.path) as archive:
-        assert not [file for _, file, _ in archive.files() if "build" in file.name]
+        assert not [member for member, _ in archive.files() if "build" in member.file.name]
 
 
 def test_a_record_that_is_missing_damaged_or_of_another_artifact_is_not_read(built: Built, tmp_path: Path) -> None:

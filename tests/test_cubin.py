@@ -25,7 +25,7 @@ def _cuobjdump(nvcc: Path) -> str:
 
 def _cubins(artifact: Path) -> list[bytes]:
     with open_archive(artifact) as archive:
-        return [data for _, file, data in archive.files() if file.name == "kernel.cubin"]
+        return [data for member, data in archive.files() if member.file.name == "kernel.cubin"]
 
 
 def test_registers_and_memory_are_what_cuobjdump_says(built: Built, tmp_path: Path) -> None:

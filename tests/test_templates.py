@@ -29,7 +29,7 @@ def test_the_table_holds_every_template_of_the_headers_here(deep_gemm: Path | No
 def test_arguments_of_built_kernels_have_the_names_of_the_headers_they_were_built_with(built: Built) -> None:
     declared = declared_templates(built.inputs.installation.include / "deep_gemm")
     with open_archive(built.packed.path) as archive:
-        sources = [data.decode() for _, file, data in archive.files() if file.name == "kernel.cu"]
+        sources = [data.decode() for member, data in archive.files() if member.file.name == "kernel.cu"]
     for source in sources:
         template, _ = templates.instantiated(source)
         for position, parameter in enumerate(templates.parameters(source)):
