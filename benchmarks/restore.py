@@ -39,8 +39,8 @@ def grow(artifact: Path, count: int, output: Path) -> Packed:
     """Make an artifact of ``count`` kernels from a real one."""
     with open_archive(artifact) as archive:
         contents: dict[str, dict[str, bytes]] = {}
-        for entry, file, data in archive.files():
-            contents.setdefault(entry.name, {})[file.name] = data
+        for member, data in archive.files():
+            contents.setdefault(member.entry.name, {})[member.file.name] = data
         index, manifest = archive.index, archive.manifest
     fingerprint = index.fingerprint
     noise = random.Random(1)

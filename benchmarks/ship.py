@@ -44,8 +44,8 @@ def enlarge(artifact: Path, megabytes: int, output: Path) -> None:
     """Make an artifact of about this size from a real one: its kernels repeated, with noise for cubins."""
     with open_archive(artifact) as opened:
         contents: dict[str, dict[str, bytes]] = {}
-        for entry, file, data in opened.files():
-            contents.setdefault(entry.name, {})[file.name] = data
+        for member, data in opened.files():
+            contents.setdefault(member.entry.name, {})[member.file.name] = data
         index, manifest = opened.index, opened.manifest
     noise, fingerprint = random.Random(1), index.fingerprint
     kernels, cubins = [], {}
