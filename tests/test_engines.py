@@ -50,7 +50,12 @@ def test_env_keeps_vllm_on_sm90_from_flashinfers_kernels_and_says_what_that_cost
         pair for pair in zip(done.stdout.splitlines(), done.stdout.splitlines()[1:], strict=False) if GEMM in pair[1]
     )
     assert line == f"ENV {GEMM}=0"
-    for text in ("M < 32", "compiles with ninja and nvcc at the first tokens", "this artifact does not hold", "5 to 8 %"):
+    for text in (
+        "M < 32",
+        "compiles with ninja and nvcc at the first tokens",
+        "this artifact does not hold",
+        "5 to 8 %",
+    ):
         assert text in comment
 
 
