@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cachebuilder.common.cache import open_own
@@ -18,14 +18,19 @@ _FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden")
 
 
 def shared_library(
-    name: str, what: str, sources: Sequence[Path | str], flags: Sequence[str] = (), depends: Sequence[bytes] = ()
+    name: str,
+    what: str,
+    sources: Sequence[Path | str | Callable[[], str]],
+    flags: Sequence[str] = (),
+    depends: Sequence[bytes] = (),
 ) -> Path:
     """The path of a library for ``LD_PRELOAD``, compiled now if this compiler has not compiled this code before.
 
     Args:
         name: the file's name.
         what: what errors call the library.
-        sources: C files, or C code as text.
+        sources: C files, or C code as text. A function makes its text only for a compilation, so ``depends`` must have
+            all that its text depends on.
         flags: for the compiler, in addition to ours.
         depends: further contents that the library depends on, such as headers.
 
@@ -34,18 +39,18 @@ def shared_library(
             folder.
     """
     compiler = find_c_compiler()
-    texts = [source if isinstance(source, str) else source.read_text() for source in sources]
     digest = hashlib.sha256()
-    for part in (*(text.encode() for text in texts), *depends, repr((compiler, _FLAGS, flags)).encode()):
+    known = [_text(source) for source in sources if not callable(source)]
+    for part in (*(text.encode() for text in known), *depends, repr((compiler, _FLAGS, flags)).encode()):
         digest.update(hashlib.sha256(part).digest())
     with open_own(what.lower().replace(" ", "-"), digest.hexdigest()[:32]) as opened:
         folder, library = opened.path, opened.path / name
         if opened.holds_safe(name):
             return library
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-        files = [Path(scratch, f"{index}.c") for index in range(len(texts))]
-        for file, text in zip(files, texts, strict=True):
-            file.write_text(text)
+        files = [Path(scratch, f"{index}.c") for index in range(len(sources))]
+        for file, source in zip(files, sources, strict=True):
+            file.write_text(_text(source))
         built = Path(scratch, name)
         command = [*compiler, *_FLAGS, *flags, "-o", str(built), *map(str, files), "-ldl"]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -54,6 +59,12 @@ def shared_library(
         built.chmod(0o755)  # whatever the umask
         os.replace(built, library)  # another process may have put an equal one there
     return library
+
+
+def _text(source: Path | str | Callable[[], str]) -> str:
+    if isinstance(source, Path):
+        return source.read_text()
+    return source if isinstance(source, str) else source()
 
 
 def find_c_compiler() -> list[str]:

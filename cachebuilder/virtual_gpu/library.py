@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
-import struct
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cachebuilder.common import native
 from cachebuilder.cuda.gpus import GPUS, Gpu
@@ -84,10 +84,21 @@ def build() -> Path:
     return native.shared_library(
         "libcuda.so.1",
         "virtual GPU",
-        [_SOURCE, _HERE / "driver.c", _HERE / "cublas.c", _stubs(runtime), *_cublas(runtime)],
+        [_SOURCE, _HERE / "driver.c", _HERE / "cublas.c", partial(_stubs, runtime), partial(_cublas, runtime)],
         ["-Wl,-soname,libcuda.so.1", f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"],
-        [(_HERE / "crt" / "host_defines.h").read_bytes(), (headers / "driver_types.h").read_bytes()],
+        [
+            *((_HERE / name).read_bytes() for name in ("library.py", "virtual_gpu.h", "crt/host_defines.h")),
+            *((headers / name).read_bytes() for name in ("driver_types.h", "cuda.h")),
+            # Every sweep waits for this, so the functions of the libraries are listed for a compilation only.
+            *(_identity(library) for library in (runtime, *_cublas_libraries(runtime))),
+        ],
     )
+
+
+def _identity(library: Path) -> bytes:
+    """What changes when a library is replaced: its path, size and time."""
+    status = library.stat()
+    return f"{library} {status.st_size} {status.st_mtime_ns}".encode()
 
 
 def _stubs(runtime: Path) -> str:
@@ -107,18 +118,20 @@ def _stubs(runtime: Path) -> str:
 _CUBLAS_ANSWERS = ("Get", "Create", "Query", "Destroy")
 
 
-def _cublas(runtime: Path) -> list[str]:
+def _cublas_libraries(runtime: Path) -> list[Path]:
+    """The cuBLAS beside ``runtime``, as a list of one; empty if there is none."""
+    return sorted(runtime.parent.glob("libcublas.so.*"))[:1]
+
+
+def _cublas(runtime: Path) -> str:
     """C source: for each function of the cuBLAS beside ``runtime``, a weak one: a product is done, a question fails."""
-    libraries = sorted(runtime.parent.glob("libcublas.so.*"))
-    if not libraries:
-        return []
     lines = ["int virtual_gpu_note_unanswered(const char *name);"]
-    for name in _exported(libraries[0]):
+    for name in (name for library in _cublas_libraries(runtime) for name in _exported(library)):
         if name.startswith("cublas"):
             asked = any(word in name for word in _CUBLAS_ANSWERS)
             answer = f'virtual_gpu_note_unanswered("{name}")' if asked else "0"
             lines.append(f'__attribute__((weak, visibility("default"))) int {name}(void) {{ return {answer}; }}')
-    return ["\n".join(lines) + "\n"]
+    return "\n".join(lines) + "\n"
 
 
 def _beside(source: str, name: str, what: str) -> Path:
@@ -126,25 +139,13 @@ def _beside(source: str, name: str, what: str) -> Path:
     return native.shared_library(name, what, [_HERE / source], [f"-Wl,-soname,{name}", f"-I{_HERE}"])
 
 
-#: ELF-64 (the System V ABI, chapter 4): one section's header, and one symbol: name, type, section, address.
-_SECTION, _SYMBOL = struct.Struct("<II8x8xQQII16x"), struct.Struct("<IB1xHQ8x")
-_DYNSYM, _FUNCTION = 11, 2
-
-
 def _exported(library: Path) -> list[str]:
-    """The names of a library's functions, sorted. Every sweep waits for it; pyelftools would take 0.1 s."""
+    """The names of a library's functions, sorted."""
+    from elftools.elf.elffile import ELFFile
+
     with library.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    [first], (size, count) = struct.unpack_from("<Q", data, 0x28), struct.unpack_from("<HH", data, 0x3A)
-    sections = [_SECTION.unpack_from(data, first + number * size) for number in range(count)]
-    names = set()
-    for _, kind, start, length, link, _ in sections:
-        if kind == _DYNSYM:
-            strings = sections[link][2]
-            for name, info, _, address in _SYMBOL.iter_unpack(data[start : start + length]):
-                if info & 0xF == _FUNCTION and address:
-                    names.add(data[strings + name : data.find(b"\0", strings + name)].decode())
-    return sorted(names)
+        symbols: Any = ELFFile(file).get_section_by_name(".dynsym")
+        return sorted({s.name for s in symbols.iter_symbols() if s["st_info"]["type"] == "STT_FUNC" and s["st_value"]})
 
 
 def find_cuda_runtime() -> Path:
