@@ -31,6 +31,7 @@ class Built:
     Attributes:
         packed: the artifact.
         device: where the build ran: ``virtual``, or ``cuda`` if this machine's GPU confirmed it.
+        flashinfer_seconds: how long FlashInfer's modules and the kernels of its GEMM took; 0 where there are none.
         plan_seconds, pack_seconds, launch_seconds: how long these steps took; ``compiled`` says it of compiling.
     """
 
@@ -39,6 +40,7 @@ class Built:
     compiled: Compiled
     packed: Packed
     device: DeviceName
+    flashinfer_seconds: float
     plan_seconds: float
     pack_seconds: float
     launch_seconds: float
@@ -59,7 +61,7 @@ def plan(inputs: Inputs, *, reuse: bool = True, progress: Progress = no_progress
     """
     options = CompileOptions(use_store=reuse)
     return planning.make(
-        inputs, reuse=reuse, progress=progress, modules=lambda: flashinfer.build_modules(inputs, options)
+        inputs, reuse=reuse, progress=progress, modules=lambda: flashinfer.build_modules(inputs, options, progress)
     )
 
 
@@ -83,7 +85,8 @@ def build(
         device: ``virtual`` needs no GPU. ``cuda`` lets the GPU of this machine confirm each step: DeepGEMM must ask for
             exactly the planned kernels on it, and then every call must be served from the finished artifact. ``auto``
             is ``cuda`` if that GPU is the manifest's target.
-        progress: the steps are "plan" (calls), "compile" (kernels), and on a GPU "plan on the GPU" and "launch".
+        progress: the steps are "FlashInfer's modules" (commands), "plan" (calls), "compile" (kernels), and on a GPU
+            "plan on the GPU" and "launch".
 
     Raises:
         PlanError: DeepGEMM refuses a shape, or asks for other kernels on the GPU than on the virtual one.
@@ -94,9 +97,10 @@ def build(
     """
     chosen = inputs.manifest.target.choose(device)
     on_gpu = Confirmation(inputs, progress) if chosen == "cuda" else None
+    modules_started = time.monotonic()
+    modules = flashinfer.build_modules(inputs, options, progress)
     started = time.monotonic()
     with Compiler(inputs, options) as compiler:
-        modules = flashinfer.build_modules(inputs, options)
         made = planning.make(
             inputs,
             reuse=options.use_store,
@@ -109,6 +113,7 @@ def build(
             on_gpu.require_same_plan(made)
         planned = time.monotonic()
         compiled = compiler.compile(made.kernels, progress)
+    gemms_started = time.monotonic()
     files = _for_flashinfer(inputs, made, modules, options)
     packing = time.monotonic()
     artifact = pack(inputs, made, compiled.cubins, files)
@@ -125,6 +130,7 @@ def build(
         compiled,
         packed,
         chosen,
+        flashinfer_seconds=started - modules_started + packing - gemms_started,
         plan_seconds=planned - started,
         pack_seconds=launching - packing,
         launch_seconds=time.monotonic() - launching,

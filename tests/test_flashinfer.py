@@ -18,10 +18,13 @@ from cachebuilder.artifact.index import (
 )
 from cachebuilder.artifact.read import parse_index
 from cachebuilder.authoring.derive.manifest import Deployment, derive_manifest
+from cachebuilder.compiling import flashinfer as compiling
 from cachebuilder.errors import ArtifactError, InstallationError, ManifestError, ModelError
 from cachebuilder.flashinfer import entries, installation, stand_in
 from cachebuilder.manifest import schema as manifest
+from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.restoring.machine import Machine
+from cachebuilder.sweep import flashinfer as sweep
 from tests.archives import unpack
 from tests.configs import DEEPSEEK_V3
 from tests.conftest import FLASHINFER
@@ -180,3 +183,16 @@ def test_a_derived_manifest_carries_what_vllm_takes_from_flashinfer(tmp_path: Pa
 def test_what_is_asked_for_and_not_taken_is_refused(tmp_path: Path, engine: str, gpu: str) -> None:
     with pytest.raises(ModelError, match="wanted vLLM on an SM90 GPU"):
         derived(tmp_path, engine=engine, gpu=gpu)
+
+
+def test_a_modules_key_holds_the_headers_of_torchs_cuda_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.yaml").write_text(f"{HEAD}flashinfer: {{modules: [page]}}\n")
+    inputs = load_manifest(tmp_path / "m.yaml", flashinfer=FLASHINFER)
+    wheel = tmp_path / "cu13"
+    (wheel / "include").mkdir(parents=True)
+    (wheel / "include" / "cublas_api.h").write_text("#define CUBLAS_VER_PATCH 3\n")
+    monkeypatch.setattr(sweep.virtual_gpu, "find_cuda_runtime", lambda: wheel / "lib" / "libcudart.so.13")
+    before = compiling.module_keys(inputs)
+    assert compiling.module_keys(inputs) == before
+    (wheel / "include" / "cublas_api.h").write_text("#define CUBLAS_VER_PATCH 4\n")
+    assert compiling.module_keys(inputs)["page"] != before["page"]

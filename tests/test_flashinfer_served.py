@@ -40,7 +40,7 @@ target: {gpu: H200}
 max_tokens: 8
 ops: [{op: fp8_gemm_nt, n: 576, k: 512}]
 flashinfer:
-  modules: [concat_mla]
+  modules: [page]
   gemms: [{n: 576, k: 512}, {n: 4096, k: 7168}]
 """
 ENTRIES = ["gemm_swapAB_4096_7168_128_16_128_1_81_8_1_Normal", "gemm_swapAB_576_512_128_16_128_1_81_8_1_Normal"]
@@ -75,7 +75,7 @@ def restored(whole: building.Built, machine: Machine, tmp_path: Path) -> Path:
 
 def test_flashinfers_own_gemm_says_which_kernels_every_small_m_needs(whole: building.Built) -> None:
     plan = whole.plan.flashinfer
-    assert plan is not None and plan.modules == ("concat_mla", entries.GEMM_MODULE)
+    assert plan is not None and plan.modules == (entries.GEMM_MODULE, "page")
     assert [kernel.entry for kernel in plan.kernels] == ENTRIES
     points = {s.op: s.ranges for kernel in plan.kernels for s in kernel.selected_by}
     assert {op: [(r.first, r.last) for r in ranges] for op, ranges in points.items()} == {0: [(1, 31)], 1: [(1, 31)]}
@@ -96,7 +96,7 @@ def test_a_second_build_in_other_folders_has_the_same_bytes(
     other = load_manifest(tmp_path / "m.yaml", flashinfer=elsewhere / "flashinfer")
     assert other.flashinfer is not None
     gpu = inputs.manifest.target.gpu
-    second = sweep.build_modules(other.flashinfer, other.toolchain, gpu, ["concat_mla"], jobs=1)
+    second = sweep.build_modules(other.flashinfer, other.toolchain, gpu, ["page"], jobs=1)
     second |= compiling.compile_gemms(other, plan.kernels, with_store)
     for name, data in second.items():
         assert hashlib.sha256(data).hexdigest() == hashlib.sha256(first[name]).hexdigest(), name
@@ -108,20 +108,20 @@ def test_flashinfer_serves_from_what_was_restored_with_a_compiler_that_refuses(r
     [replay] = report.replays
     assert report.complete and replay.flashinfer is not None
     assert replay.flashinfer.calls == 62 and list(replay.flashinfer.hits) == ENTRIES
-    assert replay.flashinfer.modules == ("concat_mla", entries.GEMM_MODULE)
+    assert replay.flashinfer.modules == (entries.GEMM_MODULE, "page")
 
 
 def test_what_is_missing_or_damaged_is_named(restored: Path, run: Run) -> None:
     shutil.rmtree(restored / "flashinfer/cache" / ENTRIES[1])
-    module = restored / "flashinfer/modules/concat_mla/concat_mla.so"
+    module = restored / "flashinfer/modules/page/page.so"
     module.write_bytes(module.read_bytes()[:-1])
     report = verify(restored, flashinfer=FLASHINFER)
     [replay] = report.replays
     assert not report.complete and replay.flashinfer is not None
-    assert replay.flashinfer.missing == ("concat_mla", ENTRIES[1])
+    assert replay.flashinfer.missing == ("page", ENTRIES[1])
     assert sorted(item.entry for item in report.damage) == [
         f"flashinfer/cache/{ENTRIES[1]}",
-        "flashinfer/modules/concat_mla",
+        "flashinfer/modules/page",
     ]
     refused = run("run", restored, "--", "true")
     assert refused.returncode and "damaged: flashinfer/" in refused.stderr
@@ -207,7 +207,7 @@ def test_where_flashinfers_own_package_is_installed_its_modules_serve_beside_our
 
 
 def test_a_module_that_flashinfer_does_not_have_is_named(tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text(MANIFEST.replace("concat_mla", "no_such_module").replace("  gemms", "  # gemms"))
+    (tmp_path / "m.yaml").write_text(MANIFEST.replace("page", "no_such_module").replace("  gemms", "  # gemms"))
     with pytest.raises(PlanError, match="describes no module no_such_module"):
         compiling.build_modules(load_manifest(tmp_path / "m.yaml", flashinfer=FLASHINFER), CompileOptions())
 

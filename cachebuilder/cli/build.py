@@ -132,6 +132,14 @@ def _print_summary(built: Built) -> None:
     sm_counts = ", ".join(map(str, plan.sm_counts))
     target = f"{plan.gpu.name}, {plan.arch}, {sm_counts} SMs"
     shared.say(f"plan      {len(plan.kernels)} kernels from {plan.calls} calls: {target}")
+    if plan.flashinfer:
+        modules, gemm_kernels = (
+            several(len(plan.flashinfer.modules), "module"),
+            several(len(plan.flashinfer.kernels), "kernel"),
+        )
+        shared.say(
+            f"flashinfer {modules}, {gemm_kernels} from {plan.flashinfer.calls} calls, {built.flashinfer_seconds:.1f} s"
+        )
     new_kernels = several(len(compiled.compiled), "kernel")
     shared.say(f"compiled  {new_kernels}, {compiled.reused} from the store, {compiled.checked} checked")
     shared.say(

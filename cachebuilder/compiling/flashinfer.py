@@ -10,6 +10,7 @@ from pathlib import Path
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.code import code_digest
 from cachebuilder.common.cores import available_cores
+from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.cuda.processes import Processes
 from cachebuilder.cuda.toolchain import host_compiler_text
@@ -28,10 +29,10 @@ _REPEATABLE = "-frandom-seed=flashinfer"
 CODE = ("compiling/flashinfer.py", "flashinfer", "sweep/flashinfer.py", "sweep/flashinfer_child.py")
 
 
-def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
+def build_modules(inputs: Inputs, options: CompileOptions, progress: Progress = no_progress) -> dict[str, bytes]:
     """The modules that the manifest's ``flashinfer`` needs, by name: from the store, or built now.
 
-    Raises: as `sweep.flashinfer.build_modules` does.
+    Arguments and errors are as `sweep.flashinfer.build_modules` does.
     """
     if inputs.flashinfer is None:
         return {}
@@ -40,7 +41,7 @@ def build_modules(inputs: Inputs, options: CompileOptions) -> dict[str, bytes]:
     if missing := [name for name in keys if name not in modules]:
         jobs = options.jobs or available_cores()
         gpu = inputs.manifest.target.gpu
-        built = sweep.build_modules(inputs.flashinfer, inputs.toolchain, gpu, missing, jobs)
+        built = sweep.build_modules(inputs.flashinfer, inputs.toolchain, gpu, missing, jobs, progress)
         for name, data in built.items():
             store.put(keys[name], data)
         modules |= built
@@ -98,5 +99,5 @@ def _key(inputs: Inputs, *parts: str) -> str:
     assert inputs.flashinfer is not None
     flashinfer = inputs.flashinfer
     made_by = [code_digest(CODE), inputs.toolchain.version_text, host_compiler_text()]
-    made_of = [flashinfer.version, flashinfer.code_digest, flashinfer.tvm_ffi, sweep.runtime_text()]
+    made_of = [flashinfer.version, flashinfer.code_digest, flashinfer.tvm_ffi, sweep.cuda_wheels_digest()]
     return hashlib.sha256(json.dumps([*made_by, *made_of, *parts]).encode()).hexdigest()

@@ -14,7 +14,7 @@ from typing import IO
 from cachebuilder.errors import CompileError
 
 #: Variables that would give nvcc and its host compiler other flags or headers than DeepGEMM's.
-_FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
+FOREIGN_FLAGS = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")
 
 
 class Processes:
@@ -54,7 +54,7 @@ class Processes:
         Raises:
             CompileError: `stop` was called before.
         """
-        inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN_FLAGS}
+        inherited = {name: value for name, value in os.environ.items() if name not in FOREIGN_FLAGS}
         with self._lock:
             if self._stopped:
                 raise CompileError("interrupted")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata, util
 from pathlib import Path
 
+from cachebuilder.common.digest import digest_files, digest_tree
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError
 
@@ -93,17 +92,17 @@ class Installation:
     @cached_property
     def headers_digest(self) -> str:
         """sha256 over the names and bytes in ``include/deep_gemm/``: the headers that enter a kernel's key."""
-        return _digest_tree(self.include / "deep_gemm")
+        return digest_tree(self.include / "deep_gemm")
 
     @cached_property
     def include_digest(self) -> str:
         """sha256 over the names and bytes in ``include/``, with CUTLASS and CuTe: everything that nvcc may read."""
-        return _digest_tree(self.include)
+        return digest_tree(self.include)
 
     @cached_property
     def code_digest(self) -> str:
         """sha256 over DeepGEMM's extensions and Python files: the code that decides which kernels are needed."""
-        return _digest(self.path, [*self.extensions, *self.path.rglob("*.py")])
+        return digest_files(self.path, [*self.extensions, *self.path.rglob("*.py")])
 
     @cached_property
     def cutlass_version(self) -> str:
@@ -176,15 +175,3 @@ def _distribution(path: Path) -> str | None:
         if any(line.startswith(f"{package_file},") for line in record.splitlines()):
             return f"{distribution.metadata['Name']} {distribution.version}"
     return None
-
-
-def _digest_tree(root: Path) -> str:
-    return _digest(root, (file for file in root.rglob("*") if file.is_file()))
-
-
-def _digest(root: Path, files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()

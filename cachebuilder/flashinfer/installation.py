@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 
+from cachebuilder.common.digest import digest_files
 from cachebuilder.deepgemm.installation import package_folder
 from cachebuilder.errors import InstallationError
 
@@ -82,11 +82,6 @@ def installed() -> FlashInfer | None:
 
 
 def _digest(root: Path, folders: Iterable[Path]) -> str:
-    """sha256 over the paths below ``root`` and the bytes of all files in ``folders``; built modules are left out."""
-    digest = hashlib.sha256()
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    for file in sorted(files):
-        if file.suffix not in (".pyc", ".so"):
-            digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\0".encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """sha256 over the names and bytes of all files in ``folders``, except what was built from them."""
+    files = (file for folder in folders for file in folder.rglob("*") if file.is_file())
+    return digest_files(root, (file for file in files if file.suffix not in (".pyc", ".so")))

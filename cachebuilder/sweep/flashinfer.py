@@ -6,16 +6,19 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from cachebuilder.common.cache import scratch_folder
+from cachebuilder.common.digest import digest_tree
 from cachebuilder.common.files import make_folders
 from cachebuilder.common.foreign import without_traces
+from cachebuilder.common.progress import Progress, no_progress
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.cuda.processes import FOREIGN_FLAGS
 from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.errors import CacheBuilderError, CompileError, InstallationError, PlanError
 from cachebuilder.flashinfer import entries, stand_in
@@ -37,6 +40,8 @@ _HERE = Path(__file__).parent
 _PACKAGE_ROOT = Path(__file__).parents[2]
 #: Variables with these beginnings change what torch, CUDA or FlashInfer do: a child does not inherit them.
 _DROPPED = ("CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "NVCC_", "VIRTUAL_GPU_", "FLASHINFER_", "TRTLLM_")
+#: FlashInfer would build with these compilers, and they with these headers. The key of a module has gcc's version only.
+_FOREIGN_COMPILERS = ("CC", "CXX", *FOREIGN_FLAGS)
 
 A = TypeVar("A", bound=Record)
 
@@ -50,9 +55,17 @@ class Request:
 
 
 def build_modules(
-    flashinfer: FlashInfer, toolchain: Toolchain, gpu: Gpu, names: Sequence[str], jobs: int
+    flashinfer: FlashInfer,
+    toolchain: Toolchain,
+    gpu: Gpu,
+    names: Sequence[str],
+    jobs: int,
+    progress: Progress = no_progress,
 ) -> dict[str, bytes]:
     """Build FlashInfer's modules ``names`` for ``gpu`` by FlashInfer's own descriptions; returns each one's bytes.
+
+    Args:
+        progress: the step is "FlashInfer's modules", the units are commands of ninja.
 
     Raises:
         CompileError: a compiler fails, with its output.
@@ -69,7 +82,11 @@ def build_modules(
             "TMPDIR": str(scratch),
         }
         job = ModulesJob(flashinfer=str(flashinfer.path), names=tuple(names), jobs=jobs)
-        answer = _call("modules", job, environment, scratch, ModulesAnswer, flashinfer)
+
+        def report() -> None:
+            progress("FlashInfer's modules", *_ninja_steps(scratch))
+
+        answer = _call("modules", job, environment, scratch, ModulesAnswer, flashinfer, report)
         return {name: Path(path).read_bytes() for name, path in answer.built.items()}
 
 
@@ -103,8 +120,8 @@ def requested_kernels(
     launched = {
         name: name.removeprefix(PLACEHOLDER_KERNEL)
         for sweep in answer.sweeps
-        for s in sweep.spans
-        for name in s.entries
+        for span in sweep.spans
+        for name in span.entries
     }
     if strange := sorted(entry for entry in launched.values() if entry not in requests or not entries.is_entry(entry)):
         raise PlanError(f"wanted an entry for every kernel that FlashInfer's GEMM launched, found {strange[0]!r}")
@@ -151,11 +168,10 @@ def write_modules(root: Path, flashinfer: FlashInfer, gpu: Gpu, modules: Mapping
     (root / "python" / stand_in.PACKAGE / "__init__.py").write_text(text)
 
 
-def runtime_text() -> str:
-    """What tells CUDA runtimes apart that modules are built against: the library's name, and a header's digest."""
+def cuda_wheels_digest() -> str:
+    """sha256 over the headers of torch's CUDA wheels, which modules include, and the name of their runtime library."""
     runtime = virtual_gpu.find_cuda_runtime()
-    versions = (runtime.parent.parent / "include" / "cuda_runtime_api.h").read_text()
-    return f"{runtime.name} {hashlib.sha256(versions.encode()).hexdigest()}"
+    return hashlib.sha256(f"{runtime.name} {digest_tree(runtime.parent.parent / 'include')}".encode()).hexdigest()
 
 
 def arch_of(gpu: Gpu) -> str:
@@ -212,22 +228,40 @@ def _cuda_home(toolchain: Toolchain, home: Path) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_DROPPED)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_DROPPED) and name not in _FOREIGN_COMPILERS
+    }
     paths = [str(_PACKAGE_ROOT), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"}
 
 
+def _ninja_steps(folder: Path) -> tuple[int, int]:
+    """How many of ninja's commands in ``folder`` have ended, and how many there are; 0 before ninja starts."""
+    total = sum(file.read_text().count("\nbuild ") for file in folder.glob("*.ninja"))
+    log = folder / ".ninja_log"  # a line for each command that ended, after a head
+    return len(log.read_text().splitlines()[1:]) if log.exists() else 0, total
+
+
 def _call(
-    kind: str, job: Record, environment: dict[str, str], folder: Path, answer: type[A], flashinfer: FlashInfer
+    kind: str,
+    job: Record,
+    environment: dict[str, str],
+    folder: Path,
+    answer: type[A],
+    flashinfer: FlashInfer,
+    report: Callable[[], None] = lambda: None,
 ) -> A:
-    """Run the child with ``job`` in ``folder``; returns its answer."""
+    """Run the child with ``job`` in ``folder``, and ``report`` while it runs; returns its answer."""
     (folder / JOB).write_text(job.model_dump_json())
     log = folder / "log.txt"
     command = [sys.executable, "-P", "-m", "cachebuilder.sweep.flashinfer_child", str(folder), kind]
     child = Process(command, environment, log)
     try:
         while (exit_code := child.wait(0.5)) is None:
-            pass
+            report()
+        report()
     except BaseException:
         child.kill()
         raise
