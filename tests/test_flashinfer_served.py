@@ -127,6 +127,16 @@ def test_what_is_missing_or_damaged_is_named(restored: Path, run: Run) -> None:
     assert refused.returncode and "damaged: flashinfer/" in refused.stderr
 
 
+def test_verify_fails_for_a_shape_of_the_gemm_that_the_artifact_lacks(
+    whole: building.Built, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "more.yaml").write_text(MANIFEST.replace("gemms: [", "gemms: [{n: 64, k: 128}, "))
+    arguments = ("verify", whole.packed.path, "--manifest", tmp_path / "more.yaml", "--flashinfer", FLASHINFER)
+    done = run(*arguments)
+    assert done.returncode == 11 and "wanted a complete cache, found missing for FlashInfer: 1" in done.stderr
+    assert "gemm_swapAB_64_128_" in done.stdout and "differs" not in done.stdout
+
+
 def test_a_kernel_that_flashinfers_gemm_misses_is_named_in_the_log(
     whole: building.Built, restored: Path, tmp_path: Path
 ) -> None:

@@ -218,7 +218,7 @@ class Report(_Document):
     Attributes:
         complete: serving would compile nothing: no missing kernel, no refused call, no damaged file.
         target: the artifact or the folder.
-        entries: how many entries the artifacts list.
+        entries: how many entries the artifacts list, FlashInfer's kernels and modules among them.
         uncovered: what the engine here would compile all the same, in a sentence each.
         on_gpu: what the real GPU showed; None where it was not asked, or the cache is not complete.
     """
@@ -242,11 +242,17 @@ class Report(_Document):
         if self.on_gpu and (path or not target.is_dir()):
             self.on_gpu.write(path or path_for(target), ArtifactError)
 
+    @property
+    def _for_flashinfer(self) -> list[FlashInferReplay]:
+        return [replay.flashinfer for replay in self.replays if replay.flashinfer]
+
     def problem(self) -> str | None:
         """Why the cache is not complete, in one sentence; None where it is."""
         counts = {
             "missing kernels": sum(len(replay.missing) for replay in self.replays),
             "refused calls": sum(len(replay.refusals) for replay in self.replays),
+            "missing for FlashInfer": sum(len(part.missing) for part in self._for_flashinfer),
+            "problems of FlashInfer": sum(len(part.problems) for part in self._for_flashinfer),
             "damaged files": len(self.damage),
         }
         problems = [f"{name}: {count}" for name, count in counts.items() if count]
@@ -259,6 +265,10 @@ class Report(_Document):
         if self.damage:
             return "remove what is damaged and restore the artifact again"
         incomplete = [replay for replay in self.replays if replay.missing]
+        if not incomplete and any(part.missing for part in self._for_flashinfer):
+            return "build an artifact from this manifest with the FlashInfer that serves"
+        if not incomplete and self._for_flashinfer and not any(replay.refusals for replay in self.replays):
+            return "serve with the FlashInfer that the artifact was built with; if it is that one, report it"
         if not incomplete:
             return "see the refused calls; a manifest that builds with this DeepGEMM has none"
         for difference in (item for replay in incomplete for item in replay.differences):

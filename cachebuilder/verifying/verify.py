@@ -79,11 +79,11 @@ def verify(
         servings: list[tuple[Serving, Launches]] = []
         for number, (model, artifacts) in enumerate(replayed):
             (work := scratch / str(number)).mkdir()
-            serving = Serving(folder, installation, model, compiler_text, work, nvml.first_gpu())
+            copy = flashinfers.find(Path(flashinfer) if flashinfer else None) if model.flashinfer else None
+            serving = Serving(folder, installation, model, compiler_text, work, nvml.first_gpu(), copy)
             replay, launches = virtual.replay(serving, artifacts, damage, progress)
-            if model.flashinfer:
-                found = flashinfers.find(Path(flashinfer) if flashinfer else None)
-                replay = replay.model_copy(update={"flashinfer": for_flashinfer.replay(serving, found, damage)})
+            if copy:
+                replay = replay.model_copy(update={"flashinfer": for_flashinfer.replay(serving, copy, damage)})
             replays.append(replay)
             servings.append((serving, launches))
         complete = not damage and all(replay.complete for replay in replays)
@@ -96,7 +96,9 @@ def verify(
         complete=complete,
         target=str(target),
         deep_gemm=DeepGemmCopy(path=str(installation.path), version=installation.version),
-        entries=len(folder.listed),
+        entries=len(
+            {(path, one.name) for index in folder.indexes for path, many in index.folders.items() for one in many}
+        ),
         damage=damage,
         replays=tuple(replays),
         uncovered=tuple(filter(None, (uncovered(arch, os.environ) for arch in sorted(archs)))),

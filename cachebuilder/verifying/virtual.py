@@ -22,6 +22,7 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.installation import Installation
 from cachebuilder.deepgemm.source import kernel_template
+from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.manifest.schema import Manifest
 from cachebuilder.planning.requests import selections
 from cachebuilder.planning.selection import Selection
@@ -49,6 +50,7 @@ class Serving:
         compiler_text: what the folder's frozen nvcc answers to ``--version``.
         scratch: a folder for the child processes.
         gpu: the GPU that is visible here, for what differs; it is not used.
+        flashinfer: the FlashInfer that will serve; None where the manifest needs none.
     """
 
     folder: RestoredFolder
@@ -57,6 +59,7 @@ class Serving:
     compiler_text: str
     scratch: Path
     gpu: VisibleGpu | None = None
+    flashinfer: FlashInfer | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -126,7 +129,12 @@ def replay(
     missing += _missing_sources(serving, damaged)
     hits = sorted(answer.launched - {kernel.entry for kernel in missing})
     machine = Machine(
-        serving.installation, serving.gpu, serving.environment, serving.compiler_text, tuple(manifest.all_sm_counts)
+        serving.installation,
+        serving.gpu,
+        serving.environment,
+        serving.compiler_text,
+        tuple(manifest.all_sm_counts),
+        serving.flashinfer,
     )
     nearest = min((machine.differences(artifact.index) for artifact in artifacts), key=len)
     report = Replay(
