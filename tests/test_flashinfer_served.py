@@ -31,6 +31,9 @@ from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import flashinfer as sweep
 from cachebuilder.verifying.verify import verify
 from tests.conftest import FLASHINFER, Run, kept_cubins, one_at_a_time
+from tests.users import STRANGER, as_user, ground, needs_root, owned
+
+__all__ = ["ground"]
 
 pytestmark = pytest.mark.slow
 
@@ -214,6 +217,29 @@ def test_where_flashinfers_own_package_is_installed_its_modules_serve_beside_our
     assert sorted(path.name for path in modules.iterdir()) == ["concat_mla", entries.GEMM_MODULE, "page"]
     assert (modules / "concat_mla/concat_mla.so").read_bytes() == b"its own"
     assert (modules / entries.GEMM_MODULE).resolve() == restored / "flashinfer/modules" / entries.GEMM_MODULE
+
+
+@needs_root
+def test_a_server_that_cannot_write_into_the_folder_gets_one_of_its_own_with_links(
+    whole: building.Built, machine: Machine, ground: Path
+) -> None:
+    index = restore([whole.packed.path], ground / "dir", machine=machine).index
+    own = owned(ground / "own")
+
+    def serve() -> None:
+        os.environ |= {"TMPDIR": str(own), "HOME": "/nowhere", "CACHEBUILDER_CACHE_DIR": str(own / "cache")}
+        for _ in range(2):  # a server starts again
+            place = places.usable(ground / "dir", [index], None)
+            assert place.flashinfer is not None and place.flashinfer.is_relative_to(own)
+            (place.flashinfer / "tmp").mkdir(exist_ok=True)  # FlashInfer does, and makes kernels in cache/
+            (place.flashinfer / "cache" / "new").mkdir(exist_ok=True)
+            cubin = place.flashinfer / "cache" / ENTRIES[0] / entries.CUBIN
+            assert cubin.read_bytes() == (ground / "dir/flashinfer/cache" / ENTRIES[0] / entries.CUBIN).read_bytes()
+            assert (place.flashinfer / "modules" / "page" / "page.so").is_file()
+            assert (place.flashinfer / "python/flashinfer_jit_cache/__init__.py").is_file()
+            assert any("flashinfer" in note for note in place.notes)
+
+    as_user(STRANGER, serve)
 
 
 def test_a_module_that_flashinfer_does_not_have_is_named(tmp_path: Path) -> None:

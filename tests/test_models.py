@@ -758,3 +758,36 @@ def test_the_verb_writes_to_standard_output_and_names_a_wrong_gpu(tmp_path: Path
     result = run("--model", file, "--engine", "sglang", "--gpu", "A100")
     assert isinstance(result.exception, ModelError)
     assert "--gpu: wanted one of" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "expected"),
+    [
+        pytest.param("H200", "vllm", {"n": 7168, "k": 2048}, id="vllm-on-sm90"),
+        pytest.param("H200", "sglang", "wanted vLLM on an SM90 GPU, found sglang", id="another-engine"),
+        pytest.param("B200", "vllm", "wanted vLLM on an SM90 GPU, found vllm on B200", id="another-gpu"),
+    ],
+)
+def test_what_vllm_takes_from_flashinfer_is_written_where_it_takes_something(
+    tmp_path: Path, gpu: str, engine: str, expected: dict[str, int] | str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(configs.DEEPSEEK_V3))
+    result = run("--model", file, "--engine", engine, "--gpu", gpu, "--tp", "8", "--flashinfer")
+    if isinstance(expected, str):
+        assert isinstance(result.exception, ModelError)
+        assert expected in str(result.exception)
+    else:
+        needs = manifests.parse(result.output.encode()).flashinfer
+        assert needs is not None
+        assert expected in [{"n": gemm.n, "k": gemm.k} for gemm in needs.gemms]
+
+
+def test_a_model_that_takes_nothing_from_flashinfer_is_told_so(tmp_path: Path) -> None:
+    attention = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(48) for name in "qkvo"]
+    quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": attention}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(configs.QWEN3_30B | {"quantization_config": quantization}))
+    result = run("--model", file, "--engine", "vllm", "--gpu", "H200", "--flashinfer")
+    assert isinstance(result.exception, ModelError)
+    assert "found none" in str(result.exception)

@@ -24,13 +24,7 @@ from cachebuilder.errors import CacheBuilderError, CompileError, InstallationErr
 from cachebuilder.flashinfer import entries, stand_in
 from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.flashinfer.schema import Gemm
-from cachebuilder.sweep.flashinfer_protocol import (
-    PLACEHOLDER_KERNEL,
-    GemmsAnswer,
-    GemmsJob,
-    ModulesAnswer,
-    ModulesJob,
-)
+from cachebuilder.sweep.flashinfer_protocol import GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
 from cachebuilder.sweep.process import Compiler
 from cachebuilder.sweep.protocol import ANSWER, FAILURE, JOB, Failure
 from cachebuilder.sweep.warm import Process
@@ -117,15 +111,11 @@ def requested_kernels(
             folder.name: Request((folder / "kernel.cu").read_text(), _flags(folder / "flags.txt"))
             for folder in sorted((nvcc.parent / "requests").glob("*"))
         }
-    launched = {
-        name: name.removeprefix(PLACEHOLDER_KERNEL)
-        for sweep in answer.sweeps
-        for span in sweep.spans
-        for name in span.entries
-    }
-    if strange := sorted(entry for entry in launched.values() if entry not in requests or not entries.is_entry(entry)):
-        raise PlanError(f"wanted an entry for every kernel that FlashInfer's GEMM launched, found {strange[0]!r}")
-    return _renamed(answer, launched), {entry: requests[entry] for entry in sorted(set(launched.values()))}
+    launched = sorted({entry for swept in answer.sweeps for span in swept.spans for entry in span.entries})
+    for entry in launched:
+        if entry not in requests or not entries.is_entry(entry):
+            raise PlanError(f"wanted an entry for every kernel that FlashInfer's GEMM launched, found {entry!r}")
+    return answer, {entry: requests[entry] for entry in launched}
 
 
 def call_gemms(
@@ -182,25 +172,6 @@ def arch_of(gpu: Gpu) -> str:
 
 def _flags(path: Path) -> tuple[str, ...]:
     return tuple(flag for flag in path.read_text().split() if not flag.startswith("-I"))
-
-
-def _renamed(answer: GemmsAnswer, names: Mapping[str, str]) -> GemmsAnswer:
-    """The same answer with other names for the launched kernels."""
-    return answer.model_copy(
-        update={
-            "sweeps": tuple(
-                sweep.model_copy(
-                    update={
-                        "spans": tuple(
-                            span.model_copy(update={"entries": tuple(names[one] for one in span.entries)})
-                            for span in sweep.spans
-                        )
-                    }
-                )
-                for sweep in answer.sweeps
-            )
-        }
-    )
 
 
 def _cuda_home(toolchain: Toolchain, home: Path) -> Path:

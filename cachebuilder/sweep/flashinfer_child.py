@@ -25,7 +25,7 @@ from typing import Any
 from cachebuilder.flashinfer.entries import GEMM_FUNCTION
 from cachebuilder.flashinfer.schema import Gemm
 from cachebuilder.sweep import protocol
-from cachebuilder.sweep.flashinfer_protocol import GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
+from cachebuilder.sweep.flashinfer_protocol import PLACEHOLDER_KERNEL, GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
 from cachebuilder.sweep.loading import JobError, import_package, text
 from cachebuilder.sweep.protocol import Failure, OpSweep, Span
 from cachebuilder.sweep.worker import LaunchLog
@@ -184,7 +184,7 @@ def _spans(gemm: Any, shape: Gemm, torch: Any, log: LaunchLog) -> Iterator[Span]
             gemm(activations[:m], weight, None, scales, out_dtype=torch.bfloat16)
         except Exception as error:
             raise JobError("refused", f"{shape} at m {m}: {error}") from error
-        return tuple(map(log.path, log.take()))
+        return tuple(log.path(number).removeprefix(PLACEHOLDER_KERNEL) for number in log.take())
 
     for entries, group in itertools.groupby(range(1, shape.max_m + 1), launched_at):
         values = list(group)

@@ -7,9 +7,8 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.flashinfer.schema import Gemm
 from cachebuilder.sweep.protocol import OpSweep
 
-#: What the sweep's compiler writes in place of a cubin, up to the entry's name. FlashInfer looks for a kernel with this
-#: part in its name, and the virtual GPU takes the rest of the line for the name of the kernel.
-PLACEHOLDER = "to be compiled: "
+#: What the sweep's compiler calls the kernel in a placeholder, up to the entry's name. FlashInfer takes a kernel with
+#: this part in its name, and the virtual GPU reads the name in the placeholder.
 PLACEHOLDER_KERNEL = "fp8_gemm_kernel "
 
 
@@ -46,8 +45,8 @@ class GemmsAnswer(Record):
     """What the calls launched.
 
     Attributes:
-        sweeps: one for each shape, in order. ``entries`` has the names of the launched kernels: the mangled name in a
-            real cubin, for a placeholder `PLACEHOLDER_KERNEL` and the entry's name.
+        sweeps: one for each shape, in order. ``entries`` has the mangled names of the launched kernels, but the entry's
+            name where a placeholder was launched.
         calls: how often FlashInfer was called.
     """
 

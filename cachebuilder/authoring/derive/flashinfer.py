@@ -36,4 +36,9 @@ def flashinfer_needs(config: Config, serving: Serving, derived: Derived) -> Flas
         heads = config.number("num_attention_heads") // serving.ranks.attention
         sizes = heads, config.number("qk_nope_head_dim"), config.number("qk_rope_head_dim", least=0)
         modules = ["concat_mla"] if sizes == _CONCAT_MLA else []
+    if not shapes and not modules:
+        raise ModelError(
+            f"{config.path}: wanted block-FP8 linear layers, which vLLM serves by FlashInfer for M < 32, found none",
+            hint="leave --flashinfer out",
+        )
     return FlashInferNeeds(modules=modules, gemms=[Gemm(n=n, k=k) for n, k in shapes])
