@@ -773,7 +773,7 @@ def test_what_vllm_takes_from_flashinfer_is_written_where_it_takes_something(
 ) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(configs.DEEPSEEK_V3))
-    result = run("--model", file, "--engine", engine, "--gpu", gpu, "--tp", "8", "--flashinfer")
+    result = run("--model", file, "--engine", engine, "--gpu", gpu, "--tp", "8", "--with-flashinfer")
     if isinstance(expected, str):
         assert isinstance(result.exception, ModelError)
         assert expected in str(result.exception)
@@ -788,6 +788,6 @@ def test_a_model_that_takes_nothing_from_flashinfer_is_told_so(tmp_path: Path) -
     quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": attention}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(configs.QWEN3_30B | {"quantization_config": quantization}))
-    result = run("--model", file, "--engine", "vllm", "--gpu", "H200", "--flashinfer")
+    result = run("--model", file, "--engine", "vllm", "--gpu", "H200", "--with-flashinfer")
     assert isinstance(result.exception, ModelError)
     assert "found none" in str(result.exception)

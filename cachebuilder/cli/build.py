@@ -13,7 +13,7 @@ from cachebuilder.authoring.observe import observe as observing
 from cachebuilder.authoring.record import check_writable
 from cachebuilder.building import Built
 from cachebuilder.cli import remote, shared
-from cachebuilder.cli.observe import find_gpu, print_summary
+from cachebuilder.cli.observe import EngineOptions, find_gpu, print_summary
 from cachebuilder.cli.push import run_push
 from cachebuilder.cli.words import several, size
 from cachebuilder.common.files import make_folders, write_atomically
@@ -33,7 +33,12 @@ class _Options:
 
 @click.command()
 @click.argument("manifest_or_command", metavar="MANIFEST | -- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option("--gpu", metavar="NAME", help="With -- CMD: the GPU to show to the engine, for example H200.")
+@shared.option_group(
+    "engine",
+    EngineOptions,
+    click.option("--gpu", metavar="NAME", help="With -- CMD: the GPU to show to the engine, for example H200."),
+    shared.with_flashinfer_option,
+)
 @click.option(
     "-o",
     "--output",
@@ -60,7 +65,7 @@ class _Options:
 )
 def build(
     manifest_or_command: tuple[str, ...],
-    gpu: str | None,
+    engine: EngineOptions,
     output: Path | str | None,
     tools: shared.ToolPaths,
     device: DeviceChoice,
@@ -71,8 +76,10 @@ def build(
     With --gpu and an engine's serve command CMD, `observe` writes the manifest first, as ARTIFACT.manifest.yaml. Also
     writes the record of the build, ARTIFACT.build.json, which `report` reads.
     """
-    if gpu is not None:
-        manifest, tools, output = _observe(manifest_or_command, gpu, output, tools)
+    if engine.gpu is not None:
+        manifest, tools, output = _observe(manifest_or_command, engine, output, tools)
+    elif engine.with_flashinfer:
+        raise click.UsageError("--with-flashinfer goes with -- CMD; a MANIFEST has a field flashinfer")
     elif len(manifest_or_command) > 1:
         words = " ".join(manifest_or_command)
         raise click.UsageError(f"wanted one MANIFEST, found {words}; an engine's command wants --gpu NAME")
@@ -95,7 +102,7 @@ def build(
 
 
 def _observe(
-    command: tuple[str, ...], gpu: str, output: Path | str | None, tools: shared.ToolPaths
+    command: tuple[str, ...], engine: EngineOptions, output: Path | str | None, tools: shared.ToolPaths
 ) -> tuple[Path, shared.ToolPaths, Path | str]:
     """Observe an engine; returns the manifest, the DeepGEMM that the engine called, and the artifact's file."""
     if tools.deep_gemm is not None:
@@ -103,9 +110,14 @@ def _observe(
     _check_output(output)  # before the minutes that an observation takes
     with shared.show_progress() as progress:
         observation = observing.observe(
-            command, find_gpu(gpu), nvcc=tools.nvcc, environment=os.environ, progress=progress
+            command,
+            find_gpu(engine.gpu or ""),
+            with_flashinfer=engine.with_flashinfer,
+            nvcc=tools.nvcc,
+            environment=os.environ,
+            progress=progress,
         )
-    print_summary(observation)
+    print_summary(observation, engine)
     data = observation.manifest.encode()
     default = Path("dist") / f"{manifests.parse(data, 'observed').name}.tar.zst"
     file = default if output is None or remote.is_remote(output) else Path(output)
@@ -113,7 +125,7 @@ def _observe(
     make_folders(manifest.parent)
     write_atomically(manifest, data, ManifestError)
     shared.say(f"manifest  {manifest}")
-    return manifest, shared.ToolPaths(tools.nvcc, observation.installation.path), output or file
+    return manifest, shared.ToolPaths(tools.nvcc, observation.installation.path, tools.flashinfer), output or file
 
 
 def _check_output(output: Path | str | None) -> None:

@@ -64,9 +64,7 @@ def _complete_gpu(context: click.Context, parameter: click.Parameter, incomplete
         show_default=True,
         help="Whose kernels run the routed experts, in vLLM's words; other: leave them out.",
     ),
-    click.option(
-        "--flashinfer", is_flag=True, help="Also what vLLM takes from FlashInfer on SM90; building it needs FlashInfer."
-    ),
+    shared.with_flashinfer_option,
     click.option("--low-latency", is_flag=True, help="DeepEP's low-latency dispatch brings tokens to the experts."),
 )
 @click.option("--name", help="The manifest's name; default: the model's, the ranks, the GPU and the engine.")

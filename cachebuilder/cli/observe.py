@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -18,6 +19,14 @@ from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import ManifestError, VerifyError
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is observed: the name of the GPU that it sees; whether it takes from FlashInfer what it would."""
+
+    gpu: str | None
+    with_flashinfer: bool
+
+
 @click.command()
 @click.argument("command", metavar="-- CMD...", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="The manifest to write.")
@@ -28,12 +37,22 @@ from cachebuilder.errors import ManifestError, VerifyError
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="Compare with this manifest: exit code 11 if it lacks a kernel.",
 )
-@click.option("--gpu", required=True, metavar="NAME", help="The GPU to show to the engine, for example H200.")
+@shared.option_group(
+    "engine",
+    EngineOptions,
+    click.option("--gpu", required=True, metavar="NAME", help="The GPU to show to the engine, for example H200."),
+    shared.with_flashinfer_option,
+)
 @click.option("--name", help="The manifest's name; default: the model's and the GPU's.")
 @shared.nvcc_option
 @shared.progress_options
 def observe(
-    command: tuple[str, ...], output: Path | None, known: Path | None, gpu: str, name: str | None, nvcc: Path | None
+    command: tuple[str, ...],
+    output: Path | None,
+    known: Path | None,
+    engine: EngineOptions,
+    name: str | None,
+    nvcc: Path | None,
 ) -> None:
     """Run an engine's serve command CMD on a virtual GPU, and write what it asks DeepGEMM for into a manifest.
 
@@ -42,19 +61,25 @@ def observe(
     """
     if output is None and known is None:
         raise click.UsageError("wanted -o FILE for a new manifest, or --check MANIFEST, or both")
-    target = find_gpu(gpu)
+    target = find_gpu(engine.gpu or "")
     if output is not None:
         check_writable(output)
     lack = None
     with shared.show_progress() as progress:
         observation = observing.observe(
-            command, target, name=name, nvcc=nvcc, environment=os.environ, progress=progress
+            command,
+            target,
+            name=name,
+            with_flashinfer=engine.with_flashinfer,
+            nvcc=nvcc,
+            environment=os.environ,
+            progress=progress,
         )
         if output is not None:
             write_atomically(output, observation.manifest.encode(), ManifestError)
         if known is not None:
             lack = observing.check(observation, known, nvcc, progress)
-    print_summary(observation)
+    print_summary(observation, engine)
     if output is not None:
         shared.say(f"manifest  {output}")
         shared.say(f"next      cachebuilder build {output} --deep-gemm {observation.installation.path}")
@@ -70,7 +95,7 @@ def find_gpu(name: str) -> Gpu:
         raise click.BadParameter(str(error), param_hint="--gpu") from None
 
 
-def print_summary(observation: Observation) -> None:
+def print_summary(observation: Observation, engine: EngineOptions) -> None:
     """Print what was changed, called and planned."""
     run, observed = observation.run, observation.observed
     for change in observation.changes:
@@ -88,6 +113,10 @@ def print_summary(observation: Observation) -> None:
             f"uncalled  {one.modules}: {modules} with quantised weights {shapes}{by_warmup}: no request reached them, "
             "or the engine serves them with another kernel"
         )
+    if needs := observation.flashinfer:
+        parts = [*needs.modules, *([words.several(len(needs.gemms), "GEMM shape")] if needs.gemms else [])]
+        then = "" if engine.with_flashinfer else ", which --with-flashinfer adds to the manifest"
+        shared.say(f"compiles  FlashInfer would compile {', '.join(parts)} in the serving process{then}")
     ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")
     shared.say(
         f"kernels   {len(observation.requested)} asked for in this run; {ops} and {sources} ask for "
@@ -97,11 +126,15 @@ def print_summary(observation: Observation) -> None:
 
 def _print_lack(observation: Observation, known: Path, lack: observing.Lack) -> None:
     """What a manifest lacks; ends the process where that is a kernel."""
-    if not lack.kernels:
+    if not lack:
         shared.say(f"check     {known} asks for all of them")
         return
     for name, count in lack.names.items():
         console.echo(f"missing   {name}: {words.several(count, 'kernel')}")
+    for gemm in lack.flashinfer.gemms:
+        console.echo(f"missing   FlashInfer's GEMM {gemm} up to m={gemm.max_m}")
+    for module in lack.flashinfer.modules:
+        console.echo(f"missing   FlashInfer's module {module}")
     console.echo(
         f"{known} lacks {lack.kernels} kernels, of which this run asked for {lack.requested}. What was observed:"
     )

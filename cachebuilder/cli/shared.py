@@ -43,6 +43,9 @@ flashinfer_option = click.option(
     metavar="FOLDER",
     help="The flashinfer package, for a manifest that needs one; default: the installed one.",
 )
+with_flashinfer_option = click.option(
+    "--with-flashinfer", is_flag=True, help="Also what the engine takes from FlashInfer; building it needs FlashInfer."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 

@@ -23,7 +23,7 @@ def flashinfer_needs(config: Config, serving: Serving, derived: Derived) -> Flas
     """
     if serving.name != "vllm" or serving.gpu.major != 9:
         raise ModelError(
-            f"--flashinfer: wanted vLLM on an SM90 GPU, found {serving.name} on {serving.gpu.name}",
+            f"--with-flashinfer: wanted vLLM on an SM90 GPU, found {serving.name} on {serving.gpu.name}",
             hint="leave it out: there every M is DeepGEMM's",
         )
     shapes = {
@@ -39,6 +39,6 @@ def flashinfer_needs(config: Config, serving: Serving, derived: Derived) -> Flas
     if not shapes and not modules:
         raise ModelError(
             f"{config.path}: wanted block-FP8 linear layers, which vLLM serves by FlashInfer for M < 32, found none",
-            hint="leave --flashinfer out",
+            hint="leave --with-flashinfer out",
         )
     return FlashInferNeeds(modules=modules, gemms=[Gemm(n=n, k=k) for n, k in shapes])

@@ -28,14 +28,14 @@ class Deployment(EngineOptions):
         engine: one of `ENGINES`.
         engine_version: None: the newest whose source was read.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
-        flashinfer: also what the engine takes from FlashInfer.
+        with_flashinfer: also what the engine takes from FlashInfer.
     """
 
     engine: str
     engine_version: str | None = None
     gpu: str
     moe_backend: MoeBackend = "deep_gemm"
-    flashinfer: bool = False
+    with_flashinfer: bool = False
 
     def serving(self) -> Serving:
         """The engine's rules for this deployment.
@@ -79,7 +79,7 @@ def derive_manifest(model: Path, deployment: Deployment, name: str | None = None
     """
     config, serving = Config.read(model), deployment.serving()
     derived = derive(config, serving)
-    needs = flashinfer_needs(config, serving, derived) if deployment.flashinfer else None
+    needs = flashinfer_needs(config, serving, derived) if deployment.with_flashinfer else None
     text = manifest_text(config, serving, derived, name, needs)
     manifests.parse(text.encode(), "the written manifest")
     return DerivedManifest(text, config, serving, derived)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.derive import Derived
 from cachebuilder.authoring.derive.serving import Serving
+from cachebuilder.authoring.flashinfer_text import flashinfer_lines
 from cachebuilder.common.version import __version__
 from cachebuilder.flashinfer.schema import FlashInferNeeds
 from cachebuilder.ops.catalog import OpBase
@@ -60,15 +61,6 @@ def manifest_text(
     if flashinfer:
         lines += flashinfer_lines(flashinfer)
     return "\n".join(lines) + "\n"
-
-
-def flashinfer_lines(needs: FlashInferNeeds) -> list[str]:
-    """The manifest's ``flashinfer``, with what it is for."""
-    lines = [
-        "# What FlashInfer would compile in the serving process: modules, and kernels of linear layers for M < 32."
-    ]
-    lines += ["flashinfer:", *([f"  modules: [{', '.join(needs.modules)}]"] if needs.modules else [])]
-    return [*lines, "  gemms:", *(f"    - {{n: {gemm.n}, k: {gemm.k}}}" for gemm in needs.gemms)]
 
 
 def default_name(config: Config, serving: Serving) -> str:

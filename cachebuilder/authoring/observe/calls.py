@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from cachebuilder.common.records import Record
 from cachebuilder.errors import RecordingError
+from cachebuilder.flashinfer.entries import GEMM_FUNCTION
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.seen import Inexpressible, SeenCall, Tensor
 
@@ -54,6 +55,7 @@ class SeenOp:
         sm_counts: DeepGEMM's SM counts at the calls.
         alignments: DeepGEMM's alignments of rows at the calls.
         takes_context: a call took up cached context.
+        least: the smallest value of its variable outside the engine's own warm-up; None where there was none.
     """
 
     name: str
@@ -66,6 +68,7 @@ class SeenOp:
     sm_counts: set[int] = field(default_factory=set)
     alignments: set[int] = field(default_factory=set)
     takes_context: bool = False
+    least: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Observed:
         uncalled: the model's quantised modules that called nothing.
         copies: the folders of the DeepGEMMs that were called.
         processes: how many processes called.
+        flashinfer_modules: what FlashInfer would have compiled, by its names.
+        flashinfer_gemms: N and K of each weight that FlashInfer's own DeepGEMM was called with → the largest M.
     """
 
     ops: tuple[SeenOp, ...]
@@ -103,6 +108,8 @@ class Observed:
     copies: tuple[Path, ...]
     facts: Facts
     processes: int
+    flashinfer_modules: tuple[str, ...] = ()
+    flashinfer_gemms: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def calls(self) -> int:
@@ -111,7 +118,7 @@ class Observed:
 
 
 class _Call(Record):
-    """One kind of call, as ``inside/sitecustomize.py`` writes it."""
+    """One kind of call, as ``inside/_cachebuilder_calls.py`` writes it."""
 
     function: str
     copy_folder: str
@@ -127,11 +134,17 @@ def read(folder: Path) -> Observed:
     ops: dict[str, SeenOp] = {}
     unexpressed: dict[str, int] = {}
     copies: dict[Path, None] = {}
+    gemms: dict[tuple[int, int], int] = {}
     files = sorted(folder.glob("calls-*.jsonl"))
     functions = {name: model for model in OPS.values() for name in model.names()}
     called: dict[bool, set[str]] = {False: set(), True: set()}  # in the warm-up or not → the modules that called
     for file in files:
         for call, count in _read_file(file):
+            if call.function == GEMM_FUNCTION:
+                shape, m = _flashinfer_gemm(call)
+                gemms[shape] = max(gemms.get(shape, 0), m)
+                called[False].update(map(_module, filter(_is_module, call.callers)))
+                continue
             copies[Path(call.copy_folder)] = None
             if _LOADING not in call.callers:
                 called[_WARMUP in call.callers].update(map(_module, filter(_is_module, call.callers)))
@@ -147,14 +160,16 @@ def read(folder: Path) -> Observed:
             except (KeyError, Inexpressible) as error:
                 why = f"{call.function}: {error}" if isinstance(error, Inexpressible) else f"{call.function}: no op"
                 unexpressed[why] = unexpressed.get(why, 0) + count
-    facts, modules = _facts(folder)
+    notes = _notes(folder)
     return Observed(
         ops=tuple(ops.values()),
         unexpressed=unexpressed,
-        uncalled=_uncalled(modules, called[False], called[True]),
+        uncalled=_uncalled(notes.modules, called[False], called[True]),
         copies=tuple(copies),
-        facts=facts,
+        facts=notes.facts,
         processes=len(files),
+        flashinfer_modules=tuple(sorted(notes.flashinfer)),
+        flashinfer_gemms=gemms,
     )
 
 
@@ -197,6 +212,8 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
     if value is not None:
         op.maximum = max(op.maximum or 0, value)
         op.values.add(value)
+        if _WARMUP not in call.callers:
+            op.least = value if op.least is None else min(op.least, value)
     op.modules.update(_family(_module(place)) for place in call.callers if _is_module(place))
     op.places.update(place for place in call.callers if ".py:" in place)
     op.sm_counts.add(seen.sm_count)
@@ -205,10 +222,36 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
     op.takes_context |= not _CONTEXT.isdisjoint(call.callers)
 
 
-def _facts(folder: Path) -> tuple[Facts, dict[str, list[list[int]]]]:
-    """The largest of each fact over all processes; and the models' quantised modules with their weights' shapes."""
+def _flashinfer_gemm(call: _Call) -> tuple[tuple[int, int], int]:
+    """N and K of a call of FlashInfer's GEMM, and M; its first two arguments are ``input`` and ``weight``."""
+    activations, weight = (
+        _value(call.kwargs.get(name, call.args[place] if place < len(call.args) else None))
+        for place, name in enumerate(("input", "weight"))
+    )
+    if not isinstance(activations, Tensor) or not isinstance(weight, Tensor):
+        raise RecordingError(f"{call.function}: wanted two tensors, input and weight; found {activations}, {weight}")
+    n, k = weight.shape
+    return (n, k), activations.shape[0]
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the processes wrote down about the engine: the largest of each fact, and sets of names.
+
+    Attributes:
+        modules: the models' quantised modules → their weights' shapes.
+        flashinfer: the modules that FlashInfer would have compiled.
+    """
+
+    facts: Facts
+    modules: Mapping[str, list[list[int]]]
+    flashinfer: frozenset[str]
+
+
+def _notes(folder: Path) -> _Notes:
     facts: dict[str, Any] = {}
     modules: dict[str, list[list[int]]] = {}
+    flashinfer: set[str] = set()
     for file in sorted(folder.glob("facts-*.jsonl")):
         for line in file.read_text().splitlines():
             for name, value in json.loads(line).items():
@@ -216,7 +259,9 @@ def _facts(folder: Path) -> tuple[Facts, dict[str, list[list[int]]]]:
                     facts[name] = max(facts.get(name, value), value)
                 elif name == "modules":
                     modules |= value
-    return Facts(**facts), modules
+                elif name == "flashinfer":
+                    flashinfer.update(value)
+    return _Notes(Facts(**facts), modules, frozenset(flashinfer))
 
 
 def _is_module(caller: str) -> bool:

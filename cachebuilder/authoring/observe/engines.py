@@ -81,15 +81,18 @@ class _Arguments:
             self.changes.append(Change(" ".join(options), why))
 
 
-def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> Launch:
+def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, with_flashinfer: bool = False) -> Launch:
     """How ``command`` is run: a serve command of vLLM is changed; anything else is run to its end as it is.
+
+    Args:
+        with_flashinfer: let the engine take from FlashInfer what it would take while it serves.
 
     Raises:
         RecordingError: the command asks for something that cannot be observed yet.
     """
     names = [os.path.basename(argument) for argument in command]
     if names[:2] == ["vllm", "serve"] or "vllm.entrypoints.openai.api_server" in command:
-        return _vllm(command, environment, gpu)
+        return _vllm(command, environment, gpu, with_flashinfer)
     if "sglang.launch_server" in command or names[:2] == ["sglang", "serve"]:
         raise RecordingError(
             "wanted a serve command of vLLM, found one of SGLang, which cannot be observed yet",
@@ -98,7 +101,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> 
     return Launch(tuple(command), {}, (), None, "")
 
 
-def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> Launch:
+def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, with_flashinfer: bool) -> Launch:
     arguments = _Arguments(command)
     model = arguments.value("--model") or _first_operand(command)
     arguments.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
@@ -114,9 +117,6 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         port = str(_free_port())
         arguments.add("a free port, for this run's own requests", "--port", port)
     added: dict[str, tuple[str, str]] = {
-        "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": ("0", "FlashInfer's copy of DeepGEMM has its own cache; without it, "
-        "every M goes to DeepGEMM"),
-        "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
         "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
         "FLASHINFER_CUDA_ARCH_LIST": (f"{gpu.major}.{gpu.minor}a", "FlashInfer would ask the GPU for it at import, and "
         "a process that uses a GPU cannot fork"),
@@ -125,6 +125,12 @@ def _vllm(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu) -> L
         "TILELANG_DISABLE_CACHE": ("1", "what was not compiled must not be kept"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
     }  # fmt: skip
+    if not with_flashinfer:
+        added |= {
+            "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": ("0", "FlashInfer's copy of DeepGEMM has its own cache; without it, "
+            "every M goes to DeepGEMM"),
+            "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
+        }  # fmt: skip
     if os.path.isdir(model):
         added["HF_HUB_OFFLINE"] = ("1", "the model's folder is here: no network")
     stages = arguments.number("--pipeline-parallel-size", "-pp")

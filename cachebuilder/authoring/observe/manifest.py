@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cachebuilder.authoring.flashinfer_text import flashinfer_lines
 from cachebuilder.authoring.observe.calls import Facts, Observed, SeenOp
 from cachebuilder.common.version import __version__
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.flashinfer.schema import FlashInferNeeds
 from cachebuilder.ops.catalog import OPS
 
 _WIDTH = 120
@@ -27,12 +29,14 @@ class About:
         name: the manifest's.
         command: the user's, in one line.
         requests: how many were sent.
+        flashinfer: what the engine takes from FlashInfer, where the manifest is to have that.
     """
 
     gpu: Gpu
     name: str
     command: str
     requests: int
+    flashinfer: FlashInferNeeds | None = None
 
 
 def manifest_text(observed: Observed, about: About, environment: Mapping[str, str]) -> str:
@@ -53,6 +57,8 @@ def manifest_text(observed: Observed, about: About, environment: Mapping[str, st
         for text in _about(op, facts):
             lines += ["  " + line for line in _comment(text, width=_WIDTH - 2)]
         lines.append(f"  - {_flow(_fields(op, facts, about.gpu))}")
+    if about.flashinfer:
+        lines += flashinfer_lines(about.flashinfer)
     return "\n".join(lines) + "\n"
 
 

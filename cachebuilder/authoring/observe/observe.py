@@ -18,6 +18,7 @@ from cachebuilder.authoring import sources
 from cachebuilder.authoring.observe import calls, engines, program
 from cachebuilder.authoring.observe.calls import Observed
 from cachebuilder.authoring.observe.engines import Change
+from cachebuilder.authoring.observe.flashinfer import flashinfer_needs, missing_needs
 from cachebuilder.authoring.observe.manifest import About, manifest_text
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.progress import Progress, no_progress
@@ -27,6 +28,7 @@ from cachebuilder.deepgemm import installation as installations
 from cachebuilder.deepgemm.environment import kernel_variables
 from cachebuilder.deepgemm.installation import Installation, package_folder
 from cachebuilder.errors import RecordingError
+from cachebuilder.flashinfer.schema import FlashInferNeeds
 from cachebuilder.manifest import schema as manifests
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
@@ -44,6 +46,7 @@ class Observation:
         planned: the same for each kernel that the manifest asks for, those included.
         sources: how many of the engine's kernels no op asks for.
         changes: what was changed in the user's command and environment.
+        flashinfer: what the engine took from FlashInfer.
     """
 
     manifest: str
@@ -53,6 +56,7 @@ class Observation:
     planned: Mapping[str, str]
     sources: int
     changes: tuple[Change, ...]
+    flashinfer: FlashInferNeeds | None
 
     @property
     def observed(self) -> Observed:
@@ -62,11 +66,22 @@ class Observation:
 
 @dataclass(frozen=True)
 class Lack:
-    """What a manifest lacks: kernels, by DeepGEMM's name and in all, and those that this very run asked for."""
+    """What a manifest lacks.
+
+    Attributes:
+        names: DeepGEMM's names of the kernels → how many of that name.
+        kernels: how many in all.
+        requested: how many of them this very run asked for.
+        flashinfer: modules and shapes of GEMMs for FlashInfer.
+    """
 
     names: Mapping[str, int]
     kernels: int
     requested: int
+    flashinfer: FlashInferNeeds
+
+    def __bool__(self) -> bool:
+        return bool(self.kernels or self.flashinfer.modules or self.flashinfer.gemms)
 
 
 def observe(
@@ -74,6 +89,7 @@ def observe(
     gpu: Gpu,
     *,
     name: str | None = None,
+    with_flashinfer: bool = False,
     nvcc: Path | None = None,
     environment: Mapping[str, str],
     progress: Progress = no_progress,
@@ -84,6 +100,7 @@ def observe(
         command: the user's serve command, or a program that calls DeepGEMM and ends. Its Python must have the torch
             that this one has, since the virtual GPU is made for that.
         name: the manifest's; default: from the model and the GPU.
+        with_flashinfer: let the engine take from FlashInfer what it would take while it serves, and write that too.
         environment: the user's variables.
         progress: the steps are "start", "requests" and "plan".
 
@@ -94,7 +111,7 @@ def observe(
         InstallationError, ToolchainError: something is missing on this machine.
     """
     toolchain = toolchains.find(nvcc)
-    launch = engines.launch(command, environment, gpu)
+    launch = engines.launch(command, environment, gpu, with_flashinfer)
     with scratch_folder() as folder:
         compiler = recording_compiler(folder, toolchain.version_text)
         setting = program.Setting(gpu, compiler, folder, environment)
@@ -102,7 +119,14 @@ def observe(
         installation = _installation(run.observed, command)
         entries = read_entries(setting.root, installation.generation).values()
         requested = {entry.source: entry.kernel_name for entry in entries}
-        about = About(gpu, name or _name(launch.model, gpu), shlex.join(command), run.requests)
+        needs = flashinfer_needs(run.observed)
+        about = About(
+            gpu,
+            name or _name(launch.model, gpu),
+            shlex.join(command),
+            run.requests,
+            needs if with_flashinfer else None,
+        )
         text = manifest_text(run.observed, about, kernel_variables(installation.generation, environment))
         draft = folder / "manifest.yaml"
         draft.write_text(text)
@@ -127,6 +151,7 @@ def observe(
             planned=planned | missing,
             sources=len(missing),
             changes=launch.changes,
+            flashinfer=needs,
         )
 
 
@@ -142,7 +167,8 @@ def check(observation: Observation, path: Path, nvcc: Path | None = None, progre
     known = _plan(inputs, progress)
     lacking = {source: kernel for source, kernel in observation.planned.items() if source not in known}
     requested = sum(source in observation.requested for source in lacking)
-    return Lack(dict(Counter(lacking.values())), len(lacking), requested)
+    needs = missing_needs(observation.flashinfer, manifest.flashinfer)
+    return Lack(dict(Counter(lacking.values())), len(lacking), requested, needs)
 
 
 def _plan(inputs: Inputs, progress: Progress) -> dict[str, str]:

@@ -24,10 +24,11 @@ _GENERATE = "/inference/v1/generate"
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of ``tokens`` tokens, answered with ``answer`` ones."""
+    """A prompt of ``tokens`` tokens, answered with ``answer`` ones; ``sampled``: from the likeliest tokens only."""
 
     tokens: int
     answer: int
+    sampled: bool = False
 
 
 def requests(facts: Facts) -> list[list[Request]]:
@@ -37,6 +38,9 @@ def requests(facts: Facts) -> list[list[Request]]:
     several = min(facts.max_num_seqs or 8, 8)
     batches = [
         [Request(1, 2)],
+        # Around the sizes at which an engine may go from one kernel to another.
+        *([Request(min(tokens, longest), 1)] for tokens in (15, 16, 31, 32, 63, 64)),
+        [Request(min(9, longest), 2, sampled=True)],
         [Request(min(37, longest), 2)],
         # Longer than a step: its second chunk has the first one as cached context.
         [Request(min(step + step // 2, longest), 2)],
@@ -75,10 +79,10 @@ def send(address: str, batches: list[list[Request]], progress: Callable[[int, in
 
 
 def _send(address: str, request: Request) -> None:
-    body = {
-        "token_ids": [1 + i % 1000 for i in range(request.tokens)],
-        "sampling_params": {"max_tokens": request.answer, "ignore_eos": True, "detokenize": False},
-    }
+    sampling: dict[str, float] = {"max_tokens": request.answer, "ignore_eos": True, "detokenize": False}
+    if request.sampled:
+        sampling |= {"top_k": 20, "top_p": 0.95}
+    body = {"token_ids": [1 + i % 1000 for i in range(request.tokens)], "sampling_params": sampling}
     message = urllib.request.Request(
         address + _GENERATE, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

@@ -18,6 +18,8 @@ from typing import Any
 FOLDER = os.environ.get("CACHEBUILDER_OBSERVE", "")
 #: Types of quantised weights; Marlin packs 4-bit ones into 32 bits.
 QUANTISED = ("torch.float8_e4m3fn", "torch.float4_e2m1fn_x2", "torch.uint8", "torch.int8", "torch.int32")
+#: FlashInfer's function that calls its own copy of DeepGEMM.
+FLASHINFER_GEMM = "fp8_blockscale_gemm_sm90"
 #: DeepGEMM's modules of functions in plain torch.
 HELPERS = (".utils.math", ".utils.dist", ".testing")
 #: How many frames are looked at, and how many of the engine's are written down; the nearest first.
@@ -245,6 +247,12 @@ def wrap_functions(module: ModuleType) -> None:
             is_helper = str(getattr(value, "__module__", "")).endswith(HELPERS)
             if is_function and not is_setting and not is_helper:
                 setattr(part, name, CALLS.wrap(module, name, value))
+
+
+def wrap_flashinfer(module: ModuleType) -> None:
+    """Wrap FlashInfer's GEMM, which has a DeepGEMM of its own (FlashInfer 0.6.13 ``gemm/gemm_base.py``)."""
+    if function := getattr(module, FLASHINFER_GEMM, None):
+        setattr(module, FLASHINFER_GEMM, CALLS.wrap(module, FLASHINFER_GEMM, function))
 
 
 def note(facts: dict[str, Any]) -> None:

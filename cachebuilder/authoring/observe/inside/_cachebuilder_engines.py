@@ -168,17 +168,33 @@ def no_cute_dsl(module: ModuleType) -> None:
     module.compile = CompilesNothing()  # type: ignore[attr-defined]
 
 
-def no_flashinfer(module: ModuleType) -> None:
-    """Let FlashInfer's modules of other things than GEMMs do nothing (FlashInfer 0.6.13 ``jit/core.py``).
+class GemmsOfNothing(Nothing):
+    """In place of FlashInfer's module ``fp8_blockscale_gemm_90``, and of the runner that it makes."""
 
-    Those of GEMMs are built, since some of them hold a DeepGEMM.
+    def init(self) -> GemmsOfNothing:
+        """The runner."""
+        return self
+
+    def get_workspace_size(self, m: int, n: int, k: int) -> int:
+        """No memory is needed."""
+        return 0
+
+
+def no_flashinfer(module: ModuleType) -> None:
+    """Let FlashInfer's modules do nothing, and write down which are asked for (FlashInfer 0.6.13 ``jit/core.py``).
+
+    Other modules of GEMMs than the one with a DeepGEMM are built: they answer questions about tactics and memory.
     """
     build_and_load = module.JitSpec.build_and_load
 
-    def build_gemms_only(self: Any) -> Any:
+    def note_and_build(self: Any) -> Any:
+        if not self.is_aot:  # FlashInfer would compile it
+            note({"flashinfer": [self.name]})
+        if self.name == "fp8_blockscale_gemm_90":
+            return GemmsOfNothing()
         return build_and_load(self) if "gemm" in self.name else Nothing()
 
-    module.JitSpec.build_and_load = build_gemms_only
+    module.JitSpec.build_and_load = note_and_build
 
 
 def no_tactics(module: ModuleType) -> None:

@@ -22,6 +22,7 @@ import _cachebuilder_engines as engines  # type: ignore[import-not-found]
 COPIES = ("deep_gemm", "vllm.third_party.deep_gemm")
 #: A module → what is done to it after its import.
 AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
+    "flashinfer.gemm.gemm_base": calls.wrap_flashinfer,
     "vllm.config.vllm": engines.note_settings,
     "vllm.model_executor.model_loader.base_loader": engines.note_loaded_weights,
     "vllm.model_executor.layers.attention.mla_attention": engines.note_context_chunk,
