@@ -6,6 +6,7 @@ cached context, a decode, a batch of several sequences, a step with prefills and
 
 from __future__ import annotations
 
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -71,18 +72,20 @@ def send(address: str, batches: list[list[Request]], progress: Callable[[int, in
     """
     total = sum(map(len, batches))
     answered = 0
+    numbers = itertools.count()
     for batch in batches:
         with ThreadPoolExecutor(len(batch)) as pool:
-            for _ in pool.map(lambda request: _send(address, request), batch):
+            for _ in pool.map(lambda request: _send(address, request, next(numbers)), batch):
                 answered += 1
                 progress(answered, total)
 
 
-def _send(address: str, request: Request) -> None:
+def _send(address: str, request: Request, number: int) -> None:
+    """Send one request. Its ``number`` decides its tokens: what is in the engine's cache would not be computed."""
     sampling: dict[str, float] = {"max_tokens": request.answer, "ignore_eos": True, "detokenize": False}
     if request.sampled:
         sampling |= {"top_k": 20, "top_p": 0.95}
-    body = {"token_ids": [1 + i % 1000 for i in range(request.tokens)], "sampling_params": sampling}
+    body = {"token_ids": [1 + (7 * number + i) % 1000 for i in range(request.tokens)], "sampling_params": sampling}
     message = urllib.request.Request(
         address + _GENERATE, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
