@@ -1,6 +1,7 @@
 """Observe engines on models of which only the config is here, and compare with what is expected.
 
     python benchmarks/observe.py --gpu H200 -o benchmarks/results/observe.jsonl MODEL[:LAYOUT]... [-- OPTIONS...]
+    python benchmarks/observe.py --with-flashinfer -o benchmarks/results/observe-flashinfer.jsonl …
 
 Runs in the engine's environment, with cachebuilder importable. MODEL is a folder with ``config.json``; LAYOUT is
 ``tpN``, ``tpN-epN`` or ``tpN-epN-dpN``, and ``-CLASS`` behind it adds the model's own draft layers. Without a LAYOUT,
@@ -129,7 +130,7 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, Any]:
+def observe(folder: Path, layout: str, gpu: str, more: list[str], with_flashinfer: bool) -> dict[str, Any]:
     command = serve_command(folder, layout, more)
     model = folder.resolve().name
     shown = ["vllm", "serve", model, *command[3:]]
@@ -138,7 +139,9 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, A
     expected = expected_shapes(folder, layout)
     with memory() as most:
         try:
-            observation = observing.observe(command, gpus.find(gpu), environment=os.environ)
+            observation = observing.observe(
+                command, gpus.find(gpu), environment=os.environ, with_flashinfer=with_flashinfer
+            )
         except CacheBuilderError as error:
             observation, row["error"] = None, re.sub(r"(/[\w.+-]+)+/", "…/", str(error))
             refused = [text for text in expected[1] if text in str(error)] if expected else []
@@ -166,6 +169,8 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, A
         "no_op": dict(observed.unexpressed),
         "uncalled": [[one.modules, one.count, one.shapes, one.warmed] for one in observed.uncalled],
     }
+    if with_flashinfer:
+        row["flashinfer"] = observation.flashinfer.model_dump() if observation.flashinfer else {}
     shapes = observed_shapes(observation)
     if expected is not None:
         row["missing"] = sorted(map(list, expected[0] - shapes.keys()), key=str)
@@ -175,28 +180,38 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, A
     return row
 
 
-def main() -> None:
-    own, more = sys.argv[1:], []
-    if "--" in own:
-        at = own.index("--")
-        own, more = own[:at], own[at + 1 :]
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--gpu", default="H200")
-    parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("models", nargs="+")
-    arguments = parser.parse_args(own)
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The script's own arguments, and those behind ``--``."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def machine() -> dict[str, Any]:
+    """What the results were measured with."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {
+    return {
         "engine": f"vllm {version('vllm')}",
         "torch": version("torch"),
         "commit": commit[:12],
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
     }
+
+
+def main() -> None:
+    own, more = split(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gpu", default="H200")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--with-flashinfer", action="store_true", help="also what the engine takes from FlashInfer")
+    parser.add_argument("models", nargs="+")
+    arguments = parser.parse_args(own)
     for model in arguments.models:
         folder, _, only = model.partition(":")
         for layout in [only] if only else layouts(Path(folder)):
-            row = observe(Path(folder), layout, arguments.gpu, more) | machine
+            row = observe(Path(folder), layout, arguments.gpu, more, arguments.with_flashinfer) | machine()
             with arguments.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row, indent=1), flush=True)
