@@ -1,6 +1,7 @@
 # make build   .venv with everything, then a first artifact: dist/quickstart.tar.zst
 # make test    the tests, on DeepGEMM and nvcc themselves; no GPU
 # make check   before each commit: lint, types, the site, the tests that take less than a second or so
+# make engines-check  where the rules of `manifest --model` differ from what the engines answered, for each release
 # make docs    the site, in build/site, its links checked
 # make lock    the hashes of all that is installed, for the versions in constraints.txt; needs uv
 # make clean   removes .venv, build (with the cubins that the tests keep) and dist
@@ -12,7 +13,7 @@ MANIFEST ?= manifests/quickstart.yaml
 # The tests start hundreds of interpreters: each of them would compile all modules anew without their bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: build test check lint docs lock clean
+.PHONY: build test check lint engines-check docs lock clean
 
 build: $(VENV)/installed
 	$(VENV)/bin/cachebuilder build $(MANIFEST)
@@ -32,6 +33,10 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
+
+# A new release: run it (benchmarks/observe.py), or build its classes; record its answers with benchmarks/engines/cases.py.
+engines-check: $(VENV)/installed
+	PYTHONPATH=. $(VENV)/bin/python benchmarks/engines/cases.py
 
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

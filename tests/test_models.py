@@ -26,6 +26,7 @@ from cachebuilder.planning import make as planning
 from . import configs
 
 DENSE = "fp8_gemm_nt"
+OLDEST = {engine: rules.versions[0] for engine, rules in ENGINES.items()}
 CONTIGUOUS = "m_grouped_fp8_gemm_nt_contiguous"
 MASKED = "m_grouped_fp8_gemm_nt_masked"
 
@@ -141,7 +142,7 @@ class TestModelShapes:
     def test_qwen3_235b(self, engine: str, tp: int) -> None:
         if tp == 8:  # 1536 / 8 = 192 is no multiple of the checkpoint's block
             with pytest.raises(ModelError, match=r"multiple of 128.* 1536 / 8 = 192"):
-                derived_of(configs.QWEN3_235B, engine, tp=tp)
+                derive(config_of(configs.QWEN3_235B), serving_of(engine, version=OLDEST[engine], tp=tp))
             # Of 4 K and V heads on 8 ranks each has a copy of one: 8 + 2 heads of 128, not 9216 / 8.
             derived = derived_of(configs.QWEN3_235B, engine, tp=tp, moe_deep_gemm=False)
             assert dense(derived) == {(1280, 4096), (4096, 1024)}
@@ -153,7 +154,7 @@ class TestModelShapes:
     def test_qwen3_30b(self, engine: str, tp: int) -> None:
         if tp >= 4:  # 768 / 4 = 192, 768 / 8 = 96
             with pytest.raises(ModelError, match=f"768 / {tp} = {768 // tp}"):
-                derived_of(configs.QWEN3_30B, engine, tp=tp)
+                derive(config_of(configs.QWEN3_30B), serving_of(engine, version=OLDEST[engine], tp=tp))
             by_experts = derived_of(configs.QWEN3_30B, engine, tp=tp, ep=tp)
             assert experts(by_experts) == {(128 // tp, 1536, 2048), (128 // tp, 2048, 768)}
             return
@@ -635,7 +636,10 @@ class TestRefusals:
 
     def test_of_an_n_that_is_cut_within_a_block(self) -> None:
         with pytest.raises(ModelError, match=r"mlp\.gate_proj: wanted N .* 128, .* 12352 / 2 = 6176"):
-            derived_of(changed(configs.UNKNOWN, intermediate_size=12352), tp=2)
+            derived_of(changed(configs.UNKNOWN, intermediate_size=12352), "sglang", tp=2)
+        # vLLM does not check the N of layers that fuse several weights, but the K of the next layer.
+        with pytest.raises(ModelError, match=r"mlp\.down_proj: wanted K .* 128, .* 12352 / 2 = 6176"):
+            derived_of(changed(configs.UNKNOWN, intermediate_size=12352), "vllm", tp=2)
 
     def test_of_ranks_that_the_engine_does_not_have(self) -> None:
         with pytest.raises(ModelError, match="wanted --ep 8 or 1, found 4"):

@@ -65,6 +65,11 @@ def _complete_gpu(context: click.Context, parameter: click.Parameter, incomplete
         help="Whose kernels run the routed experts, in vLLM's words; other: leave them out.",
     ),
     shared.with_flashinfer_option,
+    click.option(
+        "--allow-unread",
+        is_flag=True,
+        help="Go on although no rule reads a field of the config that shapes may depend on; the manifest names it.",
+    ),
     click.option("--low-latency", is_flag=True, help="DeepEP's low-latency dispatch brings tokens to the experts."),
 )
 @click.option("--name", help="The manifest's name; default: the model's, the ranks, the GPU and the engine.")
@@ -72,6 +77,8 @@ def _complete_gpu(context: click.Context, parameter: click.Parameter, incomplete
 def manifest(model: Path, deployment: Deployment, name: str | None, output: Path | None) -> None:
     """Write a manifest from a model's config.json: the shapes that an engine asks DeepGEMM for."""
     written = derive_manifest(model, deployment, name)
+    for name in written.derived.unread:
+        console.echo(f"not read: {name}", err=True)
     for unknown in written.derived.unknown:
         console.echo(f"not known: {unknown}", err=True)
     if output is None:

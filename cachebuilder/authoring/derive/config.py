@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,37 @@ BLOCK = 128
 _MAX_BYTES = 16 << 20  # modules_to_not_convert of a large model alone is hundreds of kilobytes
 
 
+#: Where the text model's fields are in a multimodal model's config: names of objects, from the outermost inwards.
+_TEXT_CONFIGS = (("text_config",), ("llm_config",), ("language_config",), ("thinker_config", "text_config"))
+
+
+class Fields(Mapping[str, Any]):
+    """A JSON object that knows which of its fields were read.
+
+    Attributes:
+        read: names that were asked for, also of fields that it does not have.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def unread(self) -> list[str]:
+        """Names of the fields that nobody asked for."""
+        return [name for name in self._values if name not in self.read]
+
+
 @dataclass(frozen=True)
 class Config:
     """A model's configuration.
@@ -26,14 +56,16 @@ class Config:
     Attributes:
         path: the file, for errors.
         fields: those of the text model, which is the whole model unless it is multimodal.
+        around: the fields around the text model of a multimodal model; else empty.
         quantization: ``quantization_config``; empty where the checkpoint is not quantised.
         architecture: the class of the text model, as ``DeepseekV3ForCausalLM``.
     """
 
     path: Path
-    fields: Mapping[str, Any]
-    quantization: Mapping[str, Any]
+    fields: Fields
+    quantization: Fields
     architecture: str
+    around: Fields = field(default_factory=lambda: Fields({}))
 
     @classmethod
     def read(cls, path: Path) -> Config:
@@ -60,129 +92,123 @@ class Config:
     @classmethod
     def of(cls, tree: Mapping[str, Any], path: Path) -> Config:
         """The configuration in ``tree``. Raises ModelError where it is not a model's."""
-        text = tree.get("text_config")
-        fields = text if isinstance(text, dict) else tree
+        objects = next((found for names in _TEXT_CONFIGS if (found := _nested(tree, names))), [tree])
+        fields = Fields(objects[-1])
         # In a multimodal model the text part serves the tokens, and the families know the class of that part.
         architectures = fields.get("architectures") or tree.get("architectures")
         if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
             raise ModelError(
-                f"{path}: architectures: wanted a list with the model's class, found {_short(architectures)}"
+                f"{path}: architectures: wanted a list with the model's class, found {short(architectures)}"
             )
-        quantization = tree.get("quantization_config") or fields.get("quantization_config") or {}
+        candidates = (each.get("quantization_config") for each in (tree, *reversed(objects)))
+        quantization: Any = next((value for value in candidates if value), {})
         if not isinstance(quantization, dict):
-            raise ModelError(f"{path}: quantization_config: wanted an object, found {_short(quantization)}")
-        return cls(path, fields, quantization, architectures[0])
+            raise ModelError(f"{path}: quantization_config: wanted an object, found {short(quantization)}")
+        around = {name: value for each in objects[:-1] for name, value in each.items()}
+        return cls(path, fields, Fields(quantization), architectures[0], Fields(around))
+
+    def value(self, name: str) -> tuple[str, Any]:
+        """A field's name and value, which is None where it is missing.
+
+        Of names with ``|`` between them, the first that is there counts. ``a.b`` is the field b of the object a. Raises
+        ModelError where two of the names have different values.
+        """
+        values = {}
+        for alternative in name.split("|"):
+            head, _, rest = alternative.partition(".")
+            value = self.fields.get(head)
+            if rest and value is not None:
+                value = value.get(rest) if isinstance(value, dict) else None
+            if value is not None:
+                values[alternative] = value
+        first = next(iter(values), name.partition("|")[0])
+        for other in values:
+            if values[other] != values[first]:
+                raise ModelError(
+                    f"{self.path}: {first}, {other}: wanted one value, found {short(values[first])} and "
+                    f"{short(values[other])}"
+                )
+        return first, values.get(first)
 
     def has(self, name: str) -> bool:
         """Whether the config has the field, with another value than null."""
-        return self.fields.get(name) is not None
+        return self.value(name)[1] is not None
 
     def number(self, name: str, default: int | None = None, *, least: int = 1, most: int = 1 << 30) -> Size:
-        """An integer field with its name. Raises ModelError where it is missing, too small, too large or no integer."""
-        value = self.fields.get(name)
+        """An integer field with its name; see `value`.
+
+        Raises ModelError where it is missing, too small, too large or no integer.
+        """
+        name, value = self.value(name)
         if value is None:
             value = default
         if value is None:
             raise ModelError(f"{self.path}: {name}: missing; {self.architecture} needs it")
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ModelError(f"{self.path}: {name}: wanted an integer from {least} to {most}, found {_short(value)}")
+            raise ModelError(f"{self.path}: {name}: wanted an integer from {least} to {most}, found {short(value)}")
         return Size(value, f"{name} {value}")
+
+    def count(self, name: str, *, missing: bool = False) -> Size:
+        """An integer field that may be null or 0; 0 for an empty name, and where ``missing`` fields count as 0.
+
+        Raises ModelError for anything else.
+        """
+        if not name or (missing and name not in self.fields):
+            return Size(0, "0")
+        return self.number(name, 0 if name in self.fields else None, least=0)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A field that is true or false. Raises ModelError for anything else."""
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ModelError(f"{self.path}: {name}: wanted true or false, found {short(value)}")
+        return value
+
+    def entries(self, name: str, count: int) -> list[Any]:
+        """A field that is a list with an entry for each layer.
+
+        Raises ModelError where it is missing, no list, or shorter than the ``count`` decoder layers.
+        """
+        value = self.fields.get(name)
+        if not isinstance(value, list) or len(value) < count:
+            length = f"a list of {len(value)}" if isinstance(value, list) else short(value)
+            raise ModelError(f"{self.path}: {name}: wanted an entry for each of the {count} layers, found {length}")
+        return value
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """A field that is a list of integers; empty where it is missing. Raises ModelError for anything else."""
         value = self.fields.get(name) or []
         if not isinstance(value, list) or any(isinstance(item, bool) or not isinstance(item, int) for item in value):
-            raise ModelError(f"{self.path}: {name}: wanted a list of integers, found {_short(value)}")
+            raise ModelError(f"{self.path}: {name}: wanted a list of integers, found {short(value)}")
         return tuple(value)
 
     @property
     def unconverted(self) -> tuple[str, ...]:
         """Modules that the checkpoint keeps unquantised, as it names them."""
-        for name in ("ignored_layers", "modules_to_not_convert", "ignore"):
+        for name in ("ignored_layers", "modules_to_not_convert", "ignore", "exclude_modules"):
             if value := self.quantization.get(name):
                 if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                     raise ModelError(
-                        f"{self.path}: quantization_config.{name}: wanted a list of names, found {_short(value)}"
+                        f"{self.path}: quantization_config.{name}: wanted a list of names, found {short(value)}"
                     )
                 return tuple(value)
         return ()
 
 
-def _short(value: object) -> str:
+def _nested(tree: Mapping[str, Any], names: tuple[str, ...]) -> list[Mapping[str, Any]]:
+    """``tree`` and the objects that ``names`` lead to, the last one innermost; empty where one is not there."""
+    objects = [tree]
+    for name in names:
+        value = objects[-1].get(name)
+        if not isinstance(value, dict):
+            return []
+        objects.append(value)
+    return objects
+
+
+def short(value: object) -> str:
+    """``value`` for an error: not longer than 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-def check_block_fp8(config: Config) -> str:
-    """How the checkpoint says that it is block FP8, for the manifest's comment.
-
-    ``fp8`` is the checkpoint format of DeepSeek and Qwen. Both engines send its linear layers to DeepGEMM where its
-    blocks are 128 × 128 and its activations dynamic (vLLM 0.25.0 to 0.33.0
-    ``model_executor/layers/quantization/fp8.py``; SGLang 0.5.23 ``srt/layers/quantization/fp8_utils.py``,
-    ``_deepgemm_block_fp8_supported``). ``compressed-tensors`` with the strategy ``block`` ends in the same functions
-    (``compressed_tensors_w8a8_fp8.py`` in each engine).
-
-    Raises ModelError where the engine would not send this model's linear layers to DeepGEMM; the text says why.
-    """
-    quantization = config.quantization
-    method = quantization.get("quant_method")
-    if not quantization:
-        raise _refusal(config, "its weights are not quantised (no quantization_config)")
-    if method == "fp8":
-        block, activations = quantization.get("weight_block_size"), quantization.get("activation_scheme", "dynamic")
-        if block is None:
-            raise _refusal(config, "its FP8 weights have one scale a tensor (no weight_block_size)")
-        if block != [BLOCK, BLOCK]:
-            raise _refusal(config, f"its FP8 weights have one scale for each block of {block}")
-        if activations != "dynamic":
-            raise _refusal(config, f"its activations are quantised with {activations} scales")
-        return f"quant_method fp8, weight_block_size {block}"
-    if method in ("compressed-tensors", "compressed_tensors"):
-        return _check_compressed_tensors(config)
-    raise _refusal(config, f"its quant_method is {method!r}")
-
-
-def _check_compressed_tensors(config: Config) -> str:
-    groups = config.quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise _refusal(config, "its compressed-tensors format names no config_groups")
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise _refusal(config, f"its compressed-tensors {name} quantises no weights")
-        bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
-        targets = ", ".join(map(str, group.get("targets") or [])) or "all layers"
-        if (bits, kind) != (8, "float"):
-            what = "INT4" if (bits, kind) == (4, "int") else f"{bits}-bit {kind}"
-            raise _refusal(config, f"its compressed-tensors weights are {what} ({targets})")
-        if strategy != "block" or weights.get("block_structure") != [BLOCK, BLOCK]:
-            structure = weights.get("block_structure")
-            how = f"{strategy} {structure}" if structure else f"one for each {strategy}"
-            raise _refusal(config, f"its compressed-tensors FP8 weights have other scales: {how} ({targets})")
-        activations = group.get("input_activations")
-        if not isinstance(activations, dict) or not activations.get("dynamic"):
-            raise _refusal(config, "its compressed-tensors activations are not quantised dynamically")
-    return "compressed-tensors, FP8 by blocks of [128, 128]"
-
-
-def _refusal(config: Config, reason: str) -> ModelError:
-    return ModelError(
-        f"{config.path}: {config.architecture} would not reach DeepGEMM: wanted FP8 weights with one scale for each "
-        f"block of 128 × 128, but {reason}",
-        hint="this checkpoint needs no DeepGEMM cache; serve the model's block-FP8 checkpoint, if it has one",
-    )
-
-
-def path_match(entry: str, module: str) -> bool:
-    """Whether ``entry`` is ``module``, or consecutive components of its dotted name."""
-    return f".{entry.strip('.')}." in f".{module}."
-
-
-def pattern_match(entry: str, module: str) -> bool:
-    """Whether a ``re:`` entry of compressed-tensors matches; other entries and invalid patterns match nothing."""
-    if not entry.startswith("re:"):
-        return False
-    try:
-        return re.match(entry[3:], module) is not None
-    except re.error:
-        return False

@@ -8,12 +8,25 @@ from dataclasses import dataclass, replace
 from pydantic import ValidationError
 
 from cachebuilder.authoring.derive import families
-from cachebuilder.authoring.derive.config import BLOCK, Config, check_block_fp8
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear, Part, layers_text
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.harmless import unread
+from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear, Model, Part, layers_text
+from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint, read_checkpoint
 from cachebuilder.authoring.derive.serving import Serving
 from cachebuilder.authoring.derive.size import Size
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
+
+#: Calls that engines make for any weights: the logits of sparse attention's indexer, whose keys are in the cache.
+WITHOUT_WEIGHTS = frozenset(
+    {
+        "fp8_mqa_logits",
+        "fp8_paged_mqa_logits",
+        "fp8_fp4_mqa_logits",
+        "fp8_fp4_paged_mqa_logits",
+        "get_paged_mqa_logits_metadata",
+    }
+)
 
 #: What DeepGEMM's callers require of N and K: ``should_use_deepgemm_for_fp8_linear`` (vllm/utils/deep_gemm.py, 0.25.0
 #: and 0.33.0) and ``_deepgemm_block_fp8_supported`` (srt/layers/quantization/fp8_utils.py, SGLang 0.5.23).
@@ -35,12 +48,14 @@ class Derived:
     Attributes:
         quantization: how the checkpoint says that it is block FP8.
         unknown: what the config leaves open.
+        unread: fields of the config that may bear on shapes and that no rule read.
     """
 
     ops: tuple[DerivedOp, ...]
     left_out: tuple[LeftOut, ...]
     unknown: tuple[str, ...]
     quantization: str
+    unread: tuple[str, ...] = ()
 
 
 def derive(config: Config, serving: Serving) -> Derived:
@@ -60,13 +75,15 @@ def derive(config: Config, serving: Serving) -> Derived:
 
 
 def _derive(config: Config, serving: Serving) -> Derived:
-    quantization = check_block_fp8(config)
+    checkpoint = read_checkpoint(config, serving.name)
     serving.check(config)
+    if checkpoint.refusal and not config.has("index_topk"):
+        raise checkpoint.refusal
     model = families.describe(config, serving)
-    rank = _Rank(config, serving)
+    rank = _Rank(config, serving, model, checkpoint)
     for linear in model.linears:
         rank.add_linear(linear)
-    calls = list(model.calls)
+    calls = [call for call in model.calls if not checkpoint.refusal or call.op in WITHOUT_WEIGHTS]
     for experts in model.experts:
         if layers := rank.quantized_layers(experts.module, [experts.module], experts.layers):
             if serving.mega_moe:
@@ -79,7 +96,8 @@ def _derive(config: Config, serving: Serving) -> Derived:
             f"{config.architecture}",
             hint="leave --moe-backend out",
         )
-    if not rank.ops:  # the model's other calls alone would not need a cache
+    # Of the other calls, only those without weights are made for a model that has no FP8 layers.
+    if not rank.ops and not any(call.op in WITHOUT_WEIGHTS for call in calls):
         raise ModelError(
             f"{config.path}: nothing of {config.architecture} reaches DeepGEMM: "
             + "; ".join(f"{item.what}: {item.why}" for item in rank.left_out),
@@ -87,46 +105,54 @@ def _derive(config: Config, serving: Serving) -> Derived:
         )
     for call in calls:
         rank.add_call(call)
-    left_out = [*rank.left_out, *model.left_out, *serving.left_out(config)]
-    return Derived(_joined(rank.ops), tuple(dict.fromkeys(left_out)), tuple(model.unknown), quantization)
+    left_out = dict.fromkeys([*rank.left_out, *model.left_out, *serving.left_out(config)])
+    unknown = (*model.unknown, *serving.unknown)
+    not_read = unread(config, model.unused)
+    if families.family_of(config) is None:
+        not_read = (f"architectures ({config.architecture})", *not_read)
+    return Derived(_joined(rank.ops), tuple(left_out), unknown, checkpoint.text, not_read)
 
 
 class _Rank:
     """Collects the ops of one rank, each with the line of the layer that it serves, and what is left out."""
 
-    def __init__(self, config: Config, serving: Serving) -> None:
-        self._config, self._serving = config, serving
+    def __init__(self, config: Config, serving: Serving, model: Model, checkpoint: Checkpoint) -> None:
+        self._config, self._serving, self._model, self._checkpoint = config, serving, model, checkpoint
         self.ops: list[tuple[OpBase, str]] = []
         self.left_out: list[LeftOut] = []
 
     def quantized_layers(self, module: str, weights: Sequence[str], layers: Sequence[int]) -> tuple[int, ...]:
-        """The layers in which ``module`` is quantised; notes the others.
+        """The layers in which ``module`` is FP8 by blocks; notes the others.
 
         Args:
-            weights: the names of those that the module fuses.
+            weights: the names of those that the module fuses; one that begins with ``mtp.`` is whole, without a layer.
 
         Raises:
             ModelError: some but not all weights of a fused module are quantised in a layer: the engines refuse to load
                 that (``is_layer_skipped``: vLLM 0.33.0 ``layers/quantization/utils/quant_utils.py``, SGLang 0.5.23
                 alike).
         """
-        if not self._config.unconverted:
-            return tuple(layers)
-        quantized: list[int] = []
-        unquantized: list[int] = []
+        others: dict[str, list[int]] = {}
         for number in layers:
-            prefix = f"model.layers.{number}."
-            names = {name for name in weights if self._serving.keeps_unquantized(self._config, prefix + name)}
-            if names and len(names) < len(set(weights)):
+            reasons = {weight: self._other(number, module, weight) for weight in weights}
+            if len(set(reasons.values())) > 1:
+                unquantized = sorted(weight for weight, reason in reasons.items() if reason)
                 raise ModelError(
                     f"{self._config.path}: layer {number}'s {module} is fused: wanted all or none of its weights "
-                    f"quantised, found {', '.join(sorted(names))} unquantised"
+                    f"quantised, found {', '.join(unquantized)} unquantised"
                 )
-            (unquantized if names else quantized).append(number)
-        if unquantized:
-            why = "the checkpoint keeps it unquantised"
-            self.left_out.append(LeftOut(f"{module} in {layers_text(unquantized)}", why))
+            others.setdefault(next(iter(reasons.values())), []).append(number)
+        quantized = others.pop("", [])
+        for reason, numbers in others.items():
+            self.left_out.append(LeftOut(f"{module} in {layers_text(numbers)}", reason))
         return tuple(quantized)
+
+    def _other(self, number: int, module: str, weight: str) -> str:
+        """Why a weight is not FP8 by blocks; empty where it is."""
+        prefix = "" if weight.startswith("mtp.") else self._model.name(number)
+        if self._serving.keeps_unquantized(self._checkpoint, prefix + weight, prefix + module):
+            return "the checkpoint keeps it unquantised"
+        return self._checkpoint.other(prefix + weight)
 
     def add_linear(self, linear: Linear) -> None:
         """Add the GEMM of a linear layer, where its shape goes to DeepGEMM."""
@@ -136,7 +162,9 @@ class _Rank:
             return
         n = sum(_rows(part, linear) for part in linear.parts)
         k = _share(linear.k, linear.ranks, f"{linear.module}: K") if linear.split == "k" else linear.k
-        _check_blocks(linear, k)
+        if not serving.skips_block_check(self._checkpoint, linear, [_rows(part, linear) for part in linear.parts]):
+            _check_blocks(linear, k)
+        n = serving.padded_rows(self._checkpoint, n)
         if n % _N_MULTIPLE or k % _K_MULTIPLE:
             why = (
                 f"N {n}, K {k}: for DeepGEMM, {serving.name} wants N a multiple of {_N_MULTIPLE} and K of {_K_MULTIPLE}"
@@ -162,10 +190,9 @@ class _Rank:
             return
         routed = _share(experts.count, serving.ep, f"{experts.module}: experts")
         width = _share(intermediate, serving.ranks.expert, f"{experts.module}: intermediate size")
-        if width % BLOCK:
-            # vLLM 0.25.0 refuses to load these (validate_fp8_block_shape_moe); 0.33.0 serves them with Triton, whose
-            # scales may be finer, or pads them for --moe-backend deep_gemm (fused_moe/oracle/fp8.py,
-            # resolve_fp8_moe_weight_block_shape). SGLang 0.5.23 refuses (quantization/fp8.py).
+        padded = serving.padded_width(experts, width)
+        if padded % BLOCK:
+            # create_weights of Fp8MoEMethod: vLLM 0.25.0 quantization/fp8.py, SGLang 0.5.23 quantization/fp8.py.
             raise ModelError(
                 f"{experts.module}: wanted each rank's intermediate size a multiple of {BLOCK}, the checkpoint's "
                 f"block, found {intermediate.how} / {serving.ranks.expert} = {width}",
@@ -176,6 +203,8 @@ class _Rank:
             count += f" + {fused} (the shared expert, fused in), top-k {experts.topk - fused} + {fused}"
         ranks, hidden = serving.ranks.expert, experts.hidden
         over = f" / {ranks} ranks" if ranks > 1 else ""
+        if padded != width:
+            over, width = f"{over}, padded to the checkpoint's block", padded
         w13 = f"N = 2 · {intermediate.how}{over} = {2 * width}; K = {hidden.how}"
         w2 = f"N = {hidden.how}; K = {_divided(intermediate, over, width)}"
         for name, n, k, arithmetic in (
@@ -215,11 +244,11 @@ def _share(whole: Size, ranks: int, what: str) -> int:
 
 
 def _check_blocks(linear: Linear, k: int) -> None:
-    """Both engines load block scales only where a division falls between blocks.
+    """Both engines load block scales only where a division falls between blocks; `skips_block_check` has exceptions.
 
     ``validate_fp8_block_shape``: vLLM 0.33.0 ``layers/quantization/utils/fp8_utils.py`` (0.25.0 the same), SGLang
-    0.5.23 ``srt/layers/quantization/fp8_utils.py``. In a fused layer that is not divided, the last weight may end
-    within a block.
+    0.5.23 ``srt/layers/quantization/fp8_utils.py`` and ``validate_block_quant_shapes`` in ``fp8.py``. In a fused layer
+    that is not divided, the last weight may end within a block.
     """
     divided = linear.split == "n" and linear.ranks > 1
     for part in linear.parts if divided else linear.parts[:-1]:
@@ -234,7 +263,7 @@ def _refused_division(requirement: str, whole: Size, ranks: int, share: int) -> 
     division = f"{whole} / {ranks} = {share}" if ranks > 1 else f"{share}"
     return ModelError(
         f"{requirement} of each rank a multiple of {BLOCK}, the checkpoint's block, found {whole.how}: {division}",
-        hint="the engine refuses to load this, or serves it without DeepGEMM; divide it among fewer ranks",
+        hint="the engine refuses to load this; divide it among fewer ranks",
     )
 
 

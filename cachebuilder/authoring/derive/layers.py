@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +33,7 @@ class Linear:
         split: the dimension that is divided among ``ranks``.
         layers: numbers of the decoder layers that have one.
         tokens: the largest M, where it is not the engine's batch.
+        checked: an engine refuses a division within one of the checkpoint's blocks, as its own check says.
         beside: up to how many tokens the engine also calls it beside other work, and the SM count that it then sets.
         note: one more sentence for the manifest.
     """
@@ -44,6 +45,7 @@ class Linear:
     ranks: int
     layers: tuple[int, ...]
     tokens: int | None = None
+    checked: bool = True
     beside: tuple[int, int] | None = None
     note: str = ""
 
@@ -136,13 +138,17 @@ class Model:
     """All of a model's layers that can reach DeepGEMM.
 
     Attributes:
+        name: what stands before the modules' names in the checkpoint, for each layer's number.
+        unused: fields of the config on which no shape of this model depends.
         unknown: what the config leaves open.
     """
 
+    name: Callable[[int], str] = "model.layers.{}.".format
     linears: list[Linear] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
+    unused: tuple[str, ...] = ()
     unknown: list[str] = field(default_factory=list)
 
 

@@ -29,6 +29,7 @@ class Deployment(EngineOptions):
         engine_version: None: the newest whose source was read.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
         with_flashinfer: also what the engine takes from FlashInfer.
+        allow_unread: write the manifest although no rule reads a field of the config that may bear on shapes.
     """
 
     engine: str
@@ -36,6 +37,7 @@ class Deployment(EngineOptions):
     gpu: str
     moe_backend: MoeBackend = "deep_gemm"
     with_flashinfer: bool = False
+    allow_unread: bool = False
 
     def serving(self) -> Serving:
         """The engine's rules for this deployment.
@@ -74,11 +76,19 @@ def derive_manifest(model: Path, deployment: Deployment, name: str | None = None
         name: the manifest's; None: from the model's folder, the ranks, the GPU and the engine.
 
     Raises:
-        ModelError: the config cannot be read, or the engine would not serve the model with DeepGEMM like this.
+        ModelError: the config cannot be read, the engine would not serve the model with DeepGEMM like this, or no rule
+            reads a field that may bear on shapes.
         ManifestError: ``name`` is no name for a manifest.
     """
     config, serving = Config.read(model), deployment.serving()
     derived = derive(config, serving)
+    if derived.unread and not deployment.allow_unread:
+        raise ModelError(
+            f"{config.path}: wanted only fields that a rule reads or that no shape depends on, found "
+            f"{', '.join(derived.unread)}: the manifest of {config.architecture} may lack shapes",
+            hint="observe the engine (cachebuilder observe), record it (cachebuilder record), or go on with "
+            "--allow-unread: the manifest then names these fields",
+        )
     needs = flashinfer_needs(config, serving, derived) if deployment.with_flashinfer else None
     text = manifest_text(config, serving, derived, name, needs)
     manifests.parse(text.encode(), "the written manifest")

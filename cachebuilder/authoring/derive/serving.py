@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import ClassVar
 
-from cachebuilder.authoring.derive.config import BLOCK, Config
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear
+from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OpBase
@@ -75,11 +76,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks attention's projections, a shared expert and each routed expert are divided among."""
+    """How many ranks attention's projections, a shared expert, each routed expert and a dense MLP are divided among."""
 
     attention: int
     shared: int
     expert: int
+    dense: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,8 @@ class Serving(EngineOptions):
     mega_moe: bool = False
 
     name: ClassVar[str]
-    #: Releases whose source was read, oldest first. A release between two of them takes the older one's rules.
+    #: Releases whose source was read, oldest first. A release between two of them takes the older one's rules, and its
+    #: manifest says so.
     versions: ClassVar[tuple[str, ...]]
     #: Sentences about the engine for the head of the manifest.
     header: ClassVar[tuple[str, ...]]
@@ -107,21 +110,45 @@ class Serving(EngineOptions):
     def release(cls, version: str | None) -> str:
         """``version``, or for None the newest release that was read.
 
+        ``0.25`` stands for any release of 0.25.
+
         Raises:
-            ModelError: ``version`` is no release, or is older than any that was read.
+            ModelError: ``version`` is no release, is older than any that was read, or newer than the newest one's
+                series.
         """
         if version is None:
             return cls.versions[-1]
-        if len(version_key(version)) < 2 or version_key(version) < version_key(cls.versions[0]):
+        key, oldest, newest = (version_key(text) for text in (version, cls.versions[0], cls.versions[-1]))
+        wanted = f"from {cls.versions[0]} on" if len(key) < 2 or key < oldest[: len(key)] else ""
+        if key[:2] > newest[:2]:
+            wanted = f"up to {newest[0]}.{newest[1]}"
+        if wanted:
             raise ModelError(
-                f"--engine-version: wanted a release of {cls.name} from {cls.versions[0]} on, found {version}",
-                hint=f"the rules were read in {', '.join(cls.versions)}; a release between two takes the older one's",
+                f"--engine-version: wanted a release of {cls.name} {wanted}, found {version}",
+                hint=f"the rules were read in {', '.join(cls.versions)}; name one of these to take its rules",
             )
         return version
 
+    @property
+    def read_version(self) -> str:
+        """The release whose rules hold: the newest that was read and is not newer than this one's series."""
+        key = version_key(self.version)
+        older = [read for read in self.versions if version_key(read)[: len(key)] <= key]
+        return older[-1] if older else self.versions[0]
+
     def at_least(self, version: str) -> bool:
-        """Whether this release is ``version`` or a later one."""
-        return version_key(self.version) >= version_key(version)
+        """Whether this release has the rules of ``version`` or of a later one."""
+        return version_key(self.read_version) >= version_key(version)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """For the manifest: that this release was not read."""
+        if version_key(self.version)[:2] == version_key(self.read_version)[:2]:
+            return ()
+        return (
+            f"{self.name} {self.version} was not read: these are the rules of {self.read_version}, the next older "
+            "release that was",
+        )
 
     def check(self, config: Config) -> None:
         """Raise ModelError where the engine would not run this way, or would not use DeepGEMM for this model."""
@@ -146,9 +173,30 @@ class Serving(EngineOptions):
         """Whether the engine runs the shared expert as one more routed expert."""
         return False
 
-    def keeps_unquantized(self, config: Config, module: str) -> bool:
-        """Whether the checkpoint's list of unconverted modules covers ``module``, as this engine reads the list."""
+    def keeps_unquantized(self, checkpoint: Checkpoint, weight: str, module: str) -> bool:
+        """Whether the checkpoint's list of unquantised modules covers ``weight``, as this engine reads the list.
+
+        Args:
+            weight: the name in the checkpoint.
+            module: the engine's name of the layer, which may fuse several weights.
+        """
         raise NotImplementedError
+
+    def skips_block_check(self, checkpoint: Checkpoint, linear: Linear, rows: Sequence[int]) -> bool:
+        """Whether the engine loads this layer although a division falls within a block.
+
+        Args:
+            rows: those of each of the layer's weights on one rank.
+        """
+        return False
+
+    def padded_rows(self, checkpoint: Checkpoint, n: int) -> int:
+        """The rows of a linear layer's weight on one rank as its GEMM gets them."""
+        return n
+
+    def padded_width(self, experts: Experts, width: int) -> int:
+        """The width of an expert's part on one rank as its GEMMs get it."""
+        return width
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
         """Ops of the GEMM of expert weights [count, n, k] on one rank, each with the arithmetic of its M."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from cachebuilder.authoring.derive.config import BLOCK, Config, path_match, pattern_match
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, layers_text
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear, layers_text
+from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
 from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
@@ -28,6 +30,11 @@ _MEGA_MOE_FALLS_BACK = {
     "Qwen3MoeForCausalLM": False,
     "Qwen3NextForCausalLM": False,
 }
+
+
+#: Layers that SGLang makes without the checkpoint's quantisation: models/step3p5.py; models/qwen3_5_mtp.py and
+#: exaone_moe_mtp.py (a plain ``nn.Linear``).
+_NEVER_QUANTIZED = (".g_proj", "mtp.fc")
 
 
 class Sglang(Serving):
@@ -102,7 +109,8 @@ class Sglang(Serving):
         Each rank has the whole shared expert under DeepEP (models/deepseek_v2.py, glm4_moe.py) and mega-MoE
         (models/deepseek_v2.py, qwen2_moe.py).
         """
-        return Ranks(self.tp // self.dp, 1 if self.low_latency or self.mega_moe else self.tp, self.tp // self.ep)
+        shared = 1 if self.low_latency or self.mega_moe else self.tp
+        return Ranks(self.tp // self.dp, shared, self.tp // self.ep, self.tp)
 
     @property
     def largest_m(self) -> int:
@@ -145,14 +153,22 @@ class Sglang(Serving):
             and config.number("n_routed_experts") == 256
         )
 
-    def keeps_unquantized(self, config: Config, module: str) -> bool:
-        """Entries match components of a dotted name (``_module_path_match``, srt/layers/quantization/utils.py)."""
-        tail = module.split("layers.", 1)[-1]
-        return any(
-            path_match(entry.split("layers.", 1)[-1] if "layers." in entry else entry, tail)
-            or pattern_match(entry, module)
-            for entry in config.unconverted
+    def keeps_unquantized(self, checkpoint: Checkpoint, weight: str, module: str) -> bool:
+        """Entries match components of a dotted name (``_module_path_match``, srt/layers/quantization/utils.py).
+
+        A fused name counts in compressed-tensors only (``should_ignore_layer``). `_NEVER_QUANTIZED` need no entry.
+        """
+        if weight.endswith(_NEVER_QUANTIZED) or checkpoint.matches_pattern(weight):
+            return True
+        if checkpoint.method == "compressed-tensors":
+            return bool({weight, module} & checkpoint.names)
+        return checkpoint.names_component(weight) or (
+            "experts" in weight.rsplit(".", 1)[-1] and weight in checkpoint.of_experts
         )
+
+    def skips_block_check(self, checkpoint: Checkpoint, linear: Linear, rows: Sequence[int]) -> bool:
+        """MiMo-V2's ``skip_block_quant_check``; a fused ``ReplicatedLinear``, which is one weight to SGLang."""
+        return linear.split == "none" or (checkpoint.method == "fp8" and not linear.checked)
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
         """Both layouts: srt/layers/moe/moe_runner/deep_gemm.py chooses masked or compact rows by the free memory.

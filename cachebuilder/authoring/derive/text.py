@@ -43,7 +43,14 @@ def manifest_text(
     if serving.pp > 1:
         lines += _comment(f"The layers of all {serving.pp} pipeline stages; each stage asks for some of them.")
     left_out = [f"{item.what}: {item.why}" for item in derived.left_out]
-    for title, items in (("Not known", derived.unknown), ("Not in this manifest", left_out)):
+    not_read = [
+        f"{name}: no rule here reads it, and shapes may depend on it (--allow-unread)" for name in derived.unread
+    ]
+    for title, items in (
+        ("Not read in the config", not_read),
+        ("Not known", derived.unknown),
+        ("Not in this manifest", left_out),
+    ):
         if items:
             lines += ["#", f"# {title}:"]
             for sentence in items:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from cachebuilder.authoring.derive.config import Config, path_match, pattern_match
-from cachebuilder.authoring.derive.layers import Call, Experts, layers_text
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.layers import Call, Experts, Linear, layers_text
+from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
 from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
+from cachebuilder.ops.device import round_up
 
-#: ``_DEEPGEMM_BLACKWELL_EXCLUDED_MODEL_TYPES`` (vllm/utils/deep_gemm.py, 0.25.0 and 0.33.0): switched off for accuracy.
-_NOT_ON_BLACKWELL = ("qwen3_5_text", "qwen3_5_moe_text")
+#: ``_DEEPGEMM_BLACKWELL_EXCLUDED_MODEL_TYPES`` (vllm/utils/deep_gemm.py): model_type → the major versions of the GPUs
+#: on which vLLM switches DeepGEMM off, and since which release; for accuracy, for kolibri1 for latency.
+_SWITCHED_OFF = {
+    "qwen3_5_text": ((10, 12), "0.25.0"),
+    "qwen3_5_moe_text": ((10, 12), "0.25.0"),
+    "kolibri1": ((12,), "0.33.0"),
+}
 
 _CONTIGUOUS, _MASKED = "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"
 
@@ -41,7 +49,8 @@ class Vllm(Serving):
                 f"vLLM's expert parallel size is tp · dp or 1: wanted --ep {self.tp * self.dp} or 1, found {self.ep}"
             )
         kind = config.fields.get("model_type")
-        if self.gpu.major != 9 and kind in _NOT_ON_BLACKWELL:
+        majors, since = _SWITCHED_OFF.get(str(kind), ((), "0"))
+        if self.gpu.major in majors and self.at_least(since):
             raise ModelError(
                 f"{config.path}: vLLM {self.version} does not use DeepGEMM for {kind} on {self.gpu.name}: wanted an "
                 "SM90 GPU (vllm/utils/deep_gemm.py, _DEEPGEMM_BLACKWELL_EXCLUDED_MODEL_TYPES)"
@@ -63,7 +72,7 @@ class Vllm(Serving):
         (vllm/model_executor/layers/fused_moe/config.py, 0.33.0).
         """
         spreads_tokens = self.ep > 1 and self.tp > 1 and self.dp > 1
-        return Ranks(self.tp, 1 if spreads_tokens else self.tp, 1 if self.ep > 1 else self.tp * self.dp)
+        return Ranks(self.tp, 1 if spreads_tokens else self.tp, 1 if self.ep > 1 else self.tp * self.dp, self.tp)
 
     @property
     def largest_m(self) -> int:
@@ -84,15 +93,42 @@ class Vllm(Serving):
         rows = min(max(8 * length, 4 * self.max_seqs * _CACHE_BLOCK), 64 * 1024)
         return max(rows, self.max_seqs * _CACHE_BLOCK, self.max_tokens)
 
-    def keeps_unquantized(self, config: Config, module: str) -> bool:
-        """Entries match whole names (``is_layer_skipped``, utils/quant_utils.py, 0.33.0), or are patterns."""
-        tail = module.split("layers.", 1)[-1]
-        return any(
-            (entry.split("layers.", 1)[-1] == tail if "layers." in entry else entry == module)
-            or pattern_match(entry, module)
-            or ("experts" in tail and path_match(tail, entry))
-            for entry in config.unconverted
-        )
+    def keeps_unquantized(self, checkpoint: Checkpoint, weight: str, module: str) -> bool:
+        """Entries are whole names, of a weight or of the fused layer, or patterns.
+
+        ``is_layer_skipped`` (utils/quant_utils.py, 0.33.0; a fused name counts in 0.25.0, too). Of ModelOpt's entries,
+        a part of the name is enough (``is_layer_excluded``, modelopt.py).
+        """
+        if {weight, module} & checkpoint.names or checkpoint.matches_pattern(weight):
+            return True
+        if checkpoint.method == "modelopt" and any(entry in weight for entry in checkpoint.unquantized):
+            return True
+        return "experts" in weight.rsplit(".", 1)[-1] and weight in checkpoint.of_experts
+
+    def skips_block_check(self, checkpoint: Checkpoint, linear: Linear, rows: Sequence[int]) -> bool:
+        """Of ``fp8`` checkpoints, layers that fuse several weights; of ModelOpt's, no division counts but K's.
+
+        ``_maybe_allow_fp8_block_shape_mismatch`` (layers/linear.py, 0.25.0 to 0.33.0), which asks for the
+        ``weight_block_size`` that only ``Fp8Config`` has. ModelOpt: ``ModelOptFp8PbWoLinearMethod`` (0.25.0) wants N of
+        the whole layer a multiple of the block, ``_Fp8PbWoPartialBlock`` (0.32.0) pads it.
+        """
+        if checkpoint.method == "modelopt":
+            return linear.split != "k" and (self.at_least("0.32.0") or sum(rows) % BLOCK == 0)
+        return checkpoint.method == "fp8" and len(rows) > 1 and any(count % BLOCK for count in rows)
+
+    def padded_rows(self, checkpoint: Checkpoint, n: int) -> int:
+        """To whole blocks for ModelOpt's checkpoints since 0.32.0 (``_Fp8PbWoPartialBlock``, modelopt.py)."""
+        return round_up(n, BLOCK) if checkpoint.method == "modelopt" and self.at_least("0.32.0") else n
+
+    def padded_width(self, experts: Experts, width: int) -> int:
+        """To whole blocks since 0.32.0, without expert parallelism, for ``--moe-backend deep_gemm``.
+
+        ``pad_tp_shard_to_weight_blocks`` (fused_moe/oracle/fp8.py): the undivided sizes are multiples of the block.
+        ``--moe-backend auto`` takes Triton with finer scales there.
+        """
+        if self.at_least("0.32.0") and self.ep == 1 and experts.intermediate % BLOCK == experts.hidden % BLOCK == 0:
+            return round_up(width, BLOCK)
+        return width
 
     def expert_ops(self, experts: Experts, count: int, n: int, k: int) -> list[tuple[OpBase, str]]:
         """Contiguous rows; with low-latency dispatch, a buffer for each expert.

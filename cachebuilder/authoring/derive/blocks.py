@@ -1,0 +1,260 @@
+"""The parts that decoder layers are made of: attention, feed-forward networks, experts.
+
+A block is data: the names of the config's fields that its sizes come from, and the arithmetic. `families` puts blocks
+together. ``at`` is the block's name below the decoder layer; ``on`` says which layers have it.
+
+Both engines fuse alike: vLLM 0.33.0 ``model_executor/layers/linear.py``, SGLang 0.5.23 ``srt/layers/linear.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.layer_kinds import Layers, Where, attending, everywhere
+from cachebuilder.authoring.derive.layers import Experts, LeftOut, Linears, Model, Part, layers_text
+from cachebuilder.authoring.derive.serving import Serving
+from cachebuilder.authoring.derive.size import Size
+
+
+class Block(Protocol):
+    """Adds its layers to a model."""
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add this block's linear layers, experts and calls. Raises ModelError for a field that makes no sense."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention: ``qkv_proj`` and ``o_proj``. Ranks beyond the number of K and V heads hold copies.
+
+    Attributes:
+        gate: the field that says whether the query's projection also holds a gate of its size; ``True``: it does.
+        head_gate: the field that says whether a projection gives one gate for each head.
+        fused: the checkpoint has one weight for query, key and value.
+        checked: an engine refuses a division within a block (MiMo-V2's ``qkv_proj`` has ``skip_block_quant_check`` in
+            SGLang 0.5.23).
+    """
+
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    dim: str = "head_dim"
+    value_dim: str = ""
+    gate: str | bool = False
+    head_gate: str = ""
+    fused: bool = False
+    checked: bool = True
+    at: str = "self_attn"
+    names: tuple[str, str] = ("qkv_proj", "o_proj")
+    on: Where = attending
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add both projections, and the gates' where the config has them."""
+        numbers = self.on(config, layers)
+        hidden, heads = config.number("hidden_size"), config.number(self.heads)
+        kv_heads = config.number(self.kv_heads)
+        dim = config.number(self.dim, hidden // heads if self.dim == "head_dim" else None)
+        value_dim = config.number(self.value_dim, dim) if self.value_dim else dim
+        gated = self.gate if isinstance(self.gate, bool) else config.flag(self.gate, True)
+        if not numbers:
+            return
+        linears, (qkv, out) = Linears(numbers, serving.ranks.attention), self.names
+        q = heads * dim
+        weights = (f"{self.at}.{qkv}",) * 3 if self.fused else tuple(f"{self.at}.{name}_proj" for name in "qkv")
+        parts = [
+            Part(weights[0], Size(2, "2 (query and gate)") * q if gated else q),
+            Part(weights[1], kv_heads * dim, least=dim),
+            Part(weights[2], kv_heads * value_dim, least=value_dim),
+        ]
+        model.linears += [
+            replace(linears.column(f"{self.at}.{qkv}", parts, hidden), checked=self.checked),
+            linears.row(f"{self.at}.{out}", hidden, heads * value_dim),
+        ]
+        if self.head_gate and config.flag(self.head_gate, False):
+            model.linears.append(linears.column(f"{self.at}.g_proj", heads, hidden))
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention, and V3.2's indexer where the config has ``index_topk``.
+
+    vLLM 0.33.0 ``models/deepseek_v2.py`` (``DeepseekV2MLAAttention``, ``Indexer``), ``models/deepseek_v32``; SGLang
+    0.5.23 ``models/deepseek_v2.py``, ``layers/attention/dsa/dsa_indexer.py``.
+    """
+
+    at: str = "self_attn"
+    on: Where = everywhere
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add the projections. ``kv_b_proj`` is also called for context that is in the cache."""
+        numbers, at = self.on(config, layers), self.at
+        hidden, heads = config.number("hidden_size"), config.number("num_attention_heads")
+        nope, rope = config.number("qk_nope_head_dim"), config.number("qk_rope_head_dim", least=0)
+        value, kv_rank = config.number("v_head_dim"), config.number("kv_lora_rank")
+        attention = Linears(numbers, serving.ranks.attention)
+        q, kv_a = heads * (nope + rope), kv_rank + rope
+        if config.has("q_lora_rank"):
+            q_rank = config.number("q_lora_rank")
+            fused = [Part(f"{at}.q_a_proj", q_rank), Part(f"{at}.kv_a_proj_with_mqa", kv_a)]
+            model.linears += [
+                attention.replicated(f"{at}.fused_qkv_a_proj", fused, hidden),
+                attention.column(f"{at}.q_b_proj", q, q_rank),
+            ]
+        else:
+            model.linears += [
+                attention.column(f"{at}.q_proj", q, hidden),
+                attention.replicated(f"{at}.kv_a_proj_with_mqa", kv_a, hidden),
+            ]
+        kv_b = attention.column(f"{at}.kv_b_proj", heads * (nope + value), kv_rank)
+        if prefix := serving.prefix_tokens(config):
+            kv_b = replace(kv_b, tokens=prefix, note=f"Also called for context in the cache, up to {prefix} tokens.")
+        model.linears += [kv_b, attention.row(f"{at}.o_proj", hidden, heads * value)]
+        if config.has("index_topk"):
+            Indexer(f"{at}.indexer", on=self.on).add(model, config, serving, layers)
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The indexer of sparse attention: FP8 projections of the queries and, in some engines, of the keys; its logits.
+
+    Attributes:
+        v4: DeepSeek V4's, else V3.2's.
+    """
+
+    at: str
+    v4: bool = False
+    on: Where = everywhere
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add the projections and the calls of the logits."""
+        numbers = self.on(config, layers)
+        heads, dim = config.number("index_n_heads"), config.number("index_head_dim")
+        q_rank, hidden = config.number("q_lora_rank"), config.number("hidden_size")
+        indexer = Linears(numbers, 1)
+        queries = indexer.replicated(f"{self.at}.wq_b", heads * dim, q_rank)
+        model.linears.append(queries if self.v4 else replace(queries, beside=serving.indexer_beside()))
+        if not self.v4 and serving.projects_indexer_keys(config):
+            model.linears.append(indexer.replicated(f"{self.at}.wk", dim, hidden))
+        model.calls += serving.indexer_logits(self.v4).calls(heads, f"{self.at}, {layers_text(numbers)}")
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Linear attention with a recurrent state, of Qwen3-Next and Qwen3.5.
+
+    vLLM 0.33.0 ``layers/mamba/gdn/qwen_gdn_linear_attn.py``: Qwen3-Next's checkpoint has one weight for query, key,
+    value and z, Qwen3.5's has two. Qwen3-Next's ``in_proj_ba`` has no block-FP8 weights: "ba_proj doesn't support
+    blockwise fp8 quantization". SGLang 0.5.23 ``models/qwen3_next.py``, ``models/qwen3_5.py``.
+    """
+
+    on: Where
+    parts: bool = True
+    at: str = "linear_attn"
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add the projections into and out of the state."""
+        numbers, hidden = self.on(config, layers), config.number("hidden_size")
+        keys = config.number("linear_num_key_heads") * config.number("linear_key_head_dim")
+        values = config.number("linear_num_value_heads") * config.number("linear_value_head_dim")
+        if not numbers:
+            return
+        linears, at = Linears(numbers, serving.ranks.attention), self.at
+        qkvz: Size | list[Part] = 2 * (keys + values)
+        if self.parts:
+            sizes = {"qkv": (keys, keys, values), "z": (values,)}
+            qkvz = [Part(f"{at}.in_proj_{name}", size) for name, of_name in sizes.items() for size in of_name]
+            heads = config.number("linear_num_value_heads")
+            ba = [Part(f"{at}.in_proj_{name}", heads) for name in "ba"]
+            model.linears.append(linears.column(f"{at}.in_proj_ba", ba, hidden))
+        else:
+            model.left_out.append(LeftOut(f"{at}.in_proj_ba", "both engines expect it without block-FP8 weights"))
+        model.linears += [
+            linears.column(f"{at}.in_proj_qkvz", qkvz, hidden),
+            linears.row(f"{at}.out_proj", hidden, values),
+        ]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A dense gated MLP: ``gate_up_proj`` and ``down_proj``, divided among all tensor parallel ranks."""
+
+    width: str = "intermediate_size"
+    at: str = "mlp"
+    on: Where = everywhere
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add both projections."""
+        numbers = self.on(config, layers)
+        if config.has(self.width) or numbers:  # a model whose layers all have experts may have this field, too
+            hidden, width = config.number("hidden_size"), config.number(self.width)
+            if numbers:
+                model.linears += Linears(numbers, serving.ranks.dense).gated_mlp(self.at, hidden, width)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One more linear layer, whole on each rank or with its N divided.
+
+    Attributes:
+        n, k: as multiples of ``hidden_size``.
+    """
+
+    at: str
+    n: int = 1
+    k: int = 2
+    divided: bool = False
+    on: Where = everywhere
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add the layer."""
+        hidden = config.number("hidden_size")
+        if numbers := self.on(config, layers):
+            linears = Linears(numbers, serving.tp if self.divided else 1)
+            add = linears.column if self.divided else linears.replicated
+            model.linears.append(add(self.at, self.n * hidden if self.n > 1 else hidden, self.k * hidden))
+
+
+@dataclass(frozen=True)
+class Moe:
+    """Routed experts and, where the config has one, the shared expert.
+
+    Attributes:
+        experts: the field of the number of experts.
+        topk, width: the fields of how many experts a token goes to, and of an expert's width.
+        shared: the field of the number of shared experts; empty: there is one, if it has a width.
+        shared_width: the field of a shared expert's width; where it is missing, it is as wide as a routed one.
+        whole: engines in which each rank has the whole shared expert when tokens are spread over the ranks
+            (``is_sequence_parallel`` in vLLM, ``parallel_group="replicated"`` in SGLang).
+        dense: the block of the layers without experts.
+    """
+
+    experts: str = "n_routed_experts|num_experts|num_local_experts"
+    topk: str = "num_experts_per_tok"
+    width: str = "moe_intermediate_size"
+    shared: str = ""
+    shared_width: str = ""
+    shared_at: str = "mlp.shared_experts"
+    whole: tuple[str, ...] = ("vllm", "sglang")
+    dense: Mlp | None = Mlp()
+    at: str = "mlp"
+    on: Where = everywhere
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add the experts, and the MLP of the layers without them."""
+        count, numbers = config.number(self.experts), self.on(config, layers)
+        if self.dense:
+            replace(self.dense, on=lambda *_: tuple(n for n in layers.all if n not in numbers)).add(
+                model, config, serving, layers
+            )
+        hidden, width, topk = config.number("hidden_size"), config.number(self.width), config.number(self.topk)
+        shared, one = config.count(self.shared), config.count(self.shared_width, missing=bool(self.shared))
+        whole = shared * (one or width) if self.shared else one
+        if not numbers:
+            return
+        fused = (shared or 1) if whole and serving.fuses_shared_experts(config, shared) else 0
+        if whole and not fused:
+            ranks = serving.ranks.shared if serving.name in self.whole else serving.tp
+            model.linears += Linears(numbers, ranks).gated_mlp(self.shared_at, hidden, whole)
+        routed = Experts(count, topk + fused, hidden, width, numbers, fused, module=f"{self.at}.experts")
+        model.experts.append(routed)

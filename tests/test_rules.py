@@ -1,0 +1,244 @@
+"""The rules held against the engines: what was recorded of each release, and fields that no rule reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.engines.cases import GOOD, RECORDED, Answer, of_record, verdict
+from cachebuilder.authoring.derive.config import Config
+from cachebuilder.authoring.derive.derive import Derived, derive
+from cachebuilder.authoring.derive.engines import ENGINES
+from cachebuilder.authoring.derive.families import FAMILIES, TEXT_MODELS
+from cachebuilder.authoring.derive.manifest import Deployment
+from cachebuilder.cli.main import cli
+from cachebuilder.errors import ModelError
+from cachebuilder.manifest import schema as manifests
+
+from . import configs
+
+ANSWERS = list(of_record(RECORDED))
+MODELS = {answer.model: answer.config for answer in ANSWERS}
+
+
+def derived_of(tree: dict[str, Any], engine: str = "vllm", **options: Any) -> Derived:
+    deployment = Deployment(**{"engine": engine, "gpu": "H200", "max_tokens": 64, **options})
+    return derive(Config.of(tree, Path("model/config.json")), deployment.serving())
+
+
+def dense(derived: Derived) -> set[tuple[int, int]]:
+    return {(item.op.n, item.op.k) for item in derived.ops if item.op.op == "fp8_gemm_nt"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: " ".join(answer.name.split()))
+def test_the_rules_answer_what_the_engine_answered(answer: Answer) -> None:
+    word, difference = verdict(answer, ANSWERS)
+    assert word in GOOD, difference
+    if answer.refuses:  # for the same reason: the same division within a block
+        share = answer.refuses.split(" = ")[1].split()[0]
+        assert f"= {share}" in difference or "128" in difference
+
+
+def test_each_release_that_was_read_and_recorded_is_one_of_the_rules() -> None:
+    releases = {(answer.engine, answer.release) for answer in ANSWERS}
+    assert {engine for engine, _ in releases} == set(ENGINES)
+    assert all(release in ENGINES[engine].versions for engine, release in releases)
+
+
+class TestEveryFieldIsReadOrReported:
+    """A field that may bear on shapes and that no rule reads is an error that names it."""
+
+    def test_of_the_recorded_models_all_are_read(self) -> None:
+        assert {model: derived_of(tree).unread for model, tree in MODELS.items()} == dict.fromkeys(MODELS, ())
+
+    @pytest.mark.parametrize("model", MODELS)
+    def test_a_renamed_field_is_an_error_and_never_a_smaller_manifest(self, model: str) -> None:
+        for engine in ENGINES:
+            for field, tree in renamed_fields(MODELS[model], random.Random(model)):
+                try:
+                    unread = derived_of(tree, engine).unread
+                except ModelError:
+                    continue
+                assert unread, f"{engine}: {field}"
+
+    def test_the_verb_names_it_and_goes_on_where_that_is_allowed(self, tmp_path: Path) -> None:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(configs.QWEN3_30B | {"second_attention_heads": 8, "rope_theta": 1e6}))
+        arguments = ["manifest", "--model", str(file), "--engine", "vllm", "--gpu", "H200"]
+        result = CliRunner().invoke(cli, arguments, standalone_mode=False)
+        assert isinstance(result.exception, ModelError)
+        assert "found second_attention_heads:" in str(result.exception)
+        result = CliRunner().invoke(cli, [*arguments, "--allow-unread"], standalone_mode=False)
+        assert result.exception is None
+        assert "# Not read in the config:" in result.stdout
+        assert "second_attention_heads: no rule here reads it" in result.stdout
+        assert manifests.parse(result.stdout.encode()).ops
+
+    def test_an_architecture_without_a_rule_is_one(self) -> None:
+        assert derived_of(configs.UNKNOWN).unread == ("architectures (SomethingNewForCausalLM)",)
+
+    def test_a_tower_of_another_modality_is_read_where_the_checkpoint_keeps_it_as_it_was(self) -> None:
+        tree = configs.QWEN3_30B | {"model_type": "qwen3_vl_moe_text"}
+        around = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "text_config": tree, "vision_config": {}}
+        listed = tree["quantization_config"] | {"modules_to_not_convert": ["model.visual.blocks.0.attn.qkv"]}
+        assert derived_of(around | {"quantization_config": tree["quantization_config"]}).unread == ("vision_config",)
+        derived = derived_of(around | {"quantization_config": listed})
+        assert not derived.unread
+        assert dense(derived) == dense(derived_of(configs.QWEN3_30B))
+
+    def test_a_kind_of_layer_that_no_rule_reads_is_refused(self) -> None:
+        tree = configs.QWEN3_30B | {"layer_types": ["linear_attention"] * configs.QWEN3_30B["num_hidden_layers"]}
+        with pytest.raises(ModelError, match=r"layer_types: wanted .* found linear_attention: no rule here reads"):
+            derived_of(tree)
+
+
+def renamed_fields(tree: dict[str, Any], seeded: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``tree`` with one field renamed: each of the text model's fields that the rules read."""
+    names = [name for name in tree.get("text_config", tree) if name not in ("architectures", "quantization_config")]
+    for name in names:
+        changed = copy.deepcopy(tree)
+        fields = changed.get("text_config", changed)
+        new = seeded.choice([f"{name}_2", f"n_{name}", f"{name}s", name.replace("_", ""), f"{name}_v2"])
+        fields[new if new != name else f"x_{name}"] = fields.pop(name)
+        yield name, changed
+
+
+def test_the_fuzz_renames_forty_real_fields() -> None:
+    assert len({name for tree in MODELS.values() for name, _ in renamed_fields(tree, random.Random(0))}) >= 40
+
+
+class TestACutWithinABlock:
+    """The engines' checks, with their exceptions."""
+
+    def test_vllm_does_not_check_layers_that_fuse_several_weights(self) -> None:
+        tree = configs.QWEN3_30B | {"moe_intermediate_size": 1024, "head_dim": 192, "num_attention_heads": 32}
+        assert (10 * 192, 2048) in dense(derived_of(tree, tp=4))  # 8 + 1 + 1 heads of 192, which no block divides
+        with pytest.raises(ModelError, match=r"k_proj: wanted N of each rank a multiple of 128, .* 768 / 4 = 192"):
+            derived_of(tree, "sglang", tp=4)
+
+    def test_vllm_checks_them_in_compressed_tensors(self) -> None:
+        group = {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+            "input_activations": {"dynamic": True},
+        }
+        quantization = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+        tree = configs.QWEN3_30B | {"head_dim": 192, "num_attention_heads": 32, "quantization_config": quantization}
+        with pytest.raises(ModelError, match=r"k_proj: wanted N of each rank a multiple of 128, .* 768 / 4 = 192"):
+            derived_of(tree, tp=4)
+
+    @pytest.mark.parametrize(("tp", "width"), [(4, 256), (8, 128)])
+    def test_vllm_pads_experts_for_its_deep_gemm_backend_since_0_32(self, tp: int, width: int) -> None:
+        shapes = {
+            (item.op.experts, item.op.n, item.op.k)  # type: ignore[attr-defined]
+            for item in derived_of(configs.QWEN3_30B, engine_version="0.32.0", tp=tp).ops
+            if item.op.op == "m_grouped_fp8_gemm_nt_contiguous"
+        }
+        assert shapes == {(128, 2 * width, 2048), (128, 2048, width)}
+        with pytest.raises(ModelError, match=f"768 / {tp}"):
+            derived_of(configs.QWEN3_30B, engine_version="0.25.0", tp=tp)
+
+
+class TestReleases:
+    """A release that was not read is refused, or named."""
+
+    @pytest.mark.parametrize(
+        ("version", "rules"),
+        [("0.25", "0.25.0"), ("0.25.1", "0.25.0"), ("0.32", "0.32.0"), ("0.33.0", "0.33.0"), ("0.33", "0.33.0")],
+    )
+    def test_a_series_has_the_rules_of_the_release_that_was_read(self, version: str, rules: str) -> None:
+        serving = Deployment(engine="vllm", engine_version=version, gpu="H200").serving()
+        assert serving.read_version == rules
+        assert not serving.unknown
+        assert serving.at_least(rules)
+
+    def test_one_between_two_that_were_read_says_whose_rules_it_has(self) -> None:
+        [text] = derived_of(configs.QWEN3_30B, engine_version="0.28.1").unknown
+        assert text.startswith("vllm 0.28.1 was not read: these are the rules of 0.25.0")
+
+    @pytest.mark.parametrize("version", ["0.40.0", "1.0", "0.24.0", "0", "latest"])
+    def test_one_beyond_them_is_refused(self, version: str) -> None:
+        with pytest.raises(ModelError, match=rf"wanted a release of vllm .* found {version}"):
+            Deployment(engine="vllm", engine_version=version, gpu="H200").serving()
+
+    def test_vllm_switches_deep_gemm_off_for_kolibri1_on_sm120_since_0_33(self) -> None:
+        tree = configs.QWEN3_30B | {"model_type": "kolibri1"}
+        gpu = "RTX PRO 6000"
+        assert derived_of(tree, gpu=gpu, engine_version="0.32.0").ops
+        with pytest.raises(ModelError, match="does not use DeepGEMM for kolibri1"):
+            derived_of(tree, gpu=gpu, engine_version="0.33.0")
+
+
+class TestUnquantisedModules:
+    """The checkpoint's list is read as the engine reads it."""
+
+    def test_a_tower_s_layers_are_not_the_decoder_s(self) -> None:
+        names = [f"vision_tower.encoder.layers.{number}.self_attn.o_proj" for number in range(48)]
+        quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": names}
+        tree = configs.QWEN3_30B | {"quantization_config": quantization}
+        for engine in ENGINES:
+            assert dense(derived_of(tree, engine)) == dense(derived_of(configs.QWEN3_30B, engine))
+
+    def test_a_text_model_s_layers_are_known_behind_a_prefix(self) -> None:
+        names = [f"model.language_model.layers.{number}.self_attn.o_proj" for number in range(48)]
+        quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": names}
+        tree = configs.QWEN3_30B | {"quantization_config": quantization}
+        for engine in ENGINES:
+            assert (2048, 4096) not in dense(derived_of(tree, engine))
+
+    def test_vllm_takes_the_name_of_a_fused_layer(self) -> None:
+        names = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(48)]
+        quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": names}
+        tree = configs.QWEN3_30B | {"quantization_config": quantization}
+        assert (5120, 2048) not in dense(derived_of(tree, "vllm"))
+        assert (5120, 2048) in dense(derived_of(tree, "sglang"))
+
+    def test_the_targets_of_compressed_tensors_say_what_is_quantised_how(self) -> None:
+        block = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+        groups = {
+            "group_0": {
+                "targets": [r"re:.*self_attn\..*_proj$"],
+                "weights": block,
+                "input_activations": {"dynamic": True},
+            },
+            "group_1": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "strategy": "group"}},
+        }
+        quantization = {"quant_method": "compressed-tensors", "config_groups": groups}
+        derived = derived_of(configs.QWEN3_30B | {"quantization_config": quantization})
+        assert [item.op.op for item in derived.ops] == ["fp8_gemm_nt"] * 2
+        assert any("4-bit float" in item.why for item in derived.left_out)
+
+
+class TestWhatNoRuleReads:
+    """It is another sentence than that the engine does not use DeepGEMM."""
+
+    def test_blocks_of_32_in_sglang(self) -> None:
+        tree = configs.QWEN3_30B | {"quantization_config": configs.BLOCK_FP8 | {"weight_block_size": [32, 32]}}
+        with pytest.raises(ModelError, match="no rule here reads this checkpoint"):
+            derived_of(tree, "sglang")
+        with pytest.raises(ModelError, match="would not reach DeepGEMM"):
+            derived_of(tree, "vllm")
+
+    def test_modelopt_s_blocks_are_read(self) -> None:
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}
+        tree = configs.DEEPSEEK_V3 | {"quantization_config": quantization}
+        shapes = dense(derived_of(tree, tp=8))
+        assert (2176, 7168) in shapes  # 2112, padded to whole blocks
+        assert (3072, 1536) in shapes
+
+    def test_the_indexer_calls_deep_gemm_whatever_the_weights_are(self) -> None:
+        quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        derived = derived_of(configs.DEEPSEEK_V32 | {"quantization_config": quantization}, tp=8)
+        names = {item.op.op for item in derived.ops}
+        assert names == {"fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata"}
+
+
+def test_each_text_model_has_a_family() -> None:
+    assert set(TEXT_MODELS.values()) <= set(FAMILIES)
