@@ -240,5 +240,53 @@ class TestWhatNoRuleReads:
         assert names == {"fp8_fp4_mqa_logits", "fp8_fp4_paged_mqa_logits", "get_paged_mqa_logits_metadata"}
 
 
+class TestFurtherOptionsOfTheEngine:
+    """Each option that bears on shapes is read or refused."""
+
+    def test_a_dense_mlp_is_whole_on_each_rank(self) -> None:
+        tree = configs.DEEPSEEK_V3
+        assert (2 * 18432, 7168) not in dense(derived_of(tree, "sglang", tp=8, ep=8, dp=8))
+        derived = derived_of(tree, "sglang", tp=8, ep=8, dp=8, engine_arguments=("--moe-dense-tp-size", "1"))
+        assert {(2 * 18432, 7168), (7168, 18432)} <= dense(derived)
+
+    @pytest.mark.parametrize(("option", "count"), [("enforce", 385), ("disable", 256)])
+    def test_the_shared_expert_is_fused_or_not_on_demand(self, option: str, count: int) -> None:
+        tree = configs.DEEPSEEK_V3 | {"n_routed_experts": 384 if option == "enforce" else 256}
+        derived = derived_of(tree, "sglang", tp=8, engine_arguments=(f"--{option}-shared-experts-fusion",))
+        experts = {item.op.experts for item in derived.ops if "contiguous" in item.op.op}  # type: ignore[attr-defined]
+        assert experts == {count}
+
+    def test_the_indexer_has_as_many_rows_as_are_drafted(self) -> None:
+        derived = derived_of(
+            configs.DEEPSEEK_V32, "sglang", tp=8, engine_arguments=("--speculative-num-draft-tokens=6",)
+        )
+        assert {item.op.max_batch for item in derived.ops if "paged" in item.op.op} == {6 * 1024}  # type: ignore[attr-defined]
+
+    def test_dual_batch_overlap_runs_on_fewer_sms(self, tmp_path: Path) -> None:
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(configs.QWEN3_30B))
+        arguments = ["--model", str(file), "--engine", "vllm", "--gpu", "H200", "--dp", "2", "--ep", "2"]
+        options = ["--", "--enable-dbo", "VLLM_DBO_COMM_SMS=24"]
+        result = CliRunner().invoke(cli, ["manifest", *arguments, *options], standalone_mode=False)
+        assert manifests.parse(result.stdout.encode()).target.sm_counts == [108, 132]
+
+    @pytest.mark.parametrize(
+        ("engine", "option", "reason"),
+        [
+            ("sglang", "--enable-single-batch-overlap", "signals its tokens"),
+            ("sglang", "--enable-two-batch-overlap", "DeepEP"),
+            ("sglang", "--enable-deepseek-v4-fp4-indexer", "FP4"),
+            ("sglang", "SGLANG_SHARED_EXPERT_TP1=1", "whole shared expert"),
+            ("vllm", "--enable-lora", "adapter"),
+            ("vllm", "--something-new", "wanted options of the engine that bear on shapes"),
+            ("sglang", "--moe-dense-tp-size", "wanted a whole number"),
+            ("sglang", "--moe-dense-tp-size=3", "SGLang wants 1 or --tp 1"),
+        ],
+    )
+    def test_others_are_refused_with_the_reason(self, engine: str, option: str, reason: str) -> None:
+        with pytest.raises(ModelError, match=reason):
+            derived_of(configs.QWEN3_30B, engine, engine_arguments=(option,))
+
+
 def test_each_text_model_has_a_family() -> None:
     assert set(TEXT_MODELS.values()) <= set(FAMILIES)

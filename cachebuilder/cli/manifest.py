@@ -70,12 +70,16 @@ def _complete_gpu(context: click.Context, parameter: click.Parameter, incomplete
         is_flag=True,
         help="Go on although no rule reads a field of the config that shapes may depend on; the manifest names it.",
     ),
+    click.argument("engine_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE_OPTION...]"),
     click.option("--low-latency", is_flag=True, help="DeepEP's low-latency dispatch brings tokens to the experts."),
 )
 @click.option("--name", help="The manifest's name; default: the model's, the ranks, the GPU and the engine.")
 @click.option("--output", "-o", type=click.Path(path_type=Path, dir_okay=False), help="Default: standard output.")
 def manifest(model: Path, deployment: Deployment, name: str | None, output: Path | None) -> None:
-    """Write a manifest from a model's config.json: the shapes that an engine asks DeepGEMM for."""
+    """Write a manifest from a model's config.json: the shapes that an engine asks DeepGEMM for.
+
+    Behind --: further options of the engine that bear on shapes, for example --enable-dbo. Each is read or refused.
+    """
     written = derive_manifest(model, deployment, name)
     for name in written.derived.unread:
         console.echo(f"not read: {name}", err=True)

@@ -29,6 +29,7 @@ class Deployment(EngineOptions):
         engine_version: None: the newest whose source was read.
         moe_backend: whose kernels run the routed experts, in vLLM's words; ``other``: not DeepGEMM's.
         with_flashinfer: also what the engine takes from FlashInfer.
+        engine_arguments: further options and variables of the engine that bear on shapes, as it takes them.
         allow_unread: write the manifest although no rule reads a field of the config that may bear on shapes.
     """
 
@@ -37,13 +38,14 @@ class Deployment(EngineOptions):
     gpu: str
     moe_backend: MoeBackend = "deep_gemm"
     with_flashinfer: bool = False
+    engine_arguments: tuple[str, ...] = ()
     allow_unread: bool = False
 
     def serving(self) -> Serving:
         """The engine's rules for this deployment.
 
         Raises:
-            ModelError: no such GPU is known, or the rules do not reach back to the engine's release.
+            ModelError: no such GPU is known, the rules do not cover the engine's release, or not one of its options.
         """
         rules = ENGINES[self.engine]
         try:
@@ -55,6 +57,7 @@ class Deployment(EngineOptions):
             version=rules.release(self.engine_version),
             moe_deep_gemm=self.moe_backend != "other",
             mega_moe=self.moe_backend == "deep_gemm_mega_moe",
+            switches=rules.known.switches(self.engine_arguments),
             **{field.name: getattr(self, field.name) for field in fields(EngineOptions)},
         )
 

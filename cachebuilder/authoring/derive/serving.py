@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import ClassVar
 
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear
 from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
+from cachebuilder.authoring.derive.switches import Known, Switches
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OpBase
@@ -92,12 +93,14 @@ class Serving(EngineOptions):
         version: the engine's release, which the rules cover (see `release`).
         moe_deep_gemm: the routed experts run in DeepGEMM (engines have other kernels for them as well).
         mega_moe: they run in its mega-MoE: dispatch, both GEMMs and combine in one kernel.
+        switches: what further options of the engine set.
     """
 
     gpu: Gpu
     version: str
     moe_deep_gemm: bool = True
     mega_moe: bool = False
+    switches: Switches = field(default_factory=Switches)
 
     name: ClassVar[str]
     #: Releases whose source was read, oldest first. A release between two of them takes the older one's rules, and its
@@ -105,6 +108,8 @@ class Serving(EngineOptions):
     versions: ClassVar[tuple[str, ...]]
     #: Sentences about the engine for the head of the manifest.
     header: ClassVar[tuple[str, ...]]
+    #: Its further options and variables that bear on shapes.
+    known: ClassVar[Known]
 
     @classmethod
     def release(cls, version: str | None) -> str:
@@ -159,6 +164,11 @@ class Serving(EngineOptions):
     def ranks(self) -> Ranks:
         """How many ranks share each kind of layer."""
         raise NotImplementedError
+
+    @property
+    def sm_counts(self) -> tuple[int, ...]:
+        """The SM counts that the engine sets around all of its calls; empty: it leaves them at the GPU's."""
+        return ()
 
     @property
     def largest_m(self) -> int:

@@ -9,6 +9,7 @@ from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear, layers_text
 from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
 from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
+from cachebuilder.authoring.derive.switches import Known
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.device import round_up
@@ -32,6 +33,10 @@ _MEGA_MOE_FALLS_BACK = {
 }
 
 
+#: Classes that ``--enforce-shared-experts-fusion`` lets fuse (``shared_experts_fusion_disable_reason`` of
+#: srt/models/deepseek_v2.py).
+_FUSES_ON_DEMAND = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+
 #: Layers that SGLang makes without the checkpoint's quantisation: models/step3p5.py; models/qwen3_5_mtp.py and
 #: exaone_moe_mtp.py (a plain ``nn.Linear``).
 _NEVER_QUANTIZED = (".g_proj", "mtp.fc")
@@ -53,6 +58,26 @@ class Sglang(Serving):
         "(srt/layers/deep_gemm_wrapper/compile_utils.py).",
     )
 
+    known: ClassVar[Known] = Known(
+        {
+            "--moe-dense-tp-size": ("dense_tp", None),
+            "--speculative-num-draft-tokens": ("draft_tokens", None),
+            "--enforce-shared-experts-fusion": ("fuse_shared", True),
+            "--disable-shared-experts-fusion": ("fuse_shared", False),
+        },
+        {
+            "--enable-single-batch-overlap": "the experts' second GEMM signals its tokens, on fewer SMs "
+            "(srt/batch_overlap/single_batch_overlap.py)",
+            "--enable-two-batch-overlap": "DeepGEMM gets the SMs that DeepEP's own configuration leaves "
+            "(srt/batch_overlap/operations_strategy.py)",
+            "--enable-deepseek-v4-fp4-indexer": "the indexer's keys are FP4 (srt/layers/attention/dsv4/indexer.py)",
+            "SGLANG_SHARED_EXPERT_TP1": "each rank has the whole shared expert of DeepSeek's models "
+            "(srt/models/deepseek_v2.py)",
+            "SGLANG_OPT_BF16_FP32_GEMM_ALGO": "BF16 layers reach DeepGEMM (srt/environ.py)",
+            "SGLANG_USE_DEEPGEMM_BMM": "the absorbed kv_b projection reaches DeepGEMM (srt/environ.py)",
+        },
+    )
+
     def check(self, config: Config) -> None:
         """Also: dp and ep divide tp (srt/arg_groups/parallel_hook.py)."""
         super().check(config)
@@ -63,6 +88,14 @@ class Sglang(Serving):
                 )
         if self.low_latency and self.ep == 1:
             raise ModelError("DeepEP dispatches between expert parallel ranks: wanted --ep above 1, found 1")
+        dense = self.switches.dense_tp
+        if dense not in (None, 1, self.tp):
+            raise ModelError(f"--moe-dense-tp-size: SGLang wants 1 or --tp {self.tp}, found {dense}")
+        if self.switches.fuse_shared and (self.ep > 1 or self.low_latency):
+            raise ModelError(
+                "--enforce-shared-experts-fusion: these rules cover it without expert parallelism only: wanted --ep 1, "
+                f"found {self.ep}"
+            )
         if self.mega_moe:
             self._check_mega_moe(config)
 
@@ -110,7 +143,7 @@ class Sglang(Serving):
         (models/deepseek_v2.py, qwen2_moe.py).
         """
         shared = 1 if self.low_latency or self.mega_moe else self.tp
-        return Ranks(self.tp // self.dp, shared, self.tp // self.ep, self.tp)
+        return Ranks(self.tp // self.dp, shared, self.tp // self.ep, self.switches.dense_tp or self.tp)
 
     @property
     def largest_m(self) -> int:
@@ -138,8 +171,10 @@ class Sglang(Serving):
         Without expert parallelism: DeepSeek V3 and GLM-5 with 256 experts and one shared, and GLM-4.5 to 4.7. With and
         without it: Qwen3-Next, where the shared expert is as wide as a routed one.
         """
-        if self.low_latency or self.mega_moe or not self.moe_deep_gemm:
+        if self.low_latency or self.mega_moe or not self.moe_deep_gemm or self.switches.fuse_shared is False:
             return False
+        if self.switches.fuse_shared and config.architecture in _FUSES_ON_DEMAND:
+            return shared > 0
         if config.architecture == "Qwen3NextForCausalLM":
             width = config.number("shared_expert_intermediate_size", 0, least=0)
             return width == config.number("moe_intermediate_size")
@@ -257,9 +292,10 @@ class Sglang(Serving):
         """srt/layers/attention/dsa/dsa_indexer.py: the FP8 functions, whose logits are at their own columns.
 
         V3.2: with speculation a request has 4 rows (``_auto_choose_speculative_params``, speculative_hook.py in
-        srt/arg_groups). On SM90 they are 4 sequences; on SM100 they are so while they are drafted, but not while they
-        are verified (srt/layers/attention/dsa_backend.py). With pipeline parallelism, all ranks but the last leave an
-        SM to receiving while they compute a prefill's logits (``_with_real_sm_count``).
+        srt/arg_groups), or ``--speculative-num-draft-tokens``. On SM90 they are so many sequences; on SM100 they are so
+        while they are drafted, but not while they are verified (srt/layers/attention/dsa_backend.py). With pipeline
+        parallelism, all ranks but the last leave an SM to receiving while they compute a prefill's logits
+        (``_with_real_sm_count``).
 
         V4: compressed logits, with as many columns as the longest sequence has keys
         (srt/layers/attention/dsv4/indexer.py).
@@ -269,8 +305,9 @@ class Sglang(Serving):
         if v4:
             prefill["compressed"] = True
         else:
-            drafted = {1: 4 * self.max_seqs}
-            batches = drafted if self.gpu.major == 9 else batches | drafted | {4: self.max_seqs}
+            rows = self.switches.draft_tokens or 4
+            drafted = {1: rows * self.max_seqs}
+            batches = drafted if self.gpu.major == 9 else batches | drafted | {rows: self.max_seqs}
             if self.pp > 1:
                 prefill["sm_counts"] = [self.gpu.sm_count - 1, self.gpu.sm_count]
         return IndexerLogits(("fp8_mqa_logits", prefill), ("fp8_paged_mqa_logits", {}), batches)

@@ -57,7 +57,7 @@ def manifest_text(
                 lines += _comment(f"- {sentence}.", indent="  ")
     lines += [
         f"name: {name or default_name(config, serving)}",
-        f"target: {{gpu: {serving.gpu.name}}}",
+        f"target: {{gpu: {serving.gpu.name}{f', sm_counts: {list(serving.sm_counts)}' if serving.sm_counts else ''}}}",
         f"max_tokens: {serving.largest_m}",
         "ops:",
     ]

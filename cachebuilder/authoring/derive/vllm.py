@@ -9,6 +9,7 @@ from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.layers import Call, Experts, Linear, layers_text
 from cachebuilder.authoring.derive.quantization import BLOCK, Checkpoint
 from cachebuilder.authoring.derive.serving import IndexerLogits, Ranks, Serving
+from cachebuilder.authoring.derive.switches import Known
 from cachebuilder.errors import ModelError
 from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.device import round_up
@@ -39,6 +40,11 @@ class Vllm(Serving):
         "Linear layers: block-FP8 with N a multiple of 64 and K of 128 (vllm/utils/deep_gemm.py, "
         "should_use_deepgemm_for_fp8_linear). With FlashInfer, vLLM serves M < 32 on SM90 without DeepGEMM "
         "(kernels/linear/scaled_mm/flashinfer.py); this manifest covers those M as well.",
+    )
+
+    known: ClassVar[Known] = Known(
+        {"--enable-dbo": ("overlap_batches", True), "VLLM_DBO_COMM_SMS": ("communicating_sms", None)},
+        {"--enable-lora": "an adapter's layers are other ones, and the layers under them may not be fused"},
     )
 
     def check(self, config: Config) -> None:
@@ -73,6 +79,15 @@ class Vllm(Serving):
         """
         spreads_tokens = self.ep > 1 and self.tp > 1 and self.dp > 1
         return Ranks(self.tp, 1 if spreads_tokens else self.tp, 1 if self.ep > 1 else self.tp * self.dp, self.tp)
+
+    @property
+    def sm_counts(self) -> tuple[int, ...]:
+        """With dual-batch overlap, VLLM_DBO_COMM_SMS less while two halves of a batch run at once.
+
+        ``create_sm_control_context`` (v1/worker/ubatch_utils.py, 0.33.0; v1/worker/gpu_ubatch_wrapper.py, 0.25.0).
+        """
+        all_sms = self.gpu.sm_count
+        return (all_sms - self.switches.communicating_sms, all_sms) if self.switches.overlap_batches else ()
 
     @property
     def largest_m(self) -> int:
