@@ -226,6 +226,20 @@ class TestWhatNoRuleReads:
         with pytest.raises(ModelError, match="would not reach DeepGEMM"):
             derived_of(tree, "vllm")
 
+    @pytest.mark.parametrize(
+        ("model", "reason"),
+        [
+            ({"architectures": ["DeepseekV41ForCausalLM"], "model_type": "deepseek_v41"}, "hyper-connections"),
+            ({"architectures": ["SomethingNewForCausalLM"]}, "no rule of its own"),
+            ({"quantization_config": {"quant_method": "mxfp8"}}, "'mxfp8'"),
+        ],
+        ids=["v4.1", "an unknown model in another format", "mxfp8"],
+    )
+    def test_models_that_may_call_deep_gemm_without_fp8_blocks(self, model: dict[str, Any], reason: str) -> None:
+        quantization = {"quant_method": "fp8", "weight_block_size": [1, 32]}
+        with pytest.raises(ModelError, match=f"no rule here reads .*{reason}"):
+            derived_of({**configs.QWEN3_30B, "quantization_config": quantization, **model})
+
     def test_modelopt_s_blocks_are_read(self) -> None:
         quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}
         tree = configs.DEEPSEEK_V3 | {"quantization_config": quantization}

@@ -77,8 +77,7 @@ def derive(config: Config, serving: Serving) -> Derived:
 def _derive(config: Config, serving: Serving) -> Derived:
     checkpoint = read_checkpoint(config, serving.name)
     serving.check(config)
-    if checkpoint.refusal and not config.has("index_topk"):
-        raise checkpoint.refusal
+    _check_known(config, checkpoint)
     model = families.describe(config, serving)
     rank = _Rank(config, serving, model, checkpoint)
     for linear in model.linears:
@@ -111,6 +110,24 @@ def _derive(config: Config, serving: Serving) -> Derived:
     if families.family_of(config) is None:
         not_read = (f"architectures ({config.architecture})", *not_read)
     return Derived(_joined(rank.ops), tuple(left_out), unknown, checkpoint.text, not_read)
+
+
+def _check_known(config: Config, checkpoint: Checkpoint) -> None:
+    """Raise ModelError where no rule reads this model, or none of its layers reaches DeepGEMM.
+
+    Of a checkpoint that is not FP8 by blocks, only models with an indexer that a rule reads call DeepGEMM.
+    """
+    known = families.family_of(config) is not None
+    kind = str(config.fields.get("model_type"))
+    kind = kind if kind in families.NOT_READ else str(config.around.get("model_type"))
+    if kind in families.NOT_READ or (checkpoint.refusal and not known):
+        what = families.NOT_READ.get(kind) or f"it has no rule of its own, and {checkpoint.refusal}"
+        raise ModelError(
+            f"{config.path}: no rule here reads {config.architecture}: {what}",
+            hint="observe the engine (cachebuilder observe), or record it (cachebuilder record)",
+        )
+    if checkpoint.refusal and not config.has("index_topk"):
+        raise checkpoint.refusal
 
 
 class _Rank:

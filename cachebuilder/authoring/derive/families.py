@@ -260,6 +260,15 @@ TEXT_MODELS = {
 }
 
 
+#: ``model_type`` → what such a model sends to DeepGEMM, which no rule here reads. Its checkpoints' linear layers are in
+#: blocks of 1 × 32: vLLM 0.33.0 models/deepseek_v41 (``nvidia/ops/o_proj.py``, ``mhc.py``, ``mega_mhc.py``); SGLang
+#: 0.5.23 models/deepseek_v4.py (``is_dsv41``), layers/attention/dsv4/v41_indexer.
+NOT_READ = {
+    "deepseek_v41": "its grouped output (fp8_einsum), hyper-connections and indexer call DeepGEMM in other forms "
+    "than DeepSeek V4's",
+}
+
+
 def family_of(config: Config) -> Family | None:
     """The family of ``config``'s text model; None where no rule reads it."""
     if config.fields.get("model_type") == "deepseek_v4":

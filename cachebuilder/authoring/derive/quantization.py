@@ -136,7 +136,8 @@ def _read(config: Config, engine: str) -> Checkpoint:
     if method == "modelopt":
         algo, groups = _modelopt_groups(config, engine)
         return Checkpoint(f"modelopt, {algo}", "modelopt", groups, unquantized)
-    raise _refusal(config, f"its quant_method is {method!r}")
+    # vLLM 0.33.0 sends MXFP8 experts to DeepGEMM on SM100 (fused_moe/experts/deep_gemm_moe.py, _supports_quant_scheme).
+    raise _refusal(config, f"its quant_method is {method!r}", read=method != "mxfp8")
 
 
 def _check_fp8(config: Config, engine: str) -> str:
@@ -197,7 +198,7 @@ def _modelopt_groups(config: Config, engine: str) -> tuple[str, tuple[Group, ...
         return algo, ()
     layers = config.quantization.get("quantized_layers")
     if algo != "MIXED_PRECISION" or not isinstance(layers, dict):
-        read = engine == "vllm" or algo not in _MODELOPT_BLOCK
+        read = algo not in ("MXFP8", *_MODELOPT_BLOCK)
         raise _refusal(config, f"its quant_method is 'modelopt' with {algo}", read=read)
     by_algo: dict[str, list[str]] = {}
     for name, entry in layers.items():
