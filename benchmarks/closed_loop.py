@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from observe import machine, serve_command, split
+from observe import ENGINE, machine, serve_command, shown, split
 
 import cachebuilder
 from cachebuilder.authoring.observe import engines, observe, program, traffic
@@ -47,22 +47,24 @@ def serve(command: Sequence[str], gpu: str, dir: Path, folder: Path) -> dict[str
     """Run the engine's command from the cache in ``dir``; returns what was missed."""
     target = gpus.find(gpu)
     launch = engines.launch(command, os.environ, target)
+    assert launch.server is not None
     setting = program.Setting(target, Compiler(dir / "nvcc", dir), folder, os.environ)
-    exports = cli("env", dir, "--engine", "vllm", "--format", "json")
+    exports = cli("env", dir, "--engine", ENGINE, "--format", "json")
     variables = program.environment(launch, setting) | json.loads(exports)
-    variables |= {"VIRTUAL_GPU_CHECK_CUBINS": "1", "VLLM_DEEP_GEMM_WARMUP": "full"}
+    own_warmup = {"VLLM_DEEP_GEMM_WARMUP": "full", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "1"}
+    variables |= own_warmup | {"VIRTUAL_GPU_CHECK_CUBINS": "1"}
     (folder / "calls").mkdir()
     started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(launch.command, env=variables, stdout=log, stderr=log, start_new_session=True)
     try:
-        while not traffic.is_up(launch.address or ""):
+        while not traffic.is_up(launch.server):
             if process.poll() is not None:
                 sys.exit((folder / "log.txt").read_text()[-3000:])
             time.sleep(0.5)
         up = time.monotonic()
         batches = other_traffic()
-        traffic.send(launch.address or "", batches, lambda done, total: None)
+        traffic.send(launch.server, batches, lambda done, total: None)
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
@@ -99,7 +101,7 @@ def loop(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, Any]
         "model": folder.resolve().name,
         "layout": layout,
         "gpu": gpu,
-        "command": ["vllm", "serve", folder.resolve().name, *command[3:]],
+        "command": shown(command, folder),
         "deep_gemm": str(observation.installation).split(", /")[0],
         "kernels": len(built.plan.kernels),
         "requested_while_observed": len(observation.requested),

@@ -3,9 +3,9 @@
     python benchmarks/observe.py --gpu H200 -o benchmarks/results/observe.jsonl MODEL[:LAYOUT]... [-- OPTIONS...]
     python benchmarks/observe.py --with-flashinfer -o benchmarks/results/observe-flashinfer.jsonl …
 
-Runs in the engine's environment, with cachebuilder importable. MODEL is a folder with ``config.json``; LAYOUT is
-``tpN``, ``tpN-epN`` or ``tpN-epN-dpN``, and ``-CLASS`` behind it adds the model's own draft layers. Without a LAYOUT,
-all of vLLM's in the folder's ``expected.json`` are observed. OPTIONS are added to the serve command. One line of JSON is
+Runs in the engine's environment, with cachebuilder importable: the engine that is installed there is observed. MODEL is
+a folder with ``config.json``; LAYOUT is ``tpN``, ``tpN-epN`` or ``tpN-epN-dpN``, and ``-CLASS`` behind it adds the
+model's own draft layers. Without a LAYOUT, all of the engine's in the folder's ``expected.json`` are observed. OPTIONS are added to the serve command. One line of JSON is
 added to the results for each observation, also for one that failed. ``plot.py`` makes the docs' table from them.
 
 Seconds and memory depend on the machine and on what else runs on it; CPU seconds depend less. Memory is the most that all
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -35,30 +36,51 @@ from cachebuilder.cuda import gpus
 from cachebuilder.errors import CacheBuilderError
 
 ROOT = Path(__file__).parents[1]
-#: What is served with, besides the layout: the batch of the issue's command; vLLM itself takes DeepGEMM for experts only
-#: where it is told to.
-OPTIONS = ["--max-num-batched-tokens", "8192", "--max-model-len", "16384", "--moe-backend", "deep_gemm"]
-DRAFT = ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+ENGINE = "vllm" if importlib.util.find_spec("vllm") else "sglang"
+#: What is served with, besides the layout. Both engines take DeepGEMM for experts only where they are told to.
+OPTIONS = {
+    "vllm": ["--max-num-batched-tokens", "8192", "--max-model-len", "16384", "--moe-backend", "deep_gemm"],
+    "sglang": ["--chunked-prefill-size", "8192", "--context-length", "16384", "--moe-runner-backend", "deep_gemm"],
+}
+#: The model's own draft layers.
+DRAFT = {
+    "vllm": ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}'],
+    "sglang": ["--speculative-algorithm", "EAGLE"],
+}
 
 Shape = tuple[str, int | None, int, int]
 
 
 def layouts(folder: Path) -> list[str]:
-    """The layouts of vLLM that a case has."""
+    """The engine's layouts that a case has."""
     keys = json.loads((folder / "expected.json").read_text())
-    return [key.removeprefix("vllm-") for key in keys if key.startswith("vllm-")]
+    return [key.removeprefix(f"{ENGINE}-") for key in keys if key.startswith(f"{ENGINE}-")]
 
 
 def serve_command(folder: Path, layout: str, more: list[str]) -> list[str]:
+    """The serve command of the engine that is installed."""
     parts = dict(re.findall(r"(tp|ep|dp)(\d+)", layout))
-    command = ["vllm", "serve", str(folder), "--tensor-parallel-size", parts["tp"]]
-    if "dp" in parts:
-        command += ["--data-parallel-size", parts["dp"]]
-    if "ep" in parts:
-        command += ["--enable-expert-parallel"]
+    if ENGINE == "vllm":
+        command = ["vllm", "serve", str(folder), "--tensor-parallel-size", parts["tp"]]
+        if "dp" in parts:
+            command += ["--data-parallel-size", parts["dp"]]
+        if "ep" in parts:
+            command += ["--enable-expert-parallel"]
+    else:
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--tp", parts["tp"]]
+        if "dp" in parts:
+            command += ["--dp", parts["dp"], "--enable-dp-attention"]
+        if "ep" in parts:
+            command += ["--ep", parts["ep"]]
     if is_draft(layout):
-        command += DRAFT
-    return [*command, *OPTIONS, *more]
+        command += DRAFT[ENGINE]
+    return [*command, *OPTIONS[ENGINE], *more]
+
+
+def shown(command: list[str], folder: Path) -> list[str]:
+    """The command without this machine's paths."""
+    names = {str(folder): folder.resolve().name, sys.executable: "python"}
+    return [names.get(word, word) for word in command]
 
 
 def is_draft(layout: str) -> bool:
@@ -71,7 +93,7 @@ def expected_shapes(folder: Path, layout: str) -> tuple[set[Shape], list[str]] |
     if not file.exists():
         return None
     cases = json.loads(file.read_text())
-    parts = [cases.get(f"vllm-{name}") for name in {layout, re.sub(r"-[A-Z].*", "", layout)}]
+    parts = [cases.get(f"{ENGINE}-{name}") for name in {layout, re.sub(r"-[A-Z].*", "", layout)}]
     shapes = {(op["op"], op.get("experts"), op["n"], op["k"]) for part in parts if part for op in part["deep_gemm"]}
     return shapes, [text for part in parts if part for _, text in part["engine_refuses"]]
 
@@ -132,9 +154,13 @@ def cpu_seconds() -> float:
 
 def observe(folder: Path, layout: str, gpu: str, more: list[str], with_flashinfer: bool) -> dict[str, Any]:
     command = serve_command(folder, layout, more)
-    model = folder.resolve().name
-    shown = ["vllm", "serve", model, *command[3:]]
-    row: dict[str, Any] = {"model": model, "layout": layout, "gpu": gpu, "command": shown, "load": os.getloadavg()[0]}
+    row: dict[str, Any] = {
+        "model": folder.resolve().name,
+        "layout": layout,
+        "gpu": gpu,
+        "command": shown(command, folder),
+        "load": os.getloadavg()[0],
+    }
     started, cpu = time.monotonic(), cpu_seconds()
     expected = expected_shapes(folder, layout)
     with memory() as most:
@@ -192,7 +218,7 @@ def machine() -> dict[str, Any]:
     """What the results were measured with."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "engine": f"vllm {version('vllm')}",
+        "engine": f"{ENGINE} {version(ENGINE)}",
         "torch": version("torch"),
         "commit": commit[:12],
         "cpus": os.cpu_count(),

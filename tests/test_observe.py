@@ -15,6 +15,7 @@ import pytest
 from cachebuilder import building
 from cachebuilder.artifact.read import read_index
 from cachebuilder.authoring.observe import calls, engines, traffic
+from cachebuilder.authoring.observe.command import Server
 from cachebuilder.authoring.observe.manifest import About, bound, manifest_text
 from cachebuilder.cuda import gpus
 from cachebuilder.deepgemm import installation
@@ -199,7 +200,7 @@ def test_no_process_is_left_over_not_even_of_another_group(run: Run, tmp_path: P
 def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
     command = ["vllm", "serve", str(tmp_path), "-tp", "8", "--port=8001", "--enforce-eager"]
     launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"}, gpus.find(TARGET))
-    assert launch.address == "http://127.0.0.1:8001" and launch.ranks == 8
+    assert launch.server == Server("vllm", "http://127.0.0.1:8001", str(tmp_path), 8)
     added = launch.command[len(command) :]
     assert "--load-format" in added and "--port" not in added and "--enforce-eager" not in added
     assert "uni" in added and "VLLM_NO_USAGE_STATS" not in launch.environment
@@ -209,24 +210,40 @@ def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path
     }
 
 
+@pytest.mark.parametrize(
+    "words", [("--dp", "8", "--enable-dp-attention"), ("--dp-size=8",)], ids=["attention", "whole"]
+)
+def test_sglangs_command_gets_what_it_needs(tmp_path: Path, words: tuple[str, ...]) -> None:
+    command = ["python", "-m", "sglang.launch_server", "--model-path", str(tmp_path), "--tp=8", *words]
+    launch = engines.launch(command, {}, gpus.find(TARGET))
+    assert launch.server is not None
+    assert (launch.server.engine, launch.server.model, launch.server.ranks) == ("sglang", str(tmp_path), 8)
+    added = launch.command[len(command) :]
+    assert {"--load-format", "--skip-tokenizer-init", "--port"} < set(added)
+    assert launch.environment["CACHEBUILDER_OBSERVE_RANKS"] == "8"
+    # Replicas ask for the same; the groups of data parallel attention bring their tokens to the same experts.
+    assert ("--dp-size" in added) == (words == ("--dp-size=8",))
+
+
+def test_sglangs_pipeline_stages_are_refused_with_the_way_that_is_left() -> None:
+    command = ["sglang", "serve", "--model-path", "m", "--pp-size", "2"]
+    with pytest.raises(RecordingError, match="--pp-size: wanted 1, found 2") as refused:
+        engines.launch(command, {}, gpus.find(TARGET))
+    assert "manifest --model" in str(refused.value.hint)
+
+
 def test_one_process_stands_for_all_data_parallel_engines_and_pipeline_stages() -> None:
     command = ["vllm", "serve", "m", "-tp", "2", "--data-parallel-size", "4", "-pp", "2"]
     launch = engines.launch(command, {}, gpus.find(TARGET))
-    assert (launch.ranks, launch.stages) == (8, 2)
+    assert launch.server is not None
+    assert (launch.server.ranks, launch.server.stages) == (8, 2)
     text = " ".join(launch.command)
     assert "--data-parallel-rank 0" in text and text.index("--pipeline-parallel-size 1") > text.index("-pp 2")
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (["vllm", "serve", "m", "-tp", "many"], "wanted a number, found 'many'"),
-        (["python", "-m", "sglang.launch_server", "--model-path", "m"], "SGLang"),
-    ],
-)
-def test_what_cannot_be_observed_yet_is_refused(command: list[str], words: str) -> None:
-    with pytest.raises(RecordingError, match=words):
-        engines.launch(command, {}, gpus.find(TARGET))
+def test_an_option_that_makes_no_sense_is_named() -> None:
+    with pytest.raises(RecordingError, match="wanted a number, found 'many'"):
+        engines.launch(["vllm", "serve", "m", "-tp", "many"], {}, gpus.find(TARGET))
 
 
 def test_an_op_is_swept_to_the_engines_bound_and_never_below_what_was_seen() -> None:

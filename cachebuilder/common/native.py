@@ -14,7 +14,7 @@ from pathlib import Path
 from cachebuilder.common.cache import open_own
 from cachebuilder.errors import InstallationError
 
-_FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden")
+_FLAGS = ("-shared", "-fPIC", "-O2", "-std=gnu11", "-fvisibility=hidden", "-Werror=implicit-function-declaration")
 
 
 def shared_library(

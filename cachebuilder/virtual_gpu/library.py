@@ -16,7 +16,7 @@ from cachebuilder.errors import InstallationError
 _HERE = Path(__file__).parent
 #: The file of an engine's run with the names of the CUDA calls that have no answer, one a line.
 UNANSWERED = "unanswered.txt"
-_SOURCE = _HERE / "virtual_gpu.c"
+_SOURCES = ("virtual_gpu.c", "streams.c", "driver.c", "cublas.c")
 
 
 def environment(gpu: Gpu) -> dict[str, str]:
@@ -60,9 +60,11 @@ def engine_environment(gpu: Gpu, count: int, folder: Path, memories: int = 1) ->
     links.mkdir()
     for name in ("libcuda.so", "libcuda.so.1"):
         (links / name).symlink_to(own["VIRTUAL_GPU_LIBRARY"])
+    nccl = str(_beside("nccl.c", "libnccl.so.2", "virtual NCCL"))
     return own | {
         "LD_PRELOAD": f"{own['LD_PRELOAD']} {_beside('nvml.c', 'libnvidia-ml.so.1', 'virtual NVML')}",
-        "VLLM_NCCL_SO_PATH": str(_beside("nccl.c", "libnccl.so.2", "virtual NCCL")),
+        "VLLM_NCCL_SO_PATH": nccl,
+        "SGLANG_NCCL_SO_PATH": nccl,
         "TRITON_LIBCUDA_PATH": str(links),
         "VIRTUAL_GPU_NAME": f"NVIDIA {gpu.name}",
         "VIRTUAL_GPU_COUNT": str(count),
@@ -84,7 +86,7 @@ def build() -> Path:
     return native.shared_library(
         "libcuda.so.1",
         "virtual GPU",
-        [_SOURCE, _HERE / "driver.c", _HERE / "cublas.c", partial(_stubs, runtime), partial(_cublas, runtime)],
+        [*(_HERE / name for name in _SOURCES), partial(_stubs, runtime), partial(_cublas, runtime)],
         ["-Wl,-soname,libcuda.so.1", f"-DCUDART_MAJOR={major}", f"-I{_HERE}", f"-I{headers}"],
         [
             *((_HERE / name).read_bytes() for name in ("library.py", "virtual_gpu.h", "crt/host_defines.h")),

@@ -257,28 +257,7 @@ EXPORT int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, co
     return SUCCESS;
 }
 
-/* ---- streams, events, launches: nothing runs, so all is complete at once ------------------------------------- */
-
-static int new_handle(void **handle) { return *handle = malloc(1), SUCCESS; }
-static int drop_handle(void *handle) { return free(handle), SUCCESS; }
-
-EXPORT int cudaStreamCreateWithFlags(void **s, unsigned flags) { return (void)flags, new_handle(s); }
-EXPORT int cudaStreamCreateWithPriority(void **s, unsigned f, int p) { return (void)f, (void)p, new_handle(s); }
-EXPORT int cudaStreamDestroy(void *s) { return drop_handle(s); }
-EXPORT int cudaStreamSynchronize(void *s) { return (void)s, SUCCESS; }
-EXPORT int cudaStreamQuery(void *s) { return (void)s, SUCCESS; }
-EXPORT int cudaStreamWaitEvent(void *s, void *e, unsigned flags) { return (void)s, (void)e, (void)flags, SUCCESS; }
-EXPORT int cudaStreamIsCapturing(void *s, int *status) { return (void)s, *status = 0, SUCCESS; }
-EXPORT int cudaStreamGetCaptureInfo(void *s, int *status) { return cudaStreamIsCapturing(s, status); }
-EXPORT int cudaStreamGetCaptureInfo_v2(void *s, int *status) { return cudaStreamIsCapturing(s, status); }
-EXPORT int cudaThreadExchangeStreamCaptureMode(int *mode) { return (void)mode, SUCCESS; }
-EXPORT int cudaEventCreate(void **e) { return new_handle(e); }
-EXPORT int cudaEventCreateWithFlags(void **e, unsigned flags) { return (void)flags, new_handle(e); }
-EXPORT int cudaEventDestroy(void *e) { return drop_handle(e); }
-EXPORT int cudaEventRecord(void *e, void *s) { return (void)e, (void)s, SUCCESS; }
-EXPORT int cudaEventRecordWithFlags(void *e, void *s, unsigned flags) { return (void)flags, cudaEventRecord(e, s); }
-EXPORT int cudaEventQuery(void *e) { return (void)e, SUCCESS; }
-EXPORT int cudaEventSynchronize(void *e) { return (void)e, SUCCESS; }
+/* ---- launches: nothing runs ---- */
 
 /* torch's own kernels: launches are accepted, and nothing reads the results */
 EXPORT int cudaLaunchKernel(void) { return SUCCESS; }

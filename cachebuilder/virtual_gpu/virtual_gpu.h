@@ -16,5 +16,8 @@
 int virtual_gpu_note_unanswered(const char *name);
 /* A number of the environment that describes the device (VIRTUAL_GPU_…); aborts where it is not set. */
 long virtual_gpu_property(const char *name);
+/* Make or drop something that is no more than a name to its caller: a stream, an event, a descriptor. */
+int new_handle(void **handle);
+int drop_handle(void *handle);
 /* The number of devices: VIRTUAL_GPU_COUNT, else 1. */
 int virtual_gpu_count(void);

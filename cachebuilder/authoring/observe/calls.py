@@ -18,7 +18,11 @@ from cachebuilder.ops.catalog import OPS, OpBase
 from cachebuilder.ops.seen import Inexpressible, SeenCall, Tensor
 
 #: How the hook marks a call that takes up cached context.
-_CONTEXT = {"in _compute_prefill_context", "in _context_parallel_compute_prefill_context"}
+_CONTEXT = {
+    "in _compute_prefill_context",
+    "in _context_parallel_compute_prefill_context",
+    "in _chunked_prefix_attn_mha",
+}
 #: How the hook marks a call that prepares a weight, and one of the engine's own warm-up.
 _LOADING, _WARMUP = "in process_weights_after_loading", "in warmup"
 
@@ -56,6 +60,7 @@ class SeenOp:
         alignments: DeepGEMM's alignments of rows at the calls.
         takes_context: a call took up cached context.
         least: the smallest value of its variable outside the engine's own warm-up; None where there was none.
+        buffers: the different ``max_m`` that were seen, the rows reserved for each expert; empty for most ops.
     """
 
     name: str
@@ -69,6 +74,7 @@ class SeenOp:
     alignments: set[int] = field(default_factory=set)
     takes_context: bool = False
     least: int | None = None
+    buffers: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -206,9 +212,12 @@ def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Cal
     if "rows" in model.model_fields and _LOADING in call.callers:
         fields["rows"], value = value, None  # a weight has this one number of rows
     name = model.model_fields["op"].annotation.__args__[0]  # type: ignore[union-attr]
-    key = json.dumps([name, fields], sort_keys=True, default=str)
+    key = json.dumps([name, {**fields, "max_m": None}], sort_keys=True, default=str)
     op = ops.setdefault(key, SeenOp(name, fields))
     op.calls += count
+    if "max_m" in fields:
+        op.buffers.add(fields["max_m"])
+        op.fields["max_m"] = max(op.buffers)
     if value is not None:
         op.maximum = max(op.maximum or 0, value)
         op.values.add(value)

@@ -67,6 +67,11 @@ def bound(op: SeenOp, facts: Facts) -> tuple[int, str] | None:
 
     It is the engine's own bound, and never below the largest value that was seen.
     """
+    if len(op.buffers) > 1:  # a buffer as large as the step needs it
+        largest = max(op.buffers)
+        if (facts.max_num_batched_tokens or 0) > largest:
+            return facts.max_num_batched_tokens or 0, "max_num_batched_tokens"
+        return largest, "the largest buffer seen"
     if op.maximum is None:
         return None
     if size := op.fields.get(OPS[op.name].maximum or ""):
@@ -76,7 +81,8 @@ def bound(op: SeenOp, facts: Facts) -> tuple[int, str] | None:
         "max_tokens": [("max_num_batched_tokens", facts.max_num_batched_tokens)],
         "max_batch": [("max_num_seqs", facts.max_num_seqs)],
     }.get(OPS[op.name].maximum or "", [])
-    if op.takes_context:
+    # What sees more than the tokens of a step takes up cached context as well.
+    if op.takes_context or largest > (facts.max_num_batched_tokens or largest):
         bounds = [*bounds, ("the chunk of cached context", facts.context_chunk)]
     for name, value in bounds:
         if value is not None and value >= largest:
@@ -89,6 +95,8 @@ def _fields(op: SeenOp, facts: Facts, gpu: Gpu) -> dict[str, Any]:
     maximum = OPS[op.name].maximum
     if "rows" in op.fields:
         fields["max_tokens"] = op.fields["rows"]
+    elif op.buffers and (limit := bound(op, facts)):
+        fields["max_m"] = limit[0]
     elif maximum and (limit := bound(op, facts)):
         fields[maximum] = limit[0]
     if len(op.alignments) > 1:
@@ -103,8 +111,8 @@ def _about(op: SeenOp, facts: Facts) -> list[str]:
     modules = _first(sorted(op.modules), _MOST_MODULES)
     texts = [f"{modules or 'no module is known'}: {op.calls} calls"]
     if limit := bound(op, facts):
-        variable = OPS[op.name].variable
-        texts[0] += f", {len(op.values)} values of {variable} up to {op.maximum}; swept to {limit[0]}: {limit[1]}"
+        variable, values = ("max_m", op.buffers) if op.buffers else (OPS[op.name].variable, op.values)
+        texts[0] += f", {len(values)} values of {variable} up to {max(values)}; swept to {limit[0]}: {limit[1]}"
     # The first place is the engine's own function around DeepGEMM's, the same for every op.
     texts.append(_first(sorted(op.places), _MOST_PLACES))
     return [text for text in texts if text]

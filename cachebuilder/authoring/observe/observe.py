@@ -17,7 +17,7 @@ from pathlib import Path
 from cachebuilder.authoring import sources
 from cachebuilder.authoring.observe import calls, engines, program
 from cachebuilder.authoring.observe.calls import Observed
-from cachebuilder.authoring.observe.engines import Change
+from cachebuilder.authoring.observe.command import Change
 from cachebuilder.authoring.observe.flashinfer import flashinfer_needs, missing_needs
 from cachebuilder.authoring.observe.manifest import About, manifest_text
 from cachebuilder.common.cache import scratch_folder
@@ -122,7 +122,7 @@ def observe(
         needs = flashinfer_needs(run.observed)
         about = About(
             gpu,
-            name or _name(launch.model, gpu),
+            name or _name(launch.server.model if launch.server else "", gpu),
             shlex.join(command),
             run.requests,
             needs if with_flashinfer else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cachebuilder.authoring.observe import calls, traffic
 from cachebuilder.authoring.observe.calls import Observed
-from cachebuilder.authoring.observe.engines import Launch
+from cachebuilder.authoring.observe.command import Launch, Server
 from cachebuilder.common.cache import own_folder
 from cachebuilder.common.foreign import without_traces
 from cachebuilder.common.progress import Progress
@@ -90,13 +90,13 @@ def run(launch: Launch, setting: Setting, progress: Progress) -> Run:
     with _running(launch, setting) as process:
         progress("start", 0, 1)
         try:
-            exit_code = _wait(process, launch.address)
+            exit_code = _wait(process, launch.server)
             up = time.monotonic()
-            if exit_code is None and launch.address is not None:
+            if exit_code is None and launch.server is not None:
                 progress("start", 1, 1)
                 batches = traffic.requests(calls.read(setting.folder / "calls").facts)
                 sent = sum(map(len, batches))
-                traffic.send(launch.address, batches, lambda done, total: progress("requests", done, total))
+                traffic.send(launch.server, batches, lambda done, total: progress("requests", done, total))
         except RecordingError as error:
             raise _failure(str(error), setting) from None
         _stop(process)
@@ -112,7 +112,8 @@ def environment(launch: Launch, setting: Setting) -> dict[str, str]:
     """The variables of the observed program."""
     kept = {name: value for name, value in setting.environment.items() if not name.startswith(_DROPPED)}
     paths = [str(_INSIDE), *filter(None, [kept.get("PYTHONPATH")])]
-    own = virtual_gpu.engine_environment(setting.gpu, launch.ranks, setting.folder, launch.stages)
+    ranks, stages = (launch.server.ranks, launch.server.stages) if launch.server else (1, 1)
+    own = virtual_gpu.engine_environment(setting.gpu, ranks, setting.folder, stages)
     return (
         kept
         | dict(launch.environment)
@@ -166,15 +167,15 @@ def _session(leader: int) -> list[int]:
     return members
 
 
-def _wait(process: subprocess.Popen[bytes], address: str | None) -> int | None:
-    """Wait until the program has ended, or answers at ``address``; returns its exit code, None if it runs on.
+def _wait(process: subprocess.Popen[bytes], server: Server | None) -> int | None:
+    """Wait until the program has ended, or its server answers; returns its exit code, None if it runs on.
 
     Raises:
         RecordingError: an engine does not answer in time.
     """
     started = time.monotonic()
-    while process.poll() is None and not (address and traffic.is_up(address)):
-        if address and time.monotonic() - started > _START_SECONDS:
+    while process.poll() is None and not (server and traffic.is_up(server)):
+        if server and time.monotonic() - started > _START_SECONDS:
             raise RecordingError(f"wanted an engine that answers within {_START_SECONDS:.0f} s, found none")
         time.sleep(0.3)
     return process.poll()
@@ -197,14 +198,15 @@ def _unanswered(setting: Setting) -> list[str]:
 
 def _failure(reason: str, setting: Setting) -> RecordingError | PlanError:
     """The error for a program that failed. A call that the virtual GPU did not answer is the likely cause."""
+    kept = own_folder("recordings") / f"observed-{os.getpid()}.log"  # the setting's folder is about to be removed
+    shutil.copyfile(setting.log, kept)
+    output = f"its whole output is in {kept}"
     if unanswered := _unanswered(setting):
         return PlanError(
             f"{reason}: the virtual GPU does not answer {', '.join(unanswered)}",
-            hint="this engine calls more of CUDA than cachebuilder knows: report it",
+            hint=f"this engine calls more of CUDA than cachebuilder knows: report it; {output}",
         )
     lines = without_traces(setting.log.read_text(errors="replace")).splitlines()
     errors = [line for line in lines if re.search(r"Error\b", line)][-4:]
     shown = "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
-    kept = own_folder("recordings") / f"observed-{os.getpid()}.log"  # the setting's folder is about to be removed
-    shutil.copyfile(setting.log, kept)
-    return RecordingError(f"{reason}\n{shown}".rstrip(), hint=f"its whole output is in {kept}")
+    return RecordingError(f"{reason}\n{shown}".rstrip(), hint=output)

@@ -15,12 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cachebuilder.authoring.observe.calls import Facts
+from cachebuilder.authoring.observe.command import Engine, Server
 from cachebuilder.errors import RecordingError
 
 #: Seconds that one request may take: Triton compiles kernels at the first of each kind.
 _TIMEOUT = 300.0
-#: vLLM takes and gives token numbers here, so it needs no tokenizer (``entrypoints/serve/disagg``, 0.25.0).
-_GENERATE = "/inference/v1/generate"
+#: Where an engine takes and gives token numbers, so that it needs no tokenizer: vLLM's ``entrypoints/serve/disagg``,
+#: 0.25.0; SGLang's ``srt/entrypoints/http_server.py``, 0.5.23.
+_GENERATE: dict[Engine, str] = {"vllm": "/inference/v1/generate", "sglang": "/generate"}
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,16 @@ def requests(facts: Facts) -> list[list[Request]]:
     return batches
 
 
-def is_up(address: str) -> bool:
+def is_up(server: Server) -> bool:
     """Whether the engine answers."""
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2):
+        with urllib.request.urlopen(f"{server.address}/health", timeout=2):
             return True
     except (OSError, ValueError):
         return False
 
 
-def send(address: str, batches: list[list[Request]], progress: Callable[[int, int], None]) -> None:
+def send(server: Server, batches: list[list[Request]], progress: Callable[[int, int], None]) -> None:
     """Send all requests.
 
     Args:
@@ -75,19 +77,23 @@ def send(address: str, batches: list[list[Request]], progress: Callable[[int, in
     numbers = itertools.count()
     for batch in batches:
         with ThreadPoolExecutor(len(batch)) as pool:
-            for _ in pool.map(lambda request: _send(address, request, next(numbers)), batch):
+            for _ in pool.map(lambda request: _send(server, request, next(numbers)), batch):
                 answered += 1
                 progress(answered, total)
 
 
-def _send(address: str, request: Request, number: int) -> None:
+def _send(server: Server, request: Request, number: int) -> None:
     """Send one request. Its ``number`` decides its tokens: what is in the engine's cache would not be computed."""
-    sampling: dict[str, float] = {"max_tokens": request.answer, "ignore_eos": True, "detokenize": False}
+    tokens = [1 + (7 * number + i) % 1000 for i in range(request.tokens)]
+    sampling: dict[str, float] = {"ignore_eos": True}
     if request.sampled:
         sampling |= {"top_k": 20, "top_p": 0.95}
-    body = {"token_ids": [1 + (7 * number + i) % 1000 for i in range(request.tokens)], "sampling_params": sampling}
+    if server.engine == "vllm":
+        body = {"token_ids": tokens, "sampling_params": sampling | {"max_tokens": request.answer, "detokenize": False}}
+    else:
+        body = {"input_ids": tokens, "sampling_params": sampling | {"max_new_tokens": request.answer}}
     message = urllib.request.Request(
-        address + _GENERATE, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        server.address + _GENERATE[server.engine], json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(message, timeout=_TIMEOUT) as answer:

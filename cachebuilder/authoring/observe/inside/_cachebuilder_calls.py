@@ -24,9 +24,15 @@ FLASHINFER_GEMM = "fp8_blockscale_gemm_sm90"
 HELPERS = (".utils.math", ".utils.dist", ".testing")
 #: How many frames are looked at, and how many of the engine's are written down; the nearest first.
 MOST_FRAMES, MOST_PLACES = 40, 6
-#: Functions of vLLM 0.25.0 whose calls differ from others: weights are prepared when they are loaded
-#: (``layers/quantization/fp8.py``); cached context is taken up in chunks (``layers/attention/mla_attention.py``).
-MARKS = ("process_weights_after_loading", "_compute_prefill_context", "_context_parallel_compute_prefill_context")
+#: Functions whose calls differ from others. Both engines prepare weights when they are loaded, and take up cached
+#: context in chunks: vLLM 0.25.0 ``layers/attention/mla_attention.py``, SGLang 0.5.23
+#: ``models/deepseek_common/attention_forward_methods/forward_mha.py``.
+MARKS = (
+    "process_weights_after_loading",
+    "_compute_prefill_context",
+    "_context_parallel_compute_prefill_context",
+    "_chunked_prefix_attn_mha",
+)
 
 
 class Calls:

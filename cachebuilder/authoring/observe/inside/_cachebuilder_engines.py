@@ -27,6 +27,7 @@ def one_rank_of_many(module: ModuleType) -> None:
         return new_group(ranks, backend="fake")
 
     module.init_process_group, module.new_group = init_process_group, new_fake_group  # type: ignore[attr-defined]
+    module.monitored_barrier = lambda *args, **kwargs: None  # type: ignore[attr-defined] # only gloo has one
 
 
 def all_ranks_on_this_machine(module: ModuleType) -> None:
@@ -230,3 +231,110 @@ def no_triton(module: ModuleType) -> None:
 def no_tuning(module: ModuleType) -> None:
     """Let Triton take a kernel's first configuration: all take as long (Triton 3.6 ``runtime/autotuner.py``)."""
     module.Autotuner._bench = lambda self, *args, **kwargs: [1.0, 1.0, 1.0]
+
+
+def note_sglang_settings(module: ModuleType) -> None:
+    """Write down what SGLang's scheduler works with (SGLang 0.5.23 ``srt/managers/scheduler.py``).
+
+    The tokens of all groups of data parallel attention come together before the experts.
+    """
+    init = module.Scheduler.__init__
+
+    def init_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        groups = getattr(self, "dp_size", None) or 1
+        tokens = self.chunked_prefill_size or self.max_prefill_tokens
+        note(
+            {
+                "max_num_batched_tokens": groups * tokens,
+                "max_num_seqs": self.max_running_requests,
+                "max_model_len": self.model_config.context_len,
+            }
+        )
+
+    module.Scheduler.__init__ = init_and_note
+
+
+def note_sglang_weights(module: ModuleType) -> None:
+    """Write down the quantised modules of each model that SGLang loads (SGLang 0.5.23 ``model_runner.py``)."""
+    load = module.ModelRunner.load_model
+
+    def load_and_note(self: Any) -> None:
+        load(self)
+        note_weights(self.model)
+
+    module.ModelRunner.load_model = load_and_note
+
+
+def note_sglang_context(module: ModuleType) -> None:
+    """Write down how many cached tokens SGLang's MLA takes up at once, when it asks for that.
+
+    SGLang 0.5.23 ``srt/model_executor/forward_batch_deepseek_mha_mixin.py``.
+    """
+    mixin = module.ForwardBatchDeepSeekMHAMixin
+    capacity = mixin.get_max_chunk_capacity
+
+    def ask_and_note(self: Any) -> int:
+        tokens = int(capacity(self))
+        note({"context_chunk": tokens})
+        return tokens
+
+    mixin.get_max_chunk_capacity = ask_and_note
+
+
+def one_scheduler(module: ModuleType) -> None:
+    """Start the process of rank 0 alone (SGLang 0.5.23 ``srt/entrypoints/engine.py``)."""
+    module._calculate_rank_ranges = lambda node_rank: (range(1), range(1), 1, 1)  # type: ignore[attr-defined]
+
+
+def default_scales_of_keys(module: ModuleType) -> None:
+    """Give the KV cache the scales that SGLang gives it where a checkpoint has none (SGLang 0.5.23 ``kv_cache.py``).
+
+    SGLang compares the scales on the device, whose answers mean nothing here.
+    """
+
+    def set_defaults(self: Any, layer: Any) -> None:
+        for name in ("k_scale", "v_scale"):
+            getattr(layer, name).fill_(1.0)
+            setattr(layer, f"{name}_float", 1.0)
+
+    module.BaseKVCacheMethod.process_weights_after_loading = set_defaults
+
+
+class NoPipe:
+    """In place of the pipe to a scheduler that was not started."""
+
+    def send(self, message: Any) -> None:
+        """Say nothing to anybody."""
+
+    def recv(self) -> dict[str, Any]:
+        """Nothing is known of it."""
+        return {}
+
+
+class OneScheduler(dict[Any, Any]):
+    """Ranks → process and pipe, with a `NoPipe` for each rank that was not started."""
+
+    def __missing__(self, ranks: Any) -> tuple[int, NoPipe]:
+        return 0, NoPipe()
+
+
+def one_group(module: ModuleType) -> None:
+    """Send all requests to rank 0 of data parallel attention (SGLang 0.5.23 ``data_parallel_controller.py``).
+
+    The others have as many tokens: torch's FakeProcessGroup gathers copies of this rank's numbers.
+    """
+    launch = module.DataParallelController.launch_dp_attention_schedulers
+
+    def launch_one(self: Any, *args: Any) -> None:
+        self.prelaunched_schedulers = OneScheduler(self.prelaunched_schedulers)
+        launch(self, *args)
+        self.status = [True] + [False] * (len(self.status) - 1)
+        self._active_workers, self._active_count_cache = [0], 1
+
+    module.DataParallelController.launch_dp_attention_schedulers = launch_one
+
+
+def no_sglang_jit(module: ModuleType) -> None:
+    """Build none of SGLang's own modules (SGLang 0.5.23 ``kernels/jit/utils/compile/loader.py``)."""
+    module.load_jit = lambda *args, **kwargs: Nothing()  # type: ignore[attr-defined]

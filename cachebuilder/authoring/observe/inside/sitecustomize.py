@@ -26,6 +26,10 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.config.vllm": engines.note_settings,
     "vllm.model_executor.model_loader.base_loader": engines.note_loaded_weights,
     "vllm.model_executor.layers.attention.mla_attention": engines.note_context_chunk,
+    "sglang.srt.managers.scheduler": engines.note_sglang_settings,
+    "sglang.srt.layers.quantization.kv_cache": engines.default_scales_of_keys,
+    "sglang.srt.model_executor.model_runner": engines.note_sglang_weights,
+    "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": engines.note_sglang_context,
 }
 if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
     AFTER_IMPORT |= {
@@ -33,6 +37,7 @@ if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
         "flashinfer.autotuner": engines.no_tactics,
         "flashinfer.jit.core": engines.no_flashinfer,
         "flashinfer.jit.cubin_loader": engines.no_cubins,
+        "sglang.kernels.jit.utils.compile.loader": engines.no_sglang_jit,
         "tilelang.jit.kernel": engines.no_tilelang,
         "triton.runtime.jit": engines.no_triton,
         "triton.runtime.autotuner": engines.no_tuning,
@@ -48,6 +53,10 @@ if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
         "vllm.v1.worker.gpu.dp_utils": engines.engines_do_the_same,
         "vllm.v1.engine.coordinator": engines.coordinate_one_engine,
         "vllm.v1.engine.utils": engines.start_one_engine,
+        "sglang.srt.entrypoints.engine": engines.one_scheduler,
+        "sglang.srt.managers.data_parallel_controller": engines.one_group,
+        "sglang.srt.distributed.parallel_state": engines.all_ranks_on_this_machine,
+        "sglang.srt.distributed.device_communicators.shm_broadcast": engines.no_message_queue,
     }
 
 

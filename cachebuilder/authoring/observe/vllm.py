@@ -1,0 +1,66 @@
+"""What is changed in vLLM's serve command so that it runs with no weights, on one virtual GPU.
+
+From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/parallel.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables
+from cachebuilder.cuda.gpus import Gpu
+
+
+def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, with_flashinfer: bool) -> Launch:
+    """How the command is run. Raises `RecordingError` for an option that makes no sense."""
+    arguments = Arguments(command)
+    model = arguments.value("--model") or _first_operand(command)
+    arguments.need_no_weights(model)
+    arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
+    arguments.add("FlashInfer would compile linear attention's prefill for minutes; it calls no DeepGEMM",
+                  "--gdn-prefill-backend", "triton")  # fmt: skip
+    if _sees_without_processor(model):
+        arguments.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
+    port = arguments.port()
+    stages = arguments.number("--pipeline-parallel-size", "-pp")
+    engines = arguments.number("--data-parallel-size", "-dp")
+    ranks = engines * arguments.number("--tensor-parallel-size", "-tp")
+    variables = common_variables(model, gpu, ranks) | {
+        "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
+        "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
+    }
+    if not with_flashinfer:
+        variables |= {
+            "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": ("0", "FlashInfer's copy of DeepGEMM has its own cache; without it, "
+            "every M goes to DeepGEMM"),
+            "VLLM_USE_FLASHINFER_SAMPLER": ("0", "FlashInfer compiles its sampler; sampling calls no DeepGEMM"),
+        }  # fmt: skip
+    if stages > 1:
+        arguments.set("one stage, with the layers of all: each calls DeepGEMM with the same M",
+                      "--pipeline-parallel-size", "1")  # fmt: skip
+    if engines > 1:
+        arguments.set(f"one engine stands for {engines}: the others have as many tokens", "--data-parallel-rank", "0")
+    if ranks > 1:
+        arguments.add(f"one process stands for {ranks} ranks", "--distributed-executor-backend", "uni")
+        arguments.add("needs the other ranks; calls no DeepGEMM", "--disable-custom-all-reduce")
+        variables["VLLM_ALLREDUCE_USE_SYMM_MEM"] = ("0", "needs the other ranks; calls no DeepGEMM")
+    server = Server("vllm", f"http://127.0.0.1:{port}", model, ranks, stages)
+    return arguments.launch(server, variables, environment)
+
+
+def _sees_without_processor(model: str) -> bool:
+    """Whether a folder's model takes images, and the config of what prepares them is missing."""
+    folder = Path(model)
+    try:
+        sees = "vision_config" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # the engine says what is wrong
+    return sees and not any(folder.glob("*processor_config.json"))
+
+
+def _first_operand(command: Sequence[str]) -> str:
+    """The model behind ``vllm serve``."""
+    rest = list(command[command.index("serve") + 1 :]) if "serve" in command else []
+    return rest[0] if rest and not rest[0].startswith("-") else ""
