@@ -302,5 +302,145 @@ class TestFurtherOptionsOfTheEngine:
             derived_of(configs.QWEN3_30B, engine, engine_arguments=(option,))
 
 
+GQA = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "hidden_size": 2048}
+EXPERTS = {"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 1024, "intermediate_size": 8192}
+ATTENTION = {((32 + 2 * 4) * 128, 2048), (2048, 4096)}
+DENSE_MLP = {(2 * 8192, 2048), (2048, 8192)}
+SHARED_MLP = {(2 * 1024, 2048), (2048, 1024)}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "linears"),
+    [
+        pytest.param(
+            "Ernie4_5_MoeForCausalLM",
+            {
+                "moe_num_experts": 64,
+                "moe_k": 6,
+                "moe_num_shared_experts": 2,
+                "moe_layer_start_index": 1,
+                "moe_layer_end_index": 3,
+                "moe_layer_interval": 1,
+                "moe_intermediate_size": 1024,
+                "intermediate_size": 8192,
+            },
+            ATTENTION | DENSE_MLP | {(2 * 2048, 2048), (2048, 2048)},
+            id="ERNIE-4.5: layer 0 is dense; two shared experts",
+        ),
+        pytest.param(
+            "ExaoneMoEForCausalLM",
+            {
+                **EXPERTS,
+                "num_shared_experts": 1,
+                "first_k_dense_replace": 1,
+                "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+                "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+            },
+            ATTENTION | DENSE_MLP | SHARED_MLP,
+            id="K-EXAONE",
+        ),
+        pytest.param(
+            "BailingMoeV2ForCausalLM",
+            {**EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
+            ATTENTION | DENSE_MLP | SHARED_MLP,
+            id="Ling 2",
+        ),
+        pytest.param(
+            "BailingMoeV2_5ForCausalLM",
+            {
+                **EXPERTS,
+                "num_shared_experts": 1,
+                "first_k_dense_replace": 1,
+                "layer_group_size": 4,
+                "q_lora_rank": 1536,
+                "kv_lora_rank": 512,
+                "qk_nope_head_dim": 128,
+                "qk_rope_head_dim": 64,
+                "v_head_dim": 128,
+            },
+            {(3 * 4096, 2048), (4096, 2048), (2048, 4096)}  # linear attention: query, key and value; gate; output
+            | {(1536 + 576, 2048), (32 * 192, 1536), (32 * 256, 512)}  # the fourth layer's latent attention
+            | DENSE_MLP
+            | SHARED_MLP,
+            id="Ring 2.5",
+        ),
+        pytest.param(
+            "Llama4ForCausalLM",
+            {
+                "num_local_experts": 16,
+                "num_experts_per_tok": 1,
+                "intermediate_size": 1024,
+                "intermediate_size_mlp": 8192,
+                "interleave_moe_layer_step": 2,
+            },
+            ATTENTION | DENSE_MLP | SHARED_MLP,
+            id="Llama 4: each second layer has experts",
+        ),
+        pytest.param(
+            "MixtralForCausalLM",
+            {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 8192},
+            ATTENTION,
+            id="Mixtral",
+        ),
+        pytest.param(
+            "Qwen3_5ForCausalLM",
+            {
+                "intermediate_size": 8192,
+                "linear_num_key_heads": 16,
+                "linear_key_head_dim": 128,
+                "linear_num_value_heads": 48,
+                "linear_value_head_dim": 128,
+                "full_attention_interval": 4,
+                "mtp_num_hidden_layers": 1,
+            },
+            {((2 * 32 + 2 * 4) * 128, 2048), (2048, 4096)}  # the query and its gate
+            | {(2 * (16 + 48) * 128, 2048), (2048, 48 * 128)}
+            | DENSE_MLP
+            | {(2048, 4096)},  # mtp.fc
+            id="Qwen3.5, dense",
+        ),
+    ],
+)
+def test_families_without_a_recorded_answer(
+    architecture: str, fields: dict[str, Any], linears: set[tuple[int, int]]
+) -> None:
+    """Against arithmetic by hand from the engines' files that `families` names."""
+    tree = {
+        **GQA,
+        **fields,
+        "architectures": [architecture],
+        "num_hidden_layers": 4,
+        "quantization_config": configs.BLOCK_FP8
+        | {"modules_to_not_convert": [f"model.layers.{n}.linear_attn.in_proj_{x}" for n in range(4) for x in "ab"]},
+    }
+    for engine in ENGINES:
+        derived = derived_of(tree, engine)
+        assert dense(derived) == linears, engine
+        assert not derived.unread
+
+
+def test_a_multimodal_config_is_its_text_model() -> None:
+    text = configs.QWEN3_30B
+    around = {"architectures": ["InternVLChatModel"], "quantization_config": text["quantization_config"]}
+    expected = dense(derived_of(text))
+    assert dense(derived_of({**around, "llm_config": text})) == expected
+    omni = {key: value for key, value in text.items() if key != "architectures"} | {"model_type": "qwen3_omni_moe_text"}
+    assert dense(derived_of({**around, "thinker_config": {"text_config": omni}, "talker_config": {}})) == expected
+
+
+def test_mimo_v2_5_s_interleaved_weights_are_read_where_each_rank_has_one_part() -> None:
+    tree = {
+        **MODELS["mimo-v2-flash"],
+        "architectures": ["MiMoV2ForCausalLM"],
+        "attention_projection_layout": "fused_qkv",
+    }
+    tree["quantization_config"] = configs.BLOCK_FP8
+    assert (3392, 4096) in dense(derived_of(tree, "vllm", tp=4))
+    with pytest.raises(ModelError, match="no rule here reads parts of num_key_value_heads 4 on 2 ranks"):
+        derived_of(tree, "vllm", tp=2)
+    with pytest.raises(ModelError, match="wanted a divisor of num_key_value_heads 4, found 8"):
+        derived_of(tree, "sglang", tp=8)
+
+
 def test_each_text_model_has_a_family() -> None:
     assert set(TEXT_MODELS.values()) <= set(FAMILIES)

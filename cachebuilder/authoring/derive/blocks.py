@@ -16,6 +16,7 @@ from cachebuilder.authoring.derive.layer_kinds import Layers, Where, attending, 
 from cachebuilder.authoring.derive.layers import Experts, LeftOut, Linears, Model, Part, layers_text
 from cachebuilder.authoring.derive.serving import Serving
 from cachebuilder.authoring.derive.size import Size
+from cachebuilder.errors import ModelError
 
 
 class Block(Protocol):
@@ -31,7 +32,8 @@ class Attention:
 
     Attributes:
         gate: the field that says whether the query's projection also holds a gate of its size; ``True``: it does.
-        head_gate: the field that says whether a projection gives one gate for each head.
+        head_gate: the field that says whether ``g_proj`` gives one gate for each head.
+        own_gate: ``g_proj`` gives a gate of the query's size.
         fused: the checkpoint has one weight for query, key and value.
         checked: an engine refuses a division within a block (MiMo-V2's ``qkv_proj`` has ``skip_block_quant_check`` in
             SGLang 0.5.23).
@@ -43,6 +45,7 @@ class Attention:
     value_dim: str = ""
     gate: str | bool = False
     head_gate: str = ""
+    own_gate: bool = False
     fused: bool = False
     checked: bool = True
     at: str = "self_attn"
@@ -71,8 +74,27 @@ class Attention:
             replace(linears.column(f"{self.at}.{qkv}", parts, hidden), checked=self.checked),
             linears.row(f"{self.at}.{out}", hidden, heads * value_dim),
         ]
-        if self.head_gate and config.flag(self.head_gate, False):
-            model.linears.append(linears.column(f"{self.at}.g_proj", heads, hidden))
+        if self.own_gate or (self.head_gate and config.flag(self.head_gate, False)):
+            model.linears.append(linears.column(f"{self.at}.g_proj", q if self.own_gate else heads, hidden))
+
+
+@dataclass(frozen=True)
+class InterleavedQkv:
+    """MiMo-V2.5's checkpoints, which hold ``qkv_proj`` as so many ranks' parts as there are K and V heads.
+
+    vLLM 0.33.0 pads K and V of fewer ranks to whole blocks (``_fused_qkv_kv_chunk_rows``, models/mimo_v2.py); SGLang
+    0.5.23 loads them on a divisor of these ranks only (``get_mimo_v2_fused_qkv_expected_tp_size``).
+    """
+
+    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
+        """Add nothing. Raises ModelError where the layer's shape is another one than `Attention` says."""
+        if config.fields.get("attention_projection_layout") != "fused_qkv":
+            return
+        parts, ranks = config.number("num_key_value_heads"), serving.ranks.attention
+        if serving.name == "vllm" and ranks < parts and serving.at_least("0.33.0"):
+            raise ModelError(f"self_attn.qkv_proj: no rule here reads parts of {parts.how} on {ranks} ranks")
+        if serving.name == "sglang" and parts % ranks:
+            raise ModelError(f"self_attn.qkv_proj: wanted a divisor of {parts.how}, found {ranks} ranks of attention")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cachebuilder.authoring.derive import deepseek_v4
-from cachebuilder.authoring.derive.blocks import Attention, Block, GatedDeltaNet, Mla, Mlp, Moe, Projection
+from cachebuilder.authoring.derive.blocks import (
+    Attention,
+    Block,
+    GatedDeltaNet,
+    InterleavedQkv,
+    Mla,
+    Mlp,
+    Moe,
+    Projection,
+)
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.layer_kinds import (
     Layers,
@@ -24,6 +33,7 @@ from cachebuilder.authoring.derive.layer_kinds import (
     everywhere,
     gated_attention,
     interleaved,
+    last_of_group,
     listed,
     other_than,
     stepped,
@@ -83,17 +93,23 @@ _EXAONE = Family(
     draft_prefix="mtp.layers.",
     unused="mtp_layer_types mtp_sliding_windows is_moe_layer",
 )
-_BAILING = Family(  # Ling and Ring 1.5 and 2: models/bailing_moe.py in both
-    (
-        Attention(at="attention", names=("query_key_value", "dense"), fused=True),
-        Moe(
-            shared="num_shared_experts",
-            shared_width="moe_shared_expert_intermediate_size",
-            whole=("sglang",),
-            on=after_dense,
-        ),
+_BAILING_ATTENTION = Attention(at="attention", names=("query_key_value", "dense"), fused=True)
+_BAILING_MOE = Moe(
+    shared="num_shared_experts",
+    shared_width="moe_shared_expert_intermediate_size",
+    whole=("sglang",),
+    on=after_dense,
+)
+_BAILING = Family((_BAILING_ATTENTION, _BAILING_MOE))  # Ling and Ring 1.5 and 2: models/bailing_moe.py in both
+_MIMO_ATTENTION = (  # models/mimo_v2.py in both
+    Attention(value_dim="v_head_dim", checked=False, on=listed("hybrid_layer_pattern", 0)),
+    Attention(
+        *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"),
+        checked=False,
+        on=listed("hybrid_layer_pattern", 1, drafts=True),
     ),
 )
+_MIMO_MOE = Moe(shared="n_shared_experts", on=listed("moe_layer_freq", 1))
 
 #: ``architectures[0]`` → its family.
 FAMILIES: dict[str, Family] = {
@@ -131,16 +147,9 @@ FAMILIES: dict[str, Family] = {
         (Attention(), Moe(experts="num_local_experts", width="intermediate_size", at="block_sparse_moe", dense=None)),
         unused="use_mtp num_mtp_modules mtp_transformer_layers attn_type_list shared_intermediate_size",
     ),
-    "MiMoV2FlashForCausalLM": Family(  # models/mimo_v2.py in both
-        (
-            Attention(value_dim="v_head_dim", checked=False, on=listed("hybrid_layer_pattern", 0)),
-            Attention(
-                *("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"),
-                checked=False,
-                on=listed("hybrid_layer_pattern", 1, drafts=True),
-            ),
-            Moe(shared="n_shared_experts", on=listed("moe_layer_freq", 1)),
-        ),
+    "MiMoV2FlashForCausalLM": Family((*_MIMO_ATTENTION, _MIMO_MOE), unused="hybrid_block_size"),
+    "MiMoV2ForCausalLM": Family(  # MiMo-V2.5
+        (*(replace(block, fused=True) for block in _MIMO_ATTENTION), InterleavedQkv(), _MIMO_MOE),
         unused="hybrid_block_size",
     ),
     # Two attentions and two dense MLPs a layer, beside the experts; the draft layer is dense (longcat_flash_mtp.py).
@@ -199,6 +208,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "BailingMoeForCausalLM": _BAILING,
     "BailingMoeV2ForCausalLM": _BAILING,
+    "BailingMoeV2_5ForCausalLM": Family(  # Ling and Ring 2.5 and 2.6: models/bailing_moe_linear.py in both
+        (
+            Mla(at="attention", on=last_of_group),
+            replace(_BAILING_ATTENTION, kv_heads="num_attention_heads", own_gate=True, on=other_than(last_of_group)),
+            _BAILING_MOE,
+        ),
+        unused=_MLA_UNUSED + " group_norm_size",
+    ),
     "Ernie4_5_MoeForCausalLM": Family(  # SGLang models/ernie4.py; the draft layer is dense (ernie_mtp.py)
         (
             Attention(),
@@ -257,6 +274,7 @@ TEXT_MODELS = {
     "qwen3_omni_moe_text": "Qwen3MoeForCausalLM",
     "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
+    "step3p5": "Step3p5ForCausalLM",  # in Step-3.7
 }
 
 

@@ -106,6 +106,12 @@ def gated_attention(config: Config, layers: Layers) -> Numbers:
     return tuple(number for number in layers.decoder if (number + 1) % interval == 0) + layers.draft
 
 
+def last_of_group(config: Config, layers: Layers) -> Numbers:
+    """Of Ling and Ring 2.5: the last of each ``layer_group_size`` layers, and the draft layers, have full attention."""
+    size = config.number("layer_group_size")
+    return tuple(number for number in layers.decoder if (number + 1) % size == 0) + layers.draft
+
+
 def after_dense(config: Config, layers: Layers) -> Numbers:
     """Layers with experts: from ``first_k_dense_replace`` on each ``moe_layer_freq``-th; the draft layers, too.
 

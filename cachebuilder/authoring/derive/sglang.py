@@ -39,7 +39,7 @@ _FUSES_ON_DEMAND = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDs
 
 #: Layers that SGLang makes without the checkpoint's quantisation: models/step3p5.py; models/qwen3_5_mtp.py and
 #: exaone_moe_mtp.py (a plain ``nn.Linear``).
-_NEVER_QUANTIZED = (".g_proj", "mtp.fc")
+_NEVER_QUANTIZED = (".self_attn.g_proj", "mtp.fc")
 
 
 class Sglang(Serving):
