@@ -338,3 +338,11 @@ def one_group(module: ModuleType) -> None:
 def no_sglang_jit(module: ModuleType) -> None:
     """Build none of SGLang's own modules (SGLang 0.5.23 ``kernels/jit/utils/compile/loader.py``)."""
     module.load_jit = lambda *args, **kwargs: Nothing()  # type: ignore[attr-defined]
+
+
+def one_cluster(module: ModuleType) -> None:
+    """Answer how many clusters fit: it decides a parameter of a kernel of SGLang's own, which is not built.
+
+    SGLang 0.5.23 ``kernels/jit/utils/occupancy.py``.
+    """
+    module.get_max_active_clusters = lambda cluster_size, occupancy: 1  # type: ignore[attr-defined]

@@ -38,6 +38,7 @@ if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
         "flashinfer.jit.core": engines.no_flashinfer,
         "flashinfer.jit.cubin_loader": engines.no_cubins,
         "sglang.kernels.jit.utils.compile.loader": engines.no_sglang_jit,
+        "sglang.kernels.jit.utils.occupancy": engines.one_cluster,
         "tilelang.jit.kernel": engines.no_tilelang,
         "triton.runtime.jit": engines.no_triton,
         "triton.runtime.autotuner": engines.no_tuning,
