@@ -204,8 +204,13 @@ def no_tactics(module: ModuleType) -> None:
 
 
 def no_cubins(module: ModuleType) -> None:
-    """Load none of the cubins that FlashInfer would download (FlashInfer 0.6.13 ``jit/cubin_loader.py``)."""
+    """Load and download nothing that belongs to FlashInfer's cubins (FlashInfer 0.6.13, 0.7.2 ``jit/cubin_loader.py``).
+
+    They are for modules that are not built.
+    """
     module.setup_cubin_loader = lambda path: None  # type: ignore[attr-defined]
+    module.get_artifact = module.get_cubin = lambda *args, **kwargs: b"nothing"  # type: ignore[attr-defined]
+    module.get_meta_hash = lambda *args, **kwargs: ""  # type: ignore[attr-defined]
 
 
 def no_tilelang(module: ModuleType) -> None:
