@@ -1,6 +1,6 @@
 """Serve with an unmodified vLLM on an SM90 GPU: as it comes with cold caches, and from a restored artifact.
 
-    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--cold] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
+    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--cold] [--graphs] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
 
 MODEL is a folder with a config.json; weights are dummies. Each run is a process of its own with empty caches of its own:
 
@@ -31,7 +31,7 @@ import click
 STEPS = "1x1,1x17,1x100,8x33,31x5,64x20,128x3,1x3000"
 
 
-def child(model: str, max_len: int, steps: str) -> None:
+def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
     """The engine, inside the process whose environment is the serving one's."""
     started = time.monotonic()
     from vllm import LLM, SamplingParams
@@ -40,7 +40,7 @@ def child(model: str, max_len: int, steps: str) -> None:
         model=model,
         load_format="dummy",
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=not graphs,
         max_model_len=max_len,
         max_num_batched_tokens=8192,
         moe_backend="deep_gemm",
@@ -49,10 +49,10 @@ def child(model: str, max_len: int, steps: str) -> None:
     engine = llm.llm_engine
     numbers = iter(range(10**6))
 
-    def serve(batch: int, prompt: int, tokens: int) -> list[float]:
+    def serve(batch: int, prompt: int, tokens: int, **sampling: float) -> list[float]:
         """The seconds of each step."""
         for _ in range(batch):
-            parameters = SamplingParams(max_tokens=tokens, detokenize=False, ignore_eos=True, temperature=0.0)
+            parameters = SamplingParams(max_tokens=tokens, detokenize=False, ignore_eos=True, **sampling)
             engine.add_request(str(next(numbers)), {"prompt_token_ids": [1] * prompt}, parameters)
         seconds = []
         while engine.has_unfinished_requests():
@@ -64,12 +64,14 @@ def child(model: str, max_len: int, steps: str) -> None:
     longest, first = {}, None
     for step in steps.split(","):
         batch, prompt = map(int, step.split("x"))
-        seconds = serve(batch, prompt, 4)
+        seconds = serve(batch, prompt, 4, temperature=0.0)
         first = first if first is not None else seconds[0]
         longest[step] = round(max(seconds), 3)
+    # From the likeliest tokens: this takes FlashInfer's sampler.
+    longest["sampled"] = round(max(serve(3, 20, 4, top_k=20, top_p=0.95)), 3)
     decode = {}
     for batch in (1, 8, 31):
-        seconds = serve(batch, 16, 130)[2:]
+        seconds = serve(batch, 16, 130, temperature=0.0)[2:]
         decode[str(batch)] = round(batch * len(seconds) / sum(seconds), 1)
     print(
         "RESULT "
@@ -126,14 +128,23 @@ def own_caches(folder: Path) -> dict[str, str]:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--cold", is_flag=True)
 @click.option("--off", is_flag=True, help="also with FlashInfer's GEMM switched off")
+@click.option("--graphs", is_flag=True, help="CUDA graphs and torch.compile on, as vLLM comes; else eager")
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--max-len", type=int, default=16384)
 @click.option("--steps", default=STEPS)
 @click.option("--logs", type=click.Path(path_type=Path), default=Path("/tmp"))
 def main(
-    model: str, artifact: Path, cold: bool, off: bool, deep_gemm: Path | None, max_len: int, steps: str, logs: Path
+    model: str,
+    artifact: Path,
+    cold: bool,
+    off: bool,
+    graphs: bool,
+    deep_gemm: Path | None,
+    max_len: int,
+    steps: str,
+    logs: Path,
 ) -> None:
-    arguments = [model, str(max_len), steps]
+    arguments = [model, str(max_len), steps, "graphs" if graphs else "eager"]
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -206,6 +217,6 @@ def main(
 
 if __name__ == "__main__":
     if sys.argv[1] == "--child":
-        child(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+        child(sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5] == "graphs")
     else:
         main()
