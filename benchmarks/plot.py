@@ -3,9 +3,9 @@
     python benchmarks/plot.py
 
 Reads from benchmarks/results: compile.jsonl (machine by machine; each ``run`` line names its machine), gpu/warmup.jsonl,
-sensitivity.jsonl, relaxed-vllm.jsonl, observe.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and
+sensitivity.jsonl, relaxed-vllm.jsonl, observe.jsonl, observe-flashinfer.jsonl, closed-loop.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and
 the tables between the markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md,
-docs/howto/observe.md and README.md.
+docs/howto/observe.md, docs/howto/flashinfer.md and README.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SPEED = ROOT / "docs" / "explanation" / "speed.md"
 VIRTUAL = ROOT / "docs" / "explanation" / "virtual-gpu.md"
 MODELS = ROOT / "docs" / "models.md"
 OBSERVE = ROOT / "docs" / "howto" / "observe.md"
+FLASHINFER = ROOT / "docs" / "howto" / "flashinfer.md"
 README = ROOT / "README.md"
 PICTURE = ROOT / "docs" / "pictures" / "compile.svg"
 
@@ -267,6 +268,31 @@ def observed_rows(rows: Sequence[Row]) -> list[str]:
     return table(header, lines)
 
 
+def closed_loop_rows(rows: Sequence[Row]) -> list[str]:
+    """Engines that were observed, and run again from the cache that was built of it."""
+    lines = [
+        (
+            row["engine"], row["deep_gemm"].split(" (")[0], row["model"], row["layout"], row["gpu"], row["kernels"],
+            row["requests"], row["misses"],
+        )
+        for row in rows
+    ]  # fmt: skip
+    header = ("engine", "DeepGEMM", "model", "layout", "GPU", "kernels in the cache", "requests", "misses")
+    return table(header, lines)
+
+
+def flashinfer_rows(rows: Sequence[Row]) -> list[str]:
+    """What observed engines take from FlashInfer."""
+    lines = []
+    for row in rows:
+        needs = row["flashinfer"]
+        modules = [f"`{name}`" for name in needs.get("modules", [])]
+        gemms = needs.get("gemms", [])
+        shapes = f"{len(gemms)} shapes, M up to {max(gemm['max_m'] for gemm in gemms)}" if gemms else "–"
+        lines.append((row["engine"], row["model"], row["layout"], row["gpu"], ", ".join(modules) or "–", shapes))
+    return table(("engine", "model", "layout", "GPU", "modules", "`fp8_blockscale_gemm_90`"), lines)
+
+
 def _shape(shape: Sequence[Any]) -> str:
     """Of a GEMM: ``[op, experts, n, k, …]``."""
     op, experts, n, k = shape[:4]
@@ -284,6 +310,8 @@ def main() -> None:
     put(MODELS, "engines", engine_rows())
     put(MODELS, "missed", missed_rows(read("relaxed-vllm.jsonl")))
     put(OBSERVE, "observed", observed_rows(read("observe.jsonl")))
+    put(OBSERVE, "closed-loop", closed_loop_rows(read("closed-loop.jsonl")))
+    put(FLASHINFER, "flashinfer", flashinfer_rows(read("observe-flashinfer.jsonl")))
     put(README, "warm-up", readme_rows(compiled, warmed))
 
 

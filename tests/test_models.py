@@ -787,11 +787,22 @@ def test_what_vllm_takes_from_flashinfer_is_written_where_it_takes_something(
         assert expected in [{"n": gemm.n, "k": gemm.k} for gemm in needs.gemms]
 
 
-def test_a_model_that_takes_nothing_from_flashinfer_is_told_so(tmp_path: Path) -> None:
-    attention = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(48) for name in "qkvo"]
-    quantization = configs.BLOCK_FP8 | {"modules_to_not_convert": attention}
+@pytest.mark.parametrize(
+    ("tree", "ranks", "modules"),
+    [
+        pytest.param(configs.QWEN3_30B, {"tp": 1}, ["sampling"], id="qwen3"),
+        pytest.param(configs.DEEPSEEK_V3, {"tp": 8}, ["sampling"], id="deepseek-v3-16-heads-a-rank"),
+        pytest.param(configs.DEEPSEEK_V3, {"dp": 8, "ep": 8}, ["concat_mla", "sampling"], id="deepseek-v3-all-heads"),
+    ],
+)
+def test_the_modules_are_those_that_the_observed_engine_asked_for(
+    tmp_path: Path, tree: dict[str, Any], ranks: dict[str, int], modules: list[str]
+) -> None:
+    """vLLM 0.25.0 on the virtual H200: benchmarks/results/observe-flashinfer.jsonl."""
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(configs.QWEN3_30B | {"quantization_config": quantization}))
-    result = run("--model", file, "--engine", "vllm", "--gpu", "H200", "--with-flashinfer")
-    assert isinstance(result.exception, ModelError)
-    assert "found none" in str(result.exception)
+    file.write_text(json.dumps(tree))
+    options = [word for name, count in ranks.items() for word in (f"--{name}", str(count))]
+    result = run("--model", file, "--engine", "vllm", "--gpu", "H200", *options, "--with-flashinfer")
+    needs = manifests.parse(result.output.encode()).flashinfer
+    assert needs is not None
+    assert needs.modules == modules
