@@ -23,6 +23,8 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
     if all(arguments.value(name) is None for name in _GRAPHS):
         arguments.add("torch.compile changes no call of DeepGEMM", "--cuda-graph-backend-prefill", "disabled")
         arguments.add("graphs of two sizes show the calls; M is swept", "--cuda-graph-bs-decode", "1", "8")
+    arguments.add("FlashInfer's linear attention steers by numbers on the device; it calls no DeepGEMM",
+                  "--linear-attn-prefill-backend", "triton")  # fmt: skip
     port = arguments.port()
     ranks = arguments.number("--tp", "--tp-size", "--tensor-parallel-size")
     if (stages := arguments.number("--pp-size", "--pipeline-parallel-size")) > 1:
