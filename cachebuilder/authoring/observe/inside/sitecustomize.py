@@ -1,8 +1,9 @@
 """Runs in every Python process of an observed program: writes down each call of a function of DeepGEMM.
 
 Python imports a module of this name at its start (``site``). It changes a few modules as soon as they are imported:
-each copy of DeepGEMM (`_cachebuilder_calls`), and the engine's (`_cachebuilder_engines`). It imports nothing but the
-standard library and these two.
+each copy of DeepGEMM (`_cachebuilder_calls`), the engine's (`_cachebuilder_vllm`, `_cachebuilder_sglang`), those of
+groups of processes (`_cachebuilder_ranks`) and of other compilers (`_cachebuilder_compilers`). All of these import
+nothing but the standard library and each other.
 """
 
 from __future__ import annotations
@@ -16,48 +17,52 @@ from types import ModuleType
 from typing import Any
 
 import _cachebuilder_calls as calls  # type: ignore[import-not-found]
-import _cachebuilder_engines as engines  # type: ignore[import-not-found]
+import _cachebuilder_compilers as compilers  # type: ignore[import-not-found]
+import _cachebuilder_ranks as ranks  # type: ignore[import-not-found]
+import _cachebuilder_sglang as sglang  # type: ignore[import-not-found]
+import _cachebuilder_vllm as vllm  # type: ignore[import-not-found]
 
 #: The names under which engines import a DeepGEMM: PyPI's, and vLLM's own copy (vllm/utils/deep_gemm.py, 0.25.0).
 COPIES = ("deep_gemm", "vllm.third_party.deep_gemm")
 #: A module → what is done to it after its import.
 AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "flashinfer.gemm.gemm_base": calls.wrap_flashinfer,
-    "vllm.config.vllm": engines.note_settings,
-    "vllm.model_executor.model_loader.base_loader": engines.note_loaded_weights,
-    "vllm.model_executor.layers.attention.mla_attention": engines.note_context_chunk,
-    "sglang.srt.managers.scheduler": engines.note_sglang_settings,
-    "sglang.srt.layers.quantization.kv_cache": engines.default_scales_of_keys,
-    "sglang.srt.model_executor.model_runner": engines.note_sglang_weights,
-    "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": engines.note_sglang_context,
+    "vllm.config.vllm": vllm.note_settings,
+    "vllm.model_executor.model_loader.base_loader": vllm.note_loaded_weights,
+    "vllm.model_executor.layers.attention.mla_attention": vllm.note_context_chunk,
+    "sglang.srt.managers.scheduler": sglang.note_settings,
+    "sglang.srt.layers.quantization.kv_cache": sglang.default_scales_of_keys,
+    "sglang.srt.model_executor.model_runner": sglang.note_loaded_weights,
+    "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": sglang.note_context_chunk,
 }
 if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
     AFTER_IMPORT |= {
-        "cutlass.cute": engines.no_cute_dsl,
-        "flashinfer.autotuner": engines.no_tactics,
-        "flashinfer.jit.core": engines.no_flashinfer,
-        "flashinfer.jit.cubin_loader": engines.no_cubins,
-        "sglang.kernels.jit.utils.compile.loader": engines.no_sglang_jit,
-        "sglang.kernels.jit.utils.occupancy": engines.one_cluster,
-        "tilelang.jit.kernel": engines.no_tilelang,
-        "triton.runtime.jit": engines.no_triton,
-        "triton.runtime.autotuner": engines.no_tuning,
+        "cutlass.cute": compilers.no_cute_dsl,
+        "flashinfer.autotuner": compilers.no_tactics,
+        "flashinfer.jit.core": compilers.no_flashinfer,
+        "flashinfer.jit.cubin_loader": compilers.no_cubins,
+        "sglang.kernels.jit.utils.compile.loader": sglang.no_modules,
+        "sglang.kernels.ops.attention.fla.index": sglang.one_chunk_a_sequence,
+        "sglang.kernels.jit.utils.occupancy": sglang.one_cluster,
+        "tilelang.jit.kernel": compilers.no_tilelang,
+        "triton.runtime.jit": compilers.no_triton,
+        "triton.runtime.autotuner": compilers.no_tuning,
     }
 if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
     AFTER_IMPORT |= {
-        "torch.distributed.distributed_c10d": engines.one_rank_of_many,
-        "vllm.distributed.parallel_state": engines.all_ranks_on_this_machine,
-        "vllm.distributed.device_communicators.shm_broadcast": engines.no_message_queue,
-        "torch.distributed._symmetric_memory": engines.plain_memory,
-        "vllm.distributed.utils": engines.group_of_engines,
-        "vllm.v1.worker.dp_utils": engines.engines_do_the_same,
-        "vllm.v1.worker.gpu.dp_utils": engines.engines_do_the_same,
-        "vllm.v1.engine.coordinator": engines.coordinate_one_engine,
-        "vllm.v1.engine.utils": engines.start_one_engine,
-        "sglang.srt.entrypoints.engine": engines.one_scheduler,
-        "sglang.srt.managers.data_parallel_controller": engines.one_group,
-        "sglang.srt.distributed.parallel_state": engines.all_ranks_on_this_machine,
-        "sglang.srt.distributed.device_communicators.shm_broadcast": engines.no_message_queue,
+        "torch.distributed.distributed_c10d": ranks.one_rank_of_many,
+        "vllm.distributed.parallel_state": ranks.all_ranks_on_this_machine,
+        "vllm.distributed.device_communicators.shm_broadcast": ranks.no_message_queue,
+        "torch.distributed._symmetric_memory": ranks.plain_memory,
+        "vllm.distributed.utils": vllm.group_of_engines,
+        "vllm.v1.worker.dp_utils": vllm.engines_do_the_same,
+        "vllm.v1.worker.gpu.dp_utils": vllm.engines_do_the_same,
+        "vllm.v1.engine.coordinator": vllm.coordinate_one_engine,
+        "vllm.v1.engine.utils": vllm.start_one_engine,
+        "sglang.srt.entrypoints.engine": sglang.one_scheduler,
+        "sglang.srt.managers.data_parallel_controller": sglang.one_group,
+        "sglang.srt.distributed.parallel_state": ranks.all_ranks_on_this_machine,
+        "sglang.srt.distributed.device_communicators.shm_broadcast": ranks.no_message_queue,
     }
 
 

@@ -1,0 +1,136 @@
+"""What is done in SGLang's processes so that they run on a virtual GPU, and what its configuration says (0.5.23)."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from _cachebuilder_calls import note, note_weights  # type: ignore[import-not-found]
+from _cachebuilder_compilers import Nothing  # type: ignore[import-not-found]
+
+
+def note_settings(module: ModuleType) -> None:
+    """Write down what SGLang's scheduler works with (``srt/managers/scheduler.py``).
+
+    The tokens of all groups of data parallel attention come together before the experts.
+    """
+    init = module.Scheduler.__init__
+
+    def init_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        groups = module.get_parallel().attn_dp_size
+        tokens = self.chunked_prefill_size or self.max_prefill_tokens
+        note(
+            {
+                "max_num_batched_tokens": groups * tokens,
+                "max_num_seqs": self.max_running_requests,
+                "max_model_len": self.model_config.context_len,
+            }
+        )
+
+    module.Scheduler.__init__ = init_and_note
+
+
+def note_loaded_weights(module: ModuleType) -> None:
+    """Write down the quantised modules of each model that SGLang loads (``model_runner.py``)."""
+    load = module.ModelRunner.load_model
+
+    def load_and_note(self: Any) -> None:
+        load(self)
+        note_weights(self.model)
+
+    module.ModelRunner.load_model = load_and_note
+
+
+def note_context_chunk(module: ModuleType) -> None:
+    """Write down how many cached tokens SGLang's MLA takes up at once, when it asks for that.
+
+    ``srt/model_executor/forward_batch_deepseek_mha_mixin.py``.
+    """
+    mixin = module.ForwardBatchDeepSeekMHAMixin
+    capacity = mixin.get_max_chunk_capacity
+
+    def ask_and_note(self: Any) -> int:
+        tokens = int(capacity(self))
+        note({"context_chunk": tokens})
+        return tokens
+
+    mixin.get_max_chunk_capacity = ask_and_note
+
+
+def default_scales_of_keys(module: ModuleType) -> None:
+    """Give the KV cache the scales that SGLang gives it where a checkpoint has none (``kv_cache.py``).
+
+    SGLang compares the scales on the device, whose answers mean nothing here.
+    """
+
+    def set_defaults(self: Any, layer: Any) -> None:
+        for name in ("k_scale", "v_scale"):
+            getattr(layer, name).fill_(1.0)
+            setattr(layer, f"{name}_float", 1.0)
+
+    module.BaseKVCacheMethod.process_weights_after_loading = set_defaults
+
+
+def one_scheduler(module: ModuleType) -> None:
+    """Start the process of rank 0 alone (``srt/entrypoints/engine.py``)."""
+    module._calculate_rank_ranges = lambda node_rank: (range(1), range(1), 1, 1)  # type: ignore[attr-defined]
+
+
+class NoPipe:
+    """In place of the pipe to a scheduler that was not started."""
+
+    def send(self, message: Any) -> None:
+        """Say nothing to anybody."""
+
+    def recv(self) -> dict[str, Any]:
+        """Nothing is known of it."""
+        return {}
+
+
+class OneScheduler(dict[Any, Any]):
+    """Ranks → process and pipe, with a `NoPipe` for each rank that was not started."""
+
+    def __missing__(self, ranks: Any) -> tuple[int, NoPipe]:
+        return 0, NoPipe()
+
+
+def one_group(module: ModuleType) -> None:
+    """Send all requests to rank 0 of data parallel attention (``data_parallel_controller.py``).
+
+    The others have as many tokens: torch's FakeProcessGroup gathers copies of this rank's numbers.
+    """
+    launch = module.DataParallelController.launch_dp_attention_schedulers
+
+    def launch_one(self: Any, *args: Any) -> None:
+        self.prelaunched_schedulers = OneScheduler(self.prelaunched_schedulers)
+        launch(self, *args)
+        self.status = [True] + [False] * (len(self.status) - 1)
+        self._active_workers, self._active_count_cache = [0], 1
+
+    module.DataParallelController.launch_dp_attention_schedulers = launch_one
+
+
+def no_modules(module: ModuleType) -> None:
+    """Build none of SGLang's own modules (``kernels/jit/utils/compile/loader.py``)."""
+    module.load_jit = lambda *args, **kwargs: Nothing()  # type: ignore[attr-defined]
+
+
+def one_cluster(module: ModuleType) -> None:
+    """Answer how many clusters fit: it decides a parameter of a kernel of SGLang's own, which is not built.
+
+    ``kernels/jit/utils/occupancy.py``.
+    """
+    module.get_max_active_clusters = lambda cluster_size, occupancy: 1  # type: ignore[attr-defined]
+
+
+def one_chunk_a_sequence(module: ModuleType) -> None:
+    """Give linear attention one chunk a sequence, for kernels that do nothing (``kernels/ops/attention/fla/index.py``).
+
+    SGLang reads the sequences' lengths back from the device, whose answers mean nothing here.
+    """
+
+    def prepare(cu_seqlens: Any, chunk_size: int) -> Any:
+        return cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 2)
+
+    module.prepare_chunk_indices = prepare  # type: ignore[attr-defined]

@@ -1,0 +1,99 @@
+"""What is done in vLLM's processes so that they run on a virtual GPU, and what its configuration says (0.25.0)."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from _cachebuilder_calls import note, note_weights  # type: ignore[import-not-found]
+
+
+def note_settings(module: ModuleType) -> None:
+    """Write down vLLM's configuration as it resolved it, each time it makes one."""
+    resolve = module.VllmConfig.__post_init__
+
+    def resolve_and_note(self: Any) -> None:
+        resolve(self)
+        scheduler, model = self.scheduler_config, self.model_config
+        note(
+            {
+                "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+                "max_num_seqs": scheduler.max_num_seqs,
+                "max_model_len": model.max_model_len if model else None,
+            }
+        )
+
+    module.VllmConfig.__post_init__ = resolve_and_note
+
+
+def note_loaded_weights(module: ModuleType) -> None:
+    """Write down the quantised modules of each model that vLLM loads, once their weights are as kernels read them."""
+    load = module.BaseModelLoader.load_model
+
+    def load_and_note(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        note_weights(model)
+        return model
+
+    module.BaseModelLoader.load_model = load_and_note
+
+
+def note_context_chunk(module: ModuleType) -> None:
+    """Write down how many cached tokens vLLM's MLA takes up at once, when it computes that."""
+    builder = getattr(module, "MLACommonMetadataBuilder", None)
+    compute = getattr(builder, "determine_chunked_prefill_workspace_size", None)
+    if builder is None or compute is None:
+        return
+
+    def compute_and_note(*args: Any, **kwargs: Any) -> Any:
+        tokens = compute(*args, **kwargs)
+        note({"context_chunk": int(tokens)})
+        return tokens
+
+    builder.determine_chunked_prefill_workspace_size = staticmethod(compute_and_note)
+
+
+def group_of_engines(module: ModuleType) -> None:
+    """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
+
+    def join(host: str, port: int, rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
+        import torch
+        from torch.testing._internal.distributed.fake_pg import FakeProcessGroup, FakeStore
+
+        store, kind = FakeStore(), torch.distributed.ProcessGroup.BackendType.CUSTOM
+        group = torch.distributed.ProcessGroup(store, rank, world_size)
+        group._set_default_backend(kind)
+        for device in ("cpu", "cuda"):
+            group._register_backend(torch.device(device), kind, FakeProcessGroup._create_internal(rank, world_size))
+        return (group, store) if kwargs.get("return_store") else group
+
+    module.stateless_init_torch_distributed_process_group = join  # type: ignore[attr-defined]
+
+
+def engines_do_the_same(module: ModuleType) -> None:
+    """Answer for the other data parallel engines: each has as many tokens as this one.
+
+    vLLM 0.25.0 ``v1/worker/dp_utils.py`` and ``v1/worker/gpu/dp_utils.py``: a column for each engine, this one's set.
+    """
+
+    def all_reduce(columns: Any, *args: Any, **kwargs: Any) -> None:
+        values = columns.cpu()
+        columns.copy_(values[:, :1].repeat(1, values.shape[1]))
+
+    module.dist = SimpleNamespace(all_reduce=all_reduce)  # type: ignore[attr-defined]
+
+
+def start_one_engine(module: ModuleType) -> None:
+    """Shake hands with the one data parallel engine that runs (vLLM 0.25.0 ``v1/engine/utils.py``)."""
+    wait = module.wait_for_engine_startup
+
+    def wait_for_own(socket: Any, addresses: Any, core_engines: Any, *args: Any) -> None:
+        wait(socket, addresses, [engine for engine in core_engines if engine.local], *args)
+
+    module.wait_for_engine_startup = wait_for_own  # type: ignore[attr-defined]
+
+
+def coordinate_one_engine(module: ModuleType) -> None:
+    """Wait for no other data parallel engine (vLLM 0.25.0 ``v1/engine/coordinator.py``)."""
+    init = module.DPCoordinatorProc.__init__
+    module.DPCoordinatorProc.__init__ = lambda self, engine_count, *args, **kwargs: init(self, 1, *args, **kwargs)
