@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,8 @@ class Arguments:
         self.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
         if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
             self.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
+        if _sees_without_processor(model):
+            self.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
 
     def port(self) -> str:
         """The port that the command names; a free one is added where it names none."""
@@ -135,3 +138,13 @@ def common_variables(model: str, gpu: Gpu, ranks: int) -> dict[str, tuple[str, s
         why = "process groups (torch's FakeProcessGroup) and NCCL do nothing"
         variables["CACHEBUILDER_OBSERVE_RANKS"] = (str(ranks), why)
     return variables
+
+
+def _sees_without_processor(model: str) -> bool:
+    """Whether a folder's model takes images, and the config of what prepares them is missing."""
+    folder = Path(model)
+    try:
+        sees = "vision_config" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False  # the engine says what is wrong
+    return sees and not any(folder.glob("*processor_config.json"))

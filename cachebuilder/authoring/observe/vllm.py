@@ -5,9 +5,7 @@ From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables
 from cachebuilder.cuda.gpus import Gpu
@@ -21,8 +19,6 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
     arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
     arguments.add("FlashInfer would compile linear attention's prefill for minutes; it calls no DeepGEMM",
                   "--gdn-prefill-backend", "triton")  # fmt: skip
-    if _sees_without_processor(model):
-        arguments.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
     port = arguments.port()
     stages = arguments.number("--pipeline-parallel-size", "-pp")
     engines = arguments.number("--data-parallel-size", "-dp")
@@ -48,16 +44,6 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
         variables["VLLM_ALLREDUCE_USE_SYMM_MEM"] = ("0", "needs the other ranks; calls no DeepGEMM")
     server = Server("vllm", f"http://127.0.0.1:{port}", model, ranks, stages)
     return arguments.launch(server, variables, environment)
-
-
-def _sees_without_processor(model: str) -> bool:
-    """Whether a folder's model takes images, and the config of what prepares them is missing."""
-    folder = Path(model)
-    try:
-        sees = "vision_config" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False  # the engine says what is wrong
-    return sees and not any(folder.glob("*processor_config.json"))
 
 
 def _first_operand(command: Sequence[str]) -> str:
