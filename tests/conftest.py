@@ -37,6 +37,10 @@ from tests.registries import Registry, registry
 # A shell starts its background commands with SIGINT ignored, and every child would inherit that; tests press Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests run in as many processes as there are cores. More threads of torch than one in each of them, and in each of
+# their children, only wait for each other: references on the CPU took three times the CPU time.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 LEGACY = Path(os.environ.get("CACHEBUILDER_TEST_LEGACY", f"{sys.prefix}/legacy")) / "deep_gemm"
@@ -103,6 +107,18 @@ def cache_folder(shared_folder: Path) -> Path:
     folder = shared_folder / "cache"
     folder.mkdir(exist_ok=True)
     os.environ["CACHEBUILDER_CACHE_DIR"] = str(folder)
+    return folder
+
+
+def own_cache(folder: Path) -> Path:
+    """Make ``folder`` a cache folder that holds nothing but the session's C libraries; returns it.
+
+    To compile the virtual GPU's library takes as long as a sweep with its import of torch.
+    """
+    folder.mkdir()
+    for name in ("virtual-gpu", "front-end"):
+        if (made := Path(os.environ["CACHEBUILDER_CACHE_DIR"], name)).is_dir():
+            shutil.copytree(made, folder / name)
     return folder
 
 

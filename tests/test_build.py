@@ -24,6 +24,7 @@ from cachebuilder.cuda import toolchain as toolchains
 from cachebuilder.deepgemm import entries
 from cachebuilder.errors import CompileError, ToolchainError
 from cachebuilder.manifest.inputs import load_manifest
+from tests.conftest import own_cache
 
 
 def members(artifact: Path) -> dict[str, bytes]:
@@ -118,7 +119,9 @@ def test_a_failed_build_leaves_the_old_artifact_alone(built: building.Built, tmp
 
 def start_build(manifest: Path, folder: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
     """A build as a program, with a cache folder of its own; test_entry_points.py compares its code with nvcc's own."""
-    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "cache")} | environment
+    if not (cache := folder / "cache").exists():
+        own_cache(cache)
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(cache)} | environment
     command = [sys.executable, "-m", "cachebuilder", "build", str(manifest), "-o", str(folder / "out.tar.zst")]
     command += ["--check-code", "0", *options]
     return subprocess.Popen(

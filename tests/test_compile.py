@@ -3,7 +3,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -35,52 +34,51 @@ def plan_of(text: str, folder: Path, deep_gemm: Path | None) -> tuple[Inputs, Pl
     return inputs, planning.make(inputs)
 
 
-def compile_units(work: Sequence[Unit], inputs: Inputs) -> dict[str, bytes]:
+def compile_units(work: Sequence[Unit], front_ends: FrontEnds) -> dict[str, bytes]:
     cubins: dict[str, bytes] = {}
-    with scratch_folder() as scratch, FrontEnds(inputs, 2) as front_ends:
-        steps = Steps(front_ends, scratch, lambda kernel, cubin: cubins.update({kernel.entry: cubin}), hold=False)
+    with scratch_folder() as scratch:
+        steps = Steps(front_ends, scratch, lambda kernel, cubin: cubins.update({kernel.entry: cubin}))
         steps.run(work)
         assert steps.failures == []
     return cubins
 
 
-@dataclass(frozen=True)
-class TwoCompiled:
-    """Two kernels that were compiled together, and each report of the progress."""
+def light_kernels(built: building.Built) -> list[Kernel]:
+    """Three kernels with the same headers, the shortest of all: the plan's transpose, for other block heights, too."""
+    kernel = next(kernel for kernel in built.plan.kernels if kernel.name == "transpose_fp32")
+    height = re.search(r"transpose_fp32<\s*\d+, (\d+),", kernel.source)
+    assert height is not None
+    start, end = height.span(1)
+    return [
+        kernel.model_copy(update={"entry": number, "source": kernel.source[:start] + number + kernel.source[end:]})
+        for number in ("16", "32", "64")
+    ]
 
-    kernels: list[Kernel]
-    cubins: dict[str, bytes]
-    reports: list[tuple[str, int, int, float | None]]
 
-
-@pytest.fixture(scope="module")
-def two_compiled(built: building.Built) -> TwoCompiled:
-    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
+@pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
+def test_compiling_reports_its_first_and_its_last_kernel(built: building.Built) -> None:
     reports: list[tuple[str, int, int, float | None]] = []
 
     def watch(step: str, done: int, total: int, share: float | None = None) -> None:
         reports.append((step, done, total, share))
 
     options = CompileOptions(check_code=0)
-    cubins = compiling.compile_kernels(built.inputs, kernels, options, NoStore(), watch).cubins
-    return TwoCompiled(kernels, cubins, reports)
+    compiling.compile_kernels(built.inputs, light_kernels(built)[:2], options, NoStore(), watch)
+    assert reports[0] == ("compile", 0, 2, 0.0)
+    assert reports[-1] == ("compile", 2, 2, 1.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
-def test_compiling_reports_its_first_and_its_last_kernel(two_compiled: TwoCompiled) -> None:
-    assert two_compiled.reports[0] == ("compile", 0, 2, 0.0)
-    assert two_compiled.reports[-1] == ("compile", 2, 2, 1.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
-def test_a_difference_in_code_is_found(two_compiled: TwoCompiled, built: building.Built, tmp_path: Path) -> None:
-    one, two = two_compiled.kernels
+def test_a_difference_in_code_is_found(built: building.Built, tmp_path: Path) -> None:
+    cubins = built.compiled.cubins
+    one = next(kernel for kernel in built.plan.kernels if kernel.name == "transpose_fp32")
+    two = next(kernel for kernel in built.plan.kernels if "gemm" in kernel.name)
     own = check.compile_alone(one, built.inputs, Processes(), tmp_path)
-    check.require_equal(one, own, two_compiled.cubins[one.entry])
+    check.require_equal(one, own, cubins[one.entry])
     with pytest.raises(CompileError, match=f"{one.entry}: the code differs from what nvcc makes .* alone, in .*text"):
-        check.require_equal(one, own, two_compiled.cubins[two.entry])
+        check.require_equal(one, own, cubins[two.entry])
 
 
 @pytest.mark.slow
@@ -89,14 +87,17 @@ def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit(tmp_path: Path
     family = [kernel for kernel in plan.kernels if kernel.name == "sm90_m_grouped_fp8_gemm_contiguous_1d2d"]
     kernel, *others = random.Random(0).sample(family, 7)
 
-    def module(members: Sequence[Kernel]) -> str:
-        with scratch_folder() as scratch:
-            modules = Steps(FrontEnds(inputs, 1), scratch, lambda *_: None).to_ptx(Unit(tuple(members)))
-            return modules[list(members).index(kernel)].text
-
     three = [others[0], kernel, others[1]]
     seven = [*others[2:], kernel, *others[:2]]
-    assert module([kernel]) == module(three) == module(seven)
+    with FrontEnds(inputs, 1) as front_ends:
+        held = front_ends.of(kernel.source, kernel.flags)
+        assert held.open()
+        steps = Steps(front_ends, tmp_path, lambda *_: None)
+
+        def module(members: Sequence[Kernel]) -> str:
+            return steps.to_ptx(Unit(tuple(members)), held)[list(members).index(kernel)].text
+
+        assert module([kernel]) == module(three) == module(seven)
 
 
 @pytest.mark.slow
@@ -111,16 +112,17 @@ def test_the_cubin_of_a_kernel_with_strings_does_not_depend_on_its_unit(
     inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
     kernels = [kernel for kernel in plan.kernels if kernel.name == name]
     assert len(kernels) >= 2
-    separately = compile_units(units.separate(kernels), inputs)
-    random.Random(0).shuffle(kernels)
-    assert compile_units(units.group(kernels, 1), inputs) == separately
-    check_code(kernels[:2], separately, inputs)
+    with FrontEnds(inputs, 2) as front_ends:
+        separately = compile_units(units.separate(kernels), front_ends)
+        random.Random(0).shuffle(kernels)
+        assert compile_units(units.group(kernels, 1), front_ends) == separately
+    check_code(kernels[:1], separately, inputs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_one_bad_kernel_does_not_fail_the_others_of_its_unit(built: building.Built, tmp_path: Path) -> None:
-    kernels = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:3]
+    kernels = light_kernels(built)
     bad = kernels[1].model_copy(update={"source": kernels[1].source + '\nstatic_assert(false, "not today");\n'})
     members = [kernels[0], bad, *kernels[2:]]
     store = CubinStore(tmp_path / "store")

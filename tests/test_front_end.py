@@ -26,6 +26,7 @@ from cachebuilder.compiling.units import Unit
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning.plan import Kernel
+from tests.conftest import own_cache
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +35,12 @@ pytestmark = pytest.mark.slow
 def family(built: Built) -> tuple[Kernel, ...]:
     """Kernels with the same includes and flags."""
     return tuple(kernel for kernel in built.plan.kernels if "gemm" in kernel.name)[:3]
+
+
+@pytest.fixture(scope="module")
+def light(built: Built) -> Kernel:
+    """The kernel with the shortest headers, for tests of when a front end starts and ends."""
+    return next(kernel for kernel in built.plan.kernels if kernel.name == "transpose_fp32")
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +55,11 @@ def test_a_held_front_end_makes_the_same_ptx_as_nvcc(
     built: Built, family: tuple[Kernel, ...], held: FrontEnd, tmp_path: Path
 ) -> None:
     steps = Steps(FrontEnds(built.inputs, 2), tmp_path, lambda *_: None)
-    for unit in (Unit(family), Unit(family[:1])):
-        assert held.takes(unit.body)
-        assert steps.to_ptx(unit, held) == steps.to_ptx(unit)
+    several, one = Unit(family), Unit(family[:1])
+    assert held.takes(several.body) and held.takes(one.body)
+    modules = steps.to_ptx(several)
+    assert steps.to_ptx(several, held) == modules
+    assert steps.to_ptx(one, held) == modules[:1]
 
 
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
@@ -79,12 +88,12 @@ def test_a_source_that_the_preprocessor_would_change_is_not_taken(
 
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_a_killed_front_end_is_an_error_and_does_not_block(
-    built: Built, family: tuple[Kernel, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, light: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "cache"
+    cache = own_cache(tmp_path / "cache")
     monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(cache))
     with FrontEnds(built.inputs, 1) as front_ends:
-        front_end = front_ends.of(family[0].source, family[0].flags)
+        front_end = front_ends.of(light.source, light.flags)
         assert front_end.open()
         for process in _processes_in(cache):
             os.kill(process, signal.SIGKILL)
@@ -93,24 +102,22 @@ def test_a_killed_front_end_is_an_error_and_does_not_block(
 
 
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
-def test_a_compiler_that_cannot_be_held_makes_the_same_cubin(
-    built: Built, family: tuple[Kernel, ...], tmp_path: Path
-) -> None:
+def test_a_compiler_that_cannot_be_held_makes_the_same_cubin(built: Built, light: Kernel, tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f'#!/bin/sh\nunset LD_PRELOAD\nexec {built.inputs.toolchain.nvcc} "$@"\n')
     nvcc.chmod(0o755)
     inputs = dataclasses.replace(built.inputs, toolchain=dataclasses.replace(built.inputs.toolchain, nvcc=nvcc))
     with FrontEnds(inputs, 2) as front_ends:
-        front_ends.expect(family[0].source, family[0].flags)
-        assert not front_ends.of(family[0].source, family[0].flags).open()
-    cubins = compiling.compile_kernels(inputs, family[:1], CompileOptions(check_code=0), NoStore()).cubins
-    assert cubins == compiling.compile_kernels(built.inputs, family[:1]).cubins, "those of the build, from its store"
+        front_ends.expect(light.source, light.flags)
+        assert not front_ends.of(light.source, light.flags).open()
+    cubins = compiling.compile_kernels(inputs, [light], CompileOptions(check_code=0), NoStore()).cubins
+    assert cubins == {light.entry: built.compiled.cubins[light.entry]}
 
 
 def test_a_build_starts_a_front_end_while_it_plans_and_leaves_none_running(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(tmp_path / "cache")))
     options = CompileOptions(jobs=1, use_store=False)
     built = building.build(load_manifest(tiny), tmp_path / "a.tar.zst", options=options)
     steps = [call.step for call in built.compiled.calls]
@@ -120,52 +127,50 @@ def test_a_build_starts_a_front_end_while_it_plans_and_leaves_none_running(
 
 
 def test_a_build_starts_the_front_ends_of_the_last_build_of_these_ops(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, light: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "cache"))
-    inputs = built.inputs
-    some = [kernel for kernel in built.plan.kernels if "gemm" in kernel.name][:2]
-    first, second = some[0].source, some[0].flags
-    with Compiler(inputs, CompileOptions(use_store=False)) as compiler:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(tmp_path / "cache")))
+    inputs, expected = built.inputs, {light.entry: built.compiled.cubins[light.entry]}
+    no_store = CompileOptions(use_store=False, check_code=0)
+    with Compiler(inputs, no_store) as compiler:
         compiler.prepare()
-        assert not compiler._front_ends.expected(first, second)
-        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+        assert not compiler._front_ends.expected(light.source, light.flags)
+        assert compiler.compile([light]).cubins == expected
     store = CubinStore(tmp_path / "cubins")
-    with Compiler(inputs, CompileOptions(), store) as compiler:
+    with Compiler(inputs, CompileOptions(check_code=0), store) as compiler:
         compiler.prepare()
-        assert compiler._front_ends.expected(first, second)
-        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+        assert compiler._front_ends.expected(light.source, light.flags)
+        assert compiler.compile([light]).cubins == expected
     with Compiler(inputs, CompileOptions(), store) as compiler:  # the store has all
         compiler.prepare()
-        assert compiler.compile(some).reused == 2
+        assert compiler.compile([light]).reused == 1
     assert _processes_in(tmp_path) == []
     [kept] = (tmp_path / "cache" / "headers").iterdir()
-    kept.write_text(kept.read_text().replace("sm90", "sm89"))
-    with Compiler(inputs, CompileOptions(use_store=False)) as compiler:  # headers that do not exist
+    headers = kept.read_text()
+    kept.write_text(headers.replace("smxx_", "sm89_"))
+    assert kept.read_text() != headers
+    with Compiler(inputs, no_store) as compiler:  # headers that do not exist
         compiler.prepare()
-        assert compiler.compile(some).cubins == {kernel.entry: built.compiled.cubins[kernel.entry] for kernel in some}
+        assert compiler.compile([light]).cubins == expected
     kept.write_text("{}")
     assert heads.read(inputs) == ()
 
 
 @pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 @pytest.mark.parametrize("moment", ["reading the headers", "held"])
-def test_a_front_end_ends_when_its_build_is_killed(
-    built: Built, family: tuple[Kernel, ...], tmp_path: Path, moment: str
-) -> None:
-    inputs, kernel = built.inputs, family[0]
-    manifest, cache = tmp_path / "m.yaml", tmp_path / "cache"
+def test_a_front_end_ends_when_its_build_is_killed(built: Built, light: Kernel, tmp_path: Path, moment: str) -> None:
+    inputs = built.inputs
+    manifest, cache = tmp_path / "m.yaml", own_cache(tmp_path / "cache")
     manifest.write_bytes(inputs.manifest_bytes)
-    cache.mkdir()
     code = f"""
 import time
 import cachebuilder
 from cachebuilder.compiling.front_end import FrontEnds
 inputs = cachebuilder.load_manifest({str(manifest)!r}, deep_gemm={str(inputs.installation.imported_as)!r})
 with FrontEnds(inputs, 1) as front_ends:
-    front_ends.expect({kernel.source!r}, {kernel.flags!r})
+    front_ends.expect({light.source!r}, {light.flags!r})
     if {moment!r} == "held":
-        front_ends.of({kernel.source!r}, {kernel.flags!r}).open()
+        front_ends.of({light.source!r}, {light.flags!r}).open()
     print("started", flush=True)
     time.sleep(60)
 """
