@@ -190,6 +190,18 @@ def test_units_hold_every_kernel_once_and_share_headers_and_flags() -> None:
     assert max(len(unit.kernels) for unit in units.group(kernels * 20, 1)) <= units.MAX_KERNELS
 
 
+def test_kernels_of_two_templates_are_not_in_one_unit(deep_gemm: Path | None) -> None:
+    header = installation.find(deep_gemm).include / "deep_gemm" / "impls" / "smxx_layout.cuh"
+    types = set(re.findall(r"extern __shared__ (\w+) smem_buffer\[\]", header.read_text()))
+    assert len(types) > 1, "the two declarations of one name, which no unit compiles with"
+    kernels = [
+        Kernel(entry=f"{name}.{n}", name=name, source=f"#include <a>\n&{name}<{n}>", flags=(), selected_by=())
+        for name in ("a", "b")
+        for n in range(3)
+    ]
+    assert [{kernel.name for kernel in unit.kernels} for unit in units.group(kernels, 1)] == [{"a"}, {"b"}]
+
+
 def test_kernels_whose_shared_memory_alignment_depends_on_the_template_are_compiled_alone(
     deep_gemm: Path | None,
 ) -> None:

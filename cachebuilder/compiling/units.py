@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cachebuilder.deepgemm.source import kernel_template
 from cachebuilder.planning.plan import Kernel
 
 #: The cost model, in CPU seconds on one core of the machine that `benchmarks/compile.py` was first run on: a unit's
@@ -111,15 +112,16 @@ def separate(kernels: Sequence[Kernel]) -> list[Unit]:
 def group(kernels: Sequence[Kernel], jobs: int) -> list[Unit]:
     """Units that keep ``jobs`` compilers busy, the costliest first.
 
-    Kernels share a unit if they include the same headers and have the same flags. There is about one unit for each job
-    and no more, because every unit pays for a front end of its own. The kernels are sorted by their block sizes and
-    dealt to the units in turn, so that every unit gets its share of the large ones.
+    Kernels share a unit if they include the same headers, have the same flags and are of the same template: two
+    templates of ``smxx_layout.cuh`` declare the same shared memory with different types, so no unit with both compiles.
+    There is about one unit for each job and no more, because every unit pays for a front end of its own. The kernels
+    are sorted by their block sizes and dealt to the units in turn, so that every unit gets its share of the large ones.
     """
-    families: dict[tuple[str, tuple[str, ...], bool], list[Kernel]] = {}
+    families: dict[tuple[str, tuple[str, ...], bool, str | None], list[Kernel]] = {}
     for kernel in kernels:
         # A legacy source begins with a comment that holds the headers' digest. The comment is part of the head, so
         # kernels of different headers do not share a unit.
-        key = split_source(kernel.source)[0], kernel.flags, _FP4 in kernel.source
+        key = split_source(kernel.source)[0], kernel.flags, _FP4 in kernel.source, kernel_template(kernel.source)
         families.setdefault(key, []).append(kernel)
     work: list[Unit] = []
     for members in families.values():
