@@ -83,6 +83,19 @@ def kept_cubins(name: str) -> CubinStore:
     return CubinStore(Path(folder, name)) if folder else CubinStore()
 
 
+#: The files with tests of more than ten seconds, those with the longest first.
+LONGEST = (
+    "test_flashinfer_served.py",
+    "test_entry_points.py",
+    "test_docs.py",
+    "test_record.py",
+    "test_build.py",
+    "test_compile.py",
+    "test_front_end.py",
+    "test_misses.py",
+    "test_frozen.py",
+)
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -158,8 +171,14 @@ def run() -> Run:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the files with tests of more than a minute first, so that no process waits for them in the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_docs.py", "test_entry_points.py"))
+    """Let every process start with the longest tests, so that none waits for them in the end.
+
+    pytest-xdist's ``worksteal`` gives each process a run of consecutive tests, whose last ones other processes may take.
+    """
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    ordered = sorted(items, key=lambda item: ranks.get(item.path.name, len(ranks)))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    items[:] = [item for process in range(processes) for item in ordered[process::processes]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
