@@ -256,6 +256,29 @@ def test_an_op_is_swept_to_the_engines_bound_and_never_below_what_was_seen() -> 
     assert bound(op, facts) == (70000, "the largest seen")
 
 
+def test_what_sees_more_than_a_step_takes_up_cached_context_as_well() -> None:
+    """SGLang's MLA projects the context and the new tokens in one call."""
+    facts = calls.Facts(max_num_batched_tokens=8192, context_chunk=131072)
+    op = calls.SeenOp("fp8_gemm_nt", {"n": 4096, "k": 512}, maximum=12288)
+    assert bound(op, facts) == (131072, "the chunk of cached context")
+
+
+def test_a_buffer_that_follows_the_batch_is_one_op_up_to_the_engines_bound(tmp_path: Path) -> None:
+    """SGLang reserves as many rows for each expert as the step has tokens, rounded up."""
+
+    def masked(rows: int) -> str:
+        scaled = [[tensor(32, rows, 512, dtype="float8_e4m3fn"), tensor(32, rows, 4, dtype="float32")]]
+        scaled += [[tensor(32, 256, 512, dtype="float8_e4m3fn"), tensor(32, 2, 4, dtype="float32")]]
+        operands = [*scaled, tensor(32, rows, 256), tensor(32, dtype="int32"), 64]
+        return call("m_grouped_fp8_gemm_nt_masked", *operands)
+
+    (tmp_path / "calls-1.jsonl").write_text(masked(256) + "\n" + masked(1024) + "\n")
+    [op] = calls.read(tmp_path).ops
+    assert op.buffers == {256, 1024}
+    assert bound(op, calls.Facts(max_num_batched_tokens=8192)) == (8192, "max_num_batched_tokens")
+    assert bound(op, calls.Facts(max_num_batched_tokens=512)) == (1024, "the largest buffer seen")
+
+
 def test_traffic_has_a_prompt_longer_than_a_step_and_steps_with_several_sequences() -> None:
     batches = traffic.requests(calls.Facts(max_num_batched_tokens=2048, max_num_seqs=16, max_model_len=8192))
     assert max(request.tokens for batch in batches for request in batch) == 3072
