@@ -419,6 +419,14 @@ def test_families_without_a_recorded_answer(
         assert not derived.unread
 
 
+@pytest.mark.parametrize("field", [{"is_moe_layer": [False, True]}, {"mlp_layer_types": ["dense", "sparse"]}])
+def test_k_exaone_s_layers_with_experts_are_listed_in_either_field(field: dict[str, Any]) -> None:
+    tree = {**GQA, **EXPERTS, **field, "architectures": ["ExaoneMoEForCausalLM"], "num_hidden_layers": 2}
+    derived = derived_of({**tree, "num_shared_experts": 1, "quantization_config": configs.BLOCK_FP8})
+    assert any("mlp.experts w13 (gate and up), layers 1:" in line for item in derived.ops for line in item.serves)
+    assert not derived.unread
+
+
 def test_a_multimodal_config_is_its_text_model() -> None:
     text = configs.QWEN3_30B
     around = {"architectures": ["InternVLChatModel"], "quantization_config": text["quantization_config"]}

@@ -31,6 +31,7 @@ from cachebuilder.authoring.derive.layer_kinds import (
     draft,
     enumerated,
     everywhere,
+    exaone,
     gated_attention,
     interleaved,
     last_of_group,
@@ -87,11 +88,11 @@ _QWEN35_MOE = replace(_QWEN35, blocks=(*_QWEN35_BLOCKS, _SHARED_MOE))
 _EXAONE = Family(
     (
         Attention(),
-        Moe(shared="num_shared_experts", whole=("sglang",), on=decoder_only(after_dense)),
+        Moe(shared="num_shared_experts", whole=("sglang",), on=exaone),
         Projection("mtp.fc", divided=True, on=draft),
     ),
     draft_prefix="mtp.layers.",
-    unused="mtp_layer_types mtp_sliding_windows is_moe_layer",
+    unused="mtp_layer_types mtp_sliding_windows first_k_dense_replace first_last_k_dense_replace",
 )
 _BAILING_ATTENTION = Attention(at="attention", names=("query_key_value", "dense"), fused=True)
 _BAILING_MOE = Moe(

@@ -124,6 +124,16 @@ def after_dense(config: Config, layers: Layers) -> Numbers:
     return tuple(number for number in layers.all if number >= first and number % frequency == 0)
 
 
+def exaone(config: Config, layers: Layers) -> Numbers:
+    """Layers with experts of K-EXAONE: ``is_moe_layer`` (vLLM 0.25.0, SGLang) or ``mlp_layer_types`` (vLLM 0.33.0).
+
+    The draft layers are dense (models/exaone_moe_mtp.py).
+    """
+    if config.has("is_moe_layer") and not config.has("mlp_layer_types"):
+        return listed("is_moe_layer", True)(config, layers)
+    return decoder_only(after_dense)(config, layers)
+
+
 def stepped(config: Config, layers: Layers) -> Numbers:
     """Layers with experts: each ``decoder_sparse_step``-th, without ``mlp_only_layers`` (models/qwen3_moe.py)."""
     only_dense, step = set(config.numbers("mlp_only_layers")), config.number("decoder_sparse_step", 1)
