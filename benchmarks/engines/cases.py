@@ -161,9 +161,10 @@ def record(answers: list[Answer], observed: Path) -> dict[str, Any]:
     return {
         "source": "N and K, or experts, top-k, N and K, of what each engine release sends to DeepGEMM on an H200. vLLM "
         "0.33.0 and SGLang 0.5.23: their own model classes, built on torch's meta device with the layout stood in. vLLM "
-        "0.25.0: run whole on the virtual GPU (benchmarks/results/observe.jsonl). The configs are rebuilt from class "
-        "defaults, training scripts and model cards: sizes may differ from the released files. `*` in a module's name "
-        "stands for every layer's number.",
+        "0.25.0: run whole on the virtual GPU (benchmarks/results/observe.jsonl); models `built without quantisation`: its "
+        "own classes on the meta device, with all linear layers and experts but the routers. The configs are rebuilt from "
+        "class defaults, training scripts and model cards: sizes may differ from the released files. `*` in a module's "
+        "name stands for every layer's number.",
         "models": models,
     }
 
@@ -202,7 +203,9 @@ def main() -> None:
     for engine, verdicts in counts.items():
         print(f"{engine:14}" + "".join(f"{verdicts[word]:>17}" for word in VERDICTS))
     if options.record:
-        text = json.dumps(record(answers, OBSERVED), indent=1, sort_keys=True)
+        recorded = record(answers, OBSERVED)
+        recorded["models"] = json.loads(RECORDED.read_text())["models"] | recorded["models"]
+        text = json.dumps(recorded, indent=1, sort_keys=True)
         # A list of numbers on one line.
         text = re.sub(r"\[\s+((?:[\d\"\w.-]+,?\s+)+)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
         RECORDED.write_text(text + "\n")
