@@ -177,10 +177,12 @@ def shortened(answer: Answer) -> dict[str, Any]:
             derive(config, Deployment(engine=engine, gpu="H200", max_tokens=64).serving())
         except CacheBuilderError as error:
             print(f"{answer.model}: {error}", file=sys.stderr)
-    read = {name: value for name, value in config.fields.items() if name in config.fields.read}
+    names = config.fields.read.copy()  # to look at a field is to read it
+    read = {name: config.fields[name] for name in config.fields if name in names}
     kept: dict[str, Any] = {"architectures": answer.config["architectures"]}
     kept |= {"text_config": read} if config.around else read
-    quantization = {name: value for name, value in config.quantization.items() if name in config.quantization.read}
+    names = config.quantization.read.copy()
+    quantization = {name: config.quantization[name] for name in config.quantization if name in names}
     for name in ("modules_to_not_convert", "ignored_layers", "ignore"):
         if quantization.get(name):
             entries = (re.sub(r"(?<=\.)\d+(?=\.)", "*", entry) for entry in quantization[name])
