@@ -165,18 +165,18 @@ def test_the_stand_in_answers_both_generations_of_flashinfer(tmp_path: Path) -> 
 
 def derived(folder: Path, **options: object) -> manifest.Manifest:
     (folder / "config.json").write_text(json.dumps(DEEPSEEK_V3))
-    written = derive_manifest(folder, Deployment(flashinfer=True, **options))  # type: ignore[arg-type]
+    written = derive_manifest(folder, Deployment(with_flashinfer=True, **options))  # type: ignore[arg-type]
     return manifest.parse(written.text.encode())
 
 
 def test_a_derived_manifest_carries_what_vllm_takes_from_flashinfer(tmp_path: Path) -> None:
     needs = derived(tmp_path, engine="vllm", gpu="H200", tp=8, ep=8).flashinfer
-    assert needs is not None and not needs.modules
+    assert needs is not None and needs.modules == ["sampling"]
     assert {(gemm.n, gemm.k) for gemm in needs.gemms} == {
         (2112, 7168), (3072, 1536), (4096, 512), (7168, 2048), (4608, 7168), (7168, 2304), (512, 7168), (7168, 256),
     }  # fmt: skip
     whole = derived(tmp_path, engine="vllm", gpu="H200").flashinfer
-    assert whole is not None and whole.modules == ["concat_mla"]
+    assert whole is not None and whole.modules == ["concat_mla", "sampling"]
 
 
 @pytest.mark.parametrize(("engine", "gpu"), [("sglang", "H200"), ("vllm", "B200")])

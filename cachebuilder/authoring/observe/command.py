@@ -99,8 +99,6 @@ class Arguments:
         self.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
         if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
             self.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
-        if _sees_without_processor(model):
-            self.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
 
     def port(self) -> str:
         """The port that the command names; a free one is added where it names none."""
@@ -140,7 +138,7 @@ def common_variables(model: str, gpu: Gpu, ranks: int) -> dict[str, tuple[str, s
     return variables
 
 
-def _sees_without_processor(model: str) -> bool:
+def sees_without_processor(model: str) -> bool:
     """Whether a folder's model takes images, and the config of what prepares them is missing."""
     folder = Path(model)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables
+from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables, sees_without_processor
 from cachebuilder.cuda.gpus import Gpu
 
 
@@ -16,6 +16,8 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
     arguments = Arguments(command)
     model = arguments.value("--model") or _first_operand(command)
     arguments.need_no_weights(model)
+    if sees_without_processor(model):
+        arguments.add("no config of an image processor is here: the vision tower is not seen", "--language-model-only")
     arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
     arguments.add("FlashInfer would compile linear attention's prefill for minutes; it calls no DeepGEMM",
                   "--gdn-prefill-backend", "triton")  # fmt: skip
