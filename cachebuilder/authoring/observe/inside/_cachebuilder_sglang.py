@@ -72,6 +72,20 @@ def default_scales_of_keys(module: ModuleType) -> None:
     module.BaseKVCacheMethod.process_weights_after_loading = set_defaults
 
 
+def both_layouts(module: ModuleType) -> None:
+    """Take the masked layout of experts for small steps and the contiguous one for large ones.
+
+    SGLang takes the masked one while it fits into a share of the memory that is free on the card at its start
+    (``layers/moe/moe_runner/deep_gemm.py``). A virtual GPU cannot know that share, so both are seen, and each is swept
+    for every M.
+    """
+
+    def estimate(runner_config: Any, quant_info: Any, hidden_states: Any) -> int:
+        return 0 if hidden_states.shape[0] <= 1024 else 1 << 60
+
+    module._estimate_masked_standard_layout_peak_bytes = estimate  # type: ignore[attr-defined]
+
+
 def one_scheduler(module: ModuleType) -> None:
     """Start the process of rank 0 alone (``srt/entrypoints/engine.py``)."""
     module._calculate_rank_ranges = lambda node_rank: (range(1), range(1), 1, 1)  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.model_executor.model_loader.base_loader": vllm.note_loaded_weights,
     "vllm.model_executor.layers.attention.mla_attention": vllm.note_context_chunk,
     "sglang.srt.managers.scheduler": sglang.note_settings,
+    "sglang.srt.layers.moe.moe_runner.deep_gemm": sglang.both_layouts,
     "sglang.srt.layers.quantization.kv_cache": sglang.default_scales_of_keys,
     "sglang.srt.model_executor.model_runner": sglang.note_loaded_weights,
     "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": sglang.note_context_chunk,
