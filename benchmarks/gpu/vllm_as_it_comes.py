@@ -1,13 +1,13 @@
 """Serve with an unmodified vLLM on an SM90 GPU: as it comes with cold caches, and from a restored artifact.
 
-    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--cold] [--graphs] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
+    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--runs LIST] [--graphs] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
 
 MODEL is a folder with a config.json; weights are dummies. Each run is a process of its own with empty caches of its own:
 
 - ``restored``: the artifact restored, the variables that ``cachebuilder env --engine vllm`` prints and no others, in a mount
   namespace in which the CUDA toolkit is hidden.
-- ``switched off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
-- ``cold`` (with --cold): no artifact, the toolkit there.
+- ``switched-off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
+- ``cold``: no artifact, the toolkit there.
 
 Prints one JSON object a run: seconds until the engine is up, until the first token, the longest step of each batch, decoded
 tokens a second, and how many compilations there were: calls of nvcc, which a wrapper counts, and lines in the log of the
@@ -126,8 +126,7 @@ def own_caches(folder: Path) -> dict[str, str]:
 @click.command()
 @click.argument("model")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--cold", is_flag=True)
-@click.option("--off", is_flag=True, help="also with FlashInfer's GEMM switched off")
+@click.option("--runs", default="restored", show_default=True, help="of restored, switched-off and cold")
 @click.option("--graphs", is_flag=True, help="CUDA graphs and torch.compile on, as vLLM comes; else eager")
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--max-len", type=int, default=16384)
@@ -136,8 +135,7 @@ def own_caches(folder: Path) -> dict[str, str]:
 def main(
     model: str,
     artifact: Path,
-    cold: bool,
-    off: bool,
+    runs: str,
     graphs: bool,
     deep_gemm: Path | None,
     max_len: int,
@@ -153,8 +151,8 @@ def main(
         cachebuilder = [sys.executable, "-m", "cachebuilder"]
         options = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
         subprocess.run([*cachebuilder, "restore", str(artifact), "--to", str(restored), *options], check=True)
-        for name in ("restored", *(["switched off"] if off else [])):
-            environment = own_caches(work / name.replace(" ", "-"))
+        for name in [name for name in runs.split(",") if name != "cold"]:
+            environment = own_caches(work / name)
             hide = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; exec "$@"'
             Path("/mnt/empty").mkdir(exist_ok=True)
             printed = subprocess.run(
@@ -179,14 +177,14 @@ def main(
                 text=True,
             )
             environment |= json.loads(printed.stdout)
-            if name == "switched off":
+            if name == "switched-off":
                 environment["VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"] = "0"
-            result = run(name, environment, arguments, True, logs / f"{name.replace(' ', '-')}.log")
+            result = run(name, environment, arguments, True, logs / f"{name}.log")
             misses = restored / "cachebuilder" / "misses.jsonl"
             result["compilations"] = len(misses.read_text().splitlines()) if misses.exists() else 0
             results.append(result)
             print(json.dumps(result), flush=True)
-        if cold:
+        if "cold" in runs.split(","):
             home, count = work / "cuda", work / "nvcc-calls"
             real = Path("/usr/local/cuda").resolve()
             (home / "bin").mkdir(parents=True)
