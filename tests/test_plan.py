@@ -172,8 +172,8 @@ def fake_deep_gemm(folder: Path, body: str) -> Path:
         pytest.param("", PlanError, "has no fp8_gemm_nt", id="missing-op"),
         pytest.param("from deep_gemm.utils import layout\nlayout.get_mn_major_tma_aligned_tensor = lambda t: t\n", PlanError, "misreads tensors", id="misreads"),
         pytest.param(
-            "import torch\ndef fp8_gemm_nt(a, b, d): torch.cuda.graph(torch.cuda.CUDAGraph()).__enter__()", PlanError,
-            "virtual GPU does not answer cudaStreamBeginCapture", id="unanswered-call",
+            "import torch\ndef fp8_gemm_nt(a, b, d): torch.cuda.Event(interprocess=True).ipc_handle()", PlanError,
+            "virtual GPU does not answer cudaIpcGetEventHandle", id="unanswered-call",
         ),
         pytest.param(
             "import ctypes\ndef fp8_gemm_nt(a, b, d): ctypes.CDLL(None).cudaDeviceReset()", PlanError,
