@@ -129,12 +129,6 @@ EXPORT int cuPointerGetAttribute(void *value, int attribute, unsigned long point
 }
 EXPORT int cuStreamGetCtx(void *stream, void **c) { return (void)stream, *c = &context, SUCCESS; }
 EXPORT int cuStreamSynchronize(void *stream) { return (void)stream, SUCCESS; }
-EXPORT int cuEventCreate(void **event, unsigned flags) { return (void)flags, *event = malloc(1), SUCCESS; }
-EXPORT int cuEventRecord(void *event, void *stream) { return (void)event, (void)stream, SUCCESS; }
-EXPORT int cuEventSynchronize(void *event) { return (void)event, SUCCESS; }
-EXPORT int cuEventElapsedTime(float *milliseconds) { return *milliseconds = 1, SUCCESS; }
-EXPORT int cuEventDestroy(void *event) { return free(event), SUCCESS; }
-EXPORT int cuEventDestroy_v2(void *event) { return free(event), SUCCESS; }
 
 EXPORT int cudaGetSymbolAddress(void **address, const void *symbol) { return (void)symbol, *address = calloc(1, 4096), SUCCESS; }
 EXPORT int cudaMemcpy2DAsync(char *to, size_t to_pitch, const char *from, size_t from_pitch, size_t width, size_t height,

@@ -53,6 +53,14 @@ EXPORT int cudaEventQuery(void *e) { return (void)e, SUCCESS; }
 EXPORT int cudaEventSynchronize(void *e) { return (void)e, SUCCESS; }
 EXPORT int cudaEventElapsedTime(float *ms, void *a, void *b) { return (void)a, (void)b, *ms = 1, SUCCESS; }
 
+/* The driver's events, which the runtime takes as well */
+EXPORT int cuEventCreate(void **e, unsigned flags) { return (void)flags, new_handle(e); }
+EXPORT int cuEventRecord(void *e, void *s) { return cudaEventRecord(e, s); }
+EXPORT int cuEventSynchronize(void *e) { return (void)e, SUCCESS; }
+EXPORT int cuEventElapsedTime(float *ms, void *a, void *b) { return cudaEventElapsedTime(ms, a, b); }
+EXPORT int cuEventDestroy(void *e) { return drop_handle(e); }
+EXPORT int cuEventDestroy_v2(void *e) { return drop_handle(e); }
+
 EXPORT int cudaStreamBeginCapture(void *s, int mode) {
     (void)mode;
     if ((uintptr_t)s <= 2 || capture_of(s))
@@ -91,6 +99,19 @@ EXPORT int cudaStreamGetCaptureInfo(
 #endif
     return *status = capture != NULL, SUCCESS;
 }
+#if CUDART_MAJOR < 13
+/* The later arguments, for the graph's nodes, are those of CUDA 13's cudaStreamGetCaptureInfo */
+EXPORT int cudaStreamGetCaptureInfo_v2(
+    void *s, int *status, unsigned long long *id, void **graph, void **nodes, size_t *count) {
+    if (graph)
+        *graph = capture_of(s);
+    if (nodes)
+        *nodes = NULL;
+    if (count)
+        *count = 0;
+    return cudaStreamGetCaptureInfo(s, status, id);
+}
+#endif
 EXPORT int cudaThreadExchangeStreamCaptureMode(int *mode) { return (void)mode, SUCCESS; }
 
 EXPORT int cudaGraphInstantiateWithFlags(void **executable, void *graph, unsigned long long flags) {
