@@ -261,6 +261,8 @@ def test_what_sees_more_than_a_step_takes_up_cached_context_as_well() -> None:
     facts = calls.Facts(max_num_batched_tokens=8192, context_chunk=131072)
     op = calls.SeenOp("fp8_gemm_nt", {"n": 4096, "k": 512}, maximum=12288)
     assert bound(op, facts) == (131072, "the chunk of cached context")
+    rows = calls.SeenOp("m_grouped_fp8_gemm_nt_contiguous", {"experts": 32, "n": 4096, "k": 7168}, maximum=69504)
+    assert bound(rows, facts) == (69504, "the largest seen"), "rows of experts are no tokens"
 
 
 def test_a_buffer_that_follows_the_batch_is_one_op_up_to_the_engines_bound(tmp_path: Path) -> None:

@@ -81,8 +81,9 @@ def bound(op: SeenOp, facts: Facts) -> tuple[int, str] | None:
         "max_tokens": [("max_num_batched_tokens", facts.max_num_batched_tokens)],
         "max_batch": [("max_num_seqs", facts.max_num_seqs)],
     }.get(OPS[op.name].maximum or "", [])
-    # What sees more than the tokens of a step takes up cached context as well.
-    if op.takes_context or largest > (facts.max_num_batched_tokens or largest):
+    # A layer that sees more than the tokens of a step takes up cached context as well.
+    is_layer = OPS[op.name].maximum == "max_tokens"
+    if op.takes_context or (is_layer and largest > (facts.max_num_batched_tokens or largest)):
         bounds = [*bounds, ("the chunk of cached context", facts.context_chunk)]
     for name, value in bounds:
         if value is not None and value >= largest:
