@@ -117,7 +117,7 @@ def _observe(
             environment=os.environ,
             progress=progress,
         )
-    print_summary(observation, engine)
+    print_summary(observation)
     data = observation.manifest.encode()
     default = Path("dist") / f"{manifests.parse(data, 'observed').name}.tar.zst"
     file = default if output is None or remote.is_remote(output) else Path(output)

@@ -79,7 +79,7 @@ def observe(
             write_atomically(output, observation.manifest.encode(), ManifestError)
         if known is not None:
             lack = observing.check(observation, known, nvcc, progress)
-    print_summary(observation, engine)
+    print_summary(observation)
     if output is not None:
         shared.say(f"manifest  {output}")
         shared.say(f"next      cachebuilder build {output} --deep-gemm {observation.installation.path}")
@@ -95,7 +95,7 @@ def find_gpu(name: str) -> Gpu:
         raise click.BadParameter(str(error), param_hint="--gpu") from None
 
 
-def print_summary(observation: Observation, engine: EngineOptions) -> None:
+def print_summary(observation: Observation) -> None:
     """Print what was changed, called and planned."""
     run, observed = observation.run, observation.observed
     for change in observation.changes:
@@ -115,8 +115,8 @@ def print_summary(observation: Observation, engine: EngineOptions) -> None:
         )
     if needs := observation.flashinfer:
         parts = [*needs.modules, *([words.several(len(needs.gemms), "GEMM shape")] if needs.gemms else [])]
-        then = "" if engine.with_flashinfer else ", which --with-flashinfer adds to the manifest"
-        shared.say(f"compiles  FlashInfer would compile {', '.join(parts)} in the serving process{then}")
+        then = "" if observation.with_flashinfer else "; --with-flashinfer adds it to the manifest"
+        shared.say(f"compiles  FlashInfer would compile in the serving process: {', '.join(parts)}{then}")
     ops, sources = words.several(len(observed.ops), "op"), words.several(observation.sources, "source")
     shared.say(
         f"kernels   {len(observation.requested)} asked for in this run; {ops} and {sources} ask for "
@@ -125,7 +125,7 @@ def print_summary(observation: Observation, engine: EngineOptions) -> None:
 
 
 def _print_lack(observation: Observation, known: Path, lack: observing.Lack) -> None:
-    """What a manifest lacks; ends the process where that is a kernel."""
+    """Print what a manifest lacks, and end the process if it lacks something."""
     if not lack:
         shared.say(f"check     {known} asks for all of them")
         return
@@ -135,8 +135,8 @@ def _print_lack(observation: Observation, known: Path, lack: observing.Lack) -> 
         console.echo(f"missing   FlashInfer's GEMM {gemm} up to m={gemm.max_m}")
     for module in lack.flashinfer.modules:
         console.echo(f"missing   FlashInfer's module {module}")
-    console.echo(
-        f"{known} lacks {lack.kernels} kernels, of which this run asked for {lack.requested}. What was observed:"
-    )
+    if lack.kernels:
+        console.echo(f"{known} lacks {lack.kernels} kernels, of which this run asked for {lack.requested}.")
+    console.echo("What was observed:")
     console.echo(observation.manifest, newline=False)
     sys.exit(VerifyError.exit_code)

@@ -126,8 +126,8 @@ def common_variables(model: str, gpu: Gpu, ranks: int) -> dict[str, tuple[str, s
     variables = {
         "FLASHINFER_CUDA_ARCH_LIST": (f"{gpu.major}.{gpu.minor}a", "FlashInfer would ask the GPU for it at import, and "
         "a process that uses a GPU cannot fork"),
-        "CACHEBUILDER_OBSERVE_COMPILE_NOTHING": ("1", "Triton, TileLang, CuTe-DSL, FlashInfer: minutes for what never "
-        "run; none of them is DeepGEMM's, and FlashInfer's GEMMs are built"),
+        "CACHEBUILDER_OBSERVE_COMPILE_NOTHING": ("1", "Triton, TileLang, CuTe-DSL and FlashInfer would compile for "
+        "minutes what never runs; none of it is DeepGEMM's, and FlashInfer's GEMMs are built"),
         "TILELANG_DISABLE_CACHE": ("1", "what was not compiled must not be kept"),
     }  # fmt: skip
     if os.path.isdir(model):

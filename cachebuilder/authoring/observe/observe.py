@@ -47,6 +47,7 @@ class Observation:
         sources: how many of the engine's kernels no op asks for.
         changes: what was changed in the user's command and environment.
         flashinfer: what the engine took from FlashInfer.
+        with_flashinfer: the engine took what it would while it serves, and the manifest has that.
     """
 
     manifest: str
@@ -57,6 +58,7 @@ class Observation:
     sources: int
     changes: tuple[Change, ...]
     flashinfer: FlashInferNeeds | None
+    with_flashinfer: bool
 
     @property
     def observed(self) -> Observed:
@@ -72,7 +74,7 @@ class Lack:
         names: DeepGEMM's names of the kernels → how many of that name.
         kernels: how many in all.
         requested: how many of them this very run asked for.
-        flashinfer: modules and shapes of GEMMs for FlashInfer.
+        flashinfer: modules and shapes of GEMMs for FlashInfer; empty for an engine that was observed without it.
     """
 
     names: Mapping[str, int]
@@ -152,6 +154,7 @@ def observe(
             sources=len(missing),
             changes=launch.changes,
             flashinfer=needs,
+            with_flashinfer=with_flashinfer,
         )
 
 
@@ -167,7 +170,7 @@ def check(observation: Observation, path: Path, nvcc: Path | None = None, progre
     known = _plan(inputs, progress)
     lacking = {source: kernel for source, kernel in observation.planned.items() if source not in known}
     requested = sum(source in observation.requested for source in lacking)
-    needs = missing_needs(observation.flashinfer, manifest.flashinfer)
+    needs = missing_needs(observation.flashinfer if observation.with_flashinfer else None, manifest.flashinfer)
     return Lack(dict(Counter(lacking.values())), len(lacking), requested, needs)
 
 
