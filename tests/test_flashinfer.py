@@ -27,7 +27,7 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.sweep import flashinfer as sweep
 from tests.archives import unpack
 from tests.configs import DEEPSEEK_V3
-from tests.conftest import FLASHINFER
+from tests.conftest import FLASHINFER, ROOT
 
 HEAD = "name: x\ntarget: {gpu: H200}\nmax_tokens: 8\nops: [{op: fp8_gemm_nt, n: 576, k: 512}]\n"
 FINGERPRINT = FlashInferFingerprint(version="0.6.13", headers="0" * 64, tvm_ffi="0.1.11", arch="sm_90a", glibc="2.34")
@@ -175,8 +175,24 @@ def test_a_derived_manifest_carries_what_vllm_takes_from_flashinfer(tmp_path: Pa
     assert {(gemm.n, gemm.k) for gemm in needs.gemms} == {
         (2112, 7168), (3072, 1536), (4096, 512), (7168, 2048), (4608, 7168), (7168, 2304), (512, 7168), (7168, 256),
     }  # fmt: skip
-    whole = derived(tmp_path, engine="vllm", gpu="H200").flashinfer
-    assert whole is not None and whole.modules == ["concat_mla", "sampling"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "modules"),
+    [
+        pytest.param({"tp": 8, "ep": 8}, ["sampling"], id="16-heads-a-rank"),
+        pytest.param({"dp": 8, "ep": 8}, ["concat_mla", "sampling"], id="all-heads"),
+    ],
+)
+def test_derived_modules_are_those_that_the_observed_engine_asked_for(
+    tmp_path: Path, ranks: dict[str, int], modules: list[str]
+) -> None:
+    recorded = [json.loads(line) for line in (ROOT / "benchmarks/results/observe-flashinfer.jsonl").open()]
+    layout = "tp8-ep8" if "tp" in ranks else "tp1-ep8-dp8"
+    [row] = [r for r in recorded if (r["model"], r["layout"], r["gpu"]) == ("deepseek-v3-4", layout, "H200")]
+    assert row["flashinfer"]["modules"] == modules
+    needs = derived(tmp_path, engine="vllm", gpu="H200", **ranks).flashinfer
+    assert needs is not None and needs.modules == modules
 
 
 @pytest.mark.parametrize(("engine", "gpu"), [("sglang", "H200"), ("vllm", "B200")])
