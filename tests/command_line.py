@@ -3,19 +3,23 @@
 Each command is a fork of a process that has imported cachebuilder's modules. A new interpreter would import them again
 for each of the tests' hundreds of commands, which takes longer than most commands themselves. The verbs that call
 DeepGEMM run in the tests' own process: there, their sweeps are forks of the server that conftest.py keeps, and torch is
-not imported again for each. test_docs.py, test_build.py and test_bad_machine.py run these verbs as programs, too.
+not imported again for each. test_build.py and test_bad_machine.py run these verbs as programs, too. A script's commands
+can run in the same way (`ScriptRunner`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import json
 import multiprocessing
 import os
+import select
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +31,7 @@ _CONTEXT.set_forkserver_preload(
 )
 #: Variables that a process reads only when its program starts: a command with others of these gets a new interpreter.
 _READ_AT_START = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
-_CALLS_DEEPGEMM = ("build", "plan", "verify")
+_CALLS_DEEPGEMM = ("build", "observe", "plan", "record", "verify")
 
 
 def cachebuilder(
@@ -107,3 +111,53 @@ def _main(
     sys.modules.update(dict.fromkeys(without))  # an import of None fails
     sys.argv = ["cachebuilder", *arguments]
     command_line.main()
+
+
+#: A program that has the process with the socket NAME run its command.
+_CLIENT = """\
+#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({name!r})
+    connection.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    code, stdout, stderr = json.load(connection.makefile())
+sys.stdout.write(stdout)
+sys.stderr.write(stderr)
+sys.exit(code)
+"""
+
+
+class ScriptRunner:
+    """Runs scripts, and runs the commands of cachebuilder in them as `cachebuilder` does.
+
+    Args:
+        folder: gets the program that stands for ``cachebuilder`` there; PATH has to begin with it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"\0tests-of-cachebuilder-{os.getpid()}-{id(self)}")
+        self._listener.listen()
+        program = folder / "cachebuilder"
+        program.write_text(_CLIENT.format(python=sys.executable, name=self._listener.getsockname().decode()))
+        program.chmod(0o755)
+
+    def run(self, script: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """Run ``script``, a program with its arguments, to its end."""
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            with subprocess.Popen(script, cwd=cwd, env=environment, stdout=stdout, stderr=stderr) as process:
+                while process.poll() is None:
+                    if select.select([self._listener], [], [], 0.02)[0]:
+                        self._run_command()
+            for file in (stdout, stderr):
+                file.seek(0)
+            return subprocess.CompletedProcess(script, process.returncode, stdout.read(), stderr.read())
+
+    def _run_command(self) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            arguments, folder, environment = json.load(connection.makefile())
+            with contextlib.chdir(folder):
+                ran = cachebuilder(*arguments, environment=environment)
+            connection.sendall(json.dumps([ran.returncode, ran.stdout, ran.stderr]).encode())

@@ -5,6 +5,7 @@ DeepGEMM and nvcc are the real ones. `make` installs the legacy generation's Dee
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -97,6 +98,7 @@ LONGEST = (
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+BuildSmall = Callable[[Path | None], building.Built]
 
 
 @pytest.fixture(scope="session")
@@ -203,25 +205,35 @@ def deep_gemm(request: pytest.FixtureRequest) -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def built(
-    small: Path, deep_gemm: Path | None, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> building.Built:
-    """The small manifest, built with one generation of DeepGEMM.
+def build_small(small: Path, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildSmall:
+    """Builds the small manifest with one generation of DeepGEMM.
 
-    The first process compiles; every other process takes the plan and the kernels from the shared cache folder.
+    The first process compiles; every other process takes the plan and the kernels from the shared cache folder. A test
+    that compiles some of these kernels for something else has this build done first, so that it is not done twice.
     """
-    output = tmp_path_factory.mktemp("built") / "small.tar.zst"
-    inputs = load_manifest(small, deep_gemm=deep_gemm)
-    # All processes use the record of the first build, because only that build ran compilers.
-    first_record = shared_folder / f"{inputs.installation.generation}.build.json"
-    with one_at_a_time(shared_folder, "built"):
-        artifact = building.build(inputs, output)
-        if not first_record.exists():
-            if artifact.compiled.reused:  # a test of something else has compiled these kernels before
-                artifact = building.build(inputs, output, options=CompileOptions(use_store=False))
-            shutil.copy(build_record.path_for(output), first_record)
-        shutil.copy(first_record, build_record.path_for(output))
-        return artifact
+
+    @functools.cache
+    def build(deep_gemm: Path | None) -> building.Built:
+        output = tmp_path_factory.mktemp("built") / "small.tar.zst"
+        inputs = load_manifest(small, deep_gemm=deep_gemm)
+        # All processes use the record of the first build, because only that build ran compilers.
+        first_record = shared_folder / f"{inputs.installation.generation}.build.json"
+        with one_at_a_time(shared_folder, "built"):
+            artifact = building.build(inputs, output)
+            if not first_record.exists():
+                if artifact.compiled.reused:  # a test of something else has compiled these kernels before
+                    artifact = building.build(inputs, output, options=CompileOptions(use_store=False))
+                shutil.copy(build_record.path_for(output), first_record)
+            shutil.copy(first_record, build_record.path_for(output))
+            return artifact
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def built(build_small: BuildSmall, deep_gemm: Path | None) -> building.Built:
+    """The small manifest, built with one generation of DeepGEMM."""
+    return build_small(deep_gemm)
 
 
 @pytest.fixture

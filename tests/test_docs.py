@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 from importlib import import_module
@@ -19,7 +18,8 @@ from ruamel.yaml import YAML
 
 import cachebuilder
 from cachebuilder.cli.main import VERBS, cli
-from tests.conftest import ROOT
+from tests.command_line import ScriptRunner
+from tests.conftest import ROOT, BuildSmall
 
 DOCS = ROOT / "docs"
 #: A fenced block of shell or Python, and the reason if the page says that it cannot be run here.
@@ -89,28 +89,27 @@ def copy_cache(source: Path, target: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_and_programs_of_the_pages_work_one_after_the_other(tmp_path: Path, cache_folder: Path) -> None:
+def test_the_commands_and_programs_of_the_pages_work_one_after_the_other(
+    build_small: BuildSmall, tmp_path: Path, cache_folder: Path
+) -> None:
     """In one folder, as a person goes through the site, with this Python and its folder of commands on PATH."""
+    build_small(None)  # the tutorial has its kernels
     tools = tmp_path / "tools"
     tools.mkdir()
-    (tools / "cachebuilder").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cachebuilder "$@"\n')
-    (tools / "cachebuilder").chmod(0o755)
+    scripts = ScriptRunner(tools)
     folder = tmp_path / "work"
     folder.mkdir()
     for name in ("manifests", "examples"):
         (folder / name).symlink_to(ROOT / name)
     path = os.pathsep.join([str(tools), sysconfig.get_path("scripts"), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    environment = os.environ | {"PATH": path, "HOME": str(tmp_path)}
     for page in RUN:
         for name in OWN_CACHES.get(page.name, []):
             copy_cache(cache_folder, folder / name)
         for block in BLOCK.finditer(page.read_text()):
             if block["reason"]:
                 continue
-            ran = subprocess.run(
-                [*RUNNERS[block["language"]], block["text"]],
-                cwd=folder, env=environment, capture_output=True, text=True, check=False,
-            )  # fmt: skip
+            ran = scripts.run([*RUNNERS[block["language"]], block["text"]], folder, environment)
             report = f"{page.relative_to(ROOT)}:\n{block['text']}\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}"
             assert ran.returncode == 0, report
             # If the page shows an output below the block, it is this output. Digests differ by machine.

@@ -168,7 +168,11 @@ def test_missed_kernels_written_into_the_manifest_are_in_the_next_build_under_de
     built: building.Built, run: Run, tmp_path: Path
 ) -> None:
     here = built.inputs.installation
-    (tmp_path / "wide.yaml").write_text(f"{SMALL}  - {{op: fp8_gemm_nt, n: 192, k: 256, compiled_dims: nk}}\n")
+    more_ops = (  # the first one's GEMM is the one that test_record.py builds
+        "  - {op: fp8_gemm_nt, n: 576, k: 512, compiled_dims: nk, max_tokens: 16}\n"
+        "  - {op: get_mn_major_tma_aligned_tensor, columns: 5}\n"
+    )
+    (tmp_path / "wide.yaml").write_text(SMALL + more_ops)
     wide = load_manifest(tmp_path / "wide.yaml", deep_gemm=here.imported_as)
     known = {kernel.entry for kernel in built.plan.kernels}
     asked = planning.make(wide).kernels
