@@ -89,10 +89,12 @@ LONGEST = (
     "test_flashinfer_served.py",
     "test_entry_points.py",
     "test_docs.py",
-    "test_record.py",
+    "test_observe.py",
     "test_build.py",
+    "test_record.py",
     "test_compile.py",
     "test_front_end.py",
+    "test_container.py",
     "test_misses.py",
     "test_frozen.py",
 )
@@ -176,11 +178,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let every process start with the longest tests, so that none waits for them in the end.
 
     pytest-xdist's ``worksteal`` gives each process a run of consecutive tests, whose last ones other processes may take.
+    The tests of the first file share one compilation of some minutes: one process has them all, and none waits for it.
     """
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    ordered = sorted(items, key=lambda item: ranks.get(item.path.name, len(ranks)))
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    items[:] = [item for process in range(processes) for item in ordered[process::processes]]
+    runs: list[list[pytest.Item]] = [[] for _ in range(processes)]
+    for item in sorted(items, key=lambda item: ranks.get(item.path.name, len(ranks))):
+        run = runs[0] if item.path.name == LONGEST[0] else min(runs, key=len)
+        run.append(item)
+    items[:] = [item for run in runs for item in run]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,7 +19,7 @@ from cachebuilder.restoring import serving
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from cachebuilder.virtual_gpu import library as virtual_gpu
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, own_cache
 from tests.containers import USER, Container, needs_container
 from tests.restored import copy_of, unpack
 from tests.users import ground
@@ -32,12 +32,14 @@ DOCKERFILES = sorted((ROOT / "examples").glob("Dockerfile.*"))
 
 ENTERED = "cachebuilder", "run"
 SHOW = ("--", "sh", "-c", 'echo "$DG_JIT_CACHE_DIR" && "$DG_JIT_NVCC_COMPILER" --version | head -1')
-#: Dense products of DeepGEMM, with as many rows as the arguments after the folder that holds deep_gemm. An argument
-#: NAME=VALUE sets a variable, which the next call of nvcc inherits.
+#: Calls of DeepGEMM, for each argument after the folder that holds deep_gemm: a dense product with as many rows, or for
+#: "another" a small kernel that no artifact holds. An argument NAME=VALUE sets a variable, which the next call of nvcc
+#: inherits.
 CALL = """
 import ctypes, os, sys
 sys.path.insert(0, sys.argv[1])
 import deep_gemm, torch
+from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
 empty = lambda *shape, dtype: torch.empty(shape, device="cuda", dtype=dtype)
 fp8, scales = torch.float8_e4m3fn, torch.float32
 for argument in sys.argv[2:]:
@@ -45,13 +47,16 @@ for argument in sys.argv[2:]:
     if is_variable:
         os.environ[name] = value
         continue
-    m = int(argument)
-    a, b = (empty(m, 512, dtype=fp8), empty(m, 4, dtype=scales)), (empty(576, 512, dtype=fp8), empty(5, 4, dtype=scales))
     try:
-        deep_gemm.fp8_gemm_nt(a, b, empty(m, 576, dtype=torch.bfloat16))
-        print("served", m, flush=True)
+        if argument == "another":
+            get_mn_major_tma_aligned_tensor(empty(64, 5, dtype=scales))
+        else:
+            m = int(argument)
+            a, b = (empty(m, 512, dtype=fp8), empty(m, 4, dtype=scales)), (empty(576, 512, dtype=fp8), empty(5, 4, dtype=scales))
+            deep_gemm.fp8_gemm_nt(a, b, empty(m, 576, dtype=torch.bfloat16))
+        print("served", argument, flush=True)
     except Exception as error:
-        print("not served", m, error, flush=True)
+        print("not served", argument, error, flush=True)
 ctypes.CDLL(None).fflush(None)  # legacy DeepGEMM prints nvcc's words with printf
 os._exit(0)  # DeepGEMM's destructors would tidy up a GPU that does not exist
 """
@@ -185,18 +190,28 @@ def test_deepgemm_serves_hits_there_and_names_a_miss_or_compiles_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As reported: hits are served, but a miss dies as 'cannot create directories', with no kernel and no log line."""
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "libraries"))
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(ground / "libraries")))
     gpu = virtual_gpu.environment(built.plan.gpu) | temporary(dir)
     container = Container(read_only=condition == "read-only", noexec=[dir] if condition == "noexec" else [])
     nvcc = shutil.which("nvcc") or built.inputs.toolchain.nvcc
     compiling = ["CACHEBUILDER_ON_MISS=compile", f"CACHEBUILDER_REAL_NVCC={nvcc}"]
     if condition == "read-only":
         compiling.append("TMPDIR=/dev/shm")  # nvcc itself writes there
-    call = ("--", "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", "4096", *compiling, "4096")
+    call = (
+        "--",
+        "python",
+        "-c",
+        CALL,
+        built.inputs.installation.imported_as.parent,
+        "16",
+        "another",
+        *compiling,
+        "another",
+    )
     done = container.run("cachebuilder", "run", dir, *of_copy(built), *call, **gpu)
     said = done.stdout + done.stderr
-    hit, _, compiled = done.stdout.partition("not served 4096")
-    assert hit.endswith("served 16\n") and "\nserved 4096\n" in compiled, said
+    hit, _, compiled = done.stdout.partition("not served another")
+    assert hit.endswith("served 16\n") and "\nserved another\n" in compiled, said
     assert "is not in the restored cache" in said and "cachebuilder misses" in said, said
     log = next(word for word in said.split() if word.endswith("misses.jsonl"))
     assert log.startswith(f"{'/dev/shm' if condition == 'read-only' else ground / 'tmp'}/cachebuilder-{USER}/")
@@ -212,7 +227,7 @@ def test_a_root_that_another_user_made_does_not_end_a_hit_of_a_server_without_ru
 ) -> None:
     """An init container checks as root by `run DIR -- true`; the server gets its variables from the pod's text."""
     assert run("run", dir, *of_copy(built), "--", "true").returncode == 0 and (dir / "scratch").is_dir()
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "libraries"))
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(ground / "libraries")))
     variables = virtual_gpu.environment(built.plan.gpu) | json.loads(run("env", dir, "--format", "json").stdout)
     done = Container().run(
         "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", **variables, **temporary(dir)
@@ -290,7 +305,7 @@ def test_an_examples_image_restored_as_root_serves_as_another_user_and_names_a_m
     (ground / "tmp").mkdir()
     (ground / "tmp").chmod(0o1777)
     shutil.copy(built.packed.path, ground / "tmp" / "artifact.tar.zst")
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(ground / "libraries"))
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(ground / "libraries")))
     gpu = virtual_gpu.environment(built.plan.gpu)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for command in re.findall(r"^RUN (cachebuilder .*)$", text, re.MULTILINE):
@@ -300,7 +315,7 @@ def test_an_examples_image_restored_as_root_serves_as_another_user_and_names_a_m
         "TMPDIR": f"{ground}/tmp",
     }
     done = Container().run(
-        "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", "4096", **gpu, **variables
+        "python", "-c", CALL, built.inputs.installation.imported_as.parent, "16", "another", **gpu, **variables
     )
     said = done.stdout + done.stderr
     assert "served 16" in said and "is not in the restored cache" in said, said

@@ -30,7 +30,7 @@ from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
 from cachebuilder.sweep import flashinfer as sweep
 from cachebuilder.verifying.verify import verify
-from tests.conftest import FLASHINFER, Run, kept_cubins, one_at_a_time
+from tests.conftest import FLASHINFER, BuildSmall, Run, kept_cubins, one_at_a_time, own_cache
 from tests.users import STRANGER, as_user, ground, needs_root, owned
 
 __all__ = ["ground"]
@@ -43,15 +43,16 @@ target: {gpu: H200}
 max_tokens: 8
 ops: [{op: fp8_gemm_nt, n: 576, k: 512}]
 flashinfer:
-  modules: [page]
+  modules: [concat_mla]
   gemms: [{n: 576, k: 512}, {n: 4096, k: 7168}]
 """
 ENTRIES = ["gemm_swapAB_4096_7168_128_16_128_1_81_8_1_Normal", "gemm_swapAB_576_512_128_16_128_1_81_8_1_Normal"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> building.Built:
+def whole(build_small: BuildSmall, tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> building.Built:
     """An artifact with DeepGEMM's kernels, two modules and two kernels of FlashInfer's GEMM."""
+    build_small(None)  # it has DeepGEMM's kernels as well
     folder = tmp_path_factory.mktemp("flashinfer")
     (folder / "m.yaml").write_text(MANIFEST)
     inputs = load_manifest(folder / "m.yaml", flashinfer=FLASHINFER)
@@ -78,7 +79,7 @@ def restored(whole: building.Built, machine: Machine, tmp_path: Path) -> Path:
 
 def test_flashinfers_own_gemm_says_which_kernels_every_small_m_needs(whole: building.Built) -> None:
     plan = whole.plan.flashinfer
-    assert plan is not None and plan.modules == (entries.GEMM_MODULE, "page")
+    assert plan is not None and plan.modules == ("concat_mla", entries.GEMM_MODULE)
     assert [kernel.entry for kernel in plan.kernels] == ENTRIES
     points = {s.op: s.ranges for kernel in plan.kernels for s in kernel.selected_by}
     assert {op: [(r.first, r.last) for r in ranges] for op, ranges in points.items()} == {0: [(1, 31)], 1: [(1, 31)]}
@@ -91,16 +92,18 @@ def test_a_second_build_in_other_folders_has_the_same_bytes(
     inputs, plan = whole.inputs, whole.plan.flashinfer
     assert inputs.flashinfer is not None and plan is not None
     with_store = CompileOptions()
-    first = compiling.build_modules(inputs, with_store) | compiling.compile_gemms(inputs, plan.kernels, with_store)
-    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "another" / "cache"))
+    one_kernel = plan.kernels[:1]
+    first = compiling.build_modules(inputs, with_store) | compiling.compile_gemms(inputs, one_kernel, with_store)
+    (tmp_path / "another").mkdir()
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(tmp_path / "another" / "cache")))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.symlink_to(FLASHINFER.parent)
     (tmp_path / "m.yaml").write_text(MANIFEST)
     other = load_manifest(tmp_path / "m.yaml", flashinfer=elsewhere / "flashinfer")
     assert other.flashinfer is not None
     gpu = inputs.manifest.target.gpu
-    second = sweep.build_modules(other.flashinfer, other.toolchain, gpu, ["page"], jobs=1)
-    second |= compiling.compile_gemms(other, plan.kernels, with_store)
+    second = sweep.build_modules(other.flashinfer, other.toolchain, gpu, ["concat_mla"], jobs=1)
+    second |= compiling.compile_gemms(other, one_kernel, with_store)
     for name, data in second.items():
         assert hashlib.sha256(data).hexdigest() == hashlib.sha256(first[name]).hexdigest(), name
         assert str(tmp_path).encode() not in data and str(FLASHINFER).encode() not in data
@@ -111,20 +114,20 @@ def test_flashinfer_serves_from_what_was_restored_with_a_compiler_that_refuses(r
     [replay] = report.replays
     assert report.complete and replay.flashinfer is not None
     assert replay.flashinfer.calls == 62 and list(replay.flashinfer.hits) == ENTRIES
-    assert replay.flashinfer.modules == (entries.GEMM_MODULE, "page")
+    assert replay.flashinfer.modules == ("concat_mla", entries.GEMM_MODULE)
 
 
 def test_what_is_missing_or_damaged_is_named(restored: Path, run: Run) -> None:
     shutil.rmtree(restored / "flashinfer/cache" / ENTRIES[1])
-    module = restored / "flashinfer/modules/page/page.so"
+    module = restored / "flashinfer/modules/concat_mla/concat_mla.so"
     module.write_bytes(module.read_bytes()[:-1])
     report = verify(restored, flashinfer=FLASHINFER)
     [replay] = report.replays
     assert not report.complete and replay.flashinfer is not None
-    assert replay.flashinfer.missing == ("page", ENTRIES[1])
+    assert replay.flashinfer.missing == ("concat_mla", ENTRIES[1])
     assert sorted(item.entry for item in report.damage) == [
         f"flashinfer/cache/{ENTRIES[1]}",
-        "flashinfer/modules/page",
+        "flashinfer/modules/concat_mla",
     ]
     refused = run("run", restored, "--", "true")
     assert refused.returncode and "damaged: flashinfer/" in refused.stderr
@@ -215,7 +218,8 @@ def test_where_flashinfers_own_package_is_installed_its_modules_serve_beside_our
     assert place.flashinfer is not None and place.flashinfer != restored / "flashinfer"
     modules = place.flashinfer / "modules"
     assert sorted(path.name for path in modules.iterdir()) == ["concat_mla", entries.GEMM_MODULE, "page"]
-    assert (modules / "concat_mla/concat_mla.so").read_bytes() == b"its own"
+    for name in ("concat_mla", "page"):
+        assert (modules / name / f"{name}.so").read_bytes() == b"its own"
     assert (modules / entries.GEMM_MODULE).resolve() == restored / "flashinfer/modules" / entries.GEMM_MODULE
 
 
@@ -235,7 +239,7 @@ def test_a_server_that_cannot_write_into_the_folder_gets_one_of_its_own_with_lin
             (place.flashinfer / "cache" / "new").mkdir(exist_ok=True)
             cubin = place.flashinfer / "cache" / ENTRIES[0] / entries.CUBIN
             assert cubin.read_bytes() == (ground / "dir/flashinfer/cache" / ENTRIES[0] / entries.CUBIN).read_bytes()
-            assert (place.flashinfer / "modules" / "page" / "page.so").is_file()
+            assert (place.flashinfer / "modules" / "concat_mla" / "concat_mla.so").is_file()
             assert (place.flashinfer / "python/flashinfer_jit_cache/__init__.py").is_file()
             assert any("flashinfer" in note for note in place.notes)
 
@@ -243,7 +247,7 @@ def test_a_server_that_cannot_write_into_the_folder_gets_one_of_its_own_with_lin
 
 
 def test_a_module_that_flashinfer_does_not_have_is_named(tmp_path: Path) -> None:
-    (tmp_path / "m.yaml").write_text(MANIFEST.replace("page", "no_such_module").replace("  gemms", "  # gemms"))
+    (tmp_path / "m.yaml").write_text(MANIFEST.replace("concat_mla", "no_such_module").replace("  gemms", "  # gemms"))
     with pytest.raises(PlanError, match="describes no module no_such_module"):
         compiling.build_modules(load_manifest(tmp_path / "m.yaml", flashinfer=FLASHINFER), CompileOptions())
 

@@ -350,15 +350,15 @@ def test_with_a_compiling_policy_deepgemm_gets_the_missing_kernel_under_the_name
     built: building.Built, tmp_path: Path
 ) -> None:
     """The real nvcc compiles it, the process goes on, and the miss is still an event."""
-    dir, dense = tmp_path / "dir", [k for k in built.plan.kernels if k.name == "sm90_fp8_gemm_1d2d"]
+    dir, removed = tmp_path / "dir", [k for k in built.plan.kernels if k.name == "transpose_fp32"]
     restore([built.packed.path], dir, machine=Machine(built.inputs.installation))
-    for kernel in dense:
+    for kernel in removed:
         shutil.rmtree(dir / "cache" / kernel.entry)
     real = {"CACHEBUILDER_REAL_NVCC": str(built.inputs.toolchain.nvcc), "CACHEBUILDER_ON_MISS": "compile-and-warn"}
     done = call_deepgemm(built, dir, tmp_path, 24, **real)
     assert done.returncode == 0, done.stderr
     written = tmp_path / "scratch" if built.plan.generation == "deepjit" else dir
-    [entry] = {kernel.entry for kernel in dense} & {path.name for path in (written / "cache").iterdir()}
+    [entry] = {kernel.entry for kernel in removed} & {path.name for path in (written / "cache").iterdir()}
     assert (written / "cache" / entry / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
     [miss] = misses(dir)
-    assert (miss["kernel"], miss["policy"]) == ("sm90_fp8_gemm_1d2d", "compile-and-warn")
+    assert (miss["kernel"], miss["policy"]) == ("transpose_fp32", "compile-and-warn")

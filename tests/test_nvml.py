@@ -72,6 +72,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 @pytest.mark.parametrize(
     ("card", "words"),
     [

@@ -120,12 +120,15 @@ def as_seen(op: OpBase) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "generation"), [pair for pair in entry_points.PAIRS if pair[0] != "sm120"])
-def test_every_op_is_read_back_from_its_own_calls(arch: str, generation: str, run: Run, tmp_path: Path) -> None:
+def test_every_op_is_read_back_from_its_own_calls(
+    arch: str, generation: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`OpBase.sighting` is the inverse of ``prepare``."""
+    monkeypatch.chdir(ROOT)  # where Python finds the program
     copy = installation.find(LEGACY if generation == "legacy" else None).path
     program = [sys.executable, "-m", "tests.every_op", copy, arch, generation]
     output = tmp_path / "m.yaml"
-    done = run("observe", "-o", output, "--gpu", entry_points.GPUS[arch], "--", *program, PYTHONPATH=str(ROOT))
+    done = run("observe", "-o", output, "--gpu", entry_points.GPUS[arch], "--", *program)
     assert done.returncode == 0, done.stderr
     unread = set(re.findall(r"no op     (\w+):", done.stdout))
     # These two are handed the parts of a buffer, not the buffer with its numbers of ranks and experts.

@@ -25,7 +25,7 @@ from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import Restored, restore
 from tests.archives import snapshot
-from tests.conftest import ROOT, SMALL, Run
+from tests.conftest import ROOT, SMALL, Run, own_cache
 from tests.registries import program
 from tests.users import STRANGER, VICTIM, as_user, ground, meanwhile_as, needs_root, owned
 
@@ -472,6 +472,6 @@ def test_a_planted_module_in_the_working_folder_is_not_imported(small: Path, tmp
     for name in ("torch", "deep_gemm", "numpy"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')")
     command = [sys.executable, "-P", "-m", "cachebuilder", "plan", small]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CACHEBUILDER_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CACHEBUILDER_CACHE_DIR": str(own_cache(tmp_path / "cache"))}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not (tmp_path / "PWNED").exists(), done.stderr

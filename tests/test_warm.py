@@ -51,6 +51,7 @@ def test_a_fork_plans_what_a_process_of_its_own_plans(
         assert one.kernels == own.kernels and one.calls == own.calls
 
 
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_torch_is_imported_anew_for_a_variable_that_it_reads_when_it_is_imported(
     plan: Callable[[], Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_torch_is_imported_anew_for_a_variable_that_it_reads_when_it_is_imported
     assert running()._process is not first
 
 
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_a_server_that_was_killed_is_replaced(plan: Callable[[], Plan]) -> None:
     before = plan()
     process = running()._process
