@@ -179,6 +179,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     pytest-xdist's ``worksteal`` gives each process a run of consecutive tests, whose last ones other processes may take.
     The tests of the first file share one compilation of some minutes: one process has them all, and none waits for it.
+    Every second process starts with the legacy generation, so that two processes do not wait for the same build.
     """
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -186,6 +187,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in sorted(items, key=lambda item: ranks.get(item.path.name, len(ranks))):
         run = runs[0] if item.path.name == LONGEST[0] else min(runs, key=len)
         run.append(item)
+    for run in runs[1::2]:
+        run.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), "deepjit" in item.name))
     items[:] = [item for run in runs for item in run]
 
 
@@ -224,7 +227,7 @@ def build_small(small: Path, shared_folder: Path, tmp_path_factory: pytest.TempP
         inputs = load_manifest(small, deep_gemm=deep_gemm)
         # All processes use the record of the first build, because only that build ran compilers.
         first_record = shared_folder / f"{inputs.installation.generation}.build.json"
-        with one_at_a_time(shared_folder, "built"):
+        with one_at_a_time(shared_folder, f"built-{inputs.installation.generation}"):
             artifact = building.build(inputs, output)
             if not first_record.exists():
                 if artifact.compiled.reused:  # a test of something else has compiled these kernels before

@@ -97,7 +97,7 @@ def test_a_manifest_is_checked_against_the_engine(run: Run, observed: Observed, 
 @needs_headers
 def test_a_build_observes_an_engine_and_has_all_that_it_asks_for(run: Run, observed: Observed, tmp_path: Path) -> None:
     output = tmp_path / "a.tar.zst"
-    done = run("build", "--gpu", TARGET, "-o", output, "--", sys.executable, ENGINE)
+    done = run("build", "--gpu", TARGET, "-o", output, "--check-code", "0", "--", sys.executable, ENGINE)
     assert done.returncode == 0, done.stderr
     plan = building.plan(load_manifest(observed[0]))
     entries = {entry.name for entry in read_index(output).entries}
