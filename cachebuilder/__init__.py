@@ -38,13 +38,16 @@ if TYPE_CHECKING:
         PlanError,
         RestoreError,
         SignatureError,
+        StoreError,
         ToolchainError,
+        TransferError,
         VerifyError,
     )
     from cachebuilder.manifest.inputs import Inputs, load_manifest
     from cachebuilder.planning.plan import Kernel, Plan
     from cachebuilder.restoring.machine import Machine
     from cachebuilder.restoring.restore import Restored, restore
+    from cachebuilder.ship.shared import SharedStore, open_store
     from cachebuilder.verifying.report import Report
     from cachebuilder.verifying.verify import verify
 
@@ -55,14 +58,15 @@ _MODULES = {
     "compiling.compiler": ("CompileOptions",),
     "errors": (
         *("ArtifactError", "CacheBuilderError", "CompatibilityError", "CompileError", "DeviceError"),
-        *("InstallationError", "ManifestError", "PlanError", "RestoreError", "SignatureError", "ToolchainError"),
-        "VerifyError",
+        *("InstallationError", "ManifestError", "PlanError", "RestoreError", "SignatureError", "StoreError"),
+        *("ToolchainError", "TransferError", "VerifyError"),
     ),
     "manifest.inputs": ("Inputs", "load_manifest"),
     "planning.plan": ("Kernel", "Plan"),
     "artifact.trust": ("Trust",),
     "restoring.machine": ("Machine",),
     "restoring.restore": ("Restored", "restore"),
+    "ship.shared": ("SharedStore", "open_store"),
     "verifying.report": ("Report",),
     "verifying.verify": ("verify",),
 }
@@ -87,13 +91,17 @@ __all__ = [  # a test holds it to _MODULES
     "Report",
     "RestoreError",
     "Restored",
+    "SharedStore",
     "SignatureError",
+    "StoreError",
     "ToolchainError",
+    "TransferError",
     "Trust",
     "VerifyError",
     "__version__",
     "build",
     "load_manifest",
+    "open_store",
     "plan",
     "restore",
     "verify",

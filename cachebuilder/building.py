@@ -13,6 +13,7 @@ from cachebuilder.common import packages
 from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.packages import Material
 from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.common.results import Results
 from cachebuilder.common.version import __version__
 from cachebuilder.compiling import flashinfer, record
 from cachebuilder.compiling.compiler import Compiled, CompileOptions, Compiler
@@ -20,6 +21,7 @@ from cachebuilder.cuda.device import DeviceChoice, DeviceName
 from cachebuilder.cuda.toolchain import Toolchain
 from cachebuilder.manifest.inputs import Inputs
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.planning.plan import Plan
 from cachebuilder.verifying.real import Confirmation
 
@@ -46,22 +48,28 @@ class Built:
     launch_seconds: float
 
 
-def plan(inputs: Inputs, *, reuse: bool = True, progress: Progress = no_progress) -> Plan:
+def plan(
+    inputs: Inputs, *, reuse: bool = True, shared: Results | None = None, progress: Progress = no_progress
+) -> Plan:
     """Find every kernel that DeepGEMM will ask for, by calling DeepGEMM itself on a virtual GPU.
 
     Args:
         inputs: from `load_manifest`.
         reuse: take the plan from the user's cache folder if nothing that it depends on has changed; otherwise keep the
             new plan there.
+        shared: where other builders keep their plans (`open_store`); None for no such place.
         progress: the step is "plan", the units are calls of DeepGEMM.
 
     Raises:
         PlanError: DeepGEMM refuses a shape, or the sweep shows something that no cache may be built from.
         InstallationError: torch or DeepGEMM does not load, or the user's cache folder cannot be written.
     """
-    options = CompileOptions(use_store=reuse)
+    options = CompileOptions(use_store=reuse, shared=shared)
     return planning.make(
-        inputs, reuse=reuse, progress=progress, modules=lambda: flashinfer.build_modules(inputs, options, progress)
+        inputs,
+        plans=_plans(options),
+        progress=progress,
+        modules=lambda: flashinfer.build_modules(inputs, options, progress),
     )
 
 
@@ -103,7 +111,7 @@ def build(
     with Compiler(inputs, options) as compiler:
         made = planning.make(
             inputs,
-            reuse=options.use_store,
+            plans=_plans(options),
             progress=progress,
             on_sweep=compiler.prepare,
             on_kernel=compiler.expect,
@@ -137,6 +145,10 @@ def build(
     )
     record.write(packed.path, _record_of(built))
     return built
+
+
+def _plans(options: CompileOptions) -> KeptPlans:
+    return KeptPlans(own=options.use_store, shared=options.shared)
 
 
 def _for_flashinfer(

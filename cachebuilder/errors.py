@@ -104,6 +104,12 @@ class RecordingError(CacheBuilderError):
     exit_code = 16
 
 
+class StoreError(CacheBuilderError):
+    """A shared store has another result under a key than this build made: one of the two is wrong."""
+
+    exit_code = 17
+
+
 class CommandError(CacheBuilderError):
     """The program that `run` should start cannot be run. env(1) and shells exit with the same code."""
 
@@ -129,6 +135,7 @@ EXIT_CODES: dict[int, str] = {
     SignatureError.exit_code: "no valid signature by a trusted key, or a key cannot be used",
     TransferError.exit_code: "a registry or store cannot be reached, refuses, or sends the wrong thing",
     RecordingError.exit_code: "nothing was recorded",
+    StoreError.exit_code: "a shared store has another result for the same kernel or plan",
     CommandError.exit_code: "run: CMD cannot be run; otherwise CMD's own exit code",
     130: "interrupted",
 }

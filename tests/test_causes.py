@@ -23,6 +23,7 @@ from cachebuilder.errors import (
 )
 from cachebuilder.manifest.inputs import Inputs, load_manifest
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.sweep import causes
 from tests.conftest import LEGACY, Run
 from tests.restored import check
@@ -49,7 +50,7 @@ def nvcc(folder: Path, release: str) -> Path:
 def fail(inputs: Inputs, kind: type[CacheBuilderError]) -> str:
     """Plan, which fails; returns the sentence and the hint."""
     with pytest.raises(kind) as error:
-        planning.make(inputs, reuse=False)
+        planning.make(inputs, plans=KeptPlans(own=False))
     text = f"{error.value}\n{error.value.hint}"
     assert type(error.value) is kind and "C++ trace" not in text and "#0" not in text, text
     return text

@@ -13,6 +13,7 @@ from cachebuilder.common.progress import no_progress
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.sweep import protocol, run
 from cachebuilder.sweep.process import Setting
 from cachebuilder.sweep.protocol import Answer, SweepJob
@@ -40,7 +41,9 @@ def test_a_plan_is_the_same_however_its_calls_are_spread(
     plans = []
     for processes in (1, 2, 5):
         monkeypatch.setattr(protocol, "available_cores", lambda processes=processes: processes)
-        plans.append(planning.make(inputs, reuse=False).model_copy(update={"peak_bytes": 0}).model_dump_json())
+        plans.append(
+            planning.make(inputs, plans=KeptPlans(own=False)).model_copy(update={"peak_bytes": 0}).model_dump_json()
+        )
     assert plans[0] == plans[1] == plans[2]
 
 

@@ -11,7 +11,7 @@ import pytest
 import cachebuilder
 from cachebuilder.common.code import code_digest
 from cachebuilder.compiling import compiler
-from cachebuilder.planning import make as planning
+from cachebuilder.planning import kept as planning
 
 PACKAGE = Path(cachebuilder.__file__).parent
 KEYS = {"plan": planning.CODE, "cubin": compiler.CODE}

@@ -12,6 +12,7 @@ from cachebuilder.cuda import gpus, toolchain
 from cachebuilder.errors import InstallationError, PlanError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.planning.plan import Kernel, Plan
 from cachebuilder.virtual_gpu import library as virtual_gpu
 from tests.conftest import MANIFESTS, ROOT, Run
@@ -33,7 +34,7 @@ ops:
 def make(path: Path, text: str, deep_gemm: Path | None = None) -> Plan:
     path.write_text(text)
     inputs = load_manifest(path, deep_gemm=deep_gemm)
-    return planning.make(inputs, reuse=False)
+    return planning.make(inputs, plans=KeptPlans(own=False))
 
 
 def points(kernel: Kernel, op: int) -> list[int]:

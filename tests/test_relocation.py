@@ -14,6 +14,7 @@ from cachebuilder.deepgemm import entries
 from cachebuilder.deepgemm import installation as installations
 from cachebuilder.errors import CompatibilityError
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.restoring.folder import open_folder
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
@@ -41,7 +42,7 @@ def test_the_entries_have_the_names_that_deepgemm_gives_them_at_the_new_path(
     """DeepJIT's names hold no path: they stay."""
     moved = copy_of(built.inputs.installation, tmp_path / "moved" / "deep_gemm")
     done = restore([built.packed.path], tmp_path / "dir", machine=Machine(moved))
-    planned = planning.make(replace(built.inputs, installation=moved), reuse=False)
+    planned = planning.make(replace(built.inputs, installation=moved), plans=KeptPlans(own=False))
     restored = {path.name for path in (tmp_path / "dir" / "cache").iterdir()}
     assert restored == {kernel.entry for kernel in planned.kernels} == {entry.name for entry in done.index.entries}
     assert done.relocated == (moved.generation == "legacy")

@@ -156,7 +156,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
     newer = for_another(artifact, "newer", "H200")
     put_all(f"{s3}moves/small.tar.zst", [artifact], FEW)
     store = Store(f"{s3}moves/small.tar.zst", FEW)
-    real, count = store._fs.cat_file, []
+    real, count = store._objects.fs.cat_file, []
 
     def cat_file(path: str, start: int | None = None, end: int | None = None, **options: float) -> bytes:
         count.append(start)
@@ -164,7 +164,7 @@ def test_an_object_that_is_replaced_while_it_is_fetched_is_not_mixed(
             put_all(f"{s3}moves/small.tar.zst", [newer], FEW)
         return real(path, start=start, end=end)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(store._fs, "cat_file", cat_file)
+    monkeypatch.setattr(store._objects.fs, "cat_file", cat_file)
     with pytest.raises(TransferError, match=r"the object changed during the fetch|truncated"):
         store.fetch(store.describe(), into(tmp_path / "got"))
     assert "small.tar.zst" not in names(tmp_path / "got")
@@ -176,7 +176,7 @@ def test_a_fetch_that_breaks_goes_on_where_it_broke(
     put_all(f"{s3}breaks/", [artifact], FEW)
     store = Store(f"{s3}breaks/small.tar.zst", FEW)
     monkeypatch.setattr("cachebuilder.ship.stores._RANGE_BYTES", 4096)
-    real, asked = store._fs.cat_file, []
+    real, asked = store._objects.fs.cat_file, []
 
     def cat_file(path: str, start: int = 0, end: int | None = None, **options: float) -> bytes:
         asked.append(start)
@@ -184,7 +184,7 @@ def test_a_fetch_that_breaks_goes_on_where_it_broke(
             raise ConnectionResetError(104, "Connection reset by peer")
         return real(path, start=start, end=end)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(store._fs, "cat_file", cat_file)
+    monkeypatch.setattr(store._objects.fs, "cat_file", cat_file)
     got = store.fetch(store.describe(), into(tmp_path / "got"))
     assert got.read_bytes() == artifact.read_bytes()
     assert asked[:4] == [0, 4096, 4096, 8192]
@@ -227,7 +227,7 @@ def test_a_clock_that_is_wrong_is_what_the_hint_speaks_of(
         raise ClientError({"Error": {"Code": "RequestTimeTooSkewed", "Message": text}}, "HeadObject")
 
     store = Store(f"{s3}a.tar.zst", Retries(0))
-    monkeypatch.setattr(store._fs, "info", refuse)
+    monkeypatch.setattr(store._objects.fs, "info", refuse)
     with pytest.raises(TransferError, match="RequestTimeTooSkewed") as caught:
         store.describe()
     assert "clock" in str(caught.value.hint)

@@ -19,7 +19,7 @@ from cachebuilder.common import kept, native
 from cachebuilder.common.cache import own_folder, scratch_folder
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import ArtifactError, InstallationError, RestoreError
-from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans, plan_key
 from cachebuilder.restoring import misses, place
 from cachebuilder.restoring.frozen import frozen_nvcc
 from cachebuilder.restoring.machine import Machine
@@ -424,11 +424,11 @@ def test_a_cubin_that_another_user_could_have_changed_is_not_taken(cache: Path) 
 def test_a_plan_that_another_user_could_have_changed_is_not_taken(
     built: building.Built, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"{planning._digest(built.inputs)}.json"
-    built.plan.write(own_folder("plans") / name, InstallationError)
-    assert planning._read(name) == built.plan
-    (cache / "plans" / name).chmod(0o666)
-    assert planning._read(name) is None
+    key = plan_key(built.inputs)
+    KeptPlans().put(key, built.plan)
+    assert KeptPlans().get(key) == built.plan
+    (cache / "plans" / f"{key}.json").chmod(0o666)
+    assert KeptPlans().get(key) is None
 
 
 @needs_root

@@ -12,6 +12,7 @@ import pytest
 from cachebuilder.errors import PlanError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.planning import make as planning
+from cachebuilder.planning.kept import KeptPlans
 from cachebuilder.planning.plan import Plan
 from cachebuilder.sweep import warm
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def plan(small: Path, deep_gemm: Path | None) -> Callable[[], Plan]:
     """Makes the small manifest's plan anew."""
-    return lambda: planning.make(load_manifest(small, deep_gemm=deep_gemm), reuse=False)
+    return lambda: planning.make(load_manifest(small, deep_gemm=deep_gemm), plans=KeptPlans(own=False))
 
 
 def running() -> warm.Server:

@@ -26,7 +26,6 @@ from cachebuilder.manifest import schema as manifests
 @dataclass(frozen=True)
 class _Options:
     jobs: int | None
-    use_store: bool
     separate: bool
     check_code: int
 
@@ -48,11 +47,11 @@ class _Options:
 @shared.tools_options
 @shared.device_option
 @shared.progress_options
+@shared.store_options
 @shared.option_group(
     "how",
     _Options,
     click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: one for each core."),
-    shared.store_option,
     click.option("--separate", is_flag=True, help="Compile each kernel by itself: slower, but the same bytes."),
     click.option(
         "--check-code",
@@ -69,6 +68,7 @@ def build(
     output: Path | str | None,
     tools: shared.ToolPaths,
     device: DeviceChoice,
+    kept: shared.StoreOptions,
     how: _Options,
 ) -> None:
     """Plan MANIFEST, compile every kernel, and pack them into one artifact.
@@ -76,6 +76,7 @@ def build(
     With --gpu and an engine's serve command CMD, `observe` writes the manifest first, as ARTIFACT.manifest.yaml. Also
     writes the record of the build, ARTIFACT.build.json, which `report` reads.
     """
+    shared_store = kept.open()
     if engine.gpu is not None:
         manifest, tools, output = _observe(manifest_or_command, engine, output, tools)
     elif engine.with_flashinfer:
@@ -93,7 +94,7 @@ def build(
         remote.ready()
     if output is None or destination is not None:
         output = Path("dist") / f"{inputs.manifest.name}.tar.zst"
-    options = CompileOptions(how.jobs, how.use_store, not how.separate, how.check_code)
+    options = CompileOptions(how.jobs, kept.use_store, not how.separate, how.check_code, shared_store)
     with shared.show_progress() as progress:
         built = cachebuilder.build(inputs, output, options=options, device=device, progress=progress)
     _print_summary(built)

@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "Build": {
         "plan": "Print every kernel that DeepGEMM will ask for.",
         "build": "Compile every kernel into one artifact.",
+        "fleet": "Build for many models, GPUs and engines.",
         "cache": "Show or shrink the cache folder of builds.",
     },
     "Ship": {

@@ -17,13 +17,13 @@ from cachebuilder.planning.selection import Selection
 @shared.manifest_argument
 @shared.json_option
 @shared.tools_options
-@shared.store_option
+@shared.store_options
 @shared.progress_options
-def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, use_store: bool) -> None:
+def plan(manifest: Path, as_json: bool, tools: shared.ToolPaths, kept: shared.StoreOptions) -> None:
     """Print every kernel that DeepGEMM will ask for, and the M ranges that select each."""
     inputs = tools.load_manifest(manifest)
     with shared.show_progress() as progress:
-        made = cachebuilder.plan(inputs, reuse=use_store, progress=progress)
+        made = cachebuilder.plan(inputs, reuse=kept.use_store, shared=kept.open(), progress=progress)
     if as_json:
         console.echo_json(made.model_dump_json(indent=1, exclude_none=True))
         return

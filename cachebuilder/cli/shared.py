@@ -17,6 +17,7 @@ from cachebuilder.cli.progress import quiet, remark, show_progress
 
 if TYPE_CHECKING:
     from cachebuilder.manifest.inputs import Inputs
+    from cachebuilder.ship.shared import SharedStore
 
 # The verbs use these imported names as `shared.…`; mypy requires such names in `__all__`.
 __all__ = ["progress_options", "quiet", "remark", "show_progress"]
@@ -108,12 +109,6 @@ force_option = click.option(
     is_flag=True,
     help="Restore even if DeepGEMM would not find the kernels, or if DIR is another user's; say what does not fit.",
 )
-store_option = click.option(
-    "--store/--no-store",
-    "use_store",
-    default=True,
-    help="Keep plans and compiled kernels in the user's cache folder, and take them from there.",
-)
 device_option = click.option(
     "--device",
     type=click.Choice(["virtual", "cuda", "auto"]),
@@ -136,6 +131,42 @@ class ToolPaths:
         return cachebuilder.load_manifest(path, nvcc=self.nvcc, deep_gemm=self.deep_gemm, flashinfer=self.flashinfer)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoreOptions:
+    """Where plans and compiled kernels are kept: in the user's cache folder, and where other builders keep theirs."""
+
+    store: str | None
+    read_only: bool
+    use_store: bool
+
+    def open(self) -> SharedStore | None:
+        """The shared store; None if there is none."""
+        if self.store is None:
+            if self.read_only:
+                raise click.UsageError("--read-only goes with --store URL")
+            return None
+        return cachebuilder.open_store(self.store, read_only=self.read_only, notice=remark)
+
+
+store_options = option_group(
+    "kept",
+    StoreOptions,
+    click.option(
+        "--store",
+        metavar="URL",
+        envvar="CACHEBUILDER_STORE",
+        help="Also share plans and compiled kernels with other builders there: s3://…, gs://…, a folder. "
+        "[env var: CACHEBUILDER_STORE]",
+    ),
+    click.option("--read-only", is_flag=True, help="Take from the shared store, and write nothing there."),
+    click.option(
+        "--no-store",
+        "use_store",
+        flag_value=False,
+        default=True,
+        help="Neither keep plans and compiled kernels in the user's cache folder nor take them from there.",
+    ),
+)
 tools_options = option_group("tools", ToolPaths, nvcc_option, deep_gemm_option, flashinfer_option)
 
 

@@ -21,11 +21,12 @@ from cachebuilder.common.cache import scratch_folder
 from cachebuilder.common.code import code_digest
 from cachebuilder.common.cores import available_cores
 from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.common.results import Results
 from cachebuilder.compiling import check, heads, units
 from cachebuilder.compiling.front_end import FrontEnds
 from cachebuilder.compiling.record import CompilerCall
 from cachebuilder.compiling.steps import Steps
-from cachebuilder.compiling.store import CubinStore, NoStore
+from cachebuilder.compiling.store import CubinStore, NoStore, SharedCubins
 from cachebuilder.cuda.toolchain import host_compiler_text
 from cachebuilder.errors import CompileError
 from cachebuilder.manifest.inputs import Inputs
@@ -48,17 +49,20 @@ class CompileOptions:
         grouped: let kernels share the compiler's front end.
         check_code: how many of the newly compiled kernels, chosen at random, to compare with what nvcc makes of each
             alone.
+        shared: where other builders keep what they compiled; None for no such place.
     """
 
     jobs: int | None = None
     use_store: bool = True
     grouped: bool = True
     check_code: int = 1
+    shared: Results | None = None
 
     @property
     def store(self) -> CubinStore:
         """Where compiled kernels are kept."""
-        return CubinStore() if self.use_store else NoStore()
+        own = CubinStore() if self.use_store else NoStore()
+        return own if self.shared is None else SharedCubins(own, self.shared)
 
 
 @dataclass
@@ -99,13 +103,7 @@ class Compiler:
         self._store = store or options.store
         self._jobs = options.jobs or available_cores()
         self._inputs = inputs
-        # Everything that a cubin's bytes depend on, except its source and its flags.
-        self._key_parts = [
-            code_digest(CODE),
-            inputs.toolchain.version_text,
-            host_compiler_text(),
-            inputs.installation.include_digest,
-        ]
+        self._key_parts = key_parts(inputs)
 
     def __enter__(self) -> Compiler:
         self._front_ends = FrontEnds(self._inputs, self._jobs)
@@ -119,7 +117,7 @@ class Compiler:
 
     def expect(self, source: str, flags: tuple[str, ...]) -> None:
         """Prepare for a kernel that will be compiled: start its front end unless the store has the kernel."""
-        if self._options.grouped and self._store.get(self._key(source, flags)) is None:
+        if self._options.grouped and self._store.get(kernel_key(self._key_parts, source, flags)) is None:
             self._front_ends.expect(source, flags)
 
     def prepare(self) -> None:
@@ -142,10 +140,9 @@ class Compiler:
         """
         started, cpu_before = time.monotonic(), _children_cpu()
         result = Compiled(self._jobs)
-        keys = {kernel.entry: self._key(kernel.source, kernel.flags) for kernel in kernels}
-        for entry, key in keys.items():
-            if (cubin := self._store.get(key)) is not None:
-                result.cubins[entry] = cubin
+        keys = {kernel.entry: kernel_key(self._key_parts, kernel.source, kernel.flags) for kernel in kernels}
+        stored = self._store.get_all(list(keys.values()))
+        result.cubins = {entry: stored[key] for entry, key in keys.items() if key in stored}
         result.reused = len(result.cubins)
         missing = [kernel for kernel in kernels if kernel.entry not in result.cubins]
 
@@ -177,9 +174,20 @@ class Compiler:
                 check.require_equal(kernel, cubin, result.cubins[kernel.entry])
         return result
 
-    def _key(self, source: str, flags: tuple[str, ...]) -> str:
-        """A kernel's key in the store."""
-        return hashlib.sha256(json.dumps([*self._key_parts, flags, source]).encode()).hexdigest()
+
+def key_parts(inputs: Inputs) -> tuple[str, ...]:
+    """Everything that a cubin's bytes depend on, except its source and its flags.
+
+    Raises:
+        ToolchainError: nvcc has no host compiler.
+    """
+    compilers = inputs.toolchain.version_text, host_compiler_text()
+    return code_digest(CODE), *compilers, inputs.installation.include_digest
+
+
+def kernel_key(parts: tuple[str, ...], source: str, flags: tuple[str, ...]) -> str:
+    """A kernel's key in the store; ``parts`` are `key_parts`."""
+    return hashlib.sha256(json.dumps([*parts, flags, source]).encode()).hexdigest()
 
 
 def compile_kernels(

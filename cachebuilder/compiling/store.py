@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from cachebuilder.common.cache import open_own
 from cachebuilder.common.folders import Folder, is_safe
+from cachebuilder.common.results import Results
 from cachebuilder.errors import InstallationError
 
 #: Far more than any cubin has.
@@ -41,6 +43,10 @@ class CubinStore:
                 return cubin if hashlib.sha256(cubin).digest() == digest else None
         return None
 
+    def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Those of ``keys`` that the store has, with their cubins."""
+        return {key: cubin for key in keys if (cubin := self.get(key)) is not None}
+
     def put(self, key: str, cubin: bytes) -> None:
         """Store a cubin. Raises `InstallationError` if it cannot be written."""
         try:
@@ -59,3 +65,41 @@ class NoStore(CubinStore):
 
     def put(self, key: str, cubin: bytes) -> None:
         """Do nothing."""
+
+
+class SharedCubins(CubinStore):
+    """A store in front of one that other builders share: what the first has is not fetched from the second.
+
+    Raises:
+        TransferError: from every call: the shared store cannot be reached, or refuses.
+        StoreError: from `put`: the shared store has another result for the same key.
+    """
+
+    def __init__(self, front: CubinStore, shared: Results) -> None:
+        self._front, self._shared = front, shared
+
+    def get(self, key: str) -> bytes | None:
+        """As of `CubinStore`; from either store."""
+        return self.get_all([key]).get(key)
+
+    def get_all(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """As of `CubinStore`; from either store."""
+        cubins = self._front.get_all(keys)
+        own = {shared_name(key): cubin for key, cubin in cubins.items()}
+        for name in self._shared.absent(list(own)):  # compiled before this store was shared
+            self._shared.put(name, own[name])
+        names = {shared_name(key): key for key in keys if key not in cubins}
+        for name, cubin in self._shared.get(list(names)).items():
+            cubins[names[name]] = cubin
+            self._front.put(names[name], cubin)
+        return cubins
+
+    def put(self, key: str, cubin: bytes) -> None:
+        """Store a cubin in both. The front comes first, so that nothing is lost if the shared store fails."""
+        self._front.put(key, cubin)
+        self._shared.put(shared_name(key), cubin)
+
+
+def shared_name(key: str) -> str:
+    """The name of a kernel's cubin in a shared store."""
+    return f"kernels/{key[:2]}/{key}"

@@ -9,15 +9,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from cachebuilder.artifact.whole import read_beside, read_bytes
-from cachebuilder.errors import InstallationError, TransferError
+from cachebuilder.errors import TransferError
 from cachebuilder.ship.description import BESIDE
 from cachebuilder.ship.download import RemoteFile, Target, download
 from cachebuilder.ship.locations import printable, shown
+from cachebuilder.ship.objects import Objects, failure
 from cachebuilder.ship.pull import Check, put_beside
-from cachebuilder.ship.retry import Again, Retries
+from cachebuilder.ship.retry import Retries
 
 #: Bytes of one request: a broken one costs no more than this again.
 _RANGE_BYTES = 16 << 20
@@ -59,7 +60,8 @@ class Store:
             raise TransferError(
                 f"{self.location}: wanted an object's name at the end, as in s3://bucket/caches/a.tar.zst"
             )
-        self._fs, self._path = _open(url, self.location)
+        self._objects = Objects(url, self.location, retries)
+        self._path = self._objects.path
 
     @property
     def name(self) -> str:
@@ -68,11 +70,11 @@ class Store:
 
     def describe(self) -> Stored:
         """The object as it is now."""
-        info = self._ask("info", self._path)
+        info = self._objects.ask("info", self._path)
         size = info.get("size")
         if info.get("type") != "file" or type(size) is not int:
             raise TransferError(f"{self.location}: wanted an object, found a folder or something else")
-        version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or self._fs.ukey(self._path)
+        version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or self._objects.fs.ukey(self._path)
         return Stored(size, str(version).strip('"'))
 
     def fetch(self, stored: Stored, to: Callable[[str], Target], check: Check | None = None) -> Path:
@@ -103,19 +105,20 @@ class Store:
         for suffix, (_, most) in BESIDE.items():
             beside = read_beside(artifact.with_name(artifact.name + suffix), most)
             if beside is not None:
-                self._ask("pipe_file", self._path + suffix, beside)
-            elif self._ask("exists", self._path + suffix):
-                self._ask("rm_file", self._path + suffix)
-        self._ask("pipe_file", self._path, data)
+                self._objects.ask("pipe_file", self._path + suffix, beside)
+            elif self._objects.ask("exists", self._path + suffix):
+                self._objects.ask("rm_file", self._path + suffix)
+        self._objects.ask("pipe_file", self._path, data)
         self._retries.watcher.progress(f"push {artifact.name}", len(data), len(data))
 
     def _ranges(self, offset: int, stored: Stored) -> Iterator[bytes]:
         while offset < stored.size:
             end = min(offset + _RANGE_BYTES, stored.size)
             try:
-                part = self._fs.cat_file(self._path, start=offset, end=end, **self._deadline(end - offset))
+                deadline = self._objects.deadline(end - offset)
+                part = self._objects.fs.cat_file(self._path, start=offset, end=end, **deadline)
             except Exception as error:
-                raise _failure(error, self.location) from None
+                raise failure(error, self.location) from None
             if not part:
                 return
             yield part
@@ -126,31 +129,13 @@ class Store:
         files = {}
         for suffix, (_, most) in BESIDE.items():
             path = self._path + suffix
-            if not self._ask("exists", path):
+            if not self._objects.ask("exists", path):
                 continue
-            size = self._ask("info", path).get("size")
+            size = self._objects.ask("info", path).get("size")
             if type(size) is not int or size > most:
                 raise TransferError(f"{self.location}{suffix}: wanted at most {most} bytes, found {size}")
-            files[suffix] = self._ask("cat_file", path, start=0, end=size)
+            files[suffix] = self._objects.ask("cat_file", path, start=0, end=size)
         return files
-
-    def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
-        """Call a method of the file system, and try again where that may help."""
-        size = max([_RANGE_BYTES, *(len(data) for data in arguments if isinstance(data, bytes))])
-
-        def once() -> Any:
-            try:
-                return getattr(self._fs, method)(*arguments, **options, **self._deadline(size))
-            except Exception as error:
-                raise _failure(error, self.location) from None
-
-        return self._retries.run(once)
-
-    def _deadline(self, size: int) -> dict[str, float]:
-        """The option that ends a call which does not come to an end: fsspec's `sync` takes it for its own stores."""
-        patience = self._retries.patience
-        is_async = getattr(self._fs, "async_impl", False)
-        return {"timeout": patience.seconds + size / patience.bytes_per_second} if is_async else {}
 
 
 def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> list[str]:
@@ -166,40 +151,3 @@ def put_all(destination: str, artifacts: Sequence[Path], retries: Retries) -> li
         store.put(artifact)
         locations.append(store.location)
     return locations
-
-
-def _open(url: str, location: str) -> tuple[Any, str]:
-    import fsspec  # slow to import
-
-    try:
-        # Without a cache of listings, so that each `describe` asks the store.
-        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        raise InstallationError(
-            f"{location}: {_words(error)}",
-            hint="s3:// needs pip install 'cachebuilder[ship]', gs:// needs gcsfs",
-        ) from None
-    except ValueError as error:
-        raise TransferError(f"{location}: {_words(error)}") from None
-    except Exception as error:
-        raise TransferError(f"{location}: {type(error).__name__}: {_words(error)}") from None
-    return fs, path
-
-
-def _failure(error: Exception, what: str) -> Exception:
-    """The error of a store's library as `Again` or a `TransferError`. Each library raises exceptions of its own."""
-    if isinstance(error, FileNotFoundError):
-        return TransferError(f"{what}: not found", hint="check the bucket and the name")
-    text = f"{type(error).__name__}: {_words(error)}"
-    if "Skewed" in text or "RequestExpired" in text or "request signature we calculated" in text:
-        return TransferError(f"{what}: {text}", hint="check this machine's clock (date), then the credentials")
-    if isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
-        return TransferError(f"{what}: {text}", hint="check the credentials; the store's own library reads them")
-    if isinstance(error, (OSError, TimeoutError)) or type(error).__module__.startswith(("aiohttp", "botocore")):
-        return Again(TransferError(f"{what}: {text}", hint="run the same command again once the store can be reached"))
-    return TransferError(f"{what}: {text}")
-
-
-def _words(error: Exception) -> str:
-    """A library's own text, which may hold the location that it was given."""
-    return printable(shown(str(error)))

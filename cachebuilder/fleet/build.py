@@ -1,0 +1,263 @@
+"""Build a fleet: plan every group, compile every distinct kernel once, pack the artifacts. The state is the store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cachebuilder.errors import CacheBuilderError, ManifestError, PlanError
+from cachebuilder.fleet import survey as surveys
+from cachebuilder.fleet.cells import Cell
+from cachebuilder.fleet.executors import Executor, Task
+from cachebuilder.fleet.protocol import Answer, Artifact, CompileJob, Done, PackJob, PlanJob, Shared, Tools
+from cachebuilder.fleet.schema import Fleet
+from cachebuilder.fleet.shards import ALONE, Shard
+from cachebuilder.fleet.survey import Group, Survey
+from cachebuilder.planning.plan import Kernel
+from cachebuilder.ship.shared import SharedStore
+
+#: Units of other shards that a shard takes over at once, for each core.
+_UNITS_FOR_A_CORE = 2
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a fleet is built.
+
+    Attributes:
+        folder: what relative paths of the fleet begin at.
+        notice: called with a line for each thing that a user should know and that is no error.
+    """
+
+    fleet: Fleet
+    folder: Path
+    store: SharedStore
+    executor: Executor
+    shard: Shard = ALONE
+    notice: Callable[[str], object] = lambda text: None
+
+    @property
+    def shared(self) -> Shared:
+        """The store as jobs name it."""
+        return Shared(url=self.store.url, read_only=self.store.read_only, fleet=self.fleet.name)
+
+    def tools(self, engine: str) -> Tools:
+        """The paths that the fleet names for an engine."""
+        return surveys.tools_of(self.fleet.engines[engine], self.folder)
+
+    def survey(self, cells: Sequence[Cell]) -> Survey:
+        """The fleet as the store has it."""
+        found = surveys.survey(self.fleet, self.folder, cells, self.executor)
+        surveys.look(found, self.store, self.fleet.name)
+        return found
+
+
+@dataclass
+class Built:
+    """What one builder did.
+
+    Attributes:
+        planned: how many plans it made.
+        compiled: how many kernels it compiled.
+        failures: jobs that failed, each with its error; all others were done.
+    """
+
+    planned: int = 0
+    compiled: int = 0
+    failures: list[CacheBuilderError] = field(default_factory=list)
+
+    def require_no_failure(self) -> None:
+        """Raise one error for all failures, of the first one's kind."""
+        if self.failures:
+            first = self.failures[0]
+            lines = [f"{len(self.failures)} jobs failed; the others are done", *map(str, self.failures)]
+            raise type(first)("\n".join(lines), hint=first.hint)
+
+
+def plan_all(site: Site, found: Survey) -> Built:
+    """Make every plan that the store lacks. Failures are in the result."""
+    built = Built()
+    names = {group.first.name: group for group in found.unplanned}
+    tasks = [
+        Task(
+            group.first.engine,
+            PlanJob(
+                tools=site.tools(group.first.engine),
+                shared=site.shared,
+                manifest=group.first.text,
+                name=group.first.name,
+            ),
+        )
+        for group in names.values()
+    ]
+    for own, some in _in_turn(site, tasks, lambda task: names[_name(task)].key, 1):
+        if not own:  # another shard may have made them meanwhile
+            surveys.look(found, site.store, site.fleet.name)
+            some = [task for task in some if names[_name(task)].key not in found.plans]
+        for _, _ in _run(site, some, built):
+            built.planned += 1
+    surveys.look(found, site.store, site.fleet.name)
+    return built
+
+
+def build(site: Site, found: Survey, again: int = 0) -> Built:
+    """Plan, then compile every kernel that the store lacks.
+
+    Args:
+        again: also compile this many of the store's kernels again, chosen by their keys, and compare the results.
+
+    Raises:
+        ManifestError: a cell cannot be built, and the fleet does not exclude it.
+        StoreError: two builders made different results of the same inputs.
+    """
+    require_no_refusal(found)
+    built = plan_all(site, found)
+    if built.failures:
+        return built
+    tasks = _compile_tasks(site, found)
+    chunk = max(1, len(tasks)) if site.shard.count == 1 else _UNITS_FOR_A_CORE * (os.cpu_count() or 1)
+    for _, some in _in_turn(site, tasks, _name, chunk):
+        for _, answer in _run(site, some if site.executor.is_parallel else _joined(some), built):
+            built.compiled += answer.compiled if isinstance(answer, Done) else 0
+    if again and not built.failures:
+        for _, _ in _run(site, _joined(_tasks_again(site, found, again)), built):
+            pass
+    surveys.look(found, site.store, site.fleet.name)
+    return built
+
+
+def pack(site: Site, found: Survey, output: Path) -> Iterator[tuple[Group, Artifact]]:
+    """Pack each group's artifact into ``output``, from what the store has.
+
+    Raises:
+        PlanError: the store lacks plans or kernels.
+        ManifestError: a cell cannot be built, and the fleet does not exclude it.
+    """
+    require_no_refusal(found)
+    if found.unplanned or found.missing:
+        raise PlanError(
+            f"wanted the whole fleet in {site.store.location}, found {len(found.unplanned)} of {len(found.groups)} "
+            f"plans missing and {len(found.missing)} of {len(found.kernels)} kernels",
+            hint="cachebuilder fleet build makes them",
+        )
+    groups = {group.first.name: group for group in found.groups}
+    tasks = [
+        Task(
+            group.first.engine,
+            PackJob(
+                tools=site.tools(group.first.engine),
+                shared=site.shared,
+                manifest=group.first.text,
+                name=name,
+                output=str(output.absolute() / group.first.model / f"{name}.tar.zst"),
+            ),
+        )
+        for name, group in groups.items()
+    ]
+    for task, answer in site.executor.run(tasks):
+        if isinstance(answer, CacheBuilderError):
+            raise answer
+        assert isinstance(answer, Artifact)
+        yield groups[_name(task)], answer
+
+
+def require_no_refusal(found: Survey) -> None:
+    """Raise `ManifestError` if a cell cannot be built: nothing is missing silently."""
+    if found.refused:
+        lines = [f"  {cell.name}: {cell.refusal}" for cell in found.refused]
+        example = found.refused[0]
+        raise ManifestError(
+            "\n".join([f"{len(found.refused)} cells cannot be built:", *lines]),
+            hint=f"correct them, or add each to exclude: {{model: {example.model}, gpu: {example.gpu}, "
+            f"engine: {example.engine}}}",
+        )
+
+
+def _compile_tasks(site: Site, found: Survey) -> list[Task]:
+    """A task for each unit with kernels that the store lacks, the longest first; then one for FlashInfer's parts."""
+    tasks = []
+    for keys in surveys.units_of(found):
+        missing = [key for key in keys if key not in found.stored]
+        if missing:
+            name = hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
+            tasks.append(_compile_task(site, found, missing, name))
+    tasks.sort(key=lambda task: -len(task.job.kernels) if isinstance(task.job, CompileJob) else 0)
+    for group in {group.key: group for group in found.groups}.values():
+        if found.plans[group.key].flashinfer:
+            tasks.append(_task(site, group, f"{group.first.name}, FlashInfer", flashinfer=True))
+    return tasks
+
+
+def _tasks_again(site: Site, found: Survey, count: int) -> list[Task]:
+    """Tasks that compile some of the store's kernels again."""
+    keys = sorted(found.stored)[:count]
+    return [_compile_task(site, found, [key], f"again {key[:16]}", again=True) for key in keys]
+
+
+def _compile_task(site: Site, found: Survey, keys: Sequence[str], name: str, again: bool = False) -> Task:
+    wanted = [found.kernels[key] for key in keys]
+    kernels = tuple(one.kernel.model_copy(update={"selected_by": ()}) for one in wanted)
+    return _task(site, wanted[0].group, name, kernels, again=again)
+
+
+def _task(
+    site: Site, group: Group, name: str, kernels: tuple[Kernel, ...] = (), again: bool = False, flashinfer: bool = False
+) -> Task:
+    engine = group.first.engine
+    job = CompileJob(
+        tools=site.tools(engine),
+        shared=site.shared,
+        manifest=group.first.text,
+        name=name,
+        kernels=kernels,
+        jobs=1 if site.executor.is_parallel else None,
+        again=again,
+        flashinfer=flashinfer,
+    )
+    return Task(engine, job)
+
+
+def _in_turn(
+    site: Site, tasks: Sequence[Task], name: Callable[[Task], str], at_once: int
+) -> Iterator[tuple[bool, list[Task]]]:
+    """This shard's own tasks, then those of the other shards, a few at once; with each, whether they are its own."""
+    places = {id(task): site.shard.place(name(task)) for task in tasks}
+    own = [task for task in tasks if places[id(task)] == 0]
+    others = sorted((task for task in tasks if places[id(task)]), key=lambda task: places[id(task)])
+    if own:
+        yield True, own
+    for start in range(0, len(others), at_once):
+        yield False, others[start : start + at_once]
+
+
+def _joined(tasks: Sequence[Task]) -> list[Task]:
+    """One task for each engine, so that one process with all cores schedules their compilers."""
+    joined: dict[tuple[str, bool], Task] = {}
+    others = []
+    for task in tasks:
+        job = task.job
+        if not isinstance(job, CompileJob) or job.flashinfer:
+            others.append(task)
+            continue
+        before = joined.get((task.engine, job.again))
+        if before is not None and isinstance(before.job, CompileJob):
+            job = before.job.model_copy(update={"kernels": before.job.kernels + job.kernels})
+        joined[task.engine, job.again] = Task(task.engine, job)
+    return [*joined.values(), *others]
+
+
+def _run(site: Site, tasks: Sequence[Task], built: Built) -> Iterator[tuple[Task, Answer]]:
+    """Run tasks; keep the failures, and go on with the others."""
+    for task, answer in site.executor.run(tasks):
+        if isinstance(answer, CacheBuilderError):
+            built.failures.append(type(answer)(f"{_name(task)}: {answer}", hint=answer.hint))
+        else:
+            yield task, answer
+
+
+def _name(task: Task) -> str:
+    assert isinstance(task.job, PlanJob | CompileJob | PackJob)
+    return task.job.name

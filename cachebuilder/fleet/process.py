@@ -1,0 +1,101 @@
+"""A worker process in an engine's environment, as the driver sees it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cachebuilder import errors
+from cachebuilder.common.progress import Progress, no_progress
+from cachebuilder.errors import CacheBuilderError, InstallationError
+from cachebuilder.fleet.environments import package_path
+from cachebuilder.fleet.protocol import LINE, Answer, Failed, Job, Notice, Step
+
+_LAST_BYTES = 2000
+
+
+class Worker:
+    """A worker, started with its first job and used for all that follow.
+
+    Args:
+        python: the interpreter of the engine's environment.
+    """
+
+    def __init__(self, python: str) -> None:
+        self._python = python
+        self._process: subprocess.Popen[str] | None = None
+
+    def do(
+        self, job: Job, progress: Progress = no_progress, notice: Callable[[str], object] = lambda text: None
+    ) -> Answer:
+        """Have a job done.
+
+        Raises:
+            CacheBuilderError: the job's own error.
+            InstallationError: the environment lacks a package that the worker needs, or the worker was ended.
+        """
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(job.model_dump_json() + "\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise self._ended() from None
+        for text in process.stdout:
+            line = LINE.validate_json(text)
+            if isinstance(line, Step):
+                progress(line.step, line.done, line.total, line.share)
+            elif isinstance(line, Notice):
+                notice(line.text)
+            else:
+                return require_done(line)
+        raise self._ended()
+
+    def close(self) -> None:
+        """End the worker, and whatever it still does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = dict(os.environ)
+        if not self._is_this_python():
+            environment["PYTHONPATH"] = package_path()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [self._python, "-P", "-m", "cachebuilder.fleet.worker"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        return self._process
+
+    def _is_this_python(self) -> bool:
+        return Path(self._python) == Path(sys.executable)
+
+    def _ended(self) -> CacheBuilderError:
+        """The error for a worker that ended without an answer."""
+        assert self._process is not None
+        code = self._process.wait()
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _LAST_BYTES))
+        text = self._errors.read().decode(errors="replace").strip()
+        self._process = None
+        hint = None
+        if "ModuleNotFoundError" in text:
+            hint = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe]'"
+        return InstallationError(f"{self._python}: the worker ended with {code}:\n{text}", hint=hint)
+
+
+def require_done(answer: Answer) -> Answer:
+    """The answer of a job that was done. Raises the error of one that failed."""
+    if not isinstance(answer, Failed):
+        return answer
+    kind = getattr(errors, answer.error, CacheBuilderError)
+    raise kind(answer.message, hint=answer.hint)
