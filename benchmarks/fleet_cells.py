@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-SERVING = {"tp8": {"tp": 8, "ep": 1, "max_tokens": 8192}}
+SERVING = {"tp4": {"tp": 4, "ep": 4, "max_tokens": 8192}}
 
 
 def run(*arguments: object) -> str:
@@ -36,12 +36,14 @@ def run(*arguments: object) -> str:
 @click.option("--models", "chosen", default="")
 @click.option("--gpus", default="H100,H200,H20,B200")
 def main(models: Path, legacy: Path, store: Path | None, chosen: str, gpus: str) -> None:
-    names = [name for name in chosen.split(",") if name] or sorted(path.parent.name for path in models.glob("*/config.json"))
+    names = [name for name in chosen.split(",") if name] or sorted(
+        path.parent.name for path in models.glob("*/config.json")
+    )
     folder = Path(tempfile.mkdtemp())
     fleet = {
         "name": "cells",
         "store": str(store or folder / "store"),
-        "models": {name: {"config": str(models / name)} for name in names},
+        "models": {name: {"config": str((models / name).absolute())} for name in names},
         "gpus": gpus.split(","),
         "engines": {
             "sglang": {"engine": "sglang"},
