@@ -74,7 +74,7 @@ $(VENV)/flashinfer: $(VENV)/installed locks/flashinfer.txt
 # Linux on x86_64. The versions are the same for Python 3.11, 3.12 and 3.13, and the hashes those of all files.
 UV := uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version 3.11 \
   --python-platform x86_64-manylinux_2_28 --constraints constraints.txt
-EXTRAS := $(foreach extra,build metrics report ship test check docs,--extra $(extra))
+EXTRAS := $(foreach extra,build metrics ray report ship test check docs,--extra $(extra))
 
 lock:
 	$(UV) $(EXTRAS) pyproject.toml locks/tools.in --output-file locks/all.txt

@@ -16,6 +16,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from cachebuilder.artifact.index import Index
 from cachebuilder.compiling.record import BuildRecord
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.fleet.schema import Fleet
+from cachebuilder.fleet.status import Status
 from cachebuilder.inspecting.diff import Comparison
 from cachebuilder.inspecting.doctor import Findings
 from cachebuilder.inspecting.explain import Explanation
@@ -39,6 +41,8 @@ SCHEMAS: dict[str, tuple[str, Any]] = {
     "misses": ("misses --json", misses.Log),
     "explain": ("explain --json", Explanation),
     "gpus": ("gpus --json", list[Gpu]),
+    "fleet": ("fleet.yaml", Fleet),
+    "status": ("fleet status --json", Status),
 }
 
 #: Characters of a line, within which a part of a schema stays on one line.
