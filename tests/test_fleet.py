@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from cachebuilder import building
 from cachebuilder.compiling.compiler import CompileOptions
-from cachebuilder.errors import CacheBuilderError, ManifestError
+from cachebuilder.errors import InstallationError, ManifestError
 from cachebuilder.fleet import schema, shards
 from cachebuilder.fleet.cells import expand
 from cachebuilder.fleet.shards import Shard
@@ -351,8 +351,12 @@ def test_a_job_that_a_worker_cannot_finish_says_how_it_ended(tmp_path: Path) -> 
     dying = tmp_path / "python"
     dying.write_text("#!/bin/sh\necho out of luck >&2\nexit 9\n")
     dying.chmod(0o755)
-    with pytest.raises(CacheBuilderError, match="the worker ended with 9:\nout of luck"):
+    with pytest.raises(InstallationError, match="the worker ended with 9:\nout of luck"):
         Worker(str(dying)).do(ProbeJob(tools=Tools(), manifests=()))
+    dying.write_text("#!/bin/sh\nkill -9 $$\n")
+    with pytest.raises(InstallationError, match="signal 9 ended the worker; this happened 3 times") as caught:
+        Worker(str(dying)).do(ProbeJob(tools=Tools(), manifests=()))
+    assert "memory" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ so a task that is lost with its node is run again, and finds what the first had 
 from __future__ import annotations
 
 import logging
+import re
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from cachebuilder.fleet.protocol import JOB, LINE, Answer, Failed
 _FOREVER = -1
 #: The share of an image's resource that a task takes: the resource says where a task can run, not how many can.
 _PRESENT = 0.0001
+_CONNECT_SECONDS = 10
 
 #: The workers of this Ray process, by interpreter: a Ray process does many tasks, and so does a worker.
 _workers: dict[str, Worker] = {}
@@ -32,6 +35,13 @@ def run_job(python: str, job: str) -> str:
         return worker.do(JOB.validate_json(job)).model_dump_json()
     except CacheBuilderError as error:
         return Failed(error=type(error).__name__, message=str(error), hint=error.hint).model_dump_json()
+
+
+def _require_listener(address: str | None) -> None:
+    """Raise `OSError` if nobody listens at ``HOST:PORT``: Ray itself tries for ten minutes and more."""
+    match = re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address or "")
+    if match:
+        socket.create_connection((match[1], int(match[2])), _CONNECT_SECONDS).close()
 
 
 class OnRay:
@@ -66,8 +76,9 @@ class OnRay:
         self._ray: Any = ray
         self._pythons, self._images = pythons, images
         try:
+            _require_listener(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise TransferError(
                 f"Ray at {address}: {error}", hint="check that the cluster runs: ray status --address …"
             ) from None

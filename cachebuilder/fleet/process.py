@@ -16,6 +16,12 @@ from cachebuilder.fleet.environments import package_path
 from cachebuilder.fleet.protocol import LINE, Answer, Failed, Job, Notice, Step
 
 _LAST_BYTES = 2000
+#: How often a job is tried whose worker is killed: by a person, or because the machine's memory is full.
+_TRIES = 3
+
+
+class _Killed(InstallationError):
+    """A signal has ended a worker."""
 
 
 class Worker:
@@ -32,12 +38,28 @@ class Worker:
     def do(
         self, job: Job, progress: Progress = no_progress, notice: Callable[[str], object] = lambda text: None
     ) -> Answer:
-        """Have a job done.
+        """Have a job done. If a signal ends the worker, another one does the job.
 
         Raises:
             CacheBuilderError: the job's own error.
             InstallationError: the environment lacks a package that the worker needs, or the worker was ended.
         """
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return self._do(job, progress, notice)
+            except _Killed as killed:
+                if not tries_left:
+                    raise InstallationError(f"{killed}; this happened {_TRIES} times", hint=killed.hint) from None
+        raise AssertionError("the last try returns or raises")
+
+    def close(self) -> None:
+        """End the worker, and whatever it still does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _do(self, job: Job, progress: Progress, notice: Callable[[str], object]) -> Answer:
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -54,13 +76,6 @@ class Worker:
             else:
                 return require_done(line)
         raise self._ended()
-
-    def close(self) -> None:
-        """End the worker, and whatever it still does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
 
     def _start(self) -> subprocess.Popen[str]:
         environment = dict(os.environ)
@@ -87,6 +102,9 @@ class Worker:
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - _LAST_BYTES))
         text = self._errors.read().decode(errors="replace").strip()
         self._process = None
+        if code < 0:
+            hint = "see whether the machine's memory is full: dmesg says which processes the kernel has ended"
+            return _Killed(f"{self._python}: signal {-code} ended the worker:\n{text}".rstrip(":\n"), hint=hint)
         hint = None
         if "ModuleNotFoundError" in text:
             hint = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe]'"
