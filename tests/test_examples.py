@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from cachebuilder.cli.main import cli
+from cachebuilder.fleet import schema
 from tests.conftest import ROOT, Run
 
 EXAMPLES = ROOT / "examples"
@@ -72,6 +74,33 @@ def test_kubernetes_own_schema_takes_it_and_every_volume_is_there(path: Path) ->
         containers = spec.get("initContainers", []) + spec["containers"]
         names = {volume["name"] for volume in spec["volumes"]}
         assert {mount["name"] for container in containers for mount in container["volumeMounts"]} == names
+
+
+FLEET = EXAMPLES / "fleet"
+
+
+@pytest.mark.parametrize("path", sorted(FLEET.glob("*")), ids=lambda path: path.name)
+def test_a_fleets_recipe_has_commands_that_cachebuilder_takes(path: Path) -> None:
+    lines = re.findall(r"cachebuilder fleet ([a-z]+ [^\n]+)", path.read_text())
+    assert lines or path.name == "fleet.yaml"
+    group = cli.get_command(click.Context(cli), "fleet")
+    assert isinstance(group, click.Group)
+    for verb, *arguments in map(shlex.split, lines):
+        command = group.commands[verb]
+        command.make_parser(click.Context(command)).parse_args(arguments)
+
+
+def test_the_fleet_of_the_examples_is_one_and_its_job_is_one_that_kubernetes_takes() -> None:
+    fleet = schema.load(FLEET / "fleet.yaml")
+    assert {"vllm-0.25.0", "sglang-0.5.23"} == set(fleet.engines)
+    for document in YAML(typ="safe").load_all((FLEET / "kubernetes-job.yaml").read_text()):
+        kubernetes_validate.validate(document, "1.35", strict=True)
+    ray = YAML(typ="safe").load(FLEET / "rayjob.yaml")
+    for group in (ray["spec"]["rayClusterSpec"]["headGroupSpec"], *ray["spec"]["rayClusterSpec"]["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, "1.35", strict=True)
+        resources = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))
+        assert set(resources) <= set(fleet.engines)
 
 
 def test_the_schema_refuses_what_is_wrong() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -25,7 +26,7 @@ from cachebuilder.fleet.cells import expand
 from cachebuilder.fleet.shards import Shard
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ship.shared import open_store
-from tests.conftest import LEGACY, SMALL, Run
+from tests.conftest import LEGACY, ROOT, SMALL, Run
 from tests.registries import Registry
 from tests.test_signature import keys
 
@@ -293,6 +294,20 @@ def test_shards_share_the_work_and_what_a_killed_one_leaves(folder: Path, run: R
     assert [process.wait() for process in running] == [0, -signal.SIGKILL, 0]
     artifacts = packed(run, folder)
     assert len(artifacts) == 4 and artifacts == {name: alone[name] for name in artifacts}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_of_the_examples_builds_its_shard(folder: Path, alone: dict[str, str]) -> None:
+    edited(folder, "gpus: [H100, H200, H20]", "gpus: [H20]")
+    edited(folder, f"  old: {{engine: vllm, deep_gemm: {LEGACY}}}\n", "")
+    variables = {
+        "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "1", "USER": "fleet",
+        "SLURM_TMPDIR": str(folder), "FLEET": str(folder / "fleet.yaml"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    script = ["bash", str(ROOT / "examples/fleet/slurm.sh")]
+    done = subprocess.run(script, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "planned   1 cell" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -105,10 +105,10 @@ class Worker:
         if code < 0:
             hint = "see whether the machine's memory is full: dmesg says which processes the kernel has ended"
             return _Killed(f"{self._python}: signal {-code} ended the worker:\n{text}".rstrip(":\n"), hint=hint)
-        hint = None
+        needs: str | None = None
         if "ModuleNotFoundError" in text:
-            hint = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe]'"
-        return InstallationError(f"{self._python}: the worker ended with {code}:\n{text}", hint=hint)
+            needs = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe]'"
+        return InstallationError(f"{self._python}: the worker ended with {code}:\n{text}", hint=needs)
 
 
 def require_done(answer: Answer) -> Answer:
