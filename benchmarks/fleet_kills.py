@@ -249,7 +249,7 @@ def shards(legacy: Path, count: int, seed: int) -> None:
         fsspec.filesystem("s3").mkdir("fleet")
         running = {
             index: subprocess.Popen(
-                cli("fleet", "build", fleet, "--shard", f"{index}/{count}", "-q"),
+                cli("fleet", "build", fleet, "--shard", f"{index}/{count}", "--patience", "20", "-q"),
                 env=environment(folder, f"cache-{index}"),
                 start_new_session=True,
             )

@@ -284,7 +284,17 @@ def test_kernels_that_are_compiled_again_and_differ_name_the_builders(
 
 @pytest.mark.slow
 def test_shards_share_the_work_and_what_a_killed_one_leaves(folder: Path, run: Run, alone: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "cachebuilder", "fleet", "build", str(folder / "fleet.yaml"), "--shard"]
+    command = [
+        sys.executable,
+        "-m",
+        "cachebuilder",
+        "fleet",
+        "build",
+        str(folder / "fleet.yaml"),
+        "--patience",
+        "5",
+        "--shard",
+    ]
     running = [subprocess.Popen([*command, f"{index}/3"], stdout=subprocess.DEVNULL) for index in (1, 2, 3)]
     for _ in range(600):  # the second is killed as soon as anything is in the store
         if any((folder / "store" / part).exists() for part in ("plans", "kernels")):

@@ -47,6 +47,7 @@ class _Where:
     on: str | None
     address: str | None
     shard: Shard
+    patience: float
 
 
 _where_options = shared.option_group(
@@ -63,6 +64,14 @@ _where_options = shared.option_group(
         metavar="I/N",
         default="1/1",
         help="One of N builders that share only the store: I is 1 to N, or auto in Kubernetes, Slurm and GitLab.",
+    ),
+    click.option(
+        "--patience",
+        type=click.FloatRange(min=0),
+        metavar="SECONDS",
+        default=120.0,
+        show_default=True,
+        help="A shard takes over the others' work once nothing new has come into the store for so long.",
     ),
 )
 _fleet_argument = click.argument("fleet_file", metavar="FLEET", type=click.Path(path_type=Path, dir_okay=False))
@@ -187,7 +196,7 @@ def _open(fleet_file: Path, where: _Where, read_only: bool) -> Iterator[tuple[Si
         store.check_writable()
     cells = [cell for cell in expand(wanted, folder) if where.engine in (None, cell.engine)]
     with _executor(wanted, folder, where) as executor:
-        yield Site(wanted, folder, store, executor, where.shard), cells
+        yield Site(wanted, folder, store, executor, where.shard, where.patience, shared.remark), cells
 
 
 @contextmanager

@@ -28,6 +28,8 @@ _PARTS: dict[str, tuple[str, str]] = {
     "restored": ("folders that `run` restored artifacts into", "*"),
     "served": ("roots for folders that are read-only", "*"),
     "recordings": ("what interrupted recordings left", "*"),
+    "engines": ("environments of a fleet's engines", "*"),
+    "packages": ("this package for other environments", "*"),
     "scratch": ("working folders", "*"),
     "front-end": ("the library that holds a compiler's front end", "*"),
     "virtual-gpu": ("the virtual GPU's library", "*"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cachebuilder.compiling.compiler import kernel_key
 from cachebuilder.errors import CacheBuilderError, ManifestError, PlanError
 from cachebuilder.fleet import survey as surveys
 from cachebuilder.fleet.cells import Cell
@@ -19,8 +20,8 @@ from cachebuilder.fleet.survey import Group, Survey
 from cachebuilder.planning.plan import Kernel
 from cachebuilder.ship.shared import SharedStore
 
-#: Units of other shards that a shard takes over at once, for each core.
-_UNITS_FOR_A_CORE = 2
+#: Seconds between two looks at what other shards have put into the store.
+_LOOK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Site:
 
     Attributes:
         folder: what relative paths of the fleet begin at.
+        patience: seconds for which nothing new must have come into the store before a shard takes over others' work.
         notice: called with a line for each thing that a user should know and that is no error.
     """
 
@@ -37,6 +39,7 @@ class Site:
     store: SharedStore
     executor: Executor
     shard: Shard = ALONE
+    patience: float = 120.0
     notice: Callable[[str], object] = lambda text: None
 
     @property
@@ -93,11 +96,11 @@ def plan_all(site: Site, found: Survey) -> Built:
         )
         for group in names.values()
     ]
-    for own, some in _in_turn(site, tasks, lambda task: names[_name(task)].key, 1):
-        if not own:  # another shard may have made them meanwhile
-            surveys.look(found, site.store, site.fleet.name)
-            some = [task for task in some if names[_name(task)].key not in found.plans]
-        for _, _ in _run(site, some, built):
+    own, others = _divided(site, tasks, lambda task: names[_name(task)].key)
+    for _, _ in _run(site, own, built):
+        built.planned += 1
+    for task in _left_by_others(site, found, others, lambda task: names[_name(task)].key in found.plans):
+        for _, _ in _run(site, [task], built):
             built.planned += 1
     surveys.look(found, site.store, site.fleet.name)
     return built
@@ -117,10 +120,11 @@ def build(site: Site, found: Survey, again: int = 0) -> Built:
     built = plan_all(site, found)
     if built.failures:
         return built
-    tasks = _compile_tasks(site, found)
-    chunk = max(1, len(tasks)) if site.shard.count == 1 else _UNITS_FOR_A_CORE * (os.cpu_count() or 1)
-    for _, some in _in_turn(site, tasks, _name, chunk):
-        for _, answer in _run(site, some if site.executor.is_parallel else _joined(some), built):
+    own, others = _divided(site, _compile_tasks(site, found), _name)
+    for _, answer in _run(site, own if site.executor.is_parallel else _joined(own), built):
+        built.compiled += answer.compiled if isinstance(answer, Done) else 0
+    for task in _left_by_others(site, found, others, lambda task: _is_stored(found, task)):
+        for _, answer in _run(site, [task], built):
             built.compiled += answer.compiled if isinstance(answer, Done) else 0
     if again and not built.failures:
         for _, _ in _run(site, _joined(_tasks_again(site, found, again)), built):
@@ -187,7 +191,7 @@ def _compile_tasks(site: Site, found: Survey) -> list[Task]:
     tasks.sort(key=lambda task: -len(task.job.kernels) if isinstance(task.job, CompileJob) else 0)
     for group in {group.key: group for group in found.groups}.values():
         if found.plans[group.key].flashinfer:
-            tasks.append(_task(site, group, f"{group.first.name}, FlashInfer", flashinfer=True))
+            tasks.append(_task(site, group, f"{group.first.name}, FlashInfer {group.key[:8]}", flashinfer=True))
     return tasks
 
 
@@ -220,17 +224,50 @@ def _task(
     return Task(engine, job)
 
 
-def _in_turn(
-    site: Site, tasks: Sequence[Task], name: Callable[[Task], str], at_once: int
-) -> Iterator[tuple[bool, list[Task]]]:
-    """This shard's own tasks, then those of the other shards, a few at once; with each, whether they are its own."""
-    places = {id(task): site.shard.place(name(task)) for task in tasks}
-    own = [task for task in tasks if places[id(task)] == 0]
-    others = sorted((task for task in tasks if places[id(task)]), key=lambda task: places[id(task)])
-    if own:
-        yield True, own
-    for start in range(0, len(others), at_once):
-        yield False, others[start : start + at_once]
+def _divided(site: Site, tasks: Sequence[Task], name: Callable[[Task], str]) -> tuple[list[Task], list[Task]]:
+    """This shard's own tasks, and those of the other shards, in the order in which this one would take them over."""
+    places = [(site.shard.place(name(task)), task) for task in tasks]
+    others = sorted((pair for pair in places if pair[0]), key=lambda pair: pair[0])
+    return [task for place, task in places if place == 0], [task for _, task in others]
+
+
+def _left_by_others(
+    site: Site, found: Survey, tasks: Sequence[Task], is_done: Callable[[Task], bool]
+) -> Iterator[Task]:
+    """Tasks of other shards that these seem not to do, until none is left.
+
+    As long as something new comes into the store, others are at work, and this shard waits. No clock is compared and no
+    claim is kept, which a lost shard would leave behind. If two shards take over the same task, they get equal results.
+    """
+    quiet_since, known = time.monotonic(), -1
+    while True:
+        surveys.look(found, site.store, site.fleet.name)
+        left = [task for task in tasks if not is_done(task)]
+        if not left:
+            return
+        if (count := _stored_count(found)) != known:
+            quiet_since, known = time.monotonic(), count
+        if time.monotonic() - quiet_since < site.patience:
+            time.sleep(min(_LOOK_SECONDS, site.patience))
+            continue
+        site.notice(f"shard {site.shard}: takes over {_name(left[0])}, since nothing new comes into the store")
+        yield left[0]
+        surveys.look(found, site.store, site.fleet.name)
+        known = _stored_count(found)  # what this shard has put there is no sign of others
+
+
+def _stored_count(found: Survey) -> int:
+    return len(found.plans) + len(found.stored) + len(found.records)
+
+
+def _is_stored(found: Survey, task: Task) -> bool:
+    """Whether the store has what a compile task makes; of FlashInfer's parts, whether their job has left its record."""
+    job = task.job
+    assert isinstance(job, CompileJob)
+    if job.flashinfer:
+        return any(record.name == job.name for record in found.records)
+    parts = found.key_parts[task.engine]
+    return all(kernel_key(parts, kernel.source, kernel.flags) in found.stored for kernel in job.kernels)
 
 
 def _joined(tasks: Sequence[Task]) -> list[Task]:

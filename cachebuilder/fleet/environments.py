@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cachebuilder
 from cachebuilder.common.cache import own_folder
+from cachebuilder.common.kept import touch
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import InstallationError, ManifestError
 from cachebuilder.fleet.schema import Engine
@@ -69,9 +70,9 @@ def _made_by_uv(lock_file: Path, notice: Callable[[str], object]) -> str:
     except OSError as error:
         raise InstallationError(f"{lock_file}: cannot be read: {error.strerror}") from None
     facts = data + f"\0{sys.version_info[:2]}".encode()
-    folder = own_folder("environments") / hashlib.sha256(facts).hexdigest()[:32]
+    folder = own_folder("engines") / hashlib.sha256(facts).hexdigest()[:32]
     python, finished = folder / "bin/python", folder / "finished"
-    with open(own_folder("environments") / f"{folder.name}.lock", "w") as held:
+    with open(own_folder("engines") / f"{folder.name}.lock", "w") as held:
         lock(held.fileno(), wait=True)  # several builders of one machine want the same environment
         if not finished.exists():
             notice(f"environment {lock_file}: uv installs it")
@@ -79,6 +80,7 @@ def _made_by_uv(lock_file: Path, notice: Callable[[str], object]) -> str:
             _run([uv, "venv", "--quiet", "--clear", "--python", version, str(folder)], lock_file)
             _run([uv, "pip", "sync", "--quiet", "--require-hashes", "--python", str(python), str(lock_file)], lock_file)
             finished.touch()
+        touch(folder)
     return str(python)
 
 
