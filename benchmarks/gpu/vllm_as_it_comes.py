@@ -7,17 +7,22 @@ MODEL is a folder with a config.json; weights are dummies. Each run is a process
 - ``restored``: the artifact restored, the variables that ``cachebuilder env --engine vllm`` prints and no others, in a mount
   namespace in which the CUDA toolkit is hidden.
 - ``switched-off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
+- ``second-start``: ``restored`` once more, on the caches that it left: a second start on the card's own warm caches.
+- ``baked``: as ``restored``, with the caches of the other compilers that ``cachebuilder bake`` filled (``--baked TAR``).
 - ``cold``: no artifact, the toolkit there.
 
 Prints one JSON object a run: seconds until the engine is up, until the first token, the longest step of each batch, decoded
-tokens a second, and how many compilations there were: calls of nvcc, which a wrapper counts, and lines in the log of the
-frozen nvcc. Then a table. Run it as root, for the mount namespace.
+tokens a second, a digest of all tokens, what the engine's log says of its phases, and how many compilations there were:
+calls of compilers, which wrappers count, and lines in the log of the frozen nvcc. Then a table. Each run leaves its log and
+the parts of its cache keys in the folder of ``--logs``. Run it as root, for the mount namespace.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +33,17 @@ from typing import Any
 
 import click
 
+COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ninja", "ptxas")
+HIDE = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; hash -r; exec "$@"'
+#: What vLLM's log says of its phases.
+PHASES = {
+    "weights": r"Model loading took .* and ([\d.]+) seconds",
+    "dynamo": r"Dynamo bytecode transform time: ([\d.]+) s",
+    "compile": r"torch.compile took ([\d.]+) s",
+    "profiling": r"Initial profiling/warmup run took ([\d.]+) s",
+    "capture": r"Graph capturing finished in (\d+) secs",
+    "engine": r"init engine .* took ([\d.]+) s",
+}
 STEPS = "1x1,1x17,1x100,8x33,31x5,64x20,128x3,1x3000"
 
 
@@ -49,6 +65,10 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
     engine = llm.llm_engine
     numbers = iter(range(10**6))
 
+    if path := os.environ.get("KEYS_FILE"):
+        Path(path).write_text(json.dumps(key_parts(engine.vllm_config), indent=1, sort_keys=True, default=str))
+    outputs: dict[str, list[int]] = {}
+
     def serve(batch: int, prompt: int, tokens: int, **sampling: float) -> list[float]:
         """The seconds of each step."""
         for _ in range(batch):
@@ -57,7 +77,8 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
         seconds = []
         while engine.has_unfinished_requests():
             before = time.monotonic()
-            engine.step()
+            for output in engine.step():
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
             seconds.append(time.monotonic() - before)
         return seconds
 
@@ -73,26 +94,55 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
     for batch in (1, 8, 31):
         seconds = serve(batch, 16, 130, temperature=0.0)[2:]
         decode[str(batch)] = round(batch * len(seconds) / sum(seconds), 1)
-    print(
-        "RESULT "
-        + json.dumps(
-            {"up": round(up, 1), "first_token": round(first or 0, 3), "longest_step": longest, "decode": decode}
-        ),
-        flush=True,
-    )
+    result = {
+        "up": round(up, 1),
+        "first_token": round(first or 0, 3),
+        "longest_step": longest,
+        "decode": decode,
+        "tokens": hashlib.sha256(repr(list(outputs.values())).encode()).hexdigest()[:16],
+        "first_tokens": [tokens[:4] for tokens in list(outputs.values())[:6]],
+    }
+    print("RESULT " + json.dumps(result), flush=True)
     os._exit(0)
+
+
+def key_parts(config: Any) -> dict[str, Any]:
+    """What the caches' keys hold, part by part, for a comparison of two machines."""
+    import platform
+
+    import torch
+    import triton
+    import vllm
+    from torch._inductor.codecache import CacheBase, torch_key
+    from vllm.config.utils import get_hash_factors
+
+    parts: dict[str, Any] = {"python": platform.python_version(), "torch_key": torch_key().hex()}
+    parts["inductor"] = {key: repr(value)[:200] for key, value in CacheBase.get_system().items()}
+    parts["settings"] = {k: repr(v) for k, v in torch._inductor.config.save_config_portable().items()}
+    parts["paths"] = [module.__file__ for module in (torch, triton, vllm)]
+    for name, value in vars(config).items():
+        if hasattr(value, "compute_hash"):
+            parts[name] = {"hash": value.compute_hash()}
+            try:
+                parts[name] |= {key: repr(factor)[:2000] for key, factor in get_hash_factors(value, set()).items()}
+            except (TypeError, ValueError) as error:
+                parts[name]["factors"] = str(error)
+    parts["hash"] = config.compute_hash()
+    return parts
 
 
 def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bool, log: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", *arguments]
     if hidden:
-        hide = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; hash -r; exec "$@"'
         Path("/mnt/empty").mkdir(exist_ok=True)
-        command = ["unshare", "-m", "sh", "-c", hide, "sh", *command]
+        command = ["unshare", "-m", "sh", "-c", HIDE, "sh", *command]
+    calls = log.with_suffix(".calls")
+    environment = environment | counted(log.parent / f"compilers-{name}", calls, environment["PATH"])
+    environment["KEYS_FILE"] = str(log.with_suffix(".keys.json"))
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.run(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=500
+            ["timeout", "280", *command], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )
     lines = log.read_text(errors="replace").splitlines()
     result = next((json.loads(line[7:]) for line in lines if line.startswith("RESULT ")), None)
@@ -101,22 +151,50 @@ def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bo
             "failed": process.returncode,
             "end": [line[-300:] for line in lines if "Error" in line][-4:] or lines[-5:],
         }
+    whole = "\n".join(lines)
+    result["generated"] = generated(Path(environment["VLLM_CACHE_ROOT"]))
+    result["phases"] = {name: float(found[1]) for name, text in PHASES.items() if (found := re.search(text, whole))}
+    called = [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+    asked = ("--version", "-V", "-v", "-dumpversion", "-dumpfullversion")
+    compiled = [words for words in called if words[1:2] and words[1] not in asked]
+    result["compilers"] = {one: sum(words[0] == one for words in compiled) for one in sorted({w[0] for w in compiled})}
     return {"run": name, "whole": round(time.monotonic() - started, 1)} | result
 
 
-def own_caches(folder: Path) -> dict[str, str]:
-    """Empty caches of its own for every compiler, so that no run warms another."""
+def generated(caches: Path) -> list[Any]:
+    """How many files Inductor generated and a digest of their names, which are hashes; how many choices it kept."""
+    names = sorted(path.name for path in caches.rglob("inductor_cache/*/*.py"))
+    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+    return [len(names), digest, len(list(caches.rglob("*.best_config")))]
+
+
+def counted(folder: Path, calls: Path, path: str) -> dict[str, str]:
+    """Variables by which every compiler on PATH, and Triton's ptxas, writes down that it was called."""
+    import triton
+
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("CUDA_", "VLLM_", "DG_", "TRTLLM_", "FLASHINFER_"))
-    }
+    own_ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    for name in COMPILERS:
+        real = own_ptxas if name == "ptxas" else shutil.which(name, path=path)
+        if real and Path(real).resolve().parent.parent != Path("/usr/local/cuda").resolve():
+            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{calls}\nexec {real} "$@"\n')
+            (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{path}", "TRITON_PTXAS_PATH": str(folder / "ptxas")}
+
+
+def own_caches(folder: Path) -> dict[str, str]:
+    """Caches of its own for every compiler, so that no run warms another. HOME stays, since vLLM's keys hold paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dropped = ("CUDA_", "VLLM_", "DG_", "TRTLLM_", "FLASHINFER_", "TORCH_CUDA_ARCH", "CC", "CXX", "XDG_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return kept | {
-        "HOME": str(folder),
-        "XDG_CACHE_HOME": str(folder / "cache"),
+        "FLASHINFER_WORKSPACE_BASE": str(folder),
+        "CUDA_CACHE_PATH": str(folder / "driver"),
         "VLLM_CACHE_ROOT": str(folder / "vllm"),
-        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", str(folder / "triton")),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "HUMMING_CACHE_DIR": str(folder / "humming"),
+        "TILELANG_CACHE_DIR": str(folder / "tilelang"),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -126,7 +204,10 @@ def own_caches(folder: Path) -> dict[str, str]:
 @click.command()
 @click.argument("model")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--runs", default="restored", show_default=True, help="of restored, switched-off and cold")
+@click.option(
+    "--runs", default="restored", show_default=True, help="of restored, second-start, baked, switched-off, cold"
+)
+@click.option("--baked", type=click.Path(path_type=Path), help="a tar of the folder that cachebuilder bake filled")
 @click.option("--graphs", is_flag=True, help="CUDA graphs and torch.compile on, as vLLM comes; else eager")
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--max-len", type=int, default=16384)
@@ -136,6 +217,7 @@ def main(
     model: str,
     artifact: Path,
     runs: str,
+    baked: Path | None,
     graphs: bool,
     deep_gemm: Path | None,
     max_len: int,
@@ -152,30 +234,21 @@ def main(
         options = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
         subprocess.run([*cachebuilder, "restore", str(artifact), "--to", str(restored), *options], check=True)
         for name in [name for name in runs.split(",") if name != "cold"]:
-            environment = own_caches(work / name)
-            hide = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; exec "$@"'
+            environment = own_caches(work / ("restored" if name == "second-start" else name))
+            if name == "baked" and baked is not None:
+                subprocess.run(["tar", "-xf", str(baked), "-C", str(restored)], check=True)
             Path("/mnt/empty").mkdir(exist_ok=True)
+            ask = [*cachebuilder, "env", str(restored), "--engine", "vllm", "--format", "json"]
             printed = subprocess.run(
-                [
-                    "unshare",
-                    "-m",
-                    "sh",
-                    "-c",
-                    hide,
-                    "sh",
-                    *cachebuilder,
-                    "env",
-                    str(restored),
-                    "--engine",
-                    "vllm",
-                    "--format",
-                    "json",
-                ],
+                ["unshare", "-m", "sh", "-c", HIDE, "sh", *ask],
                 env=environment,
-                check=True,
+                check=False,
                 capture_output=True,
                 text=True,
             )
+            if printed.returncode:
+                print(json.dumps({"run": name, "refused": printed.stderr[-3000:]}), flush=True)
+                continue
             environment |= json.loads(printed.stdout)
             if name == "switched-off":
                 environment["VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER"] = "0"

@@ -13,6 +13,7 @@ import click
 
 from cachebuilder.cli import console, shared
 from cachebuilder.errors import RestoreError
+from cachebuilder.restoring import baked
 from cachebuilder.restoring import place as places
 from cachebuilder.restoring.environment import Engine, Variable, variables
 from cachebuilder.restoring.folder import open_folder
@@ -79,7 +80,9 @@ def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
     place = (places.usable if form in ("shell", "json") else places.usual)(dir, indexes, scratch)
     for note in place.notes or _other_users(place, scratch):
         console.echo(f"note      {note}", err=True)
-    console.echo(text(variables(place, indexes, engine, os.environ), form))
+    serving = variables(place, indexes, engine, os.environ)
+    baked.require_fit(dir, os.environ | {variable.name: variable.value for variable in serving})
+    console.echo(text(serving, form))
 
 
 def _other_users(place: Place, scratch: Path | None) -> list[str]:

@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "restore": "Unpack an artifact where DeepGEMM reads it.",
         "env": "Print the variables that a serving process needs.",
         "run": "Restore an artifact and run a program with it.",
+        "bake": "Fill an engine's other compilers' caches there.",
         "misses": "Explain a log of missing kernels.",
     },
     "Prove": {

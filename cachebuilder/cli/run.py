@@ -12,8 +12,8 @@ from click.core import ParameterSource
 from cachebuilder.cli import console, remote, shared
 from cachebuilder.cli.restore import RestoreOptions, restore_options, run_restore, say_differences
 from cachebuilder.errors import CommandError
+from cachebuilder.restoring import baked, serving
 from cachebuilder.restoring import place as places
-from cachebuilder.restoring import serving
 from cachebuilder.restoring.environment import Engine, notes
 from cachebuilder.restoring.machine import Machine
 
@@ -60,6 +60,8 @@ def run(
     for note in (*place.notes, *notes(indexes, how.engine, os.environ, command)):
         console.echo(f"note      {note}", err=True)
     environment = serving.process_environment(place, indexes, how.engine)
+    if not options.force:
+        baked.require_fit(dir, environment)
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

@@ -20,7 +20,7 @@ from cachebuilder.artifact.index import Index
 from cachebuilder.deepgemm import installation
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import RestoreError
-from cachebuilder.restoring import frozen
+from cachebuilder.restoring import baked, frozen
 from cachebuilder.restoring.place import Place, generation_of
 
 Engine = Literal["vllm", "sglang", "none"]
@@ -89,7 +89,7 @@ def variables(place: Place, indexes: Sequence[Index], engine: Engine, environmen
         serving += _vllm_variables(indexes, environment)
     elif engine == "sglang":
         serving += _sglang_variables(generation, roots)
-    return serving
+    return serving + [Variable(name, value, why) for name, (value, why) in baked.variables(dir).items()]
 
 
 def notes(

@@ -43,7 +43,7 @@ def engine_environment(gpu: Gpu, count: int, folder: Path, memories: int = 1) ->
     """The variables by which all processes of an engine see ``count`` of ``gpu`` and no other.
 
     Args:
-        folder: gets a folder with links to the library, which Triton wants by the name ``libcuda.so``, and
+        folder: gets a folder with links to the library, which Triton and linkers want by the name ``libcuda.so``, and
             `UNANSWERED`, the names of the calls without an answer.
         memories: how many GPUs' memory each has.
 
@@ -60,19 +60,25 @@ def engine_environment(gpu: Gpu, count: int, folder: Path, memories: int = 1) ->
     links.mkdir()
     for name in ("libcuda.so", "libcuda.so.1"):
         (links / name).symlink_to(own["VIRTUAL_GPU_LIBRARY"])
-    nccl = str(_beside("nccl.c", "libnccl.so.2", "virtual NCCL"))
-    return own | {
-        "LD_PRELOAD": f"{own['LD_PRELOAD']} {_beside('nvml.c', 'libnvidia-ml.so.1', 'virtual NVML')}",
-        "VLLM_NCCL_SO_PATH": nccl,
-        "SGLANG_NCCL_SO_PATH": nccl,
-        "TRITON_LIBCUDA_PATH": str(links),
-        "VIRTUAL_GPU_NAME": f"NVIDIA {gpu.name}",
-        "VIRTUAL_GPU_COUNT": str(count),
-        "VIRTUAL_GPU_MEMORY_BYTES": str(memories * gpu.memory.bytes),
-        "VIRTUAL_GPU_MEMORY_CLOCK_KHZ": str(gpu.memory.clock_khz),
-        "VIRTUAL_GPU_MEMORY_BUS_BITS": str(gpu.memory.bus_bits),
-        "VIRTUAL_GPU_UNANSWERED_FILE": str(folder / UNANSWERED),
-    }
+    nccl = {}
+    if count > 1:  # one rank loads no NCCL, and vLLM's caches hash the variable
+        path = str(_beside("nccl.c", "libnccl.so.2", "virtual NCCL"))
+        nccl = {"VLLM_NCCL_SO_PATH": path, "SGLANG_NCCL_SO_PATH": path}
+    return (
+        own
+        | nccl
+        | {
+            "LD_PRELOAD": f"{own['LD_PRELOAD']} {_beside('nvml.c', 'libnvidia-ml.so.1', 'virtual NVML')}",
+            "LIBRARY_PATH": os.pathsep.join(filter(None, [str(links), os.environ.get("LIBRARY_PATH")])),
+            "TRITON_LIBCUDA_PATH": str(links),
+            "VIRTUAL_GPU_NAME": f"NVIDIA {gpu.name}",
+            "VIRTUAL_GPU_COUNT": str(count),
+            "VIRTUAL_GPU_MEMORY_BYTES": str(memories * gpu.memory.bytes),
+            "VIRTUAL_GPU_MEMORY_CLOCK_KHZ": str(gpu.memory.clock_khz),
+            "VIRTUAL_GPU_MEMORY_BUS_BITS": str(gpu.memory.bus_bits),
+            "VIRTUAL_GPU_UNANSWERED_FILE": str(folder / UNANSWERED),
+        }
+    )
 
 
 def build() -> Path:

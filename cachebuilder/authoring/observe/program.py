@@ -27,7 +27,8 @@ from cachebuilder.virtual_gpu import library as virtual_gpu
 #: The folder that Python's `site` finds our module in; nothing else is in it.
 _INSIDE = Path(__file__).parent / "inside"
 #: Variables that choose another GPU, or another place or compiler for DeepGEMM's kernels.
-_DROPPED = ("CUDA_VISIBLE_DEVICES", "DG_JIT_", "DJ_", "SGLANG_DG_CACHE_DIR", "CACHEBUILDER_OBSERVE")
+_NEVER_KEPT = ("CUDA_VISIBLE_DEVICES", "CACHEBUILDER_OBSERVE", "CACHEBUILDER_BAKE")
+_DROPPED = (*_NEVER_KEPT, "DG_JIT_", "DJ_", "SGLANG_DG_CACHE_DIR")
 #: Seconds until an engine must answer, and from a request to stop until it is killed.
 _START_SECONDS, _STOP_SECONDS = 1800.0, 20.0
 
@@ -54,12 +55,14 @@ class Setting:
     """Where and with what a program runs.
 
     Attributes:
+        compiler: writes down what DeepGEMM asks for; None where the user's variables say where its kernels are, and the
+            engine's other compilers compile.
         folder: gets ``calls/``, what was written down, ``root/``, DeepGEMM's cache, and ``log.txt``.
         environment: the user's variables.
     """
 
     gpu: Gpu
-    compiler: Compiler
+    compiler: Compiler | None
     folder: Path
     environment: Mapping[str, str]
 
@@ -110,18 +113,23 @@ def run(launch: Launch, setting: Setting, progress: Progress) -> Run:
 
 def environment(launch: Launch, setting: Setting) -> dict[str, str]:
     """The variables of the observed program."""
-    kept = {name: value for name, value in setting.environment.items() if not name.startswith(_DROPPED)}
+    dropped = _DROPPED if setting.compiler else _NEVER_KEPT
+    kept = {name: value for name, value in setting.environment.items() if not name.startswith(dropped)}
     paths = [str(_INSIDE), *filter(None, [kept.get("PYTHONPATH")])]
     ranks, stages = (launch.server.ranks, launch.server.stages) if launch.server else (1, 1)
     own = virtual_gpu.engine_environment(setting.gpu, ranks, setting.folder, stages)
-    return (
+    common = (
         kept
         | dict(launch.environment)
         | own
+        | {"PYTHONPATH": os.pathsep.join(paths), "CACHEBUILDER_OBSERVE": str(setting.folder / "calls")}
+    )
+    if setting.compiler is None:
+        return common | {"CACHEBUILDER_BAKE": "1"}
+    return (
+        common
         | setting.compiler.environment
         | {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "CACHEBUILDER_OBSERVE": str(setting.folder / "calls"),
             "DG_JIT_CACHE_DIR": str(setting.root),
             "SGLANG_DG_CACHE_DIR": str(setting.root),
             "DG_JIT_NVCC_COMPILER": str(setting.compiler.nvcc),

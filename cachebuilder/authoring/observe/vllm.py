@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables, sees_without_processor
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.errors import RecordingError
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, with_flashinfer: bool) -> Launch:
@@ -45,6 +46,33 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
         arguments.add("needs the other ranks; calls no DeepGEMM", "--disable-custom-all-reduce")
         variables["VLLM_ALLREDUCE_USE_SYMM_MEM"] = ("0", "needs the other ranks; calls no DeepGEMM")
     server = Server("vllm", f"http://127.0.0.1:{port}", model, ranks, stages)
+    return arguments.launch(server, variables, environment)
+
+
+def launch_to_bake(command: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    """How the command is run so that its compilers fill their caches.
+
+    Only what no key holds is changed: ``LoadConfig`` has no part in keys, and ``ModelConfig`` leaves out the tokenizer
+    (``compute_hash`` in ``vllm/config/load.py`` and ``model.py``, 0.25.0).
+
+    Raises:
+        RecordingError: it wants several GPUs.
+    """
+    arguments = Arguments(command)
+    model = arguments.value("--model") or _first_operand(command)
+    for option in (
+        ("--tensor-parallel-size", "-tp"),
+        ("--pipeline-parallel-size", "-pp"),
+        ("--data-parallel-size", "-dp"),
+    ):
+        if (count := arguments.number(*option)) > 1:
+            raise RecordingError(
+                f"wanted a command for one GPU, found {option[0]} {count}",
+                hint="each rank has caches of its own, and one process cannot stand for all of them",
+            )
+    arguments.need_no_weights(model)
+    server = Server("vllm", f"http://127.0.0.1:{arguments.port()}", model)
+    variables = {"VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere")}
     return arguments.launch(server, variables, environment)
 
 

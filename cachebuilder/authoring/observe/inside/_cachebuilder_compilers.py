@@ -103,3 +103,16 @@ def no_triton(module: ModuleType) -> None:
 def no_tuning(module: ModuleType) -> None:
     """Let Triton take a kernel's first configuration: all take as long (Triton 3.6 ``runtime/autotuner.py``)."""
     module.Autotuner._bench = lambda self, *args, **kwargs: [1.0, 1.0, 1.0]
+
+
+def no_choice_kept(module: ModuleType) -> None:
+    """Keep no configuration that was chosen by timing: on the virtual GPU, all take as long.
+
+    All candidates are compiled by then, and the card chooses among them (torch 2.11
+    ``_inductor/runtime/autotune_cache.py``, whose files are named ``.best_config``).
+    """
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing is saved. Compiled kernels are pickled with this method, by its name."""
+
+    module.AutotuneCache.save = save

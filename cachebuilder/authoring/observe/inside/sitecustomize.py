@@ -49,6 +49,11 @@ if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
         "triton.runtime.jit": compilers.no_triton,
         "triton.runtime.autotuner": compilers.no_tuning,
     }
+if os.environ.get("CACHEBUILDER_BAKE"):
+    AFTER_IMPORT = {
+        "torch._inductor.runtime.autotune_cache": compilers.no_choice_kept,
+        "vllm.config.vllm": vllm.note_settings,
+    }
 if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
     AFTER_IMPORT |= {
         "torch.distributed.distributed_c10d": ranks.one_rank_of_many,

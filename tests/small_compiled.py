@@ -1,0 +1,25 @@
+"""A program that compiles as an engine does: by torch.compile, with several candidates for a kernel, and by Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch._dynamo.utils import counters
+
+
+@triton.jit
+def add_one(x, n, block: tl.constexpr):
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    tl.store(x + at, tl.load(x + at, at < n) + 1, at < n)
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.rms_norm(torch.nn.functional.silu(x.float()), (4096,)).to(x.dtype)
+
+
+x = torch.zeros(512, 4096, device="cuda", dtype=torch.bfloat16)
+torch.compile(norm)(x)
+add_one[(4,)](torch.zeros(1000, device="cuda"), 1000, block=256)
+torch.cuda.synchronize()
+print("CACHES", {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")})
