@@ -21,6 +21,7 @@ from tests.conftest import Run
 from tests.restored import unpack
 
 PROGRAM = Path(__file__).with_name("small_compiled.py")
+STORED = Path(__file__).parent / "data" / "v1-legacy.tar.zst"
 COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ptxas")
 
 needs_headers = pytest.mark.skipif(
@@ -44,8 +45,8 @@ def refusing(folder: Path, calls: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @needs_headers
-def test_a_second_start_on_baked_caches_calls_no_compiler(artifact: Path, tmp_path: Path, run: Run) -> None:
-    dir = unpack(artifact, tmp_path / "restored")
+def test_a_second_start_on_baked_caches_calls_no_compiler(tmp_path: Path, run: Run) -> None:
+    dir = unpack(STORED, tmp_path / "restored")
     done = run("bake", dir, "--gpu", "H200", "--", sys.executable, PROGRAM)
     assert done.returncode == 0, done.stderr
     assert "the card chooses at its first start" in done.stdout
@@ -108,7 +109,18 @@ def test_variables_that_vllm_hashed_are_compared_and_a_secret_is_not_kept(tmp_pa
         baked.require_fit(dir, {"VLLM_API_KEY": "hidden", "VLLM_MLA_DISABLE": "1"})
 
 
-def test_another_folder_or_python_is_refused_by_run_and_env(artifact: Path, tmp_path: Path, run: Run) -> None:
+def test_env_leads_to_the_caches_and_refuses_another_folder(tmp_path: Path, run: Run) -> None:
+    dir = baked_by_nothing(unpack(STORED, tmp_path / "restored"), dict(os.environ))
+    done = run("env", dir, "--format", "json")
+    assert json.loads(done.stdout)["TRITON_CACHE_DIR"] == str(dir / baked.FOLDER / "triton"), done.stderr
+    moved = dir.rename(tmp_path / "moved")
+    done = run("env", moved)
+    assert done.returncode == CompatibilityError.exit_code
+    assert f"folder: wanted {dir}, found {moved}" in done.stderr
+
+
+@pytest.mark.slow
+def test_run_refuses_another_folder_unless_it_is_forced(artifact: Path, tmp_path: Path, run: Run) -> None:
     dir = baked_by_nothing(unpack(artifact, tmp_path / "restored"), dict(os.environ))
     done = run("run", dir, "--", sys.executable, "-c", "import os; print(os.environ['TRITON_CACHE_DIR'])")
     assert done.stdout.strip() == str(dir / baked.FOLDER / "triton"), done.stderr
@@ -116,7 +128,6 @@ def test_another_folder_or_python_is_refused_by_run_and_env(artifact: Path, tmp_
     done = run("run", moved, "--", "true")
     assert done.returncode == CompatibilityError.exit_code
     assert f"folder: wanted {dir}, found {moved}" in done.stderr
-    assert run("env", moved).returncode == CompatibilityError.exit_code
     assert run("run", moved, "--force", "--", "true").returncode == 0
 
 

@@ -38,6 +38,9 @@ CACHES = {
     "humming": ("HUMMING_CACHE_DIR", "humming/utils/jit.py, 0.1.10"),
     "tilelang": ("TILELANG_CACHE_DIR", "tilelang/env.py, 0.1.9"),
 }
+#: An empty folder beside them. Triton 3.8's keys hold the folder in which it looks for libcuda (``runtime/build.py``,
+#: ``backends/nvidia/driver.py``); its linker goes on to the usual ones.
+LIBCUDA = "libcuda"
 #: The packages whose versions or paths are in keys.
 _PACKAGES = ("torch", "triton", "vllm")
 #: Variables that keys hold beside vLLM's own: by themselves, or since they lead to paths that vLLM hashes.
@@ -107,11 +110,17 @@ def read(dir: Path) -> Baked | None:
 
 def variables(dir: Path) -> dict[str, tuple[str, str]]:
     """For each baked cache: the variable that names it → the folder, and why."""
-    return {
-        name: (str(dir.absolute() / FOLDER / folder), f"baked: what this compiler would make at start ({source})")
+    root = dir.absolute() / FOLDER
+    if not (root / RECORD).is_file():
+        return {}
+    folders = {
+        name: (str(root / folder), f"baked: what this compiler would make at start ({source})")
         for folder, (name, source) in CACHES.items()
-        if (dir / FOLDER / RECORD).is_file() and (dir / FOLDER / folder).is_dir()
+        if (root / folder).is_dir()
     }
+    if (root / LIBCUDA).is_dir():
+        folders["TRITON_LIBCUDA_PATH"] = str(root / LIBCUDA), "as it was baked: a key of Triton's holds it (3.8)"
+    return folders
 
 
 def differences(baked: Baked, dir: Path, environment: Mapping[str, str]) -> list[tuple[str, str, str]]:

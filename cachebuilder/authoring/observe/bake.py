@@ -57,10 +57,13 @@ def bake(
         PlanError: it made a CUDA call that the virtual GPU does not answer.
         InstallationError: something is missing on this machine.
         ArtifactError: the record cannot be written.
+        OSError: nothing can be written in ``dir``.
     """
     launch = engines.launch_to_bake(command, environment)
     caches = {name: str(dir.absolute() / baked.FOLDER / folder) for folder, (name, _) in baked.CACHES.items()}
-    serving = dict(environment) | caches
+    libcuda = dir.absolute() / baked.FOLDER / baked.LIBCUDA
+    libcuda.mkdir(parents=True, exist_ok=True)
+    serving = dict(environment) | caches | {"TRITON_LIBCUDA_PATH": str(libcuda)}
     with scratch_folder() as scratch:
         run = program.run(launch, program.Setting(gpu, None, scratch, serving), progress)
     root = dir / baked.FOLDER

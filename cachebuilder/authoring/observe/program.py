@@ -125,7 +125,9 @@ def environment(launch: Launch, setting: Setting) -> dict[str, str]:
         | {"PYTHONPATH": os.pathsep.join(paths), "CACHEBUILDER_OBSERVE": str(setting.folder / "calls")}
     )
     if setting.compiler is None:
-        return common | {"CACHEBUILDER_BAKE": "1"}
+        # As where it serves: a key of Triton's holds this folder. The linker finds the virtual library by LIBRARY_PATH.
+        libcuda = {name: value for name, value in kept.items() if name == "TRITON_LIBCUDA_PATH"}
+        return common | libcuda | {"CACHEBUILDER_BAKE": "1"}
     return (
         common
         | setting.compiler.environment
