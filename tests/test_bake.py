@@ -20,6 +20,7 @@ from cachebuilder.restoring import baked
 from tests.conftest import Run
 from tests.restored import unpack
 
+GENERATIONS = ("deepjit",)
 PROGRAM = Path(__file__).with_name("small_compiled.py")
 STORED = Path(__file__).parent / "data" / "v1-legacy.tar.zst"
 COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ptxas")
