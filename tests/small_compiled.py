@@ -20,6 +20,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 x = torch.zeros(512, 4096, device="cuda", dtype=torch.bfloat16)
 torch.compile(norm)(x)
-add_one[(4,)](torch.zeros(1000, device="cuda"), 1000, block=256)
+kernel = add_one[(4,)](torch.zeros(1000, device="cuda"), 1000, block=256)
 torch.cuda.synchronize()
 print("CACHES", {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")})
+print("REGISTERS", kernel.n_regs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -72,6 +74,23 @@ def test_a_second_start_on_baked_caches_calls_no_compiler(tmp_path: Path, run: R
             no_progress,
         )
     assert calls.exists()
+
+
+@pytest.mark.slow
+@needs_headers
+def test_a_kernel_has_the_registers_that_its_cubin_has(tmp_path: Path) -> None:
+    """Inductor compiles another candidate of a kernel that has many."""
+    import triton
+
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    setting = program.Setting(gpus.find("H200"), None, tmp_path, environment)
+    program.run(engines.launch_to_bake([sys.executable, str(PROGRAM)], environment), setting, no_progress)
+    (cubin,) = (tmp_path / "triton").rglob("add_one.cubin")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    printed = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    registers = re.search(r"REG:(\d+)", printed)
+    assert registers, printed
+    assert f"REGISTERS {registers[1]}\n" in setting.log.read_text()
 
 
 def baked_by_nothing(dir: Path, environment: dict[str, str]) -> Path:

@@ -107,16 +107,16 @@ _VERIFIED = {"H200"}
 def _memory(name: str) -> Memory | None:
     if name not in _MEMORY:
         return None
-    mib, clock_mhz, bus_bits = _MEMORY[name]
-    return Memory(bytes=mib * MIB, clock_khz=clock_mhz * 1000, bus_bits=bus_bits)
+    size, clock_mhz, bus_bits = _MEMORY[name]
+    return Memory(bytes=size, clock_khz=clock_mhz * 1000, bus_bits=bus_bits)
 
 
-#: name → memory in MiB, memory clock in MHz, bus in bits. Size and clock as nvidia-smi prints them in public logs; the
-#: bus from the cards' data sheets (H100 and H200: 5 and 6 stacks of HBM, B200: 8 stacks, 1024 bits each).
+#: name → memory in bytes, memory clock in MHz, bus in bits. Size and clock as nvidia-smi prints them in public logs;
+#: the bus from the cards' data sheets (H100 and H200: 5 and 6 stacks of HBM, B200: 8 stacks, 1024 bits each).
 _MEMORY = {
-    "H100-SXM": (81_559, 2619, 5120),
-    "H200": (143_771, 3201, 6016),  # as torch 2.11.0 read the bus from a card
-    "B200": (183_359, 3996, 8192),
+    "H100-SXM": (81_559 * MIB, 2619, 5120),
+    "H200": (150_109_880_320, 3201, 6016),  # size and bus as torch 2.11.0 read them from a card
+    "B200": (183_359 * MIB, 3996, 8192),
 }
 
 #: name → GPU.

@@ -4,6 +4,7 @@
  * virtual_gpu.c, which loads from files.
  */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,11 +66,40 @@ EXPORT int cuGetExportTable(const void **table, const void *id) {
 /* ---- modules from memory ---- */
 
 /* A module, library, function or kernel whose launches nobody asks about. */
-struct loaded { uint32_t number; };
-static struct loaded unnamed = {UINT32_MAX};
+struct loaded { uint32_t number; int registers; };
+static const uint32_t UNNAMED = UINT32_MAX; /* no library of virtual_gpu.c has this number */
 
-EXPORT int cuModuleLoadData(void **module, const void *image) { return (void)image, *module = &unnamed, SUCCESS; }
-EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned n, void *options, void *values) {
+/* The registers of a thread of a cubin's kernels, at most; 0 if the image is no cubin. Inductor compiles another candidate
+ * of a kernel that has many (_dynamic_scale_rblock in torch 2.11's _inductor/runtime/triton_heuristics.py). ptxas writes
+ * them into the section .nv.info; read here as `cuobjdump -res-usage` of CUDA 12.8 and 13.1 prints them. */
+static int registers_of(const char *image) {
+    enum { NV_INFO = 0x70000000, WITH_SIZE = 4, REGISTER_COUNT = 0x2f };
+    struct entry { uint8_t format, attribute; uint16_t size; uint32_t symbol, value; };
+    int most = 0;
+    if (memcmp(image, ELFMAG, SELFMAG))
+        return 0;
+    const Elf64_Ehdr *header = (const void *)image;
+    const Elf64_Shdr *sections = (const void *)(image + header->e_shoff);
+    for (int i = 0; i < header->e_shnum; i++) {
+        if (sections[i].sh_type != NV_INFO || sections[i].sh_info) /* of one kernel: other attributes */
+            continue;
+        const char *at = image + sections[i].sh_offset, *end = at + sections[i].sh_size;
+        while (at < end) {
+            const struct entry *entry = (const void *)at;
+            if (entry->format == WITH_SIZE && entry->attribute == REGISTER_COUNT && (int)entry->value > most)
+                most = entry->value;
+            at += 4 + (entry->format == WITH_SIZE ? entry->size : 0); /* else the size is the value */
+        }
+    }
+    return most;
+}
+
+EXPORT int cuModuleLoadData(struct loaded **module, const void *image) {
+    if (!(*module = malloc(sizeof **module)))
+        return OUT_OF_MEMORY;
+    return **module = (struct loaded){UNNAMED, registers_of(image)}, SUCCESS;
+}
+EXPORT int cuModuleLoadDataEx(struct loaded **module, const void *image, unsigned n, void *options, void *values) {
     return (void)n, (void)options, (void)values, cuModuleLoadData(module, image);
 }
 EXPORT int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
@@ -77,10 +107,12 @@ EXPORT int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
 }
 EXPORT int cuFuncLoad(void *function) { return (void)function, SUCCESS; }
 EXPORT int cuFuncSetCacheConfig(void *function, int config) { return (void)function, (void)config, SUCCESS; }
-EXPORT int cuFuncGetAttribute(int *value, int attribute, void *function) {
-    (void)function;
-    enum { MAX_THREADS_PER_BLOCK = 0 }; /* CUfunction_attribute in cuda.h; the others count bytes and registers */
-    return *value = attribute == MAX_THREADS_PER_BLOCK ? 1024 : 0, SUCCESS;
+EXPORT int cuFuncGetAttribute(int *value, int attribute, const struct loaded *function) {
+    enum { MAX_THREADS_PER_BLOCK = 0, NUM_REGS = 4 }; /* CUfunction_attribute in cuda.h; the others count bytes */
+    *value = attribute == MAX_THREADS_PER_BLOCK ? 1024 : 0;
+    if (attribute == NUM_REGS && function->number == UNNAMED)
+        *value = function->registers;
+    return SUCCESS;
 }
 EXPORT int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {
     return (void)device, cuFuncGetAttribute(value, attribute, kernel);
