@@ -5,9 +5,13 @@
  */
 #define _GNU_SOURCE
 #include <elf.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "virtual_gpu.h"
 
@@ -94,6 +98,23 @@ static int registers_of(const char *image) {
     return most;
 }
 
+/* The same of a file, which torch's own launcher of Triton kernels loads; 0 if it cannot be read, or is too short. */
+static int registers_of_file(const char *path) {
+    int file = open(path, O_RDONLY | O_CLOEXEC), registers = 0;
+    struct stat status;
+    if (file < 0)
+        return 0;
+    if (!fstat(file, &status) && status.st_size > (off_t)sizeof(Elf64_Ehdr)) {
+        void *image = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+        if (image != MAP_FAILED) {
+            registers = registers_of(image);
+            munmap(image, status.st_size);
+        }
+    }
+    close(file);
+    return registers;
+}
+
 EXPORT int cuModuleLoadData(struct loaded **module, const void *image) {
     if (!(*module = malloc(sizeof **module)))
         return OUT_OF_MEMORY;
@@ -110,8 +131,10 @@ EXPORT int cuFuncSetCacheConfig(void *function, int config) { return (void)funct
 EXPORT int cuFuncGetAttribute(int *value, int attribute, const struct loaded *function) {
     enum { MAX_THREADS_PER_BLOCK = 0, NUM_REGS = 4 }; /* CUfunction_attribute in cuda.h; the others count bytes */
     *value = attribute == MAX_THREADS_PER_BLOCK ? 1024 : 0;
-    if (attribute == NUM_REGS && function->number == UNNAMED)
-        *value = function->registers;
+    if (attribute != NUM_REGS)
+        return SUCCESS;
+    const char *path = virtual_gpu_library_path(function->number);
+    *value = path ? registers_of_file(path) : function->number == UNNAMED ? function->registers : 0;
     return SUCCESS;
 }
 EXPORT int cuKernelGetAttribute(int *value, int attribute, void *kernel, int device) {

@@ -21,3 +21,5 @@ int new_handle(void **handle);
 int drop_handle(void *handle);
 /* The number of devices: VIRTUAL_GPU_COUNT, else 1. */
 int virtual_gpu_count(void);
+/* The path of the library with this number, or of a kernel from memory its name; NULL if there is none. */
+const char *virtual_gpu_library_path(uint32_t number);
