@@ -364,7 +364,7 @@ def test_an_environment_that_is_not_there_or_lacks_a_package_is_one_sentence(fol
     assert done.returncode == 4 and "engines.new.python: wanted an interpreter, found no" in done.stderr, done.stderr
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "none"], check=True)
     done = run("fleet", "status", path)
-    assert done.returncode == 4 and "ModuleNotFoundError" in done.stderr and "cachebuilder[observe]" in done.stderr, (
+    assert done.returncode == 4 and "ModuleNotFoundError" in done.stderr and "cachebuilder[observe,ship]" in done.stderr, (
         done.stderr
     )
 

@@ -124,6 +124,11 @@ def test_a_store_that_is_only_read_is_not_changed(url: str) -> None:
     assert reader.names("kernels") == {NAME} and reader.names("records") == set()
 
 
+def test_a_reader_takes_a_folder_that_is_not_there_for_empty_and_makes_none(tmp_path: Path) -> None:
+    reader = store(str(tmp_path / "store"), read_only=True)
+    assert reader.get([NAME]) == {} and reader.names("kernels") == set() and not (tmp_path / "store").exists()
+
+
 def test_a_folder_is_made_but_not_the_one_above_it(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="No such file") as caught:
         open_store(str(tmp_path / "not-mounted" / "store"))

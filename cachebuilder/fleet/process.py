@@ -107,7 +107,7 @@ class Worker:
             return _Killed(f"{self._python}: signal {-code} ended the worker:\n{text}".rstrip(":\n"), hint=hint)
         needs: str | None = None
         if "ModuleNotFoundError" in text:
-            needs = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe]'"
+            needs = "install cachebuilder's needs in that environment: pip install 'cachebuilder[observe,ship]'"
         return InstallationError(f"{self._python}: the worker ended with {code}:\n{text}", hint=needs)
 
 

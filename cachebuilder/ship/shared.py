@@ -92,7 +92,7 @@ class SharedStore:
         self._root = self._objects.path.rstrip("/")
         self._builder = printable(os.environ.get(BUILDER_VARIABLE) or socket.gethostname())
         self._damaged: set[str] = set()
-        if self._objects.is_local:
+        if self._objects.is_local and not read_only:
             self._make_root()
 
     def get(self, names: Sequence[str]) -> dict[str, bytes]:
