@@ -307,6 +307,17 @@ def test_shards_share_the_work_and_what_a_killed_one_leaves(folder: Path, run: R
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_ends_each_shard_and_not_only_its_own(folder: Path, run: Run) -> None:
+    """nvcc does not know the standard that one cell's manifest names: its kernels fail, in whatever shard they are."""
+    text = (folder / "small-H20.yaml").read_text()
+    (folder / "small-H20.yaml").write_text(text + "environment: {DG_JIT_CPP_STANDARD: '3'}\n")
+    edited(folder, f"  old: {{engine: vllm, deep_gemm: {LEGACY}}}\n", "")
+    for index in (1, 2):
+        done = run("fleet", "build", folder / "fleet.yaml", "--patience", "1", "--shard", f"{index}/2")
+        assert done.returncode == 7 and "jobs failed" in done.stderr and "c++3" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_the_slurm_script_of_the_examples_builds_its_shard(folder: Path, alone: dict[str, str]) -> None:
     edited(folder, "gpus: [H100, H200, H20]", "gpus: [H20]")
     edited(folder, f"  old: {{engine: vllm, deep_gemm: {LEGACY}}}\n", "")
@@ -364,9 +375,9 @@ def test_an_environment_that_is_not_there_or_lacks_a_package_is_one_sentence(fol
     assert done.returncode == 4 and "engines.new.python: wanted an interpreter, found no" in done.stderr, done.stderr
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "none"], check=True)
     done = run("fleet", "status", path)
-    assert done.returncode == 4 and "ModuleNotFoundError" in done.stderr and "cachebuilder[observe,ship]" in done.stderr, (
-        done.stderr
-    )
+    assert (
+        done.returncode == 4 and "ModuleNotFoundError" in done.stderr and "cachebuilder[observe,ship]" in done.stderr
+    ), done.stderr
 
 
 def test_a_job_that_a_worker_cannot_finish_says_how_it_ended(tmp_path: Path) -> None:
@@ -391,6 +402,7 @@ def test_a_job_that_a_worker_cannot_finish_says_how_it_ended(tmp_path: Path) -> 
         (["--on", "ray", "--shard", "1/2"], "found both"),
         (["--engine", "none"], "wanted one of new, old, found none"),
         (["--shard", "3/2"], "wanted a shard from 1 to 2"),
+        (["--shard", "auto"], "found none of them"),
     ],
 )
 def test_a_wrong_command_line_says_what_was_wanted(arguments: list[str], words: str, folder: Path, run: Run) -> None:

@@ -160,6 +160,8 @@ def pack(fleet_file: Path, where: _Where, output: Path, key_file: Path | None, d
     """
     if destination is not None and not destination.startswith(("oci://", "oci+http://")):
         raise click.UsageError(f"--push: wanted oci://HOST/NAME, found {destination}")
+    if where.on is not None:
+        raise click.UsageError("--on ray: pack writes its artifacts on this machine; leave the option out")
     key = None
     if key_file is not None:
         encrypted = signature.is_encrypted(key_file)

@@ -234,15 +234,16 @@ def _divided(site: Site, tasks: Sequence[Task], name: Callable[[Task], str]) -> 
 def _left_by_others(
     site: Site, found: Survey, tasks: Sequence[Task], is_done: Callable[[Task], bool]
 ) -> Iterator[Task]:
-    """Tasks of other shards that these seem not to do, until none is left.
+    """Tasks of other shards that these seem not to do, each once, until none is left.
 
     As long as something new comes into the store, others are at work, and this shard waits. No clock is compared and no
     claim is kept, which a lost shard would leave behind. If two shards take over the same task, they get equal results.
     """
     quiet_since, known = time.monotonic(), -1
+    taken_over: set[str] = set()
     while True:
         surveys.look(found, site.store, site.fleet.name)
-        left = [task for task in tasks if not is_done(task)]
+        left = [task for task in tasks if not is_done(task) and _name(task) not in taken_over]
         if not left:
             return
         if (count := _stored_count(found)) != known:
@@ -251,6 +252,7 @@ def _left_by_others(
             time.sleep(min(_LOOK_SECONDS, site.patience))
             continue
         site.notice(f"shard {site.shard}: takes over {_name(left[0])}, since nothing new comes into the store")
+        taken_over.add(_name(left[0]))
         yield left[0]
         surveys.look(found, site.store, site.fleet.name)
         known = _stored_count(found)  # what this shard has put there is no sign of others
