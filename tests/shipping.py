@@ -59,4 +59,5 @@ def apply(layers: list[bytes], to: Path) -> None:
     for layer in layers:
         data = zstandard.ZstdDecompressor().decompressobj().decompress(layer)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            tar.extractall(to, filter="tar")
+            tar.extraction_filter = getattr(tarfile, "tar_filter", None)  # Python before 3.11.4 has no filters
+            tar.extractall(to)

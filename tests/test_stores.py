@@ -116,7 +116,7 @@ def test_with_trust_what_is_not_signed_or_changed_is_refused_and_no_file_is_left
     put_all(f"{s3}changed/", [artifact], FEW)
     changed = tmp_path / "flipped"
     changed.write_bytes(flip(artifact.read_bytes(), 4000))
-    Store(f"{s3}changed/small.tar.zst", FEW)._fs.put_file(str(changed), "caches/changed/small.tar.zst")
+    Store(f"{s3}changed/small.tar.zst", FEW)._objects.fs.put_file(str(changed), "caches/changed/small.tar.zst")
     for name, words in (("unsigned", "not signed"), ("changed", "the signature is not valid")):
         location = f"{s3}{name}/small.tar.zst"
         with pytest.raises(SignatureError, match=words):
