@@ -373,7 +373,7 @@ def test_twelve_at_once_keep_what_they_fetched_until_they_have_used_it(
 
     def use(number: int) -> bytes:
         with fetch.fetched(f"oci://{there.host}/crowd{number}:v1", Machine(None), FEW) as path:
-            meet.wait(60)
+            meet.wait(300)  # ends a hang; not how long it may take
             return path.read_bytes()
 
     for _ in range(2):
