@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from cachebuilder import building
+from cachebuilder.authoring.derive.manifest import Deployment
 from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.errors import InstallationError, ManifestError
 from cachebuilder.fleet import schema, shards
@@ -161,6 +163,11 @@ def test_a_model_with_a_config_is_derived_for_each_serving(folder: Path) -> None
     assert "multiple of 128" in str(cells["small-eight-H20-new"].refusal)
 
 
+def test_a_serving_has_every_option_of_a_deployment() -> None:
+    given_by_the_cell = {"engine", "engine_version", "gpu"}
+    assert set(schema.Serving.model_fields) == {field.name for field in fields(Deployment)} - given_by_the_cell
+
+
 # Shards
 
 
@@ -252,6 +259,7 @@ def test_a_build_that_was_done_has_nothing_left_and_its_page_says_so(
 ) -> None:
     path = folder / "fleet.yaml"
     assert run("fleet", "build", path).returncode == 0
+    open_store(str(folder / "store")).replace("records/first/of-another-release", b'{"schema_version": 9}')
     before = open_store(str(folder / "store")).names("records")
     done = run("fleet", "build", path)
     assert "planned   0 cells" in done.stdout and "compiled  0 kernels" in done.stdout
@@ -378,6 +386,33 @@ def test_an_environment_that_is_not_there_or_lacks_a_package_is_one_sentence(fol
     assert (
         done.returncode == 4 and "ModuleNotFoundError" in done.stderr and "cachebuilder[observe,ship]" in done.stderr
     ), done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_their_compilers(folder: Path, alone: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "cachebuilder", "fleet", "build", str(folder / "fleet.yaml")]
+    environment = os.environ | {"CACHEBUILDER_CACHE_DIR": str(folder / "empty"), "CACHEBUILDER_BUILDER": folder.name}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    for _ in range(1200):
+        if any((folder / "store" / part).exists() for part in ("plans", "kernels")) or driver.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    assert driver.wait() == 130
+    marked = f"CACHEBUILDER_BUILDER={folder.name}".encode()
+    for _ in range(100):
+        left = [path for path in Path("/proc").glob("[0-9]*/environ") if marked in _read(path)]
+        if not left:
+            return
+        time.sleep(0.1)
+    raise AssertionError([path.with_name("cmdline").read_bytes() for path in left])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # another user's, or ended
+        return b""
 
 
 def test_a_job_that_a_worker_cannot_finish_says_how_it_ended(tmp_path: Path) -> None:

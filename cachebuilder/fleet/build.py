@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cachebuilder.compiling.compiler import kernel_key
 from cachebuilder.errors import CacheBuilderError, ManifestError, PlanError
@@ -51,6 +52,10 @@ class Site:
         """The paths that the fleet names for an engine."""
         return surveys.tools_of(self.fleet.engines[engine], self.folder)
 
+    def of(self, group: Group) -> dict[str, Any]:
+        """What each job for a group says: the engine's paths, the store and the manifest."""
+        return {"tools": self.tools(group.first.engine), "shared": self.shared, "manifest": group.first.text}
+
     def survey(self, cells: Sequence[Cell]) -> Survey:
         """The fleet as the store has it."""
         found = surveys.survey(self.fleet, self.folder, cells, self.executor)
@@ -84,18 +89,7 @@ def plan_all(site: Site, found: Survey) -> Built:
     """Make every plan that the store lacks. Failures are in the result."""
     built = Built()
     names = {group.first.name: group for group in found.unplanned}
-    tasks = [
-        Task(
-            group.first.engine,
-            PlanJob(
-                tools=site.tools(group.first.engine),
-                shared=site.shared,
-                manifest=group.first.text,
-                name=group.first.name,
-            ),
-        )
-        for group in names.values()
-    ]
+    tasks = [Task(group.first.engine, PlanJob(**site.of(group), name=name)) for name, group in names.items()]
     own, others = _divided(site, tasks, lambda task: names[_name(task)].key)
     for _, _ in _run(site, own, built):
         built.planned += 1
@@ -148,19 +142,10 @@ def pack(site: Site, found: Survey, output: Path) -> Iterator[tuple[Group, Artif
             hint="cachebuilder fleet build makes them",
         )
     groups = {group.first.name: group for group in found.groups}
-    tasks = [
-        Task(
-            group.first.engine,
-            PackJob(
-                tools=site.tools(group.first.engine),
-                shared=site.shared,
-                manifest=group.first.text,
-                name=name,
-                output=str(output.absolute() / group.first.model / f"{name}.tar.zst"),
-            ),
-        )
-        for name, group in groups.items()
-    ]
+    tasks = []
+    for name, group in groups.items():
+        file = output.absolute() / group.first.model / f"{name}.tar.zst"
+        tasks.append(Task(group.first.engine, PackJob(**site.of(group), name=name, output=str(file))))
     for task, answer in site.executor.run(tasks):
         if isinstance(answer, CacheBuilderError):
             raise answer
@@ -210,18 +195,15 @@ def _compile_task(site: Site, found: Survey, keys: Sequence[str], name: str, aga
 def _task(
     site: Site, group: Group, name: str, kernels: tuple[Kernel, ...] = (), again: bool = False, flashinfer: bool = False
 ) -> Task:
-    engine = group.first.engine
     job = CompileJob(
-        tools=site.tools(engine),
-        shared=site.shared,
-        manifest=group.first.text,
+        **site.of(group),
         name=name,
         kernels=kernels,
         jobs=1 if site.executor.is_parallel else None,
         again=again,
         flashinfer=flashinfer,
     )
-    return Task(engine, job)
+    return Task(group.first.engine, job)
 
 
 def _divided(site: Site, tasks: Sequence[Task], name: Callable[[Task], str]) -> tuple[list[Task], list[Task]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from cachebuilder.fleet.environments import package_path
 from cachebuilder.fleet.protocol import LINE, Answer, Failed, Job, Notice, Step
 
 _LAST_BYTES = 2000
+_END_SECONDS = 10
 #: How often a job is tried whose worker is killed: by a person, or because the machine's memory is full.
 _TRIES = 3
 
@@ -53,11 +55,16 @@ class Worker:
         raise AssertionError("the last try returns or raises")
 
     def close(self) -> None:
-        """End the worker, and whatever it still does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        """End the worker, which ends the compilers that it has started."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(signal.SIGINT)
+        try:
+            process.communicate(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
     def _do(self, job: Job, progress: Progress, notice: Callable[[str], object]) -> Answer:
         process = self._process or self._start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cachebuilder.common.files import write_atomically
 from cachebuilder.common.records import Record
@@ -143,34 +143,21 @@ def write_page(status: Status, path: Path) -> None:
 
 
 def _of_cell(found: Survey, group: Group, cell: Cell) -> CellStatus:
-    keys = found.keys_of(group) if group.key in found.plans else None
-    stored = None if keys is None else sum(key in found.stored for key in keys)
-    state: State = "not planned"
-    if keys is not None:
-        state = "built" if stored == len(keys) else "in part"
-    return CellStatus(
-        name=cell.name,
-        model=cell.model,
-        gpu=cell.gpu,
-        engine=cell.engine,
-        serving=cell.serving,
-        state=state,
-        kernels=None if keys is None else len(keys),
-        stored=stored,
-        equal_to=None if cell is group.first else group.first.name,
-    )
+    equal_to = None if cell is group.first else group.first.name
+    if group.key not in found.plans:
+        return CellStatus(**_names(cell), state="not planned", equal_to=equal_to)
+    keys = found.keys_of(group)
+    stored = sum(key in found.stored for key in keys)
+    state: State = "built" if stored == len(keys) else "in part"
+    return CellStatus(**_names(cell), state=state, kernels=len(keys), stored=stored, equal_to=equal_to)
 
 
 def _of_refused(cell: Cell) -> CellStatus:
-    return CellStatus(
-        name=cell.name,
-        model=cell.model,
-        gpu=cell.gpu,
-        engine=cell.engine,
-        serving=cell.serving,
-        state="refused",
-        refusal=cell.refusal,
-    )
+    return CellStatus(**_names(cell), state="refused", refusal=cell.refusal)
+
+
+def _names(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in ("name", "model", "gpu", "engine", "serving")}
 
 
 def _left(found: Survey, compiles: list[JobRecord], price: float | None) -> Left:

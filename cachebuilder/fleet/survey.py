@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cachebuilder.common import records
+from cachebuilder.common.records import RecordError
 from cachebuilder.compiling import units
 from cachebuilder.compiling.compiler import kernel_key
 from cachebuilder.compiling.store import shared_name
@@ -196,5 +197,9 @@ def tools_of(engine: Engine, folder: Path) -> Tools:
 
 
 def _read_records(store: SharedStore, fleet: str) -> list[JobRecord]:
-    names = sorted(store.names(f"records/{fleet}"))
-    return [records.read(JobRecord, data) for data in store.get(names).values()]
+    """The records of a fleet's finished jobs, without those that another release wrote in another form."""
+    read = []
+    for data in store.get(sorted(store.names(f"records/{fleet}"))).values():
+        with suppress(RecordError):
+            read.append(records.read(JobRecord, data))
+    return read

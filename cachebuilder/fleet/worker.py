@@ -6,7 +6,9 @@ outlive the process that started it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -49,7 +51,8 @@ Say = Callable[[Step | Notice], None]
 
 
 def main() -> None:
-    """Answer each job until the input ends."""
+    """Answer each job until the input ends, or somebody interrupts."""
+    signal.signal(signal.SIGINT, _interrupt)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
 
@@ -57,12 +60,18 @@ def main() -> None:
         answers.write(line.model_dump_json() + "\n")
         answers.flush()
 
-    with warm.kept():
+    with contextlib.suppress(KeyboardInterrupt), warm.kept():
         for line in sys.stdin:
             try:
                 say(do(JOB.validate_json(line), say))
             except CacheBuilderError as error:
                 say(Failed(error=type(error).__name__, message=str(error), hint=error.hint))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """Stop once: a Ctrl-C reaches this process from the terminal and from its driver, and ends its compilers once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def do(job: Job, say: Say) -> Answer:

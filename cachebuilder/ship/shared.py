@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from cachebuilder.common import records
 from cachebuilder.common.records import Line, Record, RecordError, Sha256
@@ -129,7 +130,7 @@ class SharedStore:
             return
         content = self._with_header(name, data)
         if name in self._damaged:
-            self._objects.ask("pipe_file", self._path(name), content)
+            self._overwrite(name, content)
             self._damaged.discard(name)
         elif not self._create(name, content):
             self._require_same(name, content)
@@ -137,9 +138,7 @@ class SharedStore:
     def replace(self, name: str, data: bytes) -> None:
         """Store something that is no result, in place of what is there. Does nothing if the store is read-only."""
         if not self.read_only:
-            if self._objects.is_local:
-                Path(self._path(name)).parent.mkdir(parents=True, exist_ok=True)
-            self._objects.ask("pipe_file", self._path(name), self._with_header(name, data))
+            self._overwrite(name, self._with_header(name, data))
 
     def check_writable(self) -> None:
         """Raise `TransferError` if nothing can be written there, before hours of work are lost to that."""
@@ -169,26 +168,38 @@ class SharedStore:
 
     def _create(self, name: str, content: bytes) -> bool:
         """Write an object if there is none; returns whether there was none."""
-        path = self._path(name)
-        write = _write_new_file if self._objects.is_local else self._write_new_object
 
         def once() -> bool:
             try:
-                write(path, content)
+                self._write(name, content, "create")
             except FileExistsError:
                 return False
             except Exception as error:
                 if _says_that_it_exists(error):
                     return False
-                reason = failure(error, f"{self.location}/{name}")
-                raise _with_hint(reason) from None
+                raise _with_hint(failure(error, f"{self.location}/{name}")) from None
             return True
 
         return self._retries.run(once)
 
-    def _write_new_object(self, path: str, content: bytes) -> None:
-        # s3fs, gcsfs and others make one conditional request of it (If-None-Match).
-        self._objects.fs.pipe_file(path, content, mode="create", **self._objects.deadline(len(content)))
+    def _overwrite(self, name: str, content: bytes) -> None:
+        """Write an object in place of what is there."""
+
+        def once() -> None:
+            try:
+                self._write(name, content, "overwrite")
+            except Exception as error:
+                raise _with_hint(failure(error, f"{self.location}/{name}")) from None
+
+        self._retries.run(once)
+
+    def _write(self, name: str, content: bytes, mode: Literal["create", "overwrite"]) -> None:
+        """Write an object, whole or not at all; "create" raises an error if it is there."""
+        path = self._path(name)
+        if self._objects.is_local:
+            _write_file(path, content, os.link if mode == "create" else os.replace)
+        else:  # of "create", s3fs, gcsfs and others make one conditional request (If-None-Match)
+            self._objects.fs.pipe_file(path, content, mode=mode, **self._objects.deadline(len(content)))
 
     def _require_same(self, name: str, content: bytes) -> None:
         """Compare a result with the one that another builder has stored meanwhile."""
@@ -201,7 +212,7 @@ class SharedStore:
             other, _ = _parse(name, data)
         except _Damage as damage:
             self._retries.watcher.notice(f"{self.location}/{name}: damaged: {damage}; replaced")
-            self._objects.ask("pipe_file", path, content)
+            self._overwrite(name, content)
             return
         if other.sha256 != own.sha256:
             raise StoreError(
@@ -239,8 +250,8 @@ def _parse(name: str, content: bytes) -> tuple[Header, bytes]:
     return header, data
 
 
-def _write_new_file(path: str, content: bytes) -> None:
-    """Write a file whole or not at all; raises FileExistsError if it is there."""
+def _write_file(path: str, content: bytes, put: Callable[[str, str], None]) -> None:
+    """Write a file beside ``path``, and have ``put`` give it that name."""
     folder = Path(path).parent
     folder.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=".", dir=folder)
@@ -248,7 +259,7 @@ def _write_new_file(path: str, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             os.fchmod(file.fileno(), 0o644)
-        os.link(temporary, path)
+        put(temporary, path)
     finally:
         with suppress(OSError):
             os.unlink(temporary)
