@@ -48,14 +48,17 @@ def refusing(folder: Path, calls: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @needs_headers
-def test_a_second_start_on_baked_caches_calls_no_compiler(tmp_path: Path, run: Run) -> None:
-    dir = unpack(STORED, tmp_path / "restored")
-    done = run("bake", dir, "--gpu", "H200", "--", sys.executable, PROGRAM)
+def test_a_start_on_restored_baked_caches_calls_no_compiler(tmp_path: Path, run: Run) -> None:
+    dir, artifact = unpack(STORED, tmp_path / "restored"), tmp_path / "baked.tar.zst"
+    options = ("--gpu", "H200", "--artifact", STORED, "-o", artifact)
+    done = run("bake", dir, *options, "--", sys.executable, PROGRAM)
     assert done.returncode == 0, done.stderr
     assert "the card chooses at its first start" in done.stdout
     assert list((dir / baked.FOLDER / "triton").rglob("*.cubin"))
     assert not list((dir / baked.FOLDER).rglob("*.best_config")), "a choice by timing was kept"
 
+    dir.rename(tmp_path / "where it was baked")
+    unpack(artifact, dir)
     calls = tmp_path / "calls"
     environment = os.environ | {name: value for name, (value, _) in baked.variables(dir).items()}
     environment |= refusing(tmp_path / "compilers", calls)

@@ -22,6 +22,8 @@ from cachebuilder.compiling.compiler import CompileOptions
 from cachebuilder.compiling.store import CubinStore
 from cachebuilder.errors import CompatibilityError, PlanError, RestoreError
 from cachebuilder.flashinfer import entries
+from cachebuilder.inspecting.explain import explain
+from cachebuilder.inspecting.report import page
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.restoring import misses
 from cachebuilder.restoring import place as places
@@ -244,6 +246,25 @@ def test_a_server_that_cannot_write_into_the_folder_gets_one_of_its_own_with_lin
             assert any("flashinfer" in note for note in place.notes)
 
     as_user(STRANGER, serve)
+
+
+def test_a_kernel_of_the_gemm_is_explained_and_reported(whole: building.Built, restored: Path, tmp_path: Path) -> None:
+    inside, on_disk = explain(ENTRIES[0], whole.packed.path), explain(ENTRIES[0], restored)
+    assert inside.template == "fp8_gemm_kernel_swapAB" and inside.generation is None
+    values = {parameter.plain_name: parameter.value for parameter in inside.parameters}
+    assert (values["SHAPE_K"], values["BLOCK_N"], values["NumStages"]) == ("7168", "16", "8")
+    (asker,) = inside.asked_by
+    assert (asker.op, asker.shape) == ("fp8_blockscale_gemm_sm90", "n=4096 k=7168")
+    assert inside.resources is not None and inside.resources.registers > 32, "those of the dummy beside it"
+    assert on_disk.model_copy(update={"where": inside.where}) == inside
+    facts, size = page.write(tmp_path / "page.html", whole.packed.path)
+    assert size == (tmp_path / "page.html").stat().st_size
+    assert len(facts.kernels) == len(whole.plan.kernels) + 2 and set(facts.modules) == {
+        "concat_mla",
+        entries.GEMM_MODULE,
+    }
+    text = (tmp_path / "page.html").read_text()
+    assert "fp8_blockscale_gemm_sm90 n=576 k=512" in text and "FlashInfer's modules" in text
 
 
 def test_a_module_that_flashinfer_does_not_have_is_named(tmp_path: Path) -> None:

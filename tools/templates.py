@@ -1,6 +1,6 @@
 """Writes cachebuilder/deepgemm/templates.json: the parameters of every kernel template in several copies of DeepGEMM.
 
-    python tools/templates.py DEEP_GEMM_FOLDER…
+    python tools/templates.py DEEP_GEMM_FOLDER… [FLASHINFER_FOLDER…]
 
 The file keeps what it has; the named copies add to it.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     table: dict[str, list[list[str]]] = json.loads(path.read_text()) if path.exists() else {}
     for folder in sys.argv[1:]:
         added = 0
-        for name, declared in declared_templates(Path(folder) / "include" / "deep_gemm").items():
+        for name, declared in declared_templates(headers_of(Path(folder))).items():
             if declared not in table.setdefault(name, []):
                 table[name].append(declared)
                 added += 1
@@ -32,6 +32,12 @@ def main() -> None:
         for name, ways in sorted(table.items())
     ]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def headers_of(package: Path) -> Path:
+    """The folder of DeepGEMM's headers in a package of DeepGEMM, or in FlashInfer, which has TensorRT-LLM's copy."""
+    of_flashinfer = package / "data" / "csrc" / "nv_internal" / "tensorrt_llm" / "deep_gemm"
+    return of_flashinfer if of_flashinfer.is_dir() else package / "include" / "deep_gemm"
 
 
 def declared_templates(include: Path) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Serve with an unmodified vLLM on an SM90 GPU: as it comes with cold caches, and from a restored artifact.
 
-    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--runs LIST] [--graphs] [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
+    python benchmarks/gpu/vllm_as_it_comes.py MODEL ARTIFACT [--runs LIST] [--graphs] [--baked ARTIFACT] [--served ARTIFACT]
+        [--deep-gemm FOLDER] [--max-len N] [--steps LIST]
 
 MODEL is a folder with a config.json; weights are dummies. Each run is a process of its own with empty caches of its own:
 
@@ -8,7 +9,9 @@ MODEL is a folder with a config.json; weights are dummies. Each run is a process
   namespace in which the CUDA toolkit is hidden.
 - ``switched-off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
 - ``second-start``: ``restored`` once more, on the caches that it left: a second start on the card's own warm caches.
-- ``baked``: as ``restored``, with the caches of the other compilers that ``cachebuilder bake`` filled (``--baked TAR``).
+- ``baked``: an artifact that also has the caches of the other compilers, which ``cachebuilder bake`` filled, restored where
+  they were baked (``--baked ARTIFACT``). vLLM's JIT monitor is in ``error`` mode: a compilation after the start ends the engine.
+- ``served``: the same with ``cachebuilder run DIR -- vllm serve``, asked over HTTP (``--served ARTIFACT``).
 - ``cold``: no artifact, the toolkit there.
 
 Prints one JSON object a run: seconds until the engine is up, until the first token, the longest step of each batch, decoded
@@ -24,16 +27,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 
 COMPILERS = ("gcc", "g++", "cc", "c++", "clang", "nvcc", "ninja", "ptxas")
+ASKED = ("--version", "-V", "-v", "-dumpversion", "-dumpfullversion")
 HIDE = 'for folder in /usr/local/cuda*; do mount --bind /mnt/empty $folder; done; hash -r; exec "$@"'
 #: What vLLM's log says of its phases.
 PHASES = {
@@ -60,6 +67,7 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
         max_model_len=max_len,
         max_num_batched_tokens=8192,
         moe_backend="deep_gemm",
+        jit_monitor_mode=os.environ.get("JIT_MONITOR", "warn"),
     )
     up = time.monotonic() - started
     engine = llm.llm_engine
@@ -142,7 +150,11 @@ def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bo
     started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.run(
-            ["timeout", "280", *command], env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            ["timeout", os.environ.get("RUN_LIMIT", "280"), *command],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
     lines = log.read_text(errors="replace").splitlines()
     result = next((json.loads(line[7:]) for line in lines if line.startswith("RESULT ")), None)
@@ -155,10 +167,68 @@ def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bo
     result["generated"] = generated(Path(environment["VLLM_CACHE_ROOT"]))
     result["phases"] = {name: float(found[1]) for name, text in PHASES.items() if (found := re.search(text, whole))}
     called = [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
-    asked = ("--version", "-V", "-v", "-dumpversion", "-dumpfullversion")
-    compiled = [words for words in called if words[1:2] and words[1] not in asked]
+    compiled = [words for words in called if words[1:2] and words[1] not in ASKED]
     result["compilers"] = {one: sum(words[0] == one for words in compiled) for one in sorted({w[0] for w in compiled})}
     return {"run": name, "whole": round(time.monotonic() - started, 1)} | result
+
+
+def serve(dir: Path, model: str, environment: dict[str, str], steps: str, log: Path) -> dict[str, Any]:
+    """``vllm serve`` from a restored folder: seconds until it is healthy, and of each batch of requests."""
+    command = [sys.executable, "-m", "cachebuilder", "run", str(dir), "--engine", "vllm", "--", "vllm", "serve", model]
+    command += ["--max-model-len", "16384", "--max-num-batched-tokens", "8192", "--moe-backend", "deep_gemm"]
+    command += ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "8765", "--jit-monitor-mode", "error"]
+    calls = log.with_suffix(".calls")
+    environment = environment | counted(log.parent / "compilers-served", calls, environment["PATH"])
+    longest: dict[str, float] = {}
+    started = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", HIDE, "sh", *command],
+            env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            while process.poll() is None and time.monotonic() - started < 280:
+                try:
+                    urllib.request.urlopen("http://127.0.0.1:8765/health", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            up, first = time.monotonic() - started, None
+            for step in steps.split(",") if process.poll() is None else ():
+                batch, prompt = map(int, step.split("x"))
+                before = time.monotonic()
+                with ThreadPoolExecutor(batch) as pool:
+                    list(pool.map(complete, [prompt] * batch, range(batch), [1 if first is None else 4] * batch))
+                longest[step] = round(time.monotonic() - before, 3)
+                first = first if first is not None else longest[step]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    called = [line.split() for line in calls.read_text().splitlines()] if calls.exists() else []
+    compiled = [words for words in called if words[1:2] and words[1] not in ASKED]
+    misses = dir / "cachebuilder" / "misses.jsonl"
+    return {
+        "run": "served",
+        "up": round(up, 1),
+        "first_token": first,
+        "longest_request": longest,
+        "compilers": {one: sum(words[0] == one for words in compiled) for one in sorted({w[0] for w in compiled})},
+        "compilations": len(misses.read_text().splitlines()) if misses.exists() else 0,
+        "end": log.read_text(errors="replace").splitlines()[-3:] if not longest else [],
+    }
+
+
+def complete(prompt: int, number: int, tokens: int) -> None:
+    """One request of so many prompt tokens, which its number decides: vLLM does not compute again what it has cached."""
+    sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "detokenize": False}
+    body = {
+        "token_ids": [1 + (7 * number + 13 * prompt + i) % 1000 for i in range(prompt)],
+        "sampling_params": sampling,
+    }
+    request = urllib.request.Request(
+        "http://127.0.0.1:8765/inference/v1/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=120).read()
 
 
 def generated(caches: Path) -> list[Any]:
@@ -205,9 +275,10 @@ def own_caches(folder: Path) -> dict[str, str]:
 @click.argument("model")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
-    "--runs", default="restored", show_default=True, help="of restored, second-start, baked, switched-off, cold"
+    "--runs", default="restored", show_default=True, help="of restored, second-start, baked, switched-off, served, cold"
 )
-@click.option("--baked", type=click.Path(path_type=Path), help="a tar of the folder that cachebuilder bake filled")
+@click.option("--baked", type=click.Path(path_type=Path), help="an artifact with what cachebuilder bake filled")
+@click.option("--served", type=click.Path(path_type=Path), help="the same, baked with vllm serve")
 @click.option("--graphs", is_flag=True, help="CUDA graphs and torch.compile on, as vLLM comes; else eager")
 @click.option("--deep-gemm", type=click.Path(path_type=Path))
 @click.option("--max-len", type=int, default=16384)
@@ -218,6 +289,7 @@ def main(
     artifact: Path,
     runs: str,
     baked: Path | None,
+    served: Path | None,
     graphs: bool,
     deep_gemm: Path | None,
     max_len: int,
@@ -233,10 +305,12 @@ def main(
         cachebuilder = [sys.executable, "-m", "cachebuilder"]
         options = ["--deep-gemm", str(deep_gemm)] if deep_gemm else []
         subprocess.run([*cachebuilder, "restore", str(artifact), "--to", str(restored), *options], check=True)
-        for name in [name for name in runs.split(",") if name != "cold"]:
+        for name in [name for name in runs.split(",") if name not in ("cold", "served")]:
             environment = own_caches(work / ("restored" if name == "second-start" else name))
             if name == "baked" and baked is not None:
-                subprocess.run(["tar", "-xf", str(baked), "-C", str(restored)], check=True)
+                shutil.rmtree(restored)
+                subprocess.run([*cachebuilder, "restore", str(baked), "--to", str(restored), *options], check=True)
+                environment["JIT_MONITOR"] = "error"
             Path("/mnt/empty").mkdir(exist_ok=True)
             ask = [*cachebuilder, "env", str(restored), "--engine", "vllm", "--format", "json"]
             printed = subprocess.run(
@@ -257,6 +331,14 @@ def main(
             result["compilations"] = len(misses.read_text().splitlines()) if misses.exists() else 0
             results.append(result)
             print(json.dumps(result), flush=True)
+        if served is not None and "served" in runs.split(","):
+            to = Path("/opt/restored") / served.name.split(".")[0]
+            shutil.rmtree(to, ignore_errors=True)
+            subprocess.run([*cachebuilder, "restore", str(served), "--to", str(to), *options], check=True)
+            environment = own_caches(work / "served")
+            del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+            results.append(serve(to, model, environment, steps, logs / "served.log"))
+            print(json.dumps(results[-1]), flush=True)
         if "cold" in runs.split(","):
             home, count = work / "cuda", work / "nvcc-calls"
             real = Path("/usr/local/cuda").resolve()
@@ -277,7 +359,7 @@ def main(
             print(json.dumps(result), flush=True)
     print(f"{'run':<14}{'up s':>8}{'first s':>9}{'longest step s':>16}{'tok/s 1':>9}{'8':>9}{'31':>9}{'compiled':>10}")
     for result in results:
-        steps_of = result.get("longest_step", {"": 0})
+        steps_of = result.get("longest_step") or result.get("longest_request") or {"": 0}
         decode = result.get("decode", {})
         print(
             f"{result['run']:<14}{result.get('up', 0):>8}{result.get('first_token', 0):>9}{max(steps_of.values()):>16}"

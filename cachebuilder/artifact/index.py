@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
+from cachebuilder.artifact.baked import BakedPart
 from cachebuilder.common.records import Count, Line, Record, Sha256, Text
 from cachebuilder.deepgemm.environment import KernelEnvironment
 from cachebuilder.deepgemm.generation import Generation
@@ -136,14 +137,15 @@ class Index(Record):
     """All of ``artifact.json``.
 
     Attributes:
-        schema_version: 2 in an artifact with something for FlashInfer, else 1.
+        schema_version: 3 in an artifact with baked caches; else 2 with something for FlashInfer; else 1.
         manifest: sha256 of the manifest's bytes.
         ops: as the manifest's models dump them, not validated here.
         recorded: facts for a person that bind nothing: torch, Python and the GPU's name.
-        flashinfer: None in an artifact that holds DeepGEMM's kernels only.
+        flashinfer: None in an artifact without anything for FlashInfer.
+        baked: caches of the engine's other compilers; None where there are none.
     """
 
-    schema_version: Literal[1, 2]
+    schema_version: Literal[1, 2, 3]
     name: str
     fingerprint: Fingerprint
     fingerprint_digest: Sha256
@@ -152,6 +154,7 @@ class Index(Record):
     entries: Annotated[tuple[Entry, ...], Field(max_length=MAX_ENTRIES), FailFast()]
     recorded: dict[Line, Line]
     flashinfer: FlashInferPart | None = None
+    baked: BakedPart | None = None
 
     @property
     def folders(self) -> dict[str, tuple[Entry, ...]]:
@@ -162,7 +165,7 @@ class Index(Record):
         return folders
 
     def members(self) -> Iterator[tuple[str, list[Member]]]:
-        """The files of the index in groups, in the order of the tar; each with what its files are called.
+        """The files of all entries in groups, in the order of the tar; each with what its files are called.
 
         In each folder all entries' first files come first, then all second ones, and so on.
         """
@@ -170,6 +173,12 @@ class Index(Record):
             for position in range(max((len(entry.files) for entry in entries), default=0)):
                 members = [Member(folder, entry, entry.files[position]) for entry in entries]
                 yield members[0].file.name, members
+
+    @property
+    def unpacked_size(self) -> int:
+        """The size of all files but the index and the manifest, in bytes."""
+        entries = sum(member.file.size for _, members in self.members() for member in members)
+        return entries + sum(size for _, size in self.baked.members()) if self.baked else entries
 
     @property
     def gpu(self) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import zstandard
 
+from cachebuilder.artifact.baked import MEMBERS, BakedPart
 from cachebuilder.artifact.index import (
     INDEX,
     MANIFEST,
@@ -22,6 +23,8 @@ from cachebuilder.artifact.index import (
     FlashInferPart,
     Index,
 )
+from cachebuilder.artifact.read import open_archive
+from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.files import write_atomically
 from cachebuilder.common.version import __version__
 from cachebuilder.deepgemm import entries as entry_files
@@ -108,8 +111,33 @@ def pack_as(
         recorded={"cachebuilder": __version__, "torch": plan.torch, "python": plan.python, "gpu": plan.gpu.name},
         flashinfer=part,
     )
-    unpacked_size = sum(member.file.size for _, members in index.members() for member in members)
-    return PackedBytes(compress(_tar(index, manifest, plan, contents)), unpacked_size)
+    return PackedBytes(compress(_tar(index, manifest, plan, contents)), index.unpacked_size)
+
+
+def pack_with_baked(artifact: Path, part: BakedPart, root: Path) -> PackedBytes:
+    """The artifact with baked caches beside what it holds, in place of those that it may have.
+
+    Args:
+        root: the folder of the files of ``part``.
+
+    Raises:
+        ArtifactError: the artifact cannot be read, or is damaged; or a file is not as ``part`` says.
+    """
+    with open_archive(artifact) as archive:
+        index = archive.index.model_copy(update={"schema_version": 3, "baked": part})
+        members = [(member.path, data) for member, data in archive.files()]
+        archive.drain()
+    tar = _begin_tar(index, archive.manifest)
+    for path, data in members:
+        tar.add(path, data)
+    paths = {file.sha256: file.path for file in part.files}
+    for sha256, _ in part.members():
+        with open_file(root / paths[sha256]) as file:
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ArtifactError(f"{root / paths[sha256]}: changed while it was packed", hint="stop what writes there")
+        tar.add(f"{MEMBERS}/{sha256}", data)
+    return PackedBytes(compress(tar.bytes()), index.unpacked_size)
 
 
 def _entry(name: str, contents: Mapping[str, Mapping[str, bytes]], selected_by: tuple[Selection, ...] = ()) -> Entry:
@@ -178,15 +206,20 @@ def _files(plan: Plan, kernel: Kernel, cubin: bytes) -> dict[str, bytes]:
 
 
 def _tar(index: Index, manifest: bytes, plan: Plan, contents: Mapping[str, Mapping[str, bytes]]) -> bytes:
-    tar = Tar(time=int(os.environ.get("SOURCE_DATE_EPOCH", "0")))
-    tar.add(INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
-    tar.add(MANIFEST, manifest)
+    tar = _begin_tar(index, manifest)
     # By file name first, then by source: like stands next to like, which is what the compressor needs.
     place = {kernel.entry: (kernel.name, kernel.source) for kernel in plan.kernels}
     for _, members in index.members():
         for member in sorted(members, key=lambda member: (place.get(member.entry.name, ("", "")), member.entry.name)):
             tar.add(member.path, contents[member.entry.name][member.file.name])
     return tar.bytes()
+
+
+def _begin_tar(index: Index, manifest: bytes) -> Tar:
+    tar = Tar(time=int(os.environ.get("SOURCE_DATE_EPOCH", "0")))
+    tar.add(INDEX, index.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+    tar.add(MANIFEST, manifest)
+    return tar
 
 
 class Tar:

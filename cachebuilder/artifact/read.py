@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from cachebuilder.artifact import baked
 from cachebuilder.artifact.frame import unpacked
 from cachebuilder.artifact.index import CACHE, INDEX, MANIFEST, Entry, FlashInferPart, Index, Member
 from cachebuilder.artifact.tar import TarReader
@@ -63,8 +64,8 @@ class Archive:
     def files(self) -> Iterator[tuple[Member, bytes]]:
         """Every file of every entry, its bytes checked against the index; ``manifest`` is set before the first.
 
-        They come in the order of `Index.members`: an entry's marker is its last. Only when the iterator ends has the
-        whole archive been checked.
+        They come in the order of `Index.members`: an entry's marker is its last. Only when the iterator ends, and for
+        an artifact with baked caches that of `baked_files`, has the whole archive been checked.
 
         Raises:
             ArtifactError: at the first byte that is not as `artifact.pack` would have written it.
@@ -85,7 +86,35 @@ class Archive:
                 if digest != file.sha256:
                     raise self._tar.error(f"{name}: wanted sha256 {file.sha256}, found {digest}")
                 yield member, data
+        if self.index.baked is None:
+            self._tar.end()
+
+    def baked_files(self) -> Iterator[tuple[str, bytes]]:
+        """The sha256 and the bytes of each baked file, after the last of `files`; none where nothing was baked.
+
+        Raises:
+            ArtifactError: as `files` does.
+        """
+        if self.index.baked is None:
+            return
+        for sha256, wanted_size in self.index.baked.members():
+            wanted = f"{baked.MEMBERS}/{sha256}"
+            name, size = self._tar.header()
+            if (name, size) != (wanted, wanted_size):
+                found = f"{name!r} of {size}" if name else "the end: truncated"
+                raise self._tar.error(f"wanted {wanted} of {wanted_size} bytes, found {found}")
+            data = self._tar.body(size)
+            if (digest := hashlib.sha256(data).hexdigest()) != sha256:
+                raise self._tar.error(f"{name}: wanted sha256 {sha256}, found {digest}")
+            yield sha256, data
         self._tar.end()
+
+    def check(self) -> None:
+        """Read every file and throw it away. Raises `ArtifactError` as `files` does."""
+        for _ in self.files():
+            pass
+        for _ in self.baked_files():
+            pass
 
     def _manifest(self) -> bytes:
         name, size = self._tar.header()
@@ -168,8 +197,9 @@ def _problem(index: Index) -> str | None:
     fingerprint = index.fingerprint
     if not _NAME.fullmatch(index.name):
         return f"name: wanted letters, digits, '.', '_' and '-', found {index.name[:100]!r}"
-    if index.schema_version != (2 if index.flashinfer else 1):
-        return f"schema_version: wanted 2 with flashinfer and 1 without, found {index.schema_version}"
+    schema_version = 3 if index.baked else 2 if index.flashinfer else 1
+    if index.schema_version != schema_version:
+        return f"schema_version: wanted {schema_version} for what the index holds, found {index.schema_version}"
     if len(fingerprint.compiler) > 4096:
         return "fingerprint.compiler: wanted the text of nvcc --version, found more than 4096 characters"
     if len(fingerprint.legacy_flags or "") > 4096:  # a relocation hashes them for every entry
@@ -187,7 +217,9 @@ def _problem(index: Index) -> str | None:
             return problem
     if problem := _twice(index.entries, "entries"):
         return problem
-    return _flashinfer_problem(index.flashinfer) if index.flashinfer else None
+    if index.flashinfer and (problem := _flashinfer_problem(index.flashinfer)):
+        return problem
+    return baked.problem(index.baked) if index.baked else None
 
 
 def _flashinfer_problem(part: FlashInferPart) -> str | None:

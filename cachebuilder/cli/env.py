@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -70,7 +71,8 @@ def text(serving: Sequence[Variable], form: str) -> str:
     "--format", "form", type=click.Choice(_FORMATS), default="shell", show_default=True, help="What to print."
 )
 @shared.scratch_option
-def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
+@shared.baked_option
+def env(dir: Path, engine: Engine, form: str, scratch: Path | None, with_baked: bool) -> None:
     """Print the environment variables for a process that serves from DIR, where an artifact was restored.
 
     Run it in the image that serves: CUDA_HOME is printed only if the image has no CUDA toolkit. The formats shell and
@@ -78,10 +80,12 @@ def env(dir: Path, engine: Engine, form: str, scratch: Path | None) -> None:
     """
     indexes = open_folder(dir).indexes
     place = (places.usable if form in ("shell", "json") else places.usual)(dir, indexes, scratch)
+    place = replace(place, baked=place.baked and with_baked)
     for note in place.notes or _other_users(place, scratch):
         console.echo(f"note      {note}", err=True)
     serving = variables(place, indexes, engine, os.environ)
-    baked.require_fit(dir, os.environ | {variable.name: variable.value for variable in serving})
+    if place.baked:
+        baked.require_fit(dir, os.environ | {variable.name: variable.value for variable in serving})
     console.echo(text(serving, form))
 
 

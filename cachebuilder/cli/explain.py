@@ -35,8 +35,8 @@ def explain(kernel: str, inside: Path | None, as_json: bool) -> None:
 
 
 def _print(explanation: Explanation) -> None:
-    console.echo(f"kernel     {explanation.name} ({explanation.generation})")
-    console.echo(f"key        {explanation.entry[-32:]}")
+    console.echo(f"kernel     {explanation.name} ({explanation.generation or 'of FlashInfer'})")
+    console.echo(f"key        {explanation.entry[-32:] if explanation.generation else explanation.entry}")
     if explanation.cubin_bytes is not None and (takes := explanation.resources) is not None:
         threads = f", {takes.threads} threads a block" if takes.threads else ""
         console.echo(f"cubin      {words.size(explanation.cubin_bytes)}: {takes.registers} registers{threads}")

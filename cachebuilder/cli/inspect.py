@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cachebuilder.artifact.baked import BakedPart
 from cachebuilder.artifact.index import FlashInferPart
 from cachebuilder.cli import console, remote, shared, table, words
 from cachebuilder.inspecting.summary import Summary, summarise
@@ -49,6 +50,8 @@ def _print(summary: Summary) -> None:
         console.echo(f"  {count:>6}  {name}")
     if index.flashinfer:
         _print_flashinfer(index.flashinfer)
+    if index.baked:
+        _print_baked(index.baked)
 
 
 def _print_flashinfer(part: FlashInferPart) -> None:
@@ -59,3 +62,16 @@ def _print_flashinfer(part: FlashInferPart) -> None:
         table.line("  module", f"{module.name}, {words.size(module.files[0].size)}", column=_COLUMN)
     for entry in part.entries:
         table.line("  kernel", entry.name, column=_COLUMN)
+
+
+def _print_baked(part: BakedPart) -> None:
+    console.echo("baked")
+    record = part.record
+    facts = {"command": record.command, "gpu": record.gpu, "python": record.python, "dir": record.dir}
+    for field, value in (facts | record.packages).items():
+        table.line(f"  {field}", value, column=_COLUMN)
+    sizes: dict[str, list[int]] = {}
+    for file in part.files:
+        sizes.setdefault(file.path.split("/")[0], []).append(file.size)
+    for cache, of_files in sizes.items():
+        table.line(f"  {cache}", f"{words.several(len(of_files), 'file')}, {words.size(sum(of_files))}", column=_COLUMN)

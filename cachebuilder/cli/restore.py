@@ -23,6 +23,7 @@ class RestoreOptions:
 
     deep_gemm: Path | None
     force: bool
+    with_baked: bool
     trust: tuple[Path, ...]
     name: str | None
     not_before: datetime | None
@@ -37,6 +38,7 @@ restore_options = shared.option_group(
     RestoreOptions,
     shared.serving_deep_gemm_option,
     shared.force_option,
+    shared.baked_option,
     signing.trust_option,
     signing.name_option,
     signing.not_before_option,
@@ -44,16 +46,18 @@ restore_options = shared.option_group(
 
 
 def run_restore(
-    artifacts: Sequence[Path | str], to: Path, machine: Machine, trust: Trust | None, force: bool
+    artifacts: Sequence[Path | str], to: Path, machine: Machine, trust: Trust | None, options: RestoreOptions
 ) -> restoring.Restored:
     """Fetch and restore, and say on stderr what was done."""
     started = time.monotonic()
     signing.warn_unchecked(trust)
     files = [
-        remote.fetched(str(artifact), machine, trust, force) if remote.is_remote(artifact) else Path(artifact)
+        remote.fetched(str(artifact), machine, trust, options.force) if remote.is_remote(artifact) else Path(artifact)
         for artifact in artifacts
     ]
-    restored = restoring.restore(files, to, machine=machine, trust=trust, force=force)
+    restored = restoring.restore(
+        files, to, machine=machine, trust=trust, force=options.force, with_baked=options.with_baked
+    )
     for other in restored.others:
         if other.fits:
             console.echo(f"unused    {other.artifact}: it fits as well; the first one that fits is taken", err=True)
@@ -68,6 +72,8 @@ def run_restore(
         f"restored  {restored.index.name}: {written} written, {restored.skipped} there already{relocated}, "
         f"{time.monotonic() - started:.2f} s"
     )
+    if restored.baked is not None:
+        shared.remark(f"baked     {words.several(len(restored.baked.files), 'file')} of the engine's other compilers")
     return restored
 
 
@@ -91,5 +97,5 @@ def restore(artifacts: tuple[Path | str, ...], to: Path, options: RestoreOptions
     visible in DIR, with --trust first of all its signature. DIR may be in use.
     """
     machine, trust = Machine.here(options.deep_gemm), options.load_trust()
-    restored = run_restore(artifacts, to, machine, trust, options.force)
+    restored = run_restore(artifacts, to, machine, trust, options)
     shared.remark(f"next      cachebuilder env {restored.dir} --engine vllm|sglang")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -53,14 +53,15 @@ def run(
         say_differences(serving.require_fit(folder, machine, force=options.force))
         dir, indexes = source, folder.indexes
     else:
-        restored = run_restore([source], to or serving.own_folder(source), machine, trust, options.force)
+        restored = run_restore([source], to or serving.own_folder(source), machine, trust, options)
         dir, indexes = restored.dir, [restored.index]
     place = places.usable(dir, indexes, how.scratch)
+    place = replace(place, baked=place.baked and options.with_baked)
     serving.keep_in_use(dir, *place.private)
     for note in (*place.notes, *notes(indexes, how.engine, os.environ, command)):
         console.echo(f"note      {note}", err=True)
     environment = serving.process_environment(place, indexes, how.engine)
-    if not options.force:
+    if place.baked and not options.force:
         baked.require_fit(dir, environment)
     try:
         os.execvpe(command[0], command, environment)

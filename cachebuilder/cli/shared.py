@@ -109,6 +109,13 @@ force_option = click.option(
     is_flag=True,
     help="Restore even if DeepGEMM would not find the kernels, or if DIR is another user's; say what does not fit.",
 )
+baked_option = click.option(
+    "--baked/--no-baked",
+    "with_baked",
+    default=True,
+    show_default=True,
+    help="Use the caches of the engine's other compilers, if they were baked.",
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["virtual", "cuda", "auto"]),

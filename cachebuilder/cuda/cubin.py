@@ -42,6 +42,10 @@ class Resources(Record):
     code_bytes: int
 
 
+#: FlashInfer's sources have it to refer to the template; nothing launches it.
+_DUMMY = "_Z12dummy_kernelv"
+
+
 class CubinError(ValueError):
     """The bytes are not a cubin with one kernel."""
 
@@ -57,6 +61,7 @@ def resources(cubin: bytes) -> Resources:
         from elftools.common.exceptions import ELFError
         from elftools.construct import ConstructError
         from elftools.elf.elffile import ELFFile
+        from elftools.elf.sections import SymbolTableSection
     except ModuleNotFoundError:
         raise InstallationError(
             "reading a cubin needs pyelftools, which is not installed", hint="pip install 'cachebuilder[report]'"
@@ -65,14 +70,21 @@ def resources(cubin: bytes) -> Resources:
         elf = ELFFile(io.BytesIO(cubin))
         sections = {section.name: section for section in elf.iter_sections()}
         functions = [name.removeprefix(_TEXT) for name in sections if name.startswith(_TEXT)]
+        functions = [name for name in functions if name != _DUMMY]
         if elf["e_machine"] != "EM_CUDA" or len(functions) != 1:
             raise CubinError(f"wanted a cubin with one kernel, found {elf['e_machine']} with {len(functions)}")
         function = functions[0]
         # One section has attributes of all functions: each value follows its function's place in the symbol table.
-        # There is one function here.
-        all_functions = dict(_attributes(sections[_INFO].data()))
+        table = sections[".symtab"]
+        symbols = (
+            (symbol.name for symbol in table.iter_symbols()) if isinstance(table, SymbolTableSection) else iter(())
+        )
+        place = struct.pack("<I", next(number for number, name in enumerate(symbols) if name == function))
+        all_functions = {
+            key: value[4:] for key, value in _attributes(sections[_INFO].data()) if value.startswith(place)
+        }
         this_function = dict(_attributes(sections[f"{_INFO}.{function}"].data()))
-        (_, registers), (_, stack) = (struct.unpack("<II", all_functions[key]) for key in (_REGCOUNT, _FRAME_SIZE))
+        registers, stack = (struct.unpack("<I", all_functions[key])[0] for key in (_REGCOUNT, _FRAME_SIZE))
         shared = sections.get(_SHARED + function)
         return Resources(
             function=function,
@@ -82,7 +94,7 @@ def resources(cubin: bytes) -> Resources:
             threads=_product(this_function[_MAX_THREADS]) if _MAX_THREADS in this_function else None,
             code_bytes=sections[_TEXT + function]["sh_size"],
         )
-    except (ELFError, ConstructError, struct.error, KeyError, IndexError, UnicodeDecodeError) as error:
+    except (ELFError, ConstructError, struct.error, KeyError, IndexError, UnicodeDecodeError, StopIteration) as error:
         raise CubinError(f"wanted a cubin, found {len(cubin)} bytes of something else: {error}") from error
 
 

@@ -49,7 +49,8 @@ class _Template:
     plain: dict[int, str]
 
 
-_INSTANTIATION = re.compile(r"&\s*(\w+)\s*<(.*)>\s*\)", re.DOTALL)
+#: The semicolon is FlashInfer's.
+_INSTANTIATION = re.compile(r"&\s*(\w+)\s*<(.*)>\s*[);]", re.DOTALL)
 
 _E4M3 = "cutlass::float_e4m3_t"
 _TEMPLATES = {

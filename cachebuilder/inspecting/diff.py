@@ -14,6 +14,7 @@ from cachebuilder.common.folders import Folder
 from cachebuilder.common.records import Record
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError
+from cachebuilder.restoring import baked
 from cachebuilder.restoring.compatibility import Difference, between
 from cachebuilder.restoring.folder import RestoredFolder, open_folder
 
@@ -81,13 +82,17 @@ def read(path: Path) -> Side:
 
 
 def _listed(index: Index, *left_out: str) -> dict[str, _Files]:
-    """The files of each entry as an index lists them; entries of FlashInfer by their path below the artifact's root."""
-    return {
+    """The files of each entry as an index lists them; FlashInfer's and baked ones by their folder's path below DIR."""
+    files: dict[str, _Files] = {
         entry.name if folder == CACHE else f"{folder}/{entry.name}": {file.name: file.sha256 for file in entry.files}
         for folder, entries in index.folders.items()
         if folder not in left_out
         for entry in entries
     }
+    for file in index.baked.files if index.baked else ():
+        folder, _, name = f"{baked.FOLDER}/{file.path}".rpartition("/")
+        files[folder] = {**files.get(folder, {}), name: file.sha256}
+    return files
 
 
 def compare(a: Side, b: Side) -> Comparison:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cachebuilder.artifact.index import CACHE, Index
+from cachebuilder.artifact.index import CACHE, FLASHINFER_CACHE, Index
 from cachebuilder.common.reading import read_named
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.cubin import Resources
@@ -18,7 +18,8 @@ from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.deepgemm.source import Shape, kernel_template, read_shape
 from cachebuilder.deepgemm.templates import Parameter
 from cachebuilder.errors import ArtifactError
-from cachebuilder.inspecting.report.facts import KernelFacts, OpFacts, check_selections, gather, op_facts, resources_of
+from cachebuilder.flashinfer import entries as flashinfer_files
+from cachebuilder.inspecting.report.facts import KernelFacts, OpFacts, asked, check_selections, gather, resources_of
 from cachebuilder.planning.selection import Range, Selection
 from cachebuilder.restoring.folder import is_restored, open_folder
 
@@ -47,6 +48,7 @@ class Explanation(Record):
     """``explain --json``: one kernel.
 
     Attributes:
+        generation: of DeepGEMM's cache; None for a kernel of FlashInfer's GEMM.
         where: the folder or the artifact that holds it.
         template, parameters: what its source instantiates.
         made_for: what its source says it was generated for; None where the source does not say.
@@ -56,7 +58,7 @@ class Explanation(Record):
 
     entry: str
     name: str
-    generation: Generation
+    generation: Generation | None
     where: str
     template: str | None
     parameters: tuple[Parameter, ...]
@@ -78,7 +80,8 @@ def explain(target: str, inside: Path | None = None) -> Explanation:
     if inside is not None and not inside.is_dir():
         return _in_artifact(target, inside)
     roots = [inside] if inside else sorted({r for g in _GENERATIONS for r in variables.cache_roots(g, os.environ)[1]})
-    folders = {path.name: path for root in roots for path in (root / CACHE).glob("*") if path.is_dir()}
+    caches = [root / cache for root in roots for cache in (CACHE, FLASHINFER_CACHE)]
+    folders = {path.name: path for cache in caches for path in cache.glob("*") if path.is_dir()}
     where = "the caches " + (", ".join(map(str, roots)) or "here: there are none, HOME is not set")
     hint = None if inside else f"cachebuilder explain {target} --in ARTIFACT|DIR"
     return _in_folder(folders[_entry_called(target, folders, where, hint)].absolute())
@@ -98,24 +101,23 @@ def _entry_called(key: str, entries: Iterable[str], where: str, hint: str | None
 
 
 def _in_folder(folder: Path) -> Explanation:
+    of_flashinfer = flashinfer_files.is_entry(folder.name)
     generation = next((g for g in _GENERATIONS if entry_files.kernel_name(g, folder.name)), None)
-    if generation is None:
+    if generation is None and not of_flashinfer:
         raise ArtifactError(f"{folder}: wanted the folder of a kernel, as sm90_fp8_gemm_1d2d.<32 digits>")
-    root = folder.parent.parent
-    indexes = open_folder(root).indexes if folder.parent.name == CACHE and is_restored(root) else []
+    cache = FLASHINFER_CACHE if of_flashinfer else CACHE
+    root = folder.parents[1 + cache.count("/")]
+    indexes = open_folder(root).indexes if folder.parent == root / cache and is_restored(root) else []
+    cubin_file = flashinfer_files.CUBIN if of_flashinfer else entry_files.CUBIN
+    bounds = flashinfer_files.MAX_BYTES if of_flashinfer else entry_files.MAX_BYTES
     try:
-        source = _read(folder / entry_files.SOURCE).decode(errors="replace")
-        cubin = _read(folder / entry_files.CUBIN)
+        source = read_named(folder / entry_files.SOURCE, bounds[entry_files.SOURCE]).decode(errors="replace")
+        cubin = read_named(folder / cubin_file, bounds[cubin_file])
     except OSError as error:
         raise ArtifactError(f"{folder}: {error.filename} cannot be read: {error.strerror}") from error
-    name = entry_files.kernel_name(generation, folder.name) or ""
-    resources = resources_of(folder, entry_files.CUBIN, cubin)
-    kernel = KernelFacts(folder.name, name, "", source, (), len(cubin), resources)
+    name = (entry_files.kernel_name(generation, folder.name) or "") if generation else flashinfer_files.GEMM_FUNCTION
+    kernel = KernelFacts(folder.name, name, "", source, (), len(cubin), resources_of(folder, cubin_file, cubin))
     return _explanation(kernel, generation, folder, _askers(folder, indexes))
-
-
-def _read(path: Path) -> bytes:
-    return read_named(path, entry_files.MAX_BYTES[path.name])
 
 
 def _in_artifact(key: str, artifact: Path) -> Explanation:
@@ -123,10 +125,13 @@ def _in_artifact(key: str, artifact: Path) -> Explanation:
     kernels = {kernel.entry: kernel for kernel in facts.kernels}
     kernel = kernels[_entry_called(key, kernels, str(artifact))]
     askers = [_asker(facts.name, facts.ops[selection.op], selection) for selection in kernel.selected_by]
-    return _explanation(kernel, facts.generation, artifact, askers)
+    generation = None if kernel.name == flashinfer_files.GEMM_FUNCTION else facts.generation
+    return _explanation(kernel, generation, artifact, askers)
 
 
-def _explanation(kernel: KernelFacts, generation: Generation, where: Path, askers: Iterable[Asker]) -> Explanation:
+def _explanation(
+    kernel: KernelFacts, generation: Generation | None, where: Path, askers: Iterable[Asker]
+) -> Explanation:
     return Explanation(
         entry=kernel.entry,
         name=kernel.name or kernel.entry,
@@ -144,9 +149,10 @@ def _explanation(kernel: KernelFacts, generation: Generation, where: Path, asker
 def _askers(folder: Path, indexes: Iterable[Index]) -> Iterator[Asker]:
     """The ops of these artifacts that ask for the kernel in ``folder``."""
     for index in indexes:
-        for selection in (s for entry in index.entries if entry.name == folder.name for s in entry.selected_by):
-            check_selections(folder, len(index.ops), [selection])
-            yield _asker(index.name, op_facts(index.ops[selection.op]), selection)
+        for entries, ops in asked(index):
+            for selection in (s for entry in entries if entry.name == folder.name for s in entry.selected_by):
+                check_selections(folder, len(ops), [selection])
+                yield _asker(index.name, ops[selection.op], selection)
 
 
 def _asker(artifact: str, op: OpFacts, selection: Selection) -> Asker:

@@ -53,7 +53,7 @@ def summarise(artifact: Path) -> Summary:
         index=index,
         sha256=sha256,
         size=artifact.stat().st_size,
-        unpacked_size=sum(member.file.size for _, members in index.members() for member in members),
+        unpacked_size=index.unpacked_size,
         families=Counter(entry_files.kernel_name(generation, entry.name) or entry.name for entry in index.entries),
         verdict=_verdict(report.path_for(artifact), sha256),
     )

@@ -17,16 +17,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import stat
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from cachebuilder.artifact.baked import BakedFile, BakedPart, BakedRecord, problem
+from cachebuilder.artifact.whole import open_file
 from cachebuilder.common import records
-from cachebuilder.common.records import Line, Record
 from cachebuilder.cuda import nvml
 from cachebuilder.deepgemm.installation import package_folder
-from cachebuilder.errors import ArtifactError, CompatibilityError
+from cachebuilder.errors import ArtifactError, CompatibilityError, RestoreError
 
 #: The folder of all these caches in a restored folder, and the record in it.
 FOLDER, RECORD = "baked", "baked.json"
@@ -38,8 +41,10 @@ CACHES = {
     "humming": ("HUMMING_CACHE_DIR", "humming/utils/jit.py, 0.1.10"),
     "tilelang": ("TILELANG_CACHE_DIR", "tilelang/env.py, 0.1.9"),
 }
-#: An empty folder beside them. Triton 3.8's keys hold the folder in which it looks for libcuda (``runtime/build.py``,
-#: ``backends/nvidia/driver.py``); its linker goes on to the usual ones.
+#: What a compiler leaves while it works.
+_UNFINISHED = (".lock", ".tmp")
+#: A folder beside them without any library. Triton 3.8's keys hold the folder in which it looks for libcuda
+#: (``runtime/build.py``, ``backends/nvidia/driver.py``); its linker goes on to the usual ones.
 LIBCUDA = "libcuda"
 #: The packages whose versions or paths are in keys.
 _PACKAGES = ("torch", "triton", "vllm")
@@ -49,36 +54,12 @@ _SETTINGS = ("TORCHINDUCTOR_",)
 _MAX_BYTES = 1 << 20
 
 
-class Baked(Record):
-    """What the keys of the baked caches depend on.
-
-    Attributes:
-        command: what was run to fill them.
-        gpu: its name as CUDA gives it.
-        python: its version, to the patch.
-        dir: the restored folder: vLLM's caches hold absolute paths.
-        packages: name → version.
-        folders: name → the folder that it is imported from.
-        names: variables that keys hold, set or not.
-        environment: those that were set, with their values; of a secret, its SHA-256.
-    """
-
-    command: Line
-    gpu: Line
-    python: Line
-    dir: Line
-    packages: dict[Line, Line]
-    folders: dict[Line, Line]
-    names: list[Line]
-    environment: dict[Line, Line]
-
-
-def record(dir: Path, command: str, gpu: str, environment: Mapping[str, str]) -> Baked:
+def record(dir: Path, command: str, gpu: str, environment: Mapping[str, str]) -> BakedRecord:
     """What the caches that were filled in ``dir`` depend on: this Python's packages and the process's variables."""
     names = sorted(
         {*_VARIABLES, *_hashed_by_vllm(dir), *_settings(environment)} - {name for name, _ in CACHES.values()}
     )
-    return Baked(
+    return BakedRecord(
         command=command,
         gpu=gpu,
         python=platform.python_version(),
@@ -90,7 +71,7 @@ def record(dir: Path, command: str, gpu: str, environment: Mapping[str, str]) ->
     )
 
 
-def read(dir: Path) -> Baked | None:
+def read(dir: Path) -> BakedRecord | None:
     """The record of what was baked in a restored folder; None where nothing was.
 
     Raises:
@@ -99,7 +80,7 @@ def read(dir: Path) -> Baked | None:
     path = dir / FOLDER / RECORD
     try:
         with path.open("rb") as file:
-            return records.read(Baked, file.read(_MAX_BYTES))
+            return records.read(BakedRecord, file.read(_MAX_BYTES))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -108,11 +89,48 @@ def read(dir: Path) -> Baked | None:
         raise ArtifactError(f"{path}: {error}", hint="bake again with cachebuilder bake") from None
 
 
+def collect(dir: Path) -> BakedPart:
+    """What was baked in a restored folder, for an artifact.
+
+    Raises:
+        ArtifactError: nothing was baked there, or a file cannot be part of an artifact.
+    """
+    baked, root = read(dir), dir / FOLDER
+    if baked is None:
+        raise ArtifactError(f"{dir}: wanted a folder with {FOLDER}/{RECORD}, found none", hint="cachebuilder bake DIR")
+    files = []
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, name) for name in names):
+            if path == root / RECORD or path.suffix in _UNFINISHED:
+                continue
+            if path.is_symlink():
+                raise ArtifactError(f"{path}: wanted regular files, found a link")
+            with open_file(path) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                status = os.fstat(file.fileno())
+            files.append(
+                BakedFile(
+                    path=path.relative_to(root).as_posix(),
+                    size=status.st_size,
+                    sha256=digest,
+                    modified=int(status.st_mtime),
+                    executable=bool(status.st_mode & stat.S_IXUSR),
+                )
+            )
+    part = BakedPart(record=baked, files=tuple(sorted(files, key=lambda file: file.path)))
+    if reason := problem(part):
+        raise ArtifactError(f"{root}: {reason}")
+    return part
+
+
+def is_baked(dir: Path) -> bool:
+    """Whether something was baked in a restored folder."""
+    return (dir / FOLDER / RECORD).is_file()
+
+
 def variables(dir: Path) -> dict[str, tuple[str, str]]:
     """For each baked cache: the variable that names it → the folder, and why."""
     root = dir.absolute() / FOLDER
-    if not (root / RECORD).is_file():
-        return {}
     folders = {
         name: (str(root / folder), f"baked: what this compiler would make at start ({source})")
         for folder, (name, source) in CACHES.items()
@@ -123,19 +141,27 @@ def variables(dir: Path) -> dict[str, tuple[str, str]]:
     return folders
 
 
-def differences(baked: Baked, dir: Path, environment: Mapping[str, str]) -> list[tuple[str, str, str]]:
+def differences(
+    baked: BakedRecord, dir: Path, environment: Mapping[str, str] | None = None
+) -> list[tuple[str, str, str]]:
     """What differs here: its name, what is wanted and what was found.
 
-    A GPU that is not visible and a package that is not installed beside cachebuilder are not compared.
+    A GPU that is not visible is not compared, nor is a package that is not installed beside cachebuilder. Where none of
+    the packages is, the engine has another Python than cachebuilder, and Python is not compared either.
+
+    Args:
+        environment: the serving process's variables; None where they are unknown, and not compared.
     """
-    pairs = [("Python", baked.python, platform.python_version()), ("folder", baked.dir, str(dir.absolute()))]
+    pairs = [("folder", baked.dir, str(dir.absolute()))]
     if (gpu := nvml.first_gpu()) is not None:
         pairs.append(("GPU", baked.gpu, gpu.name))
     here, folders = _versions(), _folders()
+    if here.keys() & baked.packages.keys():
+        pairs.append(("Python", baked.python, platform.python_version()))
     pairs += [(name, baked.packages[name], here[name]) for name in baked.packages if name in here]
     pairs += [(f"{name}'s folder", baked.folders[name], folders[name]) for name in baked.folders if name in folders]
-    names = sorted({*baked.names, *_settings(environment)})
-    now = _values(names, environment)
+    names = sorted({*baked.names, *_settings(environment)}) if environment is not None else []
+    now = _values(names, environment or {})
     pairs += [(name, baked.environment.get(name, "not set"), now.get(name, "not set")) for name in names]
     return [(name, wanted, value) for name, wanted, value in pairs if wanted != value]
 
@@ -145,16 +171,30 @@ def require_fit(dir: Path, environment: Mapping[str, str]) -> None:
 
     Raises:
         CompatibilityError: something differs, so that the engine would compile again.
+        RestoreError: this user cannot write into a cache, so that the engine would end.
         ArtifactError: the record is damaged.
     """
     baked = read(dir)
-    if baked is None or not (different := differences(baked, dir, environment)):
+    if baked is None:
+        return
+    if unwritable := next((folder for folder in _folders_of_caches(dir) if not os.access(folder, os.W_OK)), None):
+        raise RestoreError(
+            f"{unwritable}: wanted a folder that the engine can write into, found one that user {os.geteuid()} cannot",
+            hint="Inductor writes again what it reads (torch/_inductor/codecache.py, 2.11): restore as the user that "
+            "serves, into a folder that it can write to, or serve with --no-baked",
+        )
+    if not (different := differences(baked, dir, environment)):
         return
     lines = "\n".join(f"{name}: wanted {wanted}, found {value}" for name, wanted, value in different)
     raise CompatibilityError(
         f"{dir / FOLDER}: the engine would compile again what was baked here\n{lines}",
-        hint="make these equal, bake again with cachebuilder bake, or remove the folder",
+        hint="make these equal, bake again with cachebuilder bake, or serve with --no-baked",
     )
+
+
+def _folders_of_caches(dir: Path) -> list[Path]:
+    root = dir / FOLDER
+    return [root / folder for folder in (*CACHES, LIBCUDA) if (root / folder).is_dir()]
 
 
 def _hashed_by_vllm(dir: Path) -> set[str]:

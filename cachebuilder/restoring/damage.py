@@ -1,7 +1,7 @@
 """What is wrong in a restored folder: each file of an entry and each of our own files that is not as it was restored.
 
-Nothing in the folder is run, and no link is followed. Files that DeepGEMM or a person adds elsewhere are no damage:
-entries that no index lists, a log of misses, DeepJIT's writable root.
+Nothing in the folder is run, and no link is followed. Files that an engine or a person adds elsewhere are no damage:
+entries that no index lists, a log of misses, DeepJIT's writable root, what an engine adds to baked caches.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from cachebuilder.artifact.baked import BakedFile, BakedPart
 from cachebuilder.artifact.index import CACHE, Entry, Index
 from cachebuilder.common.folders import Folder, open_below
 from cachebuilder.flashinfer import stand_in
+from cachebuilder.restoring import baked
 from cachebuilder.restoring.flashinfer_files import NO_BYTECODE, PYTHON, STAND_IN, stand_in_of
 from cachebuilder.restoring.frozen import FOLDER, LOG_NAME, NVCC, VERSION, WORKING_FOLDERS, files
 
@@ -52,7 +54,34 @@ def find(dir: Folder, indexes: Sequence[Index]) -> list[Damage]:
     damage = []
     for path in sorted({path for index in indexes for path in index.folders}):
         damage += _in_folder(dir, path, [entry for index in indexes for entry in index.folders.get(path, ())])
-    return damage + list(_in_own(dir, indexes)) + list(_in_stand_in(dir, indexes))
+    damage += [*_in_own(dir, indexes), *_in_stand_in(dir, indexes)]
+    for part in filter(None, (index.baked for index in indexes)):
+        # An artifact's caches need not be restored, and a bake in this folder may have taken their place.
+        if baked.read(dir.path) == part.record:
+            damage += in_baked(dir, part)
+    return damage
+
+
+def in_baked(dir: Folder, part: BakedPart) -> list[Damage]:
+    """What differs in DIR's baked caches from those of an artifact.
+
+    An engine leaves these files as they are: it writes the same bytes again, and adds files (vLLM 0.25.0, by their
+    sha256 before and after a start).
+    """
+    by_folder: dict[str, list[BakedFile]] = {}
+    for file in part.files:
+        by_folder.setdefault(f"{baked.FOLDER}/{file.path}".rpartition("/")[0], []).append(file)
+    damage = []
+    for path, baked_files in sorted(by_folder.items()):
+        try:
+            with open_below(dir, path) as folder:
+                for file in baked_files:
+                    name = file.path.rpartition("/")[2]
+                    if differs := _difference(folder, name, file.size, file.sha256):
+                        damage.append(Damage(path, name, *differs))
+        except OSError as error:
+            damage.append(Damage(path, None, "a folder", _words(error)))
+    return damage
 
 
 def _in_folder(dir: Folder, path: str, entries: Sequence[Entry]) -> list[Damage]:

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cachebuilder.artifact.baked import BakedFile
 from cachebuilder.artifact.index import CACHE, FLASHINFER, FLASHINFER_CACHE, FLASHINFER_MODULES, Entry
 from cachebuilder.common.folders import Folder, MadeFolder, write_new
 from cachebuilder.common.locks import lock
 from cachebuilder.errors import RestoreError
-from cachebuilder.restoring import frozen
+from cachebuilder.restoring import baked, frozen
 from cachebuilder.restoring.flashinfer_files import PYTHON
 
 #: The name of a working folder: the process's number and random digits.
@@ -29,6 +30,7 @@ _WORKING_FOLDER = re.compile(r"[0-9]+-[0-9a-f]{16}")
 _WRITTEN = (
     *(CACHE, frozen.FOLDER, f"{frozen.FOLDER}/bin", f"{frozen.FOLDER}/artifacts"),
     *(FLASHINFER, FLASHINFER_CACHE, FLASHINFER_MODULES, PYTHON, f"{FLASHINFER}/tmp"),
+    baked.FOLDER,
 )
 
 
@@ -94,6 +96,35 @@ class Destination:
         """Write one file of an entry that was begun."""
         assert self._work is not None
         write_new(f"{_working_name(path)}/{file}", data, 0o644, self._work.handle)
+
+    def write_baked(self, file: BakedFile, data: bytes) -> None:
+        """Write one file of the baked caches; `publish_baked` puts all in place."""
+        if self._work is None:
+            self._work = self._make_work()
+        *folders, name = file.path.split("/")
+        with contextlib.ExitStack() as stack:
+            folder = self._work
+            for one in (baked.FOLDER, *folders):
+                folder = stack.enter_context(folder.make(one))
+            folder.write_new(name, data, 0o755 if file.executable else 0o644)
+            os.utime(name, (file.modified, file.modified), dir_fd=folder.handle)
+
+    def publish_baked(self, record: bytes) -> bool:
+        """Put the baked caches and their record in place. Returns False where another restore has just done it."""
+        assert self._work is not None
+        with self._work.open(baked.FOLDER) as folder:
+            folder.write_new(baked.RECORD, record, 0o644)
+        try:
+            self._work.rename(baked.FOLDER, baked.FOLDER, self._folder())
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            return False
+        return True
+
+    def with_baked(self) -> Folder | None:
+        """DIR, if it has a folder of baked caches; else None."""
+        return self._existing() if self._existing(baked.FOLDER) is not None else None
 
     def holds(self, path: str, entry: Entry) -> bool:
         """Whether DIR has this entry, with equal bytes and no other file, and no other user owns it."""

@@ -89,7 +89,9 @@ def variables(place: Place, indexes: Sequence[Index], engine: Engine, environmen
         serving += _vllm_variables(indexes, environment)
     elif engine == "sglang":
         serving += _sglang_variables(generation, roots)
-    return serving + [Variable(name, value, why) for name, (value, why) in baked.variables(dir).items()]
+    if place.baked:
+        serving += [Variable(name, value, why) for name, (value, why) in baked.variables(dir).items()]
+    return serving
 
 
 def notes(

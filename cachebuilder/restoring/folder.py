@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cachebuilder.artifact.index import CACHE, Index
-from cachebuilder.artifact.read import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, parse_index
+from cachebuilder.artifact.read import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, open_archive, parse_index
 from cachebuilder.common.folders import Folder
 from cachebuilder.errors import ArtifactError
 from cachebuilder.restoring import damage as damages
@@ -64,6 +64,17 @@ class RestoredFolder:
         """Names of all entries that an index lists."""
         return frozenset(entry.name for artifact in self.artifacts for entry in artifact.index.entries)
 
+    def require_restored(self, artifact: Path) -> None:
+        """Raise `ArtifactError` if ``artifact`` is not one of those that were restored here, or cannot be read."""
+        with open_archive(artifact) as archive:
+            stem = _stem(archive.index, archive.index_bytes)
+        if stem not in {f"{FOLDER}/artifacts/{one.stem}" for one in self.artifacts}:
+            names = ", ".join(sorted({index.name for index in self.indexes}))
+            raise ArtifactError(
+                f"{artifact}: wanted an artifact that was restored in {self.path}, found another one; there: {names}",
+                hint=f"cachebuilder restore {artifact} --to {self.path}",
+            )
+
     def compiler_text(self) -> str:
         """What the frozen nvcc answers to ``--version``: its text is read, and nothing is run.
 
@@ -99,13 +110,17 @@ def own_files(
         packed: the index's bytes in the artifact. Their digest is part of the files' names.
         restored: the index's bytes with the entries' names in this folder; default: ``packed``.
     """
-    digest = index.fingerprint_digest
-    stem = f"{FOLDER}/artifacts/{digest}.{hashlib.sha256(packed).hexdigest()[:16]}"
+    digest, stem = index.fingerprint_digest, _stem(index, packed)
     own = files(index.fingerprint.compiler, index.name, digest) | own_files_of(index.flashinfer)
     return own | {
         f"{stem}.yaml": (manifest, 0o644),
         f"{stem}.json": (restored or packed, 0o644),
     }
+
+
+def _stem(index: Index, packed: bytes) -> str:
+    """The path below the folder of an artifact's index and manifest, without their suffixes."""
+    return f"{FOLDER}/artifacts/{index.fingerprint_digest}.{hashlib.sha256(packed).hexdigest()[:16]}"
 
 
 def is_restored(path: Path) -> bool:

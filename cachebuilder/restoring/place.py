@@ -22,7 +22,7 @@ from cachebuilder.common.cache import open_own
 from cachebuilder.common.folders import Folder, WrongFile, is_safe, others_may_write
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import InstallationError, RestoreError
-from cachebuilder.restoring import flashinfer_files, frozen
+from cachebuilder.restoring import baked, flashinfer_files, frozen
 
 _OWN_SCRATCH = "name a folder of your own with --scratch"
 
@@ -40,6 +40,7 @@ class Place:
         notes: what is in them, and why; a sentence each.
         flashinfer: FlashInfer's folder, with ``cache``, ``modules``, ``python`` and ``tmp``; None where no artifact has
             something for it.
+        baked: whether the engine's other compilers read what was baked in ``dir``.
     """
 
     dir: Path
@@ -49,6 +50,7 @@ class Place:
     private: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     flashinfer: Path | None = None
+    baked: bool = False
 
 
 def generation_of(dir: Path, indexes: Sequence[Index]) -> Generation:
@@ -76,7 +78,7 @@ def usual(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:
     legacy = generation_of(dir, indexes) == "legacy"
     roots = (dir,) if legacy else (_absolute(scratch or dir / "scratch"), dir)
     flashinfer = dir / FLASHINFER if any(index.flashinfer for index in indexes) else None
-    return Place(dir, roots, frozen.frozen_nvcc(dir), flashinfer=flashinfer)
+    return Place(dir, roots, frozen.frozen_nvcc(dir), flashinfer=flashinfer, baked=baked.is_baked(dir))
 
 
 def usable(dir: Path, indexes: Sequence[Index], scratch: Path | None) -> Place:

@@ -4,6 +4,7 @@ DIR afterwards::
 
     cache/<entry>/…                          what DeepGEMM reads
     flashinfer/cache, modules, python, tmp   what FlashInfer reads, where the artifact has something for it
+    baked/<compiler>/…, baked.json           what the engine's other compilers read, where the artifact has it
     cachebuilder/bin/nvcc, version.txt       the frozen nvcc and its text
     cachebuilder/artifacts/<digest>.<sha>.json, .yaml    each restored artifact's index and manifest, written last
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from cachebuilder.artifact.baked import BakedFile, BakedPart
 from cachebuilder.artifact.index import CACHE, Entry, Fingerprint, FlashInferPart, Index
 from cachebuilder.artifact.read import Archive
 from cachebuilder.artifact.trust import Trust
@@ -29,7 +31,7 @@ from cachebuilder.artifact.whole import open_file
 from cachebuilder.common.folders import WrongFile
 from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.errors import ArtifactError, RestoreError
-from cachebuilder.restoring import frozen
+from cachebuilder.restoring import baked, damage, frozen
 from cachebuilder.restoring.compatibility import Difference
 from cachebuilder.restoring.destination import Destination
 from cachebuilder.restoring.flashinfer_files import STAND_IN, stand_in_of
@@ -42,6 +44,8 @@ if TYPE_CHECKING:  # imports cryptography
 
 #: DeepGEMM puts paths below DIR on a shell's command line without quotes.
 _PLAIN_PATH = re.compile(r"[\w./+@,=-]+")
+#: How the fields of baked caches are called in differences.
+_BAKED = "baked: "
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Restored:
         written: entries made.
         skipped: entries that were already there, with equal bytes.
         relocated: legacy entries were renamed for this install path.
+        baked: caches of the engine's other compilers that are in DIR now; None where none were restored.
         signed_by: the trusted key that signed it; None where no key was given to check with.
     """
 
@@ -68,6 +73,7 @@ class Restored:
     written: int
     skipped: int
     relocated: bool
+    baked: BakedPart | None
     signed_by: TrustedKey | None
 
 
@@ -78,6 +84,7 @@ def restore(
     machine: Machine | None = None,
     trust: Trust | None = None,
     force: bool = False,
+    with_baked: bool = True,
 ) -> Restored:
     """Restore the first of ``artifacts`` that fits a machine into ``to``, beside a frozen nvcc.
 
@@ -95,6 +102,8 @@ def restore(
         trust: the keys, one of which must have signed each artifact; None takes artifacts of any origin.
         force: take the first artifact where none fits: DeepGEMM will then not find its kernels. And write into folders
             of another user, who can exchange what DeepGEMM loads.
+        with_baked: restore the caches of the engine's other compilers as well, if the artifact has them. They are of
+            use in the folder where they were baked only.
 
     Raises:
         SignatureError: an artifact is not signed by a trusted key, or its provenance is not valid.
@@ -113,16 +122,26 @@ def restore(
         files = [stack.enter_context(_checked(path, trust)) for path in paths]
         archives = [Archive(file, path) for path, (file, _) in zip(paths, files, strict=True)]
         compared = [
-            Compared(path, tuple(machine.differences(archive.index, relocates=True, frozen_nvcc=nvcc)))
+            Compared(
+                path,
+                (
+                    *machine.differences(archive.index, relocates=True, frozen_nvcc=nvcc),
+                    *(_baked_differences(archive.index.baked, to) if with_baked else ()),
+                ),
+            )
             for path, archive in zip(paths, archives, strict=True)
         ]
         hint = "--force restores the first one all the same; DeepGEMM will not find its kernels then"
+        if any(all(difference.field.startswith(_BAKED) for difference in one.differences) for one in compared):
+            hint = "--no-baked restores all else"
         choice = choose(compared, force=force, hint=hint)
         position = compared.index(choice)
         for other in archives[:position] + archives[position + 1 :]:
             other.drain()
         archive = archives[position]
-        written, index = _restore(archive, Destination(to, force), Relocation(archive.index, machine.installation))
+        part = archive.index.baked if with_baked else None
+        relocation = Relocation(archive.index, machine.installation)
+        written, index = _restore(archive, Destination(to, force), relocation, part)
     return Restored(
         dir=to,
         index=index,
@@ -132,6 +151,7 @@ def restore(
         written=written,
         skipped=sum(map(len, index.folders.values())) - written,
         relocated=index is not archive.index,
+        baked=part,
         signed_by=files[position][1],
     )
 
@@ -147,7 +167,20 @@ def _checked(path: Path, trust: Trust | None) -> Iterator[tuple[BinaryIO, Truste
         yield io.BytesIO(signed.data), signed.key
 
 
-def _restore(archive: Archive, destination: Destination, relocation: Relocation) -> tuple[int, Index]:
+def _baked_differences(part: BakedPart | None, to: Path) -> list[Difference]:
+    """What would make the engine compile again in ``to``, as far as it is known here."""
+    if part is None:
+        return []
+    remedy = "keys of baked caches hold it: make it equal, bake again, or leave these caches out with --no-baked"
+    return [
+        Difference(f"{_BAKED}{name}", wanted, found, True, remedy)
+        for name, wanted, found in baked.differences(part.record, to)
+    ]
+
+
+def _restore(
+    archive: Archive, destination: Destination, relocation: Relocation, part: BakedPart | None
+) -> tuple[int, Index]:
     """Write an artifact; returns how many entries were written, and the index as restored."""
     to = destination.to
     _check_path(to)
@@ -156,6 +189,7 @@ def _restore(archive: Archive, destination: Destination, relocation: Relocation)
         with destination:
             _check_compiler(destination, archive.index.fingerprint)
             _check_flashinfer(destination, archive.index.flashinfer)
+            new_baked = part if part and not _has_baked(destination, part) else None
             present = destination.entries(*archive.index.folders)
             entries: dict[str, Entry] = {}
             for member, data in archive.files():
@@ -170,11 +204,14 @@ def _restore(archive: Archive, destination: Destination, relocation: Relocation)
                         different.append(path)
                 if path not in present:
                     destination.write(path, member.file.name, data)
+            _write_baked(archive, destination, new_baked)
             if different:
                 raise _different(to, different)
             made_by_others = destination.publish(entries)
             if different := [name for name, equal in made_by_others.items() if not equal]:
                 raise _different(to, different)
+            if new_baked and not destination.publish_baked(new_baked.record.to_json().encode() + b"\n"):
+                _has_baked(destination, new_baked)
             index, index_bytes = relocation.index(), relocation.index_bytes(archive.index_bytes)
             own = own_files(index, archive.index_bytes, archive.manifest, index_bytes)
             for name, (data, mode) in own.items():
@@ -220,6 +257,34 @@ def _check_flashinfer(destination: Destination, part: FlashInferPart | None) -> 
         "found what is built from another",
         hint="restore into another folder: FlashInfer's names do not say what they are built from",
     )
+
+
+def _has_baked(destination: Destination, part: BakedPart) -> bool:
+    """Whether the folder has these baked caches already. Raises `RestoreError` where it has others."""
+    folder = destination.with_baked()
+    if folder is None:
+        return False
+    own = folder.path / baked.FOLDER
+    if baked.read(folder.path) != part.record:
+        why = "caches that were baked by another command or elsewhere"
+    elif different := damage.in_baked(folder, part):
+        why = f"a different {different[0].file or different[0].entry}"
+    else:
+        return True
+    raise RestoreError(
+        f"{own}: wanted no baked caches or equal ones, found {why}",
+        hint="remove it if it is yours to remove, restore into a fresh folder, or restore with --no-baked",
+    )
+
+
+def _write_baked(archive: Archive, destination: Destination, part: BakedPart | None) -> None:
+    """Write the baked caches into the working folder. Without ``part``, they are only checked."""
+    files: dict[str, list[BakedFile]] = {}
+    for file in part.files if part else ():
+        files.setdefault(file.sha256, []).append(file)
+    for sha256, data in archive.baked_files():
+        for file in files.get(sha256, ()):
+            destination.write_baked(file, data)
 
 
 def _last_line(text: str) -> str:

@@ -191,6 +191,7 @@ def _is_as_signed(generation: Folder, trust: Trust, machine: Machine) -> bool:
         if member.folder == CACHE and member.file.name == entry_files.SOURCE:
             relocation.add(member.entry, content)
         digests[relocation.path(member)] = member.file.sha256
+    archive.drain()
     index_bytes = relocation.index_bytes(archive.index_bytes)
     for name, (content, _) in own_files(relocation.index(), archive.index_bytes, archive.manifest, index_bytes).items():
         digests[name] = hashlib.sha256(content).hexdigest()

@@ -184,7 +184,8 @@ class SyncedFolder:
         """Restore into an open folder, and name that folder in errors."""
         path = generations.by_handle(aside)
         try:
-            return restore([artifact], path, machine=self._machine, trust=self._trust, force=False)
+            # What was baked serves in the folder where it was baked only, and each generation has another.
+            return restore([artifact], path, machine=self._machine, trust=self._trust, with_baked=False)
         except RestoreError as error:
             raise RestoreError(str(error).replace(str(path), str(aside.path)), hint=error.hint) from None
 

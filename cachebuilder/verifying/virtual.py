@@ -95,7 +95,7 @@ def open_target(target: Path, installation: Installation, scratch: Path) -> Rest
     """
     if not target.is_file():
         return open_folder(target)
-    restore([target], scratch / "restored", machine=Machine(installation), force=True)
+    restore([target], scratch / "restored", machine=Machine(installation), force=True, with_baked=False)
     return open_folder(scratch / "restored")
 
 

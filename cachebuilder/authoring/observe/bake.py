@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachebuilder.artifact.baked import BakedRecord
 from cachebuilder.authoring.observe import engines, program
 from cachebuilder.authoring.observe.command import Change
 from cachebuilder.common.cache import scratch_folder
@@ -31,7 +32,7 @@ class Bake:
     """
 
     run: program.Run
-    record: baked.Baked
+    record: BakedRecord
     sizes: Mapping[str, tuple[int, int]]
     changes: tuple[Change, ...]
 
@@ -63,6 +64,7 @@ def bake(
     caches = {name: str(dir.absolute() / baked.FOLDER / folder) for folder, (name, _) in baked.CACHES.items()}
     libcuda = dir.absolute() / baked.FOLDER / baked.LIBCUDA
     libcuda.mkdir(parents=True, exist_ok=True)
+    (libcuda / ".keep").touch()  # an artifact holds files only
     serving = dict(environment) | caches | {"TRITON_LIBCUDA_PATH": str(libcuda)}
     with scratch_folder() as scratch:
         run = program.run(launch, program.Setting(gpu, None, scratch, serving), progress)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachebuilder.artifact.index import Index
+from cachebuilder.artifact.index import Entry, Index
 from cachebuilder.artifact.read import open_archive
 from cachebuilder.artifact.whole import read_bytes
 from cachebuilder.compiling import record as build_record
@@ -21,6 +21,8 @@ from cachebuilder.deepgemm import entries as entry_files
 from cachebuilder.deepgemm import templates
 from cachebuilder.deepgemm.generation import Generation
 from cachebuilder.errors import ArtifactError
+from cachebuilder.flashinfer.entries import CUBIN as GEMM_CUBIN
+from cachebuilder.flashinfer.entries import GEMM_FUNCTION
 from cachebuilder.ops.catalog import OPS
 from cachebuilder.planning.plan import Plan
 from cachebuilder.planning.selection import Selection
@@ -31,7 +33,7 @@ from cachebuilder.verifying.report import GpuReport
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """One kernel. A plan has no cubin, so no ``size`` and no ``resources``.
+    """One kernel of DeepGEMM or of FlashInfer's GEMM. A plan has no cubin, so no ``size`` and no ``resources``.
 
     Attributes:
         digest: of its files; in a plan, of its source.
@@ -47,8 +49,8 @@ class KernelFacts:
 
     @property
     def short(self) -> str:
-        """The first eight digits of the key, as `plan` prints them."""
-        return self.entry[-32:][:8]
+        """The first eight digits of the key, as `plan` prints them; of FlashInfer's GEMM, its name's end."""
+        return self.entry[-32:][:8] if self.name != GEMM_FUNCTION else self.entry.removeprefix("gemm_")
 
     @cached_property
     def highlights(self) -> Mapping[str, str]:
@@ -72,7 +74,12 @@ class OpFacts:
 
 @dataclass(frozen=True)
 class Facts:
-    """An artifact or a plan. A plan has no size, no sha256, no index and no files beside it."""
+    """An artifact or a plan. A plan has no size, no sha256, no index and no files beside it.
+
+    Attributes:
+        ops: the manifest's, then the shapes of FlashInfer's GEMM.
+        modules: those of FlashInfer, by name, and their sizes in bytes; in a plan None.
+    """
 
     path: Path
     name: str
@@ -81,6 +88,7 @@ class Facts:
     arch: str
     ops: tuple[OpFacts, ...]
     kernels: tuple[KernelFacts, ...]
+    modules: Mapping[str, int | None] = field(default_factory=dict)
     size: int | None = None
     sha256: str | None = None
     index: Index | None = None
@@ -170,33 +178,65 @@ def _of_plan(path: Path, data: bytes) -> Facts:
             f"{path}: wanted an artifact or a plan, found other JSON: {where}: {first['msg']}",
             hint=f"cachebuilder plan MANIFEST --json > {path}",
         ) from None
-    check_selections(path, len(plan.ops), (s for kernel in plan.kernels for s in kernel.selected_by))
-    kernels = tuple(
-        KernelFacts(k.entry, k.name, hashlib.sha256(k.source.encode()).hexdigest(), k.source, k.selected_by)
-        for k in plan.kernels
+    of_flashinfer = plan.flashinfer
+    gemms = of_flashinfer.gemms if of_flashinfer else ()
+    kernels = [
+        *((kernel, kernel.name, kernel.selected_by) for kernel in plan.kernels),
+        *(
+            (kernel, GEMM_FUNCTION, _after(len(plan.ops), kernel.selected_by))
+            for kernel in (of_flashinfer.kernels if of_flashinfer else ())
+        ),
+    ]
+    check_selections(path, len(plan.ops) + len(gemms), (s for _, _, selected_by in kernels for s in selected_by))
+    return Facts(
+        path=path,
+        name=path.stem,
+        generation=plan.generation,
+        gpu=plan.gpu.name,
+        arch=plan.arch,
+        ops=(*map(op_facts, plan.ops), *map(_gemm_facts, gemms)),
+        kernels=tuple(
+            KernelFacts(k.entry, name, hashlib.sha256(k.source.encode()).hexdigest(), k.source, selected_by)
+            for k, name, selected_by in kernels
+        ),
+        modules=dict.fromkeys(of_flashinfer.modules if of_flashinfer else ()),
     )
-    return Facts(path, path.stem, plan.generation, plan.gpu.name, plan.arch, tuple(map(op_facts, plan.ops)), kernels)
 
 
 def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
     with open_archive(path) as archive:
         index = archive.index
-        check_selections(path, len(index.ops), (s for entry in index.entries for s in entry.selected_by))
-        files: dict[str, dict[str, bytes]] = {entry.name: {} for entry in index.entries}
+        of_flashinfer = index.flashinfer
+        gemms = of_flashinfer.gemms if of_flashinfer else ()
+        entries = [
+            *(
+                (entry, entry_files.kernel_name(index.fingerprint.generation, entry.name) or "", entry.selected_by)
+                for entry in index.entries
+            ),
+            *(
+                (entry, GEMM_FUNCTION, _after(len(index.ops), entry.selected_by))
+                for entry in (of_flashinfer.entries if of_flashinfer else ())
+            ),
+        ]
+        check_selections(path, len(index.ops) + len(gemms), (s for _, _, selected_by in entries for s in selected_by))
+        files: dict[str, dict[str, bytes]] = {entry.name: {} for entry, _, _ in entries}
         for member, data in archive.files():
             files.setdefault(member.entry.name, {})[member.file.name] = data
-    kernels = tuple(
-        KernelFacts(
-            entry=entry.name,
-            name=entry_files.kernel_name(index.fingerprint.generation, entry.name) or "",
-            digest=" ".join(file.sha256 for file in entry.files),
-            source=files[entry.name][entry_files.SOURCE].decode(errors="replace"),
-            selected_by=entry.selected_by,
-            size=len(files[entry.name][entry_files.CUBIN]),
-            resources=resources_of(path, entry.name, files[entry.name][entry_files.CUBIN]),
+        archive.drain()
+    kernels = []
+    for entry, name, selected_by in entries:
+        cubin_file = entry_files.CUBIN if name != GEMM_FUNCTION else GEMM_CUBIN
+        kernels.append(
+            KernelFacts(
+                entry=entry.name,
+                name=name,
+                digest=" ".join(file.sha256 for file in entry.files),
+                source=files[entry.name][entry_files.SOURCE].decode(errors="replace"),
+                selected_by=selected_by,
+                size=len(files[entry.name][cubin_file]),
+                resources=resources_of(path, entry.name, files[entry.name][cubin_file]),
+            )
         )
-        for entry in index.entries
-    )
     gpu_report = verified.read(verify_report or verified.path_for(path), sha256)
     if verify_report and gpu_report is None:
         raise ArtifactError(
@@ -208,14 +248,32 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         generation=index.fingerprint.generation,
         gpu=index.gpu,
         arch=index.fingerprint.arch,
-        ops=tuple(map(op_facts, index.ops)),
-        kernels=kernels,
+        ops=(*map(op_facts, index.ops), *map(_gemm_facts, gemms)),
+        kernels=tuple(kernels),
+        modules={module.name: module.files[0].size for module in (of_flashinfer.modules if of_flashinfer else ())},
         size=path.stat().st_size,
         sha256=sha256,
         index=index,
         build=build_record.read(path, sha256),
         verified=gpu_report,
     )
+
+
+def asked(index: Index) -> Iterator[tuple[tuple[Entry, ...], list[OpFacts]]]:
+    """The entries of DeepGEMM with their ops, then those of FlashInfer's GEMM with its shapes, if there are any."""
+    yield index.entries, [op_facts(fields) for fields in index.ops]
+    if index.flashinfer:
+        yield index.flashinfer.entries, [_gemm_facts(fields) for fields in index.flashinfer.gemms]
+
+
+def _gemm_facts(fields: Mapping[str, object]) -> OpFacts:
+    """The facts of a shape of FlashInfer's GEMM."""
+    return OpFacts(GEMM_FUNCTION, f"n={fields.get('n')} k={fields.get('k')}", "m")
+
+
+def _after(op_count: int, selected_by: Iterable[Selection]) -> tuple[Selection, ...]:
+    """Selections by shapes of FlashInfer's GEMM, whose numbers follow those of the ops."""
+    return tuple(selection.model_copy(update={"op": op_count + selection.op}) for selection in selected_by)
 
 
 def resources_of(path: Path, entry: str, data: bytes) -> Resources:
