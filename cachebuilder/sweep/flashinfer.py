@@ -24,7 +24,14 @@ from cachebuilder.errors import CacheBuilderError, CompileError, InstallationErr
 from cachebuilder.flashinfer import entries, stand_in
 from cachebuilder.flashinfer.installation import FlashInfer
 from cachebuilder.flashinfer.schema import Gemm
-from cachebuilder.sweep.flashinfer_protocol import GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
+from cachebuilder.sweep.flashinfer_protocol import (
+    GemmsAnswer,
+    GemmsJob,
+    GemmTrialsAnswer,
+    GemmTrialsJob,
+    ModulesAnswer,
+    ModulesJob,
+)
 from cachebuilder.sweep.process import Compiler
 from cachebuilder.sweep.protocol import ANSWER, FAILURE, JOB, Failure
 from cachebuilder.sweep.warm import Process
@@ -135,17 +142,43 @@ def call_gemms(
     Raises: as `requested_kernels` does.
     """
     with scratch_folder() as scratch:
-        environment = _environment() | virtual_gpu.environment(gpu) | compiler.environment
-        environment |= {
-            "PYTHONPATH": f"{root / 'python'}:{environment['PYTHONPATH']}",
-            "TRTLLM_DG_CACHE_DIR": str(root),
-            "TRTLLM_DG_NVCC_COMPILER": str(compiler.nvcc),
-            "FLASHINFER_WORKSPACE_BASE": str(scratch),
-            "FLASHINFER_DISABLE_JIT": "1",
-            "CUDA_HOME": str(compiler.home),
-        }
+        environment = _serving(root, compiler, scratch) | virtual_gpu.environment(gpu)
         job = GemmsJob(flashinfer=str(flashinfer.path), gpu=gpu, gemms=tuple(gemms), modules=tuple(modules))
         return _call("gemms", job, environment, scratch, GemmsAnswer, flashinfer)
+
+
+def try_gemms(
+    flashinfer: FlashInfer,
+    gemms: Sequence[Gemm],
+    points: Sequence[tuple[int, int]],
+    root: Path,
+    compiler: Compiler,
+) -> GemmTrialsAnswer:
+    """Call FlashInfer's GEMM on random inputs at ``points`` of ``gemms``, on this machine's GPU.
+
+    Args:
+        points: the position of a shape, and M.
+
+    Raises: as `requested_kernels` does.
+    """
+    with scratch_folder() as scratch:
+        modules = (entries.GEMM_MODULE,)
+        job = GemmTrialsJob(flashinfer=str(flashinfer.path), gemms=tuple(gemms), modules=modules, points=tuple(points))
+        environment = _serving(root, compiler, scratch)
+        return _call("trials", job, environment, scratch, GemmTrialsAnswer, flashinfer)
+
+
+def _serving(root: Path, compiler: Compiler, scratch: Path) -> dict[str, str]:
+    """The environment of a process in which FlashInfer serves from the folder ``root``."""
+    environment = _environment() | compiler.environment
+    return environment | {
+        "PYTHONPATH": f"{root / 'python'}:{environment['PYTHONPATH']}",
+        "TRTLLM_DG_CACHE_DIR": str(root),
+        "TRTLLM_DG_NVCC_COMPILER": str(compiler.nvcc),
+        "FLASHINFER_WORKSPACE_BASE": str(scratch),
+        "FLASHINFER_DISABLE_JIT": "1",
+        "CUDA_HOME": str(compiler.home),
+    }
 
 
 def write_modules(root: Path, flashinfer: FlashInfer, gpu: Gpu, modules: Mapping[str, bytes]) -> None:
@@ -251,7 +284,7 @@ def _explain(failure: Failure, kind: str, flashinfer: FlashInfer, output: str) -
         return InstallationError(
             f"cannot load {reason}", hint="install what the engine's flashinfer-python needs beside it"
         )
-    if failure.kind == "missing" and kind == "gemms":
+    if failure.kind == "missing" and kind != "modules":
         return PlanError(f"{flashinfer} does not load its module {reason}")
     if failure.kind == "missing":
         return PlanError(

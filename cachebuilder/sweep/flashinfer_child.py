@@ -1,7 +1,7 @@
-"""The child process that imports FlashInfer: it builds modules, or calls the GEMM at every M.
+"""The child process that imports FlashInfer: it builds modules, calls the GEMM at every M, or tries its kernels.
 
-``python -m cachebuilder.sweep.flashinfer_child FOLDER KIND`` does the job in FOLDER, ``modules`` or ``gemms``. The
-parent has set the environment.
+``python -m cachebuilder.sweep.flashinfer_child FOLDER KIND`` does the job in FOLDER: ``modules``, ``gemms`` or
+``trials``. The parent has set the environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from typing import Any
 from cachebuilder.flashinfer.entries import GEMM_FUNCTION
 from cachebuilder.flashinfer.schema import Gemm
 from cachebuilder.sweep import protocol
-from cachebuilder.sweep.flashinfer_protocol import PLACEHOLDER_KERNEL, GemmsAnswer, GemmsJob, ModulesAnswer, ModulesJob
+from cachebuilder.sweep.flashinfer_protocol import (
+    PLACEHOLDER_KERNEL,
+    GemmsAnswer,
+    GemmsJob,
+    GemmTrialsAnswer,
+    GemmTrialsJob,
+    ModulesAnswer,
+    ModulesJob,
+)
 from cachebuilder.sweep.loading import JobError, import_package, text
 from cachebuilder.sweep.protocol import Failure, OpSweep, Span
 from cachebuilder.sweep.worker import LaunchLog
@@ -147,14 +155,9 @@ def call_gemms(job: GemmsJob) -> GemmsAnswer:
         JobError: FlashInfer does not load, does not load a module, or refuses a call; or the virtual GPU does not
             answer a CUDA call.
     """
-    import_flashinfer(job.flashinfer)
+    _load(job.flashinfer, job.modules)
     import torch
 
-    for name, spec in _find(job.modules).items():
-        try:
-            spec.build_and_load()
-        except Exception as error:
-            raise JobError("missing", f"{name}: {error}") from error
     gemm = getattr(importlib.import_module("flashinfer.gemm"), GEMM_FUNCTION)
     log = LaunchLog(ctypes.CDLL(os.environ["VIRTUAL_GPU_LIBRARY"]))
     sweeps = []
@@ -170,6 +173,24 @@ def call_gemms(job: GemmsJob) -> GemmsAnswer:
         torch=torch.__version__,
         python=platform.python_version(),
     )
+
+
+def _load(flashinfer: str, modules: tuple[str, ...]) -> None:
+    """Import FlashInfer, and load these modules by its own means. Raises `JobError`."""
+    import_flashinfer(flashinfer)
+    for name, spec in _find(modules).items():
+        try:
+            spec.build_and_load()
+        except Exception as error:
+            raise JobError("missing", f"{name}: {error}") from error
+
+
+def try_gemms(job: GemmTrialsJob) -> GemmTrialsAnswer:
+    """Call the GEMM on random inputs. Raises `JobError`."""
+    _load(job.flashinfer, job.modules)
+    from cachebuilder.sweep import flashinfer_trials
+
+    return flashinfer_trials.try_gemms(job)
 
 
 def _spans(gemm: Any, shape: Gemm, torch: Any, log: LaunchLog) -> Iterator[Span]:
@@ -195,11 +216,13 @@ def main(folder: Path, kind: str) -> None:
     """Do the job in ``folder`` and leave its answer or a failure there."""
     data = (folder / protocol.JOB).read_bytes()
     try:
-        answer = (
-            build_modules(ModulesJob.model_validate_json(data), folder)
-            if kind == "modules"
-            else call_gemms(GemmsJob.model_validate_json(data))
-        )
+        answer: ModulesAnswer | GemmsAnswer | GemmTrialsAnswer
+        if kind == "modules":
+            answer = build_modules(ModulesJob.model_validate_json(data), folder)
+        elif kind == "gemms":
+            answer = call_gemms(GemmsJob.model_validate_json(data))
+        else:
+            answer = try_gemms(GemmTrialsJob.model_validate_json(data))
         (folder / protocol.ANSWER).write_text(answer.model_dump_json())
     except JobError as error:
         (folder / protocol.FAILURE).write_text(error.failure.model_dump_json())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cachebuilder.common.records import Record
 from cachebuilder.cuda.gpus import Gpu
 from cachebuilder.flashinfer.schema import Gemm
-from cachebuilder.sweep.protocol import OpSweep
+from cachebuilder.sweep.protocol import OpSweep, TrialResult
 
 #: What the sweep's compiler calls the kernel in a placeholder, up to the entry's name. FlashInfer takes a kernel with
 #: this part in its name, and the virtual GPU reads the name in the placeholder.
@@ -54,3 +54,22 @@ class GemmsAnswer(Record):
     calls: int
     torch: str
     python: str
+
+
+class GemmTrialsJob(Record):
+    """Load modules, and call FlashInfer's GEMM on random inputs, on the real GPU.
+
+    Attributes:
+        points: the position of a shape, and M.
+    """
+
+    flashinfer: str
+    gemms: tuple[Gemm, ...]
+    modules: tuple[str, ...]
+    points: tuple[tuple[int, int], ...]
+
+
+class GemmTrialsAnswer(Record):
+    """The results at the job's points, in their order."""
+
+    results: tuple[TrialResult, ...]

@@ -5,6 +5,7 @@ It does the `TrialsJob` in a folder.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,21 +80,25 @@ def _errors(op: OpBase, device: DeviceInUse, value: int, seed: int) -> dict[str,
 
 def _times(device: DeviceInUse, call: Callable[[int], None], values: Sequence[int], position: Position) -> list[float]:
     """The median time of one call on the GPU, in microseconds, for each of ``values``."""
-    cuda = device.torch.cuda
     medians = []
     for value in values:
         position.value = value
-        milliseconds: list[float] = []
-        for timed in [False] * _CALLS + [True] * _CALLS:
-            start, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
-            start.record()
-            call(value)
-            end.record()
-            end.synchronize()
-            if timed:
-                milliseconds.append(start.elapsed_time(end))
-        medians.append(statistics.median(milliseconds) * 1000)
+        medians.append(median_microseconds(device.torch, functools.partial(call, value)))
     return medians
+
+
+def median_microseconds(torch: Any, call: Callable[[], object]) -> float:
+    """The median time of several calls on the GPU, in microseconds."""
+    milliseconds: list[float] = []
+    for timed in [False] * _CALLS + [True] * _CALLS:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if timed:
+            milliseconds.append(start.elapsed_time(end))
+    return statistics.median(milliseconds) * 1000
 
 
 def start() -> None:

@@ -18,12 +18,12 @@ from cachebuilder.planning.requests import selections
 from cachebuilder.restoring.damage import Damage
 from cachebuilder.restoring.frozen import LOG_VARIABLE
 from cachebuilder.sweep import flashinfer as sweep
-from cachebuilder.verifying.report import FlashInferReplay
-from cachebuilder.verifying.virtual import Serving, frozen_compiler
+from cachebuilder.verifying.report import FlashInferReplay, Trial
+from cachebuilder.verifying.virtual import Launches, Serving, frozen_compiler
 
 
-def replay(serving: Serving, flashinfer: FlashInfer, damage: Sequence[Damage]) -> FlashInferReplay:
-    """Replay what the manifest needs of FlashInfer.
+def replay(serving: Serving, flashinfer: FlashInfer, damage: Sequence[Damage]) -> tuple[FlashInferReplay, Launches]:
+    """Replay what the manifest needs of FlashInfer; returns also which kernels of the GEMM serve which M.
 
     Args:
         damage: the restored folder's; what is damaged counts as missing.
@@ -37,6 +37,7 @@ def replay(serving: Serving, flashinfer: FlashInfer, damage: Sequence[Damage]) -
     modules = _whole(folder, FLASHINFER_MODULES, damaged)
     missing = [name for name in needs.all_modules if name not in modules]
     wanted: dict[str, list[tuple[int, int, int]]] = {}
+    launches: Launches = {}
     if needs.gemms and entries.GEMM_MODULE in modules:
         module = (modules[entries.GEMM_MODULE] / entries.module_file(entries.GEMM_MODULE)).read_bytes()
         asked, _ = sweep.requested_kernels(flashinfer, gpu, needs.gemms, module)
@@ -48,7 +49,7 @@ def replay(serving: Serving, flashinfer: FlashInfer, damage: Sequence[Damage]) -
         }
     hits = sorted(wanted.keys() & cubins.keys())
     if missing:
-        return FlashInferReplay(calls=0, hits=tuple(hits), missing=tuple(missing), modules=(), problems=())
+        return FlashInferReplay(calls=0, hits=tuple(hits), missing=tuple(missing), modules=(), problems=()), launches
     root = _view(serving.scratch / FLASHINFER, flashinfer, serving, cubins, modules)
     (work := serving.scratch / "flashinfer-frozen").mkdir()
     compiler = frozen_compiler(serving.compiler_text, work)
@@ -71,7 +72,44 @@ def replay(serving: Serving, flashinfer: FlashInfer, damage: Sequence[Damage]) -
     if Path(compiler.environment[LOG_VARIABLE]).exists():
         problems.append("FlashInfer called the compiler for a kernel that is there")
     loaded = () if problems else tuple(needs.all_modules)
-    return FlashInferReplay(calls=calls, hits=tuple(hits), missing=(), modules=loaded, problems=tuple(problems))
+    replayed = FlashInferReplay(calls=calls, hits=tuple(hits), missing=(), modules=loaded, problems=tuple(problems))
+    return replayed, launches
+
+
+def try_kernels(serving: Serving, launches: Launches) -> tuple[Trial, ...]:
+    """Compare the GEMM's kernels with a reference in float32 on this machine's GPU, at the ends of their ranges.
+
+    Args:
+        launches: what `replay` returned. The folder is whole.
+
+    Raises: as `sweep.flashinfer.try_gemms` does.
+    """
+    needs, flashinfer = serving.manifest.flashinfer, serving.flashinfer
+    if needs is None or flashinfer is None or not launches:
+        return ()
+    kernels_at: dict[tuple[int, int], list[str]] = {}
+    for entry, selected_by in launches.items():
+        for selection in selected_by:
+            for m in {selection.ranges[0].first, selection.ranges[-1].last}:
+                kernels_at.setdefault((selection.op, m), []).append(entry)
+    folder = serving.folder.path
+    parts = (_whole(folder, part, set()) for part in (FLASHINFER_CACHE, FLASHINFER_MODULES))
+    root = _view(serving.scratch / "flashinfer-trials", flashinfer, serving, *parts)
+    (work := serving.scratch / "flashinfer-on-gpu").mkdir()
+    compiler = frozen_compiler(serving.compiler_text, work)
+    answer = sweep.try_gemms(flashinfer, needs.gemms, sorted(kernels_at), root, compiler)
+    return tuple(
+        Trial(
+            op=entries.GEMM_FUNCTION,
+            shape=str(needs.gemms[index]),
+            sm_count=serving.manifest.target.gpu.sm_count,
+            variable="m",
+            value=m,
+            kernels=tuple(kernels_at[index, m]),
+            **dict(result),
+        )
+        for (index, m), result in zip(sorted(kernels_at), answer.results, strict=True)
+    )
 
 
 def _whole(folder: Path, part: str, damaged: set[str]) -> dict[str, Path]:

@@ -25,21 +25,26 @@ from cachebuilder.sweep import run as sweep
 from cachebuilder.sweep.process import run_child
 from cachebuilder.sweep.protocol import Answer, Point, TrialsAnswer, TrialsJob
 from cachebuilder.sweep.run import Sweep
+from cachebuilder.verifying import flashinfer
 from cachebuilder.verifying.report import GpuReplay, GpuReport, Identity, Trial
 from cachebuilder.verifying.virtual import Launches, Serving, open_target
 
 
-def check(target: Path, servings: Sequence[tuple[Serving, Launches]], progress: Progress) -> GpuReport:
+def check(target: Path, servings: Sequence[tuple[Serving, Launches, Launches]], progress: Progress) -> GpuReport:
     """Serve each manifest on the real GPU and try its kernels, at points out of what the virtual GPU launched.
+
+    Args:
+        servings: each with what DeepGEMM launched and what FlashInfer's GEMM launched.
 
     Raises:
         DeviceError: the GPU is missing, not the target, or too small.
     """
     replays = []
-    for serving, launches in servings:
+    for serving, launches, of_gemms in servings:
         replay, answer = _serve(serving, f"{serving.manifest.name} on the GPU", progress)
         if replay.right:
-            replay = replay.model_copy(update={"trials": _try_kernels(serving, launches, progress)})
+            trials = _try_kernels(serving, launches, progress) + flashinfer.try_kernels(serving, of_gemms)
+            replay = replay.model_copy(update={"trials": trials})
         replays.append(replay)
     assert answer.device is not None
     gpu = nvml.first_gpu()

@@ -76,16 +76,18 @@ def verify(
         _refuse_nvrtc(installation)
         damage, compiler_text = tuple(folder.damage()), folder.compiler_text()
         replays: list[Replay] = []
-        servings: list[tuple[Serving, Launches]] = []
+        servings: list[tuple[Serving, Launches, Launches]] = []
         for number, (model, artifacts) in enumerate(replayed):
             (work := scratch / str(number)).mkdir()
             copy = flashinfers.find(Path(flashinfer) if flashinfer else None) if model.flashinfer else None
             serving = Serving(folder, installation, model, compiler_text, work, nvml.first_gpu(), copy)
             replay, launches = virtual.replay(serving, artifacts, damage, progress)
+            of_gemms: Launches = {}
             if copy:
-                replay = replay.model_copy(update={"flashinfer": for_flashinfer.replay(serving, copy, damage)})
+                of_flashinfer, of_gemms = for_flashinfer.replay(serving, copy, damage)
+                replay = replay.model_copy(update={"flashinfer": of_flashinfer})
             replays.append(replay)
-            servings.append((serving, launches))
+            servings.append((serving, launches, of_gemms))
         complete = not damage and all(replay.complete for replay in replays)
         on_gpu = real.check(target, servings, progress) if complete and chosen == "cuda" else None
     vllm_serves = installation.is_vllms or installations.package_folder("vllm") is not None
