@@ -13,7 +13,7 @@ from tests.conftest import LEGACY, ROOT, Run
 DATA = ROOT / "tests" / "data"
 SHA256 = {
     "v1-deepjit": "0274c072b8400e301fb9ee1aa6bff7bb123fc6fc92f858c4b34fd09093e492f6",
-    "v2-deepjit": "0",
+    "v2-deepjit": "c3197879ad961e1ec3ca51d0228689a36e608da638810999bb468a8a477126ea",
     "v3-deepjit": "e517f2d2ca8460712ce44e69033539398309d5fb39606620cc0999235f155807",
     "v1-legacy": "dd049b510bc6ae2a07e9017eda90011d892f2c76af1ce4bac0ae043c78d64c12",
 }
