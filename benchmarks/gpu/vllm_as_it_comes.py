@@ -10,7 +10,8 @@ MODEL is a folder with a config.json; weights are dummies. Each run is a process
 - ``switched-off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
 - ``second-start``: ``restored`` once more, on the caches that it left: a second start on the card's own warm caches.
 - ``baked``: an artifact that also has the caches of the other compilers, which ``cachebuilder bake`` filled, restored where
-  they were baked (``--baked ARTIFACT``). vLLM's JIT monitor is in ``error`` mode: a compilation after the start ends the engine.
+  they were baked (``--baked ARTIFACT``). With graphs, vLLM's JIT monitor is in ``error`` mode:
+  a compilation after the start ends the engine.
 - ``served``: the same with ``cachebuilder run DIR -- vllm serve``, asked over HTTP (``--served ARTIFACT``).
 - ``cold``: no artifact, the toolkit there.
 
@@ -310,7 +311,7 @@ def main(
             if name == "baked" and baked is not None:
                 shutil.rmtree(restored)
                 subprocess.run([*cachebuilder, "restore", str(baked), "--to", str(restored), *options], check=True)
-                environment["JIT_MONITOR"] = "error"
+                environment["JIT_MONITOR"] = "error" if graphs else "warn"
             Path("/mnt/empty").mkdir(exist_ok=True)
             ask = [*cachebuilder, "env", str(restored), "--engine", "vllm", "--format", "json"]
             printed = subprocess.run(
