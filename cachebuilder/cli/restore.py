@@ -18,12 +18,11 @@ from cachebuilder.restoring.machine import Compared, Machine
 
 
 @dataclass(frozen=True)
-class RestoreOptions:
-    """What a restore is to go by."""
+class ArtifactOptions:
+    """What an artifact is checked with before it is restored."""
 
     deep_gemm: Path | None
     force: bool
-    with_baked: bool
     trust: tuple[Path, ...]
     name: str | None
     not_before: datetime | None
@@ -31,6 +30,13 @@ class RestoreOptions:
     def load_trust(self) -> Trust | None:
         """The trusted keys, and what is wanted of what they signed."""
         return signing.load_trust(self.trust, self.name, self.not_before)
+
+
+@dataclass(frozen=True)
+class RestoreOptions(ArtifactOptions):
+    """What a restore is to go by."""
+
+    with_baked: bool
 
 
 restore_options = shared.option_group(

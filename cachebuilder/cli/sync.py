@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from cachebuilder.cli import console, remote, shared, signing
-from cachebuilder.cli.restore import RestoreOptions
+from cachebuilder.cli.restore import ArtifactOptions
 from cachebuilder.errors import CacheBuilderError
 from cachebuilder.restoring.machine import Machine
 
@@ -27,7 +27,7 @@ _force_option = click.option("--force", is_flag=True, help="Work in DIR even if 
 @click.option("--allow-stale", is_flag=True, help="If SOURCE cannot be reached, keep DIR/current and succeed.")
 @shared.option_group(
     "options",
-    RestoreOptions,
+    ArtifactOptions,
     shared.serving_deep_gemm_option,
     _force_option,
     signing.trust_option,
@@ -35,7 +35,7 @@ _force_option = click.option("--force", is_flag=True, help="Work in DIR even if 
     signing.not_before_option,
 )
 @shared.progress_options
-def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: RestoreOptions) -> None:
+def sync(source: Path | str, to: Path, keep: int, allow_stale: bool, options: ArtifactOptions) -> None:
     """Keep DIR/current at the artifact that SOURCE (oci://…, s3://…) stands for: for an init container or a DaemonSet.
 
     The artifact is fetched only if it has changed, restored aside, and put in place by one rename. If that fails,
