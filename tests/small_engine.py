@@ -1,6 +1,7 @@
 """A program that uses torch, Triton and DeepGEMM in several processes, as an engine does; the tests observe it.
 
-``small_engine.py [FUNCTION]``: with FUNCTION, one worker first calls that function of the CUDA runtime.
+``small_engine.py [WORKERS [FUNCTION]]``: WORKERS is 2 unless given; with FUNCTION, the first worker begins with a call of
+that function of the CUDA runtime.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ def worker(rank: int, function: str | None) -> None:
 
 
 def main() -> None:
-    function = sys.argv[1] if len(sys.argv) > 1 else None
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    function = sys.argv[2] if len(sys.argv) > 2 else None
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=worker, args=(rank, function if rank == 0 else None)) for rank in range(2)]
+    workers = [context.Process(target=worker, args=(rank, function if rank == 0 else None)) for rank in range(count)]
     for process in workers:
         process.start()
     for process in workers:

@@ -135,6 +135,13 @@ def start_build(manifest: Path, folder: Path, *options: str, **environment: str)
     )
 
 
+def planned_cache(manifest: Path, folder: Path) -> None:
+    """Make a cache folder with the plan of ``manifest``: a build there imports no torch, and starts its compilers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHEBUILDER_CACHE_DIR", str(own_cache(folder)))
+        building.plan(load_manifest(manifest))
+
+
 def compilers_under(folder: Path) -> list[str]:
     """The names of the processes whose working folder is inside ``folder``."""
     names = []
@@ -153,6 +160,7 @@ def wait_for_compilers(folder: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(tiny: Path, tmp_path: Path) -> None:
+    planned_cache(tiny, tmp_path / "cache")
     process = start_build(tiny, tmp_path)
     wait_for_compilers(tmp_path, process)
     process.send_signal(signal.SIGINT)
@@ -167,6 +175,7 @@ def test_ctrl_c_ends_the_compilers_and_leaves_nothing_broken(tiny: Path, tmp_pat
 @pytest.mark.slow
 def test_a_build_after_killed_ones_makes_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     expected = building.build(load_manifest(tiny), tmp_path / "expected.tar.zst").packed.sha256
+    planned_cache(tiny, tmp_path / "cache")
     for seconds in (0.0, 4.0):
         process = start_build(tiny, tmp_path)
         wait_for_compilers(tmp_path, process)

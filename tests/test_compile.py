@@ -108,7 +108,7 @@ def test_a_cubin_does_not_depend_on_the_other_kernels_of_its_unit(tmp_path: Path
 def test_the_cubin_of_a_kernel_with_strings_does_not_depend_on_its_unit(
     gpu: str, legacy: bool, name: str, tmp_path: Path
 ) -> None:
-    text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 64\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168}}, {{op: fp8_gemm_nt, n: 576, k: 512}}]"
+    text = f"name: x\ntarget: {{gpu: {gpu}}}\nmax_tokens: 16\nops: [{{op: fp8_gemm_nt, n: 576, k: 7168}}, {{op: fp8_gemm_nt, n: 576, k: 512}}]"
     inputs, plan = plan_of(text, tmp_path, LEGACY if legacy else None)
     kernels = [kernel for kernel in plan.kernels if kernel.name == name]
     assert len(kernels) >= 2

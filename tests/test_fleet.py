@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from cachebuilder.fleet.cells import expand
 from cachebuilder.fleet.shards import Shard
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ship.shared import open_store
-from tests.conftest import LEGACY, ROOT, SMALL, Run
+from tests.conftest import LEGACY, ROOT, Run
 from tests.registries import Registry
 from tests.test_signature import keys
 
@@ -37,6 +36,8 @@ __all__ = ["keys"]
 #: The fleets here name the DeepGEMM of each engine.
 GENERATIONS = ("deepjit",)
 
+#: One kernel for each number of SMs, and one for all.
+MANIFEST = "name: small-{gpu}\ntarget: {{gpu: {gpu}}}\nmax_tokens: 16\nops: [{{op: fp8_gemm_nt, n: 576, k: 512}}]\n"
 FLEET = """\
 name: first
 store: store
@@ -54,8 +55,7 @@ GPUS = ("H100-SXM", "H200", "H20")
 def folder(tmp_path: Path) -> Path:
     """A folder with a fleet of six cells, of which two pairs are equal."""
     for gpu in GPUS:
-        text = re.sub(r"gpu: \w+", f"gpu: {gpu}", SMALL)
-        (tmp_path / f"small-{gpu}.yaml").write_text(text.replace("name: small", f"name: small-{gpu}"))
+        (tmp_path / f"small-{gpu}.yaml").write_text(MANIFEST.format(gpu=gpu))
     (tmp_path / "fleet.yaml").write_text(FLEET.format(legacy=LEGACY))
     return tmp_path
 
@@ -214,8 +214,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> dict
     digests = {}
     for gpu in GPUS:
         manifest = output / f"small-{gpu}.yaml"
-        text = re.sub(r"gpu: \w+", f"gpu: {gpu}", SMALL)
-        manifest.write_text(text.replace("name: small", f"name: small-{gpu}"))
+        manifest.write_text(MANIFEST.format(gpu=gpu))
         for engine, deep_gemm in (("new", None), ("old", LEGACY)):
             inputs = load_manifest(manifest, deep_gemm=deep_gemm)
             built = building.build(inputs, output / "a.tar.zst", options=CompileOptions(check_code=0))

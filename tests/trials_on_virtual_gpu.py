@@ -37,6 +37,11 @@ def shared(value: Any) -> Any:
 class OnCpu(TorchDispatchMode):
     """Runs operations on the virtual GPU's tensors on the CPU; leaves views and allocations to torch."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and to be skipped by dynamo is to import it, which takes as long as torch itself."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.generators: dict[torch.Generator, torch.Generator] = {}
