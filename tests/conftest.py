@@ -97,6 +97,8 @@ LONGEST = (
     "test_container.py",
     "test_misses.py",
     "test_frozen.py",
+    "test_fleet.py",
+    "test_fleet_ray.py",
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -27,7 +27,7 @@ from cachebuilder.fleet.cells import expand
 from cachebuilder.fleet.shards import Shard
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ship.shared import open_store
-from tests.conftest import LEGACY, ROOT, Run
+from tests.conftest import LEGACY, ROOT, BuildSmall, Run, one_at_a_time
 from tests.registries import Registry
 from tests.test_signature import keys
 
@@ -208,16 +208,18 @@ def sha256(path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> dict[str, str]:
+def alone(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path, build_small: BuildSmall) -> dict[str, str]:
     """The sha256 of each cell's artifact when it is built by itself."""
     output = tmp_path_factory.mktemp("alone")
     digests = {}
-    for gpu in GPUS:
-        manifest = output / f"small-{gpu}.yaml"
-        manifest.write_text(MANIFEST.format(gpu=gpu))
-        for engine, deep_gemm in (("new", None), ("old", LEGACY)):
+    for engine, deep_gemm in (("new", None), ("old", LEGACY)):
+        build_small(deep_gemm)  # it has the kernels for 132 SMs
+        for gpu in GPUS:
+            manifest = output / f"small-{gpu}.yaml"
+            manifest.write_text(MANIFEST.format(gpu=gpu))
             inputs = load_manifest(manifest, deep_gemm=deep_gemm)
-            built = building.build(inputs, output / "a.tar.zst", options=CompileOptions(check_code=0))
+            with one_at_a_time(shared_folder, "alone"):
+                built = building.build(inputs, output / "a.tar.zst", options=CompileOptions(check_code=0))
             digests[f"small-{gpu}-{engine}"] = built.packed.sha256
     return digests
 

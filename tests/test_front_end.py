@@ -129,6 +129,7 @@ def test_a_build_starts_a_front_end_while_it_plans_and_leaves_none_running(
     assert _processes_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_a_build_starts_the_front_ends_of_the_last_build_of_these_ops(
     built: Built, light: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from cachebuilder.errors import RecordingError
 from cachebuilder.manifest.inputs import load_manifest
 from cachebuilder.ops.catalog import OPS, OpBase
 from tests import entry_points
-from tests.conftest import LEGACY, ROOT, TARGET, Run
+from tests.conftest import LEGACY, ROOT, TARGET, BuildSmall, Run
 
 ENGINE = Path(__file__).with_name("small_engine.py")
 
@@ -96,7 +96,10 @@ def test_a_manifest_is_checked_against_the_engine(run: Run, observed: Observed, 
 
 @pytest.mark.slow
 @needs_headers
-def test_a_build_observes_an_engine_and_has_all_that_it_asks_for(run: Run, observed: Observed, tmp_path: Path) -> None:
+def test_a_build_observes_an_engine_and_has_all_that_it_asks_for(
+    run: Run, observed: Observed, build_small: BuildSmall, tmp_path: Path
+) -> None:
+    build_small(None)  # it has these kernels
     output = tmp_path / "a.tar.zst"
     done = run("build", "--gpu", TARGET, "-o", output, "--check-code", "0", "--", sys.executable, ENGINE, "1")
     assert done.returncode == 0, done.stderr

@@ -177,6 +177,7 @@ def test_a_kernel_that_no_op_can_ask_for_is_refused(built: Built, tmp_path: Path
         facts.gather(path)
 
 
+@pytest.mark.parametrize("deep_gemm", ["deepjit"], indirect=True, scope="session")
 def test_in_a_browser_it_is_drawn_without_complaint_and_the_tooltip_names_the_kernel(pages: Path) -> None:
     look = [
         sys.executable,
