@@ -2,11 +2,15 @@
 
     python benchmarks/observe.py --gpu H200 -o benchmarks/results/observe.jsonl MODEL[:LAYOUT]... [-- OPTIONS...]
     python benchmarks/observe.py --with-flashinfer -o benchmarks/results/observe-flashinfer.jsonl …
+    python benchmarks/observe.py --rules -o benchmarks/results/recipes.jsonl …
 
 Runs in the engine's environment, with cachebuilder importable: the engine that is installed there is observed. MODEL is
 a folder with ``config.json``; LAYOUT is ``tpN``, ``tpN-epN`` or ``tpN-epN-dpN``, and ``-CLASS`` behind it adds the
 model's own draft layers. Without a LAYOUT, all of the engine's in the folder's ``expected.json`` are observed. OPTIONS are added to the serve command. One line of JSON is
 added to the results for each observation, also for one that failed. ``plot.py`` makes the docs' table from them.
+
+``--rules`` compares with the manifest that ``cachebuilder manifest --model`` writes for the same deployment: which
+kernels of this run it lacks (``observe --check``), and which shapes each of them has.
 
 Seconds and memory depend on the machine and on what else runs on it; CPU seconds depend less. Memory is the most that all
 processes of the engine held at once, shared pages counted once (PSS, sampled every 2 s).
@@ -24,6 +28,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,9 +36,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cachebuilder.authoring.derive.manifest import Deployment, derive_manifest
 from cachebuilder.authoring.observe import observe as observing
 from cachebuilder.cuda import gpus
-from cachebuilder.errors import CacheBuilderError
+from cachebuilder.errors import CacheBuilderError, ModelError
 
 ROOT = Path(__file__).parents[1]
 ENGINE = "vllm" if importlib.util.find_spec("vllm") else "sglang"
@@ -152,7 +158,50 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def observe(folder: Path, layout: str, gpu: str, more: list[str], with_flashinfer: bool) -> dict[str, Any]:
+def against_rules(
+    observation: observing.Observation | None, folder: Path, layout: str, gpu: str, command: list[str]
+) -> dict[str, Any]:
+    """What the rules' manifest of the same deployment has, and which kernels of this run it lacks.
+
+    Args:
+        observation: None: the engine did not serve the model.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"(tp|ep|dp)(\d+)", layout)}
+
+    def option(name: str) -> int:
+        return int([command[at + 1] for at, word in enumerate(command) if word == name][-1])
+
+    tokens, length = (word for word in OPTIONS[ENGINE] if word.startswith(("--max", "--chunk", "--context")))
+    deployment = Deployment(
+        engine=ENGINE,
+        engine_version=version(ENGINE),
+        gpu=gpu,
+        max_tokens=option(tokens),
+        max_model_len=option(length),
+        **sizes,  # type: ignore[arg-type]
+    )
+    try:
+        written = derive_manifest(folder, deployment)
+    except ModelError as error:
+        return {"rules_refuse": str(error).replace(f"{folder}/", "")}
+    ops = [item.op.model_dump() for item in written.derived.ops]
+    row: dict[str, Any] = {
+        "rules": sorted(
+            {(op["op"], op.get("experts"), op["n"], op["k"]) for op in ops if "n" in op and "k" in op}, key=str
+        )
+    }
+    if observation:
+        with tempfile.TemporaryDirectory() as scratch:
+            manifest = Path(scratch) / "rules.yaml"
+            manifest.write_text(written.text)
+            lack = observing.check(observation, manifest)
+        row["lack"] = {"requested": lack.requested, "kernels": lack.kernels, "names": lack.names}
+    return row
+
+
+def observe(
+    folder: Path, layout: str, gpu: str, more: list[str], with_flashinfer: bool = False, rules: bool = False
+) -> dict[str, Any]:
     command = serve_command(folder, layout, more)
     row: dict[str, Any] = {
         "model": folder.resolve().name,
@@ -177,6 +226,8 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str], with_flashinfe
         "cpu_seconds": round(cpu_seconds() - cpu, 1),
         "memory_gb": round(most[0] / 1e9, 2),
     }
+    if rules:
+        row |= against_rules(observation, folder, layout, gpu, command)
     if observation is None:
         return row
     run, observed = observation.run, observation.observed
@@ -198,6 +249,8 @@ def observe(folder: Path, layout: str, gpu: str, more: list[str], with_flashinfe
     if with_flashinfer:
         row["flashinfer"] = observation.flashinfer.model_dump() if observation.flashinfer else {}
     shapes = observed_shapes(observation)
+    if rules:
+        row["shapes"] = sorted(map(list, shapes), key=str)
     if expected is not None:
         row["missing"] = sorted(map(list, expected[0] - shapes.keys()), key=str)
         row["extra"] = sorted(
@@ -232,12 +285,14 @@ def main() -> None:
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--with-flashinfer", action="store_true", help="also what the engine takes from FlashInfer")
+    parser.add_argument("--rules", action="store_true", help="compare with the manifest that the rules write")
     parser.add_argument("models", nargs="+")
     arguments = parser.parse_args(own)
     for model in arguments.models:
         folder, _, only = model.partition(":")
         for layout in [only] if only else layouts(Path(folder)):
-            row = observe(Path(folder), layout, arguments.gpu, more, arguments.with_flashinfer) | machine()
+            row = observe(Path(folder), layout, arguments.gpu, more, arguments.with_flashinfer, arguments.rules)
+            row |= machine()
             with arguments.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row, indent=1), flush=True)

@@ -524,7 +524,7 @@ class TestMegaMoeOfSglang:
                 id="hidden-size",
             ),
             pytest.param(
-                changed(configs.DEEPSEEK_V3, first_k_dense_replace=62), {}, "wanted routed experts", id="no-experts"
+                changed(configs.DEEPSEEK_V3, first_k_dense_replace=62), {}, "wanted a layer with the", id="no-experts"
             ),
         ],
     )

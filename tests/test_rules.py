@@ -68,6 +68,12 @@ class TestEveryFieldIsReadOrReported:
                     continue
                 assert unread, f"{engine}: {field}"
 
+    def test_a_field_renamed_to_one_that_leaves_no_layer_with_experts_is_an_error(self) -> None:
+        tree = MODELS["hy3-fp8"] | {"moe_layer_freq": 262144}  # max_position_embeddings, by another field's name
+        for engine in ENGINES:
+            with pytest.raises(ModelError, match="wanted a layer with the num_experts 192, found none"):
+                derived_of(tree, engine)
+
     def test_the_verb_names_it_and_goes_on_where_that_is_allowed(self, tmp_path: Path) -> None:
         file = tmp_path / "config.json"
         file.write_text(json.dumps(configs.QWEN3_30B | {"second_attention_heads": 8, "rope_theta": 1e6}))
@@ -80,6 +86,17 @@ class TestEveryFieldIsReadOrReported:
         assert "# Not read in the config:" in result.stdout
         assert "second_attention_heads: no rule here reads it" in result.stdout
         assert manifests.parse(result.stdout.encode()).ops
+
+    def test_what_a_plain_decoder_would_refuse_is_not_said_of_an_architecture_without_a_rule(self) -> None:
+        with pytest.raises(ModelError, match=r"no rule here reads SomethingNewForCausalLM: it has no rule of its own"):
+            derived_of(configs.UNKNOWN | {"intermediate_size": 12296}, tp=8)
+
+    def test_two_fields_that_name_other_layers_with_experts_are_refused(self) -> None:
+        tree = MODELS["glm-5-fp8"]
+        dense_first = ["dense"] * 3 + ["sparse"] * (tree["num_hidden_layers"] - 3)
+        assert dense(derived_of(tree | {"mlp_layer_types": dense_first})) == dense(derived_of(tree))
+        with pytest.raises(ModelError, match=r"mlp_layer_types: wanted experts in the layers that first_k_dense"):
+            derived_of(tree | {"mlp_layer_types": dense_first[1:] + ["sparse"]})
 
     def test_an_architecture_without_a_rule_is_one(self) -> None:
         assert derived_of(configs.UNKNOWN).unread == ("architectures (SomethingNewForCausalLM)",)
@@ -417,6 +434,47 @@ def test_families_without_a_recorded_answer(
         derived = derived_of(tree, engine)
         assert dense(derived) == linears, engine
         assert not derived.unread
+
+
+LAGUNA = {
+    **GQA,
+    **EXPERTS,
+    "architectures": ["LagunaForCausalLM"],
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "num_attention_heads_per_layer": [32, 48, 48],
+    "shared_expert_intermediate_size": 1024,
+    "quantization_config": configs.BLOCK_FP8
+    | {"modules_to_not_convert": [f"model.layers.{n}.self_attn.g_proj" for n in range(3)]},
+}
+
+
+@pytest.mark.parametrize("experts", [{"mlp_layer_types": ["dense", "sparse", "sparse"]}, {"mlp_only_layers": [0]}, {}])
+def test_laguna_has_other_heads_in_some_layers_and_vllm_keeps_gate_and_up_apart(experts: dict[str, Any]) -> None:
+    tree = {**LAGUNA, **experts, "gating": "per-head"}
+    sliding = {((48 + 2 * 4) * 128, 2048), (2048, 48 * 128)}
+    apart = {(8192, 2048), (2048, 8192), (1024, 2048), (2048, 1024)}
+    assert dense(derived_of(tree, "vllm")) == ATTENTION | sliding | apart
+    assert dense(derived_of(tree, "sglang")) == ATTENTION | sliding | DENSE_MLP | SHARED_MLP
+    assert not derived_of(tree).unread
+
+
+def test_laguna_s_gate_has_a_row_for_each_head_or_for_each_element() -> None:
+    quantized = {**LAGUNA, "quantization_config": configs.BLOCK_FP8}
+    assert (48 * 128, 2048) in dense(derived_of({**quantized, "gating": "per-element"}))
+    assert any("self_attn.g_proj" in item.what for item in derived_of({**quantized, "gating": True}).left_out)
+    with pytest.raises(ModelError, match="gating: wanted true, false, per-head or per-element, found 'both'"):
+        derived_of({**quantized, "gating": "both"})
+    with pytest.raises(ModelError, match="num_attention_heads_per_layer: wanted an entry for each layer"):
+        derived_of({**quantized, "num_attention_heads_per_layer": [32, 48]})
+
+
+def test_muse_glimmer_s_query_key_and_value_are_apart_in_sglang() -> None:
+    text = {**GQA, "model_type": "muse_glimmer_text", "num_hidden_layers": 2, "intermediate_size": 8192}
+    around = {"architectures": ["MuseGlimmerForConditionalGeneration"], "quantization_config": configs.BLOCK_FP8}
+    tree = {**around, "text_config": text}
+    assert dense(derived_of(tree, "vllm")) == ATTENTION | {(4096, 2048)} | DENSE_MLP  # and the output gate
+    assert dense(derived_of(tree, "sglang")) == {(4096, 2048), (512, 2048), (2048, 4096)} | DENSE_MLP
 
 
 @pytest.mark.parametrize("field", [{"is_moe_layer": [False, True]}, {"mlp_layer_types": ["dense", "sparse"]}])

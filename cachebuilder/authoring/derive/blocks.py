@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cachebuilder.authoring.derive.config import Config
-from cachebuilder.authoring.derive.layer_kinds import Layers, Where, attending, everywhere
+from cachebuilder.authoring.derive.layer_kinds import Layers, Numbers, Where, attending, everywhere
 from cachebuilder.authoring.derive.layers import Experts, LeftOut, Linears, Model, Part, layers_text
 from cachebuilder.authoring.derive.serving import Serving
 from cachebuilder.authoring.derive.size import Size
@@ -31,9 +31,12 @@ class Attention:
     """Grouped-query attention: ``qkv_proj`` and ``o_proj``. Ranks beyond the number of K and V heads hold copies.
 
     Attributes:
+        heads_by_layer: the field with a number of query heads for each layer, where the config has it.
         gate: the field that says whether the query's projection also holds a gate of its size; ``True``: it does.
-        head_gate: the field that says whether ``g_proj`` gives one gate for each head.
-        own_gate: ``g_proj`` gives a gate of the query's size.
+        head_gate: the field that says whether ``g_proj`` gives one gate for each head: true or ``per-head``; one for
+            each of the query's elements: ``per-element``.
+        own_gate: the layer that gives a gate of the query's size.
+        split_in: engines that do not fuse query, key and value.
         fused: the checkpoint has one weight for query, key and value.
         checked: an engine refuses a division within a block (MiMo-V2's ``qkv_proj`` has ``skip_block_quant_check`` in
             SGLang 0.5.23).
@@ -43,9 +46,11 @@ class Attention:
     kv_heads: str = "num_key_value_heads"
     dim: str = "head_dim"
     value_dim: str = ""
+    heads_by_layer: str = ""
     gate: str | bool = False
     head_gate: str = ""
-    own_gate: bool = False
+    own_gate: str = ""
+    split_in: tuple[str, ...] = ()
     fused: bool = False
     checked: bool = True
     at: str = "self_attn"
@@ -54,12 +59,27 @@ class Attention:
 
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
         """Add both projections, and the gates' where the config has them."""
-        numbers = self.on(config, layers)
-        hidden, heads = config.number("hidden_size"), config.number(self.heads)
-        kv_heads = config.number(self.kv_heads)
+        numbers, heads = self.on(config, layers), config.number(self.heads)
+        if not self.heads_by_layer or not config.has(self.heads_by_layer):
+            self._add_layers(model, config, serving, (numbers, heads))
+            return
+        counts = dict(zip(layers.decoder, config.numbers(self.heads_by_layer), strict=False))
+        if missing := [number for number in numbers if number not in counts]:
+            raise ModelError(
+                f"{config.path}: {self.heads_by_layer}: wanted an entry for each layer, found none for {missing[0]}"
+            )
+        for count in sorted(set(counts.values())):
+            some = tuple(number for number in numbers if counts[number] == count)
+            self._add_layers(model, config, serving, (some, Size(count, f"{self.heads_by_layer} {count}")))
+
+    def _add_layers(self, model: Model, config: Config, serving: Serving, kind: tuple[Numbers, Size]) -> None:
+        """Add those of the layers ``kind[0]``, which have ``kind[1]`` query heads."""
+        numbers, heads = kind
+        hidden, kv_heads = config.number("hidden_size"), config.number(self.kv_heads)
         dim = config.number(self.dim, hidden // heads if self.dim == "head_dim" else None)
         value_dim = config.number(self.value_dim, dim) if self.value_dim else dim
         gated = self.gate if isinstance(self.gate, bool) else config.flag(self.gate, True)
+        by_head = config.fields.get(self.head_gate) if self.head_gate else None
         if not numbers:
             return
         linears, (qkv, out) = Linears(numbers, serving.ranks.attention), self.names
@@ -70,12 +90,19 @@ class Attention:
             Part(weights[1], kv_heads * dim, least=dim),
             Part(weights[2], kv_heads * value_dim, least=value_dim),
         ]
-        model.linears += [
-            replace(linears.column(f"{self.at}.{qkv}", parts, hidden), checked=self.checked),
-            linears.row(f"{self.at}.{out}", hidden, heads * value_dim),
-        ]
-        if self.own_gate or (self.head_gate and config.flag(self.head_gate, False)):
-            model.linears.append(linears.column(f"{self.at}.g_proj", q if self.own_gate else heads, hidden))
+        if serving.name in self.split_in:
+            model.linears += [linears.column(part.name, [part], hidden) for part in parts]
+        else:
+            model.linears.append(replace(linears.column(f"{self.at}.{qkv}", parts, hidden), checked=self.checked))
+        model.linears.append(linears.row(f"{self.at}.{out}", hidden, heads * value_dim))
+        if self.own_gate:
+            model.linears.append(linears.column(f"{self.at}.{self.own_gate}", q, hidden))
+        elif by_head in (True, "per-head", "per-element"):
+            model.linears.append(linears.column(f"{self.at}.g_proj", q if by_head == "per-element" else heads, hidden))
+        elif by_head not in (None, False, "disabled"):
+            raise ModelError(
+                f"{config.path}: {self.head_gate}: wanted true, false, per-head or per-element, found {by_head!r:.40}"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,10 +226,15 @@ class GatedDeltaNet:
 
 @dataclass(frozen=True)
 class Mlp:
-    """A dense gated MLP: ``gate_up_proj`` and ``down_proj``, divided among all tensor parallel ranks."""
+    """A dense gated MLP: ``gate_up_proj`` and ``down_proj``, divided among all tensor parallel ranks.
+
+    Attributes:
+        split_in: engines that do not fuse gate and up.
+    """
 
     width: str = "intermediate_size"
     at: str = "mlp"
+    split_in: tuple[str, ...] = ()
     on: Where = everywhere
 
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
@@ -211,7 +243,8 @@ class Mlp:
         if config.has(self.width) or numbers:  # a model whose layers all have experts may have this field, too
             hidden, width = config.number("hidden_size"), config.number(self.width)
             if numbers:
-                model.linears += Linears(numbers, serving.ranks.dense).gated_mlp(self.at, hidden, width)
+                linears = Linears(numbers, serving.ranks.dense)
+                model.linears += linears.gated_mlp(self.at, hidden, width, serving.name not in self.split_in)
 
 
 @dataclass(frozen=True)
@@ -249,6 +282,7 @@ class Moe:
         whole: engines in which each rank has the whole shared expert when tokens are spread over the ranks
             (``is_sequence_parallel`` in vLLM, ``parallel_group="replicated"`` in SGLang).
         dense: the block of the layers without experts.
+        split_in: engines that do not fuse a shared expert's gate and up.
     """
 
     experts: str = "n_routed_experts|num_experts|num_local_experts"
@@ -259,6 +293,7 @@ class Moe:
     shared_at: str = "mlp.shared_experts"
     whole: tuple[str, ...] = ("vllm", "sglang")
     dense: Mlp | None = Mlp()
+    split_in: tuple[str, ...] = ()
     at: str = "mlp"
     on: Where = everywhere
 
@@ -273,10 +308,16 @@ class Moe:
         shared, one = config.count(self.shared), config.count(self.shared_width, missing=bool(self.shared))
         whole = shared * (one or width) if self.shared else one
         if not numbers:
+            if config.flag("use_moe", True):
+                raise ModelError(
+                    f"{config.path}: wanted a layer with the {count.how}, found none: the fields that name the layers "
+                    "with experts leave none"
+                )
             return
         fused = (shared or 1) if whole and serving.fuses_shared_experts(config, shared) else 0
         if whole and not fused:
             ranks = serving.ranks.shared if serving.name in self.whole else serving.tp
-            model.linears += Linears(numbers, ranks).gated_mlp(self.shared_at, hidden, whole)
+            linears = Linears(numbers, ranks)
+            model.linears += linears.gated_mlp(self.shared_at, hidden, whole, serving.name not in self.split_in)
         routed = Experts(count, topk + fused, hidden, width, numbers, fused, module=f"{self.at}.experts")
         model.experts.append(routed)

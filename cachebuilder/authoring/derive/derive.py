@@ -78,10 +78,15 @@ def _derive(config: Config, serving: Serving) -> Derived:
     checkpoint = read_checkpoint(config, serving.name)
     serving.check(config)
     _check_known(config, checkpoint)
-    model = families.describe(config, serving)
-    rank = _Rank(config, serving, model, checkpoint)
-    for linear in model.linears:
-        rank.add_linear(linear)
+    try:
+        model = families.describe(config, serving)
+        rank = _Rank(config, serving, model, checkpoint)
+        for linear in model.linears:
+            rank.add_linear(linear)
+    except ModelError as error:
+        if families.family_of(config) is None:
+            raise _not_read(config, f"it has no rule of its own, and as a plain decoder, {error}") from error
+        raise
     calls = [call for call in model.calls if not checkpoint.refusal or call.op in WITHOUT_WEIGHTS]
     for experts in model.experts:
         if layers := rank.quantized_layers(experts.module, [experts.module], experts.layers):
@@ -122,12 +127,16 @@ def _check_known(config: Config, checkpoint: Checkpoint) -> None:
     kind = kind if kind in families.NOT_READ else str(config.around.get("model_type"))
     if kind in families.NOT_READ or (checkpoint.refusal and not known):
         what = families.NOT_READ.get(kind) or f"it has no rule of its own, and {checkpoint.refusal}"
-        raise ModelError(
-            f"{config.path}: no rule here reads {config.architecture}: {what}",
-            hint="observe the engine (cachebuilder observe), or record it (cachebuilder record)",
-        )
+        raise _not_read(config, what)
     if checkpoint.refusal and not config.has("index_topk"):
         raise checkpoint.refusal
+
+
+def _not_read(config: Config, what: str) -> ModelError:
+    return ModelError(
+        f"{config.path}: no rule here reads {config.architecture}: {what}",
+        hint="observe the engine (cachebuilder observe), or record it (cachebuilder record)",
+    )
 
 
 class _Rank:

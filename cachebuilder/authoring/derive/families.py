@@ -34,6 +34,7 @@ from cachebuilder.authoring.derive.layer_kinds import (
     exaone,
     gated_attention,
     interleaved,
+    laguna,
     last_of_group,
     listed,
     other_than,
@@ -69,7 +70,7 @@ class Family:
 #: indexer, and the first layers have one.
 _MLA_UNUSED = (
     "num_key_value_heads head_dim qk_head_dim layer_types "
-    "index_topk_freq index_topk_pattern index_skip_topk_offset indexer_types"
+    "index_topk_freq index_topk_pattern index_skip_topk_offset indexer_types index_share_for_mtp_iteration"
 )
 _DECODER = Family((Attention(), Mlp()))
 _DEEPSEEK = Family((Mla(), Moe(shared="n_shared_experts", on=after_dense)), unused=_MLA_UNUSED)
@@ -82,8 +83,13 @@ _QWEN35_BLOCKS: tuple[Block, ...] = (
     GatedDeltaNet(on=other_than(gated_attention)),
     Projection("mtp.fc", divided=True, on=draft),
 )
-_QWEN35 = Family((*_QWEN35_BLOCKS, Mlp()), draft="mtp_num_hidden_layers", draft_prefix="mtp.layers.")
-_QWEN35_MOE = replace(_QWEN35, blocks=(*_QWEN35_BLOCKS, _SHARED_MOE))
+_QWEN35 = Family(
+    (*_QWEN35_BLOCKS, Mlp()),
+    draft="mtp_num_hidden_layers",
+    draft_prefix="mtp.layers.",
+    unused="mlp_only_layers",  # Qwen3.5-27B has this field and no experts
+)
+_QWEN35_MOE = replace(_QWEN35, blocks=(*_QWEN35_BLOCKS, _SHARED_MOE), unused="")
 #: vLLM models/exaone_moe.py and exaone_moe_mtp.py: the draft layer is dense.
 _EXAONE = Family(
     (
@@ -195,6 +201,25 @@ FAMILIES: dict[str, Family] = {
         ),
         unused="att_impl_type moe_every_n_layer use_moe mtp_layer_types mtp_mlp_layer_types",
     ),
+    "LagunaForCausalLM": Family(  # vLLM keeps gate and up apart, of the dense layers and of the shared expert
+        (
+            Attention(heads_by_layer="num_attention_heads_per_layer", head_gate="gating"),
+            Moe(
+                shared_width="shared_expert_intermediate_size",
+                shared_at="mlp.shared_expert",
+                whole=(),
+                dense=Mlp(split_in=("vllm",)),
+                split_in=("vllm",),
+                on=laguna,
+            ),
+        ),
+        unused="gating_types moe_apply_router_weight_on_input moe_routed_scaling_factor moe_router_logit_softcapping "
+        "moe_router_score_func swa_attention_sink_enabled swa_rope_parameters",
+    ),
+    "MuseGlimmerForCausalLM": Family(
+        (Attention(own_gate="output_gate_proj", split_in=("sglang",)), Mlp()),
+        unused="layer_rope_theta out_hidden_size output_multiplier post_norm_eps projector_hidden_size qk_scale_factor",
+    ),
     "HYV3ForCausalLM": Family(  # vLLM models/hy_v3.py, SGLang models/hunyuan_v3.py
         (
             Attention(),
@@ -212,7 +237,9 @@ FAMILIES: dict[str, Family] = {
     "BailingMoeV2_5ForCausalLM": Family(  # Ling and Ring 2.5 and 2.6: models/bailing_moe_linear.py in both
         (
             Mla(at="attention", on=last_of_group),
-            replace(_BAILING_ATTENTION, kv_heads="num_attention_heads", own_gate=True, on=other_than(last_of_group)),
+            replace(
+                _BAILING_ATTENTION, kv_heads="num_attention_heads", own_gate="g_proj", on=other_than(last_of_group)
+            ),
             _BAILING_MOE,
         ),
         unused=_MLA_UNUSED + " group_norm_size",
@@ -264,6 +291,7 @@ TEXT_MODELS = {
     "kimi_k2": "DeepseekV3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "llama4_text": "Llama4ForCausalLM",
+    "muse_glimmer_text": "MuseGlimmerForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

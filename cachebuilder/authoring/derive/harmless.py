@@ -68,7 +68,7 @@ HARMLESS: dict[str, str] = {
         topk_group topk_method use_moe_router_bias use_routing_bias zero_expert_num zero_expert_type
     """,
     "models beside the text model that these engines do not run, or run with another config": """
-        code2wav_config talker_config
+        code2wav_config language_model_only talker_config ts_config
     """,
     "training": """
         attention_dropout attention_probs_dropout_prob attn_pdrop aux_loss_alpha aux_loss_coef

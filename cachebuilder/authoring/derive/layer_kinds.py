@@ -115,13 +115,21 @@ def last_of_group(config: Config, layers: Layers) -> Numbers:
 def after_dense(config: Config, layers: Layers) -> Numbers:
     """Layers with experts: from ``first_k_dense_replace`` on each ``moe_layer_freq``-th; the draft layers, too.
 
-    vLLM 0.33.0 ``models/deepseek_v2.py``, ``glm4_moe.py``. ``mlp_layer_types`` says the same (transformers 5).
+    vLLM 0.33.0 ``models/deepseek_v2.py``, ``glm4_moe.py``. ``mlp_layer_types`` says the same (transformers 5): GLM-5.2
+    has both. Raises ModelError where they disagree.
     """
-    if config.has("mlp_layer_types"):
-        config.fields.get("first_k_dense_replace")
-        return listed("mlp_layer_types", "sparse", drafts=True)(config, layers)
+    types = config.has("mlp_layer_types")
+    by_type = listed("mlp_layer_types", "sparse", drafts=True)(config, layers) if types else None
+    if by_type is not None and not config.has("first_k_dense_replace"):
+        return by_type
     first, frequency = config.number("first_k_dense_replace", least=0), config.number("moe_layer_freq", 1)
-    return tuple(number for number in layers.all if number >= first and number % frequency == 0)
+    numbers = tuple(number for number in layers.all if number >= first and number % frequency == 0)
+    if by_type not in (None, numbers):
+        raise ModelError(
+            f"{config.path}: mlp_layer_types: wanted experts in the layers that {first.how} and {frequency.how} name, "
+            "found others"
+        )
+    return numbers
 
 
 def exaone(config: Config, layers: Layers) -> Numbers:
@@ -138,6 +146,15 @@ def stepped(config: Config, layers: Layers) -> Numbers:
     """Layers with experts: each ``decoder_sparse_step``-th, without ``mlp_only_layers`` (models/qwen3_moe.py)."""
     only_dense, step = set(config.numbers("mlp_only_layers")), config.number("decoder_sparse_step", 1)
     return tuple(number for number in layers.all if number not in only_dense and (number + 1) % step == 0)
+
+
+def laguna(config: Config, layers: Layers) -> Numbers:
+    """Of Laguna: ``mlp_layer_types`` (vLLM 0.33.0, SGLang 0.5.23), else `stepped`, by default all but layer 0.
+
+    vLLM 0.25.0 reads ``mlp_only_layers`` and ``decoder_sparse_step`` alone (transformers_utils/configs/laguna.py).
+    """
+    by_step = stepped(config, layers) if config.has("mlp_only_layers") else layers.all[1:]
+    return listed("mlp_layer_types", "sparse")(config, layers) if config.has("mlp_layer_types") else by_step
 
 
 def enumerated(config: Config, layers: Layers) -> Numbers:

@@ -72,11 +72,12 @@ class Linears:
         """K divided among the ranks."""
         return Linear(module, _parts(module, n), k, "k", self.ranks, self.layers)
 
-    def gated_mlp(self, module: str, hidden: Size, intermediate: Size) -> list[Linear]:
-        """``gate_up_proj`` and ``down_proj``."""
+    def gated_mlp(self, module: str, hidden: Size, intermediate: Size, fused: bool = True) -> list[Linear]:
+        """``gate_up_proj`` and ``down_proj``; not ``fused``: ``gate_proj``, ``up_proj`` and ``down_proj``."""
         gate_and_up = [Part(f"{module}.{name}_proj", intermediate) for name in ("gate", "up")]
+        layers = {f"{module}.gate_up_proj": gate_and_up} if fused else {part.name: [part] for part in gate_and_up}
         return [
-            self.column(f"{module}.gate_up_proj", gate_and_up, hidden),
+            *(self.column(name, parts, hidden) for name, parts in layers.items()),
             self.row(f"{module}.down_proj", hidden, intermediate),
         ]
 
