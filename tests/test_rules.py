@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -68,6 +70,19 @@ class TestEveryFieldIsReadOrReported:
                     continue
                 assert unread, f"{engine}: {field}"
 
+    @pytest.mark.parametrize("model", MODELS)
+    def test_a_field_renamed_to_another_that_the_rules_ask_for_is_an_error_or_loses_nothing(self, model: str) -> None:
+        config = Config.of(tree := MODELS[model], Path("model/config.json"))
+        ops = {str(item.op) for item in derive(config, Deployment(engine="vllm", gpu="H200").serving()).ops}
+        absent = sorted(name for name in config.fields.read if name not in config.fields and "." not in name)
+        text = tree.get("text_config", tree)
+        harmless = {"max_position_embeddings": 262144, "attention_bias": False, "rms_norm_eps": 1e-6}
+        for (field, value), name in itertools.product(harmless.items(), absent):
+            fields = {key: old for key, old in text.items() if key != field} | {name: value}
+            with contextlib.suppress(ModelError):
+                derived = derived_of({**tree, "text_config": fields} if text is not tree else fields, max_tokens=8192)
+                assert derived.unread or {str(item.op) for item in derived.ops} >= ops, name
+
     def test_a_field_renamed_to_one_that_leaves_no_layer_with_experts_is_an_error(self) -> None:
         tree = MODELS["hy3-fp8"] | {"moe_layer_freq": 262144}  # max_position_embeddings, by another field's name
         for engine in ENGINES:
@@ -96,7 +111,7 @@ class TestEveryFieldIsReadOrReported:
         dense_first = ["dense"] * 3 + ["sparse"] * (tree["num_hidden_layers"] - 3)
         assert dense(derived_of(tree | {"mlp_layer_types": dense_first})) == dense(derived_of(tree))
         with pytest.raises(ModelError, match=r"mlp_layer_types: wanted experts in the layers that first_k_dense"):
-            derived_of(tree | {"mlp_layer_types": dense_first[1:] + ["sparse"]})
+            derived_of(tree | {"mlp_layer_types": [*dense_first[1:], "sparse"]})
 
     def test_an_architecture_without_a_rule_is_one(self) -> None:
         assert derived_of(configs.UNKNOWN).unread == ("architectures (SomethingNewForCausalLM)",)

@@ -308,12 +308,10 @@ class Moe:
         shared, one = config.count(self.shared), config.count(self.shared_width, missing=bool(self.shared))
         whole = shared * (one or width) if self.shared else one
         if not numbers:
-            if config.flag("use_moe", True):
-                raise ModelError(
-                    f"{config.path}: wanted a layer with the {count.how}, found none: the fields that name the layers "
-                    "with experts leave none"
-                )
-            return
+            raise ModelError(
+                f"{config.path}: wanted a layer with the {count.how}, found none: the fields that name the layers with "
+                "experts leave none"
+            )
         fused = (shared or 1) if whole and serving.fuses_shared_experts(config, shared) else 0
         if whole and not fused:
             ranks = serving.ranks.shared if serving.name in self.whole else serving.tp

@@ -29,6 +29,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
     variables = common_variables(model, gpu, ranks) | {
         "VLLM_WORKER_MULTIPROC_METHOD": ("fork", "the engine's process then imports nothing a second time"),
         "VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere"),
+        "VLLM_USE_V2_MODEL_RUNNER": ("0", "it counts sampled tokens on the device, where numbers mean nothing here"),
     }
     if not with_flashinfer:
         variables |= {
