@@ -272,12 +272,27 @@ class TestWhatNoRuleReads:
         with pytest.raises(ModelError, match=f"no rule here reads .*{reason}"):
             derived_of({**configs.QWEN3_30B, "quantization_config": quantization, **model})
 
-    def test_modelopt_s_blocks_are_read(self) -> None:
+    def test_modelopt_s_blocks_are_read_in_linear_layers(self) -> None:
         quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}
-        tree = configs.DEEPSEEK_V3 | {"quantization_config": quantization}
-        shapes = dense(derived_of(tree, tp=8))
-        assert (2176, 7168) in shapes  # 2112, padded to whole blocks
-        assert (3072, 1536) in shapes
+        derived = derived_of(configs.DEEPSEEK_V3 | {"quantization_config": quantization}, tp=8)
+        assert (2176, 7168) in dense(derived)  # 2112, padded to whole blocks
+        assert (3072, 1536) in dense(derived)
+        assert {item.op.op for item in derived.ops} == {"fp8_gemm_nt"}
+        assert any("mlp.experts" in item.what and "one scale a tensor" in item.why for item in derived.left_out)
+
+    def test_modelopt_s_quantised_lm_head_is_not_read(self) -> None:
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "exclude_modules": ["*mlp.gate"]}
+        with pytest.raises(ModelError, match="no rule here reads a quantised LM head"):
+            derived_of(configs.QWEN3_30B | {"quantization_config": quantization})
+
+    def test_modelopt_s_mixed_precision_has_blocks_in_vllm_since_0_32(self) -> None:
+        layers = {f"model.layers.{n}.self_attn.o_proj": {"quant_algo": "FP8_PB_WO"} for n in range(48)}
+        quantization = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+        tree = configs.QWEN3_30B | {"quantization_config": quantization}
+        for engine, version in (("vllm", "0.32.0"), ("vllm", "0.33.0"), ("sglang", "0.5.23")):
+            assert dense(derived_of(tree, engine, engine_version=version)) == {(2048, 4096)}
+        with pytest.raises(ModelError, match="would not reach DeepGEMM"):
+            derived_of(tree, engine_version="0.25.0")
 
     def test_the_indexer_calls_deep_gemm_whatever_the_weights_are(self) -> None:
         quantization = {"quant_method": "modelopt", "quant_algo": "NVFP4"}

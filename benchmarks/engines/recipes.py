@@ -70,8 +70,10 @@ def rules_shapes(config: dict[str, Any], engine: str, layout: str) -> set[Shape]
     return {(op["op"], op.get("experts"), op["n"], op["k"]) for op in ops if "gemm" in op["op"] and "k" in op}
 
 
-def verdict(config: dict[str, Any], engine: str, layout: str, run: dict[str, Any] | None) -> tuple[str, str]:
+def verdict(config: dict[str, Any] | None, engine: str, layout: str, run: dict[str, Any] | None) -> tuple[str, str]:
     """The verdict on a layout, given the engine's run, and the reason."""
+    if config is None:
+        return "not judged", "no copy of its config was found"
     try:
         shapes = rules_shapes(config, engine, layout)
     except ModelError as error:
@@ -84,7 +86,7 @@ def verdict(config: dict[str, Any], engine: str, layout: str, run: dict[str, Any
     if run is None:
         return "not judged", f"the rules: {len(shapes)} shapes"
     if "shapes" not in run:
-        return "incomplete" if run["refuses"] is None else "surplus", f"the engine does not serve it: {run['refuses']}"
+        return "surplus", f"the engine does not serve it: {run['refuses']}"
     asked: set[Shape] = {(name, experts, n, k) for name, experts, n, k in run["shapes"]}
     if missing := asked - shapes:
         return "incomplete", f"missing {sorted(missing, key=str)}"
@@ -99,10 +101,11 @@ def judged() -> Iterator[Judged]:
     recorded = json.loads(RECIPES.read_text())
     runs = {(run["model"], run["engine"].split()[0], run["layout"]): run for run in map(json.loads, RUNS.open())}
     for entry in recorded["recipes"]:
-        model = recorded["models"][entry["model"]]
+        name = recorded["models"][entry["model"]].get("runs_as", entry["model"])
+        config = recorded["models"][name]["config"]
         for layout in entry["layouts"]:
-            key = model.get("runs_as", entry["model"]), entry["engine"].split()[0], layout
-            word, why = verdict(model["config"], entry["engine"], layout, runs.get(key))
+            run = runs.get((name, entry["engine"].split()[0], layout))
+            word, why = verdict(config, entry["engine"], layout, run)
             yield Judged(entry["book"], entry["recipe"], entry["model"], entry["engine"], layout, word, why)
 
 

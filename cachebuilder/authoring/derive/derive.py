@@ -75,7 +75,7 @@ def derive(config: Config, serving: Serving) -> Derived:
 
 
 def _derive(config: Config, serving: Serving) -> Derived:
-    checkpoint = read_checkpoint(config, serving.name)
+    checkpoint = read_checkpoint(config, serving.name, serving.modelopt)
     serving.check(config)
     _check_known(config, checkpoint)
     try:

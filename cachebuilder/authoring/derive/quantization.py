@@ -99,27 +99,31 @@ class Checkpoint:
         return any(run in self.names for run in runs)
 
 
-def read_checkpoint(config: Config, engine: str) -> Checkpoint:
+def read_checkpoint(config: Config, engine: str, modelopt: tuple[str, ...]) -> Checkpoint:
     """How ``config``'s checkpoint is quantised; with a `refusal` where no linear layer of it reaches DeepGEMM.
 
     A model with an indexer calls DeepGEMM for the logits, whatever its weights are.
+
+    Args:
+        modelopt: see `Serving.modelopt`.
     """
     try:
-        return _read(config, engine)
+        return _read(config, engine, modelopt)
     except ModelError as error:
         others = (Group(("Linear",), "its weights are not FP8 by blocks of 128 × 128"),)
         return Checkpoint("not FP8 by blocks", "", others, (), error)
 
 
-def _read(config: Config, engine: str) -> Checkpoint:
+def _read(config: Config, engine: str, modelopt: tuple[str, ...]) -> Checkpoint:
     """The checkpoint's form.
 
     ``fp8`` is the checkpoint format of DeepSeek and Qwen. Both engines send its linear layers to DeepGEMM where its
     blocks are 128 × 128 and its activations dynamic (vLLM 0.25.0 to 0.33.0
     ``model_executor/layers/quantization/fp8.py``; SGLang 0.5.23 ``srt/layers/quantization/fp8_utils.py``,
     ``_deepgemm_block_fp8_supported``). ``compressed-tensors`` with the strategy ``block`` ends in the same functions
-    (``compressed_tensors_w8a8_fp8.py`` in each engine), and ``modelopt`` with FP8_PB_WO too (vLLM 0.33.0
-    ``modelopt.py``, ``resolve``; SGLang 0.5.23 ``modelopt_quant.py`` in mixed precision only).
+    (``compressed_tensors_w8a8_fp8.py`` in each engine), and so do the linear layers of ``modelopt`` with FP8_PB_WO
+    (vLLM 0.25.0 ``ModelOptFp8PbWoLinearMethod`` and 0.33.0 ``resolve`` in ``modelopt.py``; SGLang 0.5.23
+    ``modelopt_quant.py`` in mixed precision only).
 
     Raises ModelError where no layer of this checkpoint reaches DeepGEMM, or where no rule here reads it; the text says
     which of the two.
@@ -134,7 +138,7 @@ def _read(config: Config, engine: str) -> Checkpoint:
         text = "compressed-tensors, FP8 by blocks of [128, 128]"
         return Checkpoint(text, "compressed-tensors", _compressed_tensors_groups(config), unquantized)
     if method == "modelopt":
-        algo, groups = _modelopt_groups(config, engine)
+        algo, groups = _modelopt_groups(config, modelopt)
         return Checkpoint(f"modelopt, {algo}", "modelopt", groups, unquantized)
     # vLLM 0.33.0 sends MXFP8 experts to DeepGEMM on SM100 (fused_moe/experts/deep_gemm_moe.py, _supports_quant_scheme).
     raise _refusal(config, f"its quant_method is {method!r}", read=method != "mxfp8")
@@ -192,12 +196,20 @@ def _other_weights(weights: Mapping[str, Any], activations: object) -> str:
     return ""
 
 
-def _modelopt_groups(config: Config, engine: str) -> tuple[str, tuple[Group, ...]]:
+def _modelopt_groups(config: Config, algos: tuple[str, ...]) -> tuple[str, tuple[Group, ...]]:
     algo = str(config.quantization.get("quant_algo")).upper()
-    if algo == "FP8_PB_WO" and engine == "vllm":
-        return algo, ()
+    if algo == "FP8_PB_WO" and algo in algos:
+        if not any(fnmatchcase("lm_head", entry) for entry in config.unconverted):
+            raise ModelError(
+                f"{config.path}: no rule here reads a quantised LM head: wanted lm_head in exclude_modules, found "
+                f"{short(list(config.unconverted))}",
+                hint="observe the engine (cachebuilder observe), or record it (cachebuilder record)",
+            )
+        # ModelOptFp8MoEMethod, vLLM 0.25.0 to 0.33.0: whatever the linear layers' algorithm is.
+        experts = "vLLM takes ModelOpt's experts to have one scale a tensor"
+        return algo, (Group((r"re:.*\.experts$",), experts), Group(("Linear",)))
     layers = config.quantization.get("quantized_layers")
-    if algo != "MIXED_PRECISION" or not isinstance(layers, dict):
+    if algo != "MIXED_PRECISION" or not isinstance(layers, dict) or algo not in algos:
         read = algo not in ("MXFP8", *_MODELOPT_BLOCK)
         raise _refusal(config, f"its quant_method is 'modelopt' with {algo}", read=read)
     by_algo: dict[str, list[str]] = {}

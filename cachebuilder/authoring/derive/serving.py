@@ -166,6 +166,11 @@ class Serving(EngineOptions):
         raise NotImplementedError
 
     @property
+    def modelopt(self) -> tuple[str, ...]:
+        """ModelOpt's ``quant_algo`` with which block-FP8 weights reach DeepGEMM."""
+        raise NotImplementedError
+
+    @property
     def sm_counts(self) -> tuple[int, ...]:
         """The SM counts that the engine sets around all of its calls; empty: it leaves them at the GPU's."""
         return ()

@@ -146,6 +146,11 @@ class Sglang(Serving):
         return Ranks(self.tp // self.dp, shared, self.tp // self.ep, self.switches.dense_tp or self.tp)
 
     @property
+    def modelopt(self) -> tuple[str, ...]:
+        """Mixed precision only (srt/layers/quantization/modelopt_quant.py)."""
+        return ("MIXED_PRECISION",)
+
+    @property
     def largest_m(self) -> int:
         """The end of the list of M that SGLang's own pre-compilation goes through.
 

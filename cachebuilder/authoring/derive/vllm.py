@@ -90,6 +90,11 @@ class Vllm(Serving):
         return (all_sms - self.switches.communicating_sms, all_sms) if self.switches.overlap_batches else ()
 
     @property
+    def modelopt(self) -> tuple[str, ...]:
+        """Since 0.32.0 also in mixed precision: 0.25.0's ``ModelOptMixedPrecisionConfig`` knows no blocks."""
+        return ("FP8_PB_WO", "MIXED_PRECISION") if self.at_least("0.32.0") else ("FP8_PB_WO",)
+
+    @property
     def largest_m(self) -> int:
         """``max_num_batched_tokens``."""
         return self.max_tokens
