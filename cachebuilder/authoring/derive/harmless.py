@@ -84,8 +84,9 @@ HARMLESS: dict[str, str] = {
         enable_audio_output eoi_token_index force_image_size image_seq_length image_size image_token_index
         max_dynamic_patch min_dynamic_patch mm_tokens_per_image multi_modal_projector_bias
         multimodal_projector_bias pad2square position_id_per_seconds projector_bias projector_dropout
-        projector_hidden_act ps_version seconds_per_chunk select_layer spatial_merge_size template use_backbone_lora use_llm_lora
-        use_thumbnail video_token_index vision_feature_layer vision_feature_select_strategy
+        projector_hidden_act ps_version seconds_per_chunk select_layer spatial_merge_size template
+        use_backbone_lora use_llm_lora use_thumbnail video_token_index vision_feature_layer
+        vision_feature_select_strategy
     """,
 }
 
