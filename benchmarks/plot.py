@@ -1,11 +1,12 @@
 """Make the documentation's pictures and tables from the recorded results; no figure is typed by hand.
 
-    python benchmarks/plot.py
+    PYTHONPATH=. python benchmarks/plot.py
 
 Reads from benchmarks/results: compile.jsonl (machine by machine; each ``run`` line names its machine), gpu/warmup.jsonl,
-sensitivity.jsonl, relaxed-vllm.jsonl, observe.jsonl, observe-flashinfer.jsonl, closed-loop.jsonl, warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and
-the tables between the markers of docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md,
-docs/howto/observe.md, docs/howto/flashinfer.md and README.md.
+sensitivity.jsonl, relaxed-vllm.jsonl, observe.jsonl, observe-flashinfer.jsonl, closed-loop.jsonl, recipes.jsonl,
+warmup-*.json and restore-*.json. Writes docs/pictures/compile.svg, and the tables between the markers of
+docs/explanation/speed.md, docs/explanation/virtual-gpu.md, docs/models.md, docs/recipes.md, docs/howto/observe.md,
+docs/howto/flashinfer.md and README.md.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any
 
 import altair as alt
 
+from benchmarks.engines import recipes
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED = ROOT / "docs" / "explanation" / "speed.md"
 VIRTUAL = ROOT / "docs" / "explanation" / "virtual-gpu.md"
 MODELS = ROOT / "docs" / "models.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 OBSERVE = ROOT / "docs" / "howto" / "observe.md"
 FLASHINFER = ROOT / "docs" / "howto" / "flashinfer.md"
 README = ROOT / "README.md"
@@ -309,6 +313,9 @@ def main() -> None:
     put(VIRTUAL, "sensitivity", sensitivity_rows(read("sensitivity.jsonl")))
     put(MODELS, "engines", engine_rows())
     put(MODELS, "missed", missed_rows(read("relaxed-vllm.jsonl")))
+    judged = list(recipes.judged())
+    put(RECIPES, "recipes", recipes.table(judged))
+    put(RECIPES, "recipe-layouts", recipes.layouts_table(judged))
     put(OBSERVE, "observed", observed_rows(read("observe.jsonl")))
     put(OBSERVE, "closed-loop", closed_loop_rows(read("closed-loop.jsonl")))
     put(FLASHINFER, "flashinfer", flashinfer_rows(read("observe-flashinfer.jsonl")))

@@ -285,6 +285,14 @@ class TestWhatNoRuleReads:
         with pytest.raises(ModelError, match="no rule here reads a quantised LM head"):
             derived_of(configs.QWEN3_30B | {"quantization_config": quantization})
 
+    def test_vllm_before_0_33_reads_modelopt_s_ignore_list_by_one_name_only(self) -> None:
+        quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+        for name, version in (("ignore", "0.25.0"), ("ignore", "0.33.0"), ("exclude_modules", "0.33.0")):
+            tree = configs.QWEN3_30B | {"quantization_config": quantization | {name: ["lm_head"]}}
+            assert (5120, 2048) in dense(derived_of(tree, engine_version=version))
+        with pytest.raises(ModelError, match=r"wanted ignore, which vLLM 0.32.0 reads .* found exclude_modules alone"):
+            derived_of(tree, engine_version="0.32.0")
+
     def test_modelopt_s_mixed_precision_has_blocks_in_vllm_since_0_32(self) -> None:
         layers = {f"model.layers.{n}.self_attn.o_proj": {"quant_algo": "FP8_PB_WO"} for n in range(48)}
         quantization = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}

@@ -134,6 +134,17 @@ def table(lines: list[Judged]) -> list[str]:
     return rows
 
 
+def layouts_table(lines: list[Judged]) -> list[str]:
+    """Each checkpoint with its layouts under their verdicts, as Markdown."""
+    words = [word for word in VERDICTS if any(line.verdict == word for line in lines)]
+    rows = [f"| engine | checkpoint | {' | '.join(words)} |", f"|{' --- |' * (2 + len(words))}"]
+    for (_, engine), found in of_recipes(lines).items():
+        for own in found.values():
+            cells = [", ".join(line.layout for line in own if line.verdict == word) for word in words]
+            rows.append(f"| {engine} | {own[0].model} | {' | '.join(cells)} |")
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", action="store_true", help="a line for each recipe, engine and layout")

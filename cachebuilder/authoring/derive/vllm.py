@@ -54,6 +54,12 @@ class Vllm(Serving):
             raise ModelError(
                 f"vLLM's expert parallel size is tp · dp or 1: wanted --ep {self.tp * self.dp} or 1, found {self.ep}"
             )
+        quantization = config.quantization
+        if quantization.get("exclude_modules") and not quantization.get("ignore") and not self.at_least("0.33.0"):
+            raise ModelError(
+                f"{config.path}: quantization_config: wanted ignore, which vLLM {self.version} reads in a config.json, "
+                "found exclude_modules alone: it would run those modules quantised"
+            )
         kind = config.fields.get("model_type")
         majors, since = _SWITCHED_OFF.get(str(kind), ((), "0"))
         if self.gpu.major in majors and self.at_least(since):
