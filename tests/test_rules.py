@@ -513,6 +513,8 @@ def test_muse_glimmer_s_query_key_and_value_are_apart_in_sglang() -> None:
     tree = {**around, "text_config": text}
     assert dense(derived_of(tree, "vllm")) == ATTENTION | {(4096, 2048)} | DENSE_MLP  # and the output gate
     assert dense(derived_of(tree, "sglang")) == {(4096, 2048), (512, 2048), (2048, 4096)} | DENSE_MLP
+    with pytest.raises(ModelError, match="sglang copies no heads here: wanted at most num_key_value_heads 4 ranks"):
+        derived_of(tree, "sglang", tp=8)
 
 
 @pytest.mark.parametrize("field", [{"is_moe_layer": [False, True]}, {"mlp_layer_types": ["dense", "sparse"]}])

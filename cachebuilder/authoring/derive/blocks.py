@@ -91,6 +91,11 @@ class Attention:
             Part(weights[2], kv_heads * value_dim, least=value_dim),
         ]
         if serving.name in self.split_in:
+            if linears.ranks > kv_heads:
+                raise ModelError(
+                    f"{self.at}.k_proj: {serving.name} copies no heads here: wanted at most {kv_heads.how} ranks, found "
+                    f"{linears.ranks}"
+                )
             model.linears += [linears.column(part.name, [part], hidden) for part in parts]
         else:
             model.linears.append(replace(linears.column(f"{self.at}.{qkv}", parts, hidden), checked=self.checked))
