@@ -93,8 +93,8 @@ class Attention:
         if serving.name in self.split_in:
             if linears.ranks > kv_heads:
                 raise ModelError(
-                    f"{self.at}.k_proj: {serving.name} copies no heads here: wanted at most {kv_heads.how} ranks, found "
-                    f"{linears.ranks}"
+                    f"{self.at}.k_proj: {serving.name} copies no heads here: wanted at most {kv_heads.how} ranks, "
+                    f"found {linears.ranks}"
                 )
             model.linears += [linears.column(part.name, [part], hidden) for part in parts]
         else:
