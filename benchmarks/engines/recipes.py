@@ -42,6 +42,9 @@ RUNS = ROOT / "benchmarks/results/recipes.jsonl"
 #: From the best to the worst.
 VERDICTS = ("exact", "refused rightly", "not read", "not judged", "surplus", "refused wrongly", "incomplete")
 
+#: Fields with the number of draft layers.
+DRAFTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
 Shape = tuple[str, int | None, int, int]  # function, experts, N, K
 
 
@@ -70,6 +73,13 @@ def rules_shapes(config: dict[str, Any], engine: str, layout: str) -> set[Shape]
     return {(op["op"], op.get("experts"), op["n"], op["k"]) for op in ops if "gemm" in op["op"] and "k" in op}
 
 
+def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with no layers of multi-token prediction."""
+    text = config.get("text_config", config)
+    fields = {name: 0 if name in DRAFTS else value for name, value in text.items()}
+    return {**config, "text_config": fields} if "text_config" in config else fields
+
+
 def verdict(config: dict[str, Any] | None, engine: str, layout: str, run: dict[str, Any] | None) -> tuple[str, str]:
     """The verdict on a layout, given the engine's run, and the reason."""
     if config is None:
@@ -92,19 +102,21 @@ def verdict(config: dict[str, Any] | None, engine: str, layout: str, run: dict[s
         return "incomplete", f"missing {sorted(missing, key=str)}"
     if run["lack"]:
         return "incomplete", f"{run['lack']} kernels of the run are missing"
-    surplus = {shape for shape in shapes if not shape[0].endswith("masked")} - asked
+    decoder = rules_shapes(without_drafts(config), engine, layout)  # the runs have no draft layers
+    surplus = {shape for shape in decoder if not shape[0].endswith("masked")} - asked
     return ("surplus", f"surplus {sorted(surplus, key=str)}") if surplus else ("exact", "")
 
 
 def judged() -> Iterator[Judged]:
     """All layouts of all recipes."""
     recorded = json.loads(RECIPES.read_text())
-    runs = {(run["model"], run["engine"].split()[0], run["layout"]): run for run in map(json.loads, RUNS.open())}
+    runs_as = {model: entry.get("runs_as", model) for model, entry in recorded["models"].items()}
+    runs = {(runs_as[run["model"]], run["engine"], run["layout"]): run for run in map(json.loads, RUNS.open())}
     for entry in recorded["recipes"]:
-        name = recorded["models"][entry["model"]].get("runs_as", entry["model"])
+        name = runs_as[entry["model"]]
         config = recorded["models"][name]["config"]
         for layout in entry["layouts"]:
-            run = runs.get((name, entry["engine"].split()[0], layout))
+            run = runs.get((name, entry["engine"], layout))
             word, why = verdict(config, entry["engine"], layout, run)
             yield Judged(entry["book"], entry["recipe"], entry["model"], entry["engine"], layout, word, why)
 
