@@ -279,6 +279,9 @@ class TestWhatNoRuleReads:
         assert (3072, 1536) in dense(derived)
         assert {item.op.op for item in derived.ops} == {"fp8_gemm_nt"}
         assert any("mlp.experts" in item.what and "one scale a tensor" in item.why for item in derived.left_out)
+        tree = configs.DEEPSEEK_V3 | {"quantization_config": quantization | {"ignore": ["lm_head"]}}
+        with pytest.raises(ModelError, match="wanted N a multiple of 128, found 2112"):
+            derived_of(tree, tp=8, engine_version="0.25.0")
 
     def test_modelopt_s_quantised_lm_head_is_not_read(self) -> None:
         quantization = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO", "exclude_modules": ["*mlp.gate"]}

@@ -143,8 +143,17 @@ class Vllm(Serving):
         return checkpoint.method == "fp8" and len(rows) > 1 and any(count % BLOCK for count in rows)
 
     def padded_rows(self, checkpoint: Checkpoint, n: int) -> int:
-        """To whole blocks for ModelOpt's checkpoints since 0.32.0 (``_Fp8PbWoPartialBlock``, modelopt.py)."""
-        return round_up(n, BLOCK) if checkpoint.method == "modelopt" and self.at_least("0.32.0") else n
+        """To whole blocks for ModelOpt's checkpoints since 0.32.0 (``_Fp8PbWoPartialBlock``, modelopt.py).
+
+        Raises ModelError where 0.25.0 does not load such a layer (``ModelOptFp8PbWoLinearMethod``).
+        """
+        if checkpoint.method != "modelopt":
+            return n
+        if n % BLOCK and not self.at_least("0.32.0"):
+            raise ModelError(
+                f"vLLM {self.version} loads ModelOpt's layers of whole blocks: wanted N a multiple of {BLOCK}, found {n}"
+            )
+        return round_up(n, BLOCK)
 
     def padded_width(self, experts: Experts, width: int) -> int:
         """To whole blocks since 0.32.0, without expert parallelism, for ``--moe-backend deep_gemm``.
