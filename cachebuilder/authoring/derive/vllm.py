@@ -151,7 +151,7 @@ class Vllm(Serving):
             return n
         if n % BLOCK and not self.at_least("0.32.0"):
             raise ModelError(
-                f"vLLM {self.version} loads ModelOpt's layers of whole blocks: wanted N a multiple of {BLOCK}, found {n}"
+                f"vLLM {self.version} loads ModelOpt's whole blocks only: wanted N a multiple of {BLOCK}, found {n}"
             )
         return round_up(n, BLOCK)
 
