@@ -1,6 +1,7 @@
 """What is changed in vLLM's serve command so that it runs with no weights, on one virtual GPU.
 
-From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/parallel.py``.
+From vLLM 0.25.0: ``vllm/engine/arg_utils.py``, ``vllm/envs.py``, ``vllm/config/parallel.py``; and 0.33.0:
+``vllm/entrypoints/scale_out/factories.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from cachebuilder.authoring.observe.command import Arguments, Launch, Server, common_variables, sees_without_processor
 from cachebuilder.cuda.gpus import Gpu
+from cachebuilder.deepgemm.installation import package_folder
 from cachebuilder.errors import RecordingError
 
 
@@ -22,6 +24,7 @@ def launch(command: Sequence[str], environment: Mapping[str, str], gpu: Gpu, wit
     arguments.add("CUDA graphs and torch.compile change no call of DeepGEMM", "--enforce-eager")
     arguments.add("FlashInfer would compile linear attention's prefill for minutes; it calls no DeepGEMM",
                   "--gdn-prefill-backend", "triton")  # fmt: skip
+    _answer_token_numbers(arguments)
     port = arguments.port()
     stages = arguments.number("--pipeline-parallel-size", "-pp")
     engines = arguments.number("--data-parallel-size", "-dp")
@@ -72,9 +75,18 @@ def launch_to_bake(command: Sequence[str], environment: Mapping[str, str]) -> La
                 hint="each rank has caches of its own, and one process cannot stand for all of them",
             )
     arguments.need_no_weights(model)
+    _answer_token_numbers(arguments)
     server = Server("vllm", f"http://127.0.0.1:{arguments.port()}", model)
     variables = {"VLLM_NO_USAGE_STATS": ("1", "nothing is sent anywhere")}
     return arguments.launch(server, variables, environment)
+
+
+def _answer_token_numbers(arguments: Arguments) -> None:
+    """Have the server answer requests of token numbers, which vLLM before 0.32 does without being asked."""
+    folder = package_folder("vllm")
+    source = folder / "entrypoints" / "scale_out" / "factories.py" if folder else None
+    if source and source.is_file() and "--enable-scale-out" in source.read_text(errors="replace"):
+        arguments.add("requests are token numbers", "--enable-scale-out")
 
 
 def _first_operand(command: Sequence[str]) -> str:

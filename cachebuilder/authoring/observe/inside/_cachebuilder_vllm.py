@@ -1,7 +1,11 @@
-"""What is done in vLLM's processes so that they run on a virtual GPU, and what its configuration says (0.25.0)."""
+"""What is done in vLLM's processes so that they run on a virtual GPU, and what its configuration says.
+
+Read in vLLM 0.25.0; run with 0.25.0 and 0.33.0.
+"""
 
 from __future__ import annotations
 
+import inspect
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -84,11 +88,14 @@ def engines_do_the_same(module: ModuleType) -> None:
 
 
 def start_one_engine(module: ModuleType) -> None:
-    """Shake hands with the one data parallel engine that runs (vLLM 0.25.0 ``v1/engine/utils.py``)."""
+    """Shake hands with the one data parallel engine that runs (``v1/engine/utils.py``, vLLM 0.25.0 and 0.33.0)."""
     wait = module.wait_for_engine_startup
+    parameters = inspect.signature(wait)
 
-    def wait_for_own(socket: Any, addresses: Any, core_engines: Any, *args: Any) -> None:
-        wait(socket, addresses, [engine for engine in core_engines if engine.local], *args)
+    def wait_for_own(*args: Any, **kwargs: Any) -> None:
+        call = parameters.bind(*args, **kwargs)
+        call.arguments["core_engines"] = [engine for engine in call.arguments["core_engines"] if engine.local]
+        wait(*call.args, **call.kwargs)
 
     module.wait_for_engine_startup = wait_for_own  # type: ignore[attr-defined]
 
