@@ -167,7 +167,7 @@ CORPUS = [
     ("flipped-bit-inside", raw(lambda tar: flip_cubin(tar)), "wanted sha256"),
     ("longer-file", tarred(lambda m: replace(m, 2, m[2].data + b" ")), "bytes, found"),
     # the index
-    ("other-schema", indexed(lambda index: index.update(schema_version=3)), "artifact schema"),
+    ("other-schema", indexed(lambda index: index.update(schema_version=4)), "artifact schema"),
     ("unknown-field", indexed(lambda index: index.update(more=1)), "more: unknown field"),
     ("no-entries-field", indexed(lambda index: index.pop("entries")), "entries: wanted"),
     ("wrong-digest", indexed(lambda i: i["fingerprint"].update(arch="sm_100a"), redigest=False), "fingerprint_digest"),

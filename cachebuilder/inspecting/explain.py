@@ -149,10 +149,10 @@ def _explanation(
 def _askers(folder: Path, indexes: Iterable[Index]) -> Iterator[Asker]:
     """The ops of these artifacts that ask for the kernel in ``folder``."""
     for index in indexes:
-        for entries, ops in asked(index):
-            for selection in (s for entry in entries if entry.name == folder.name for s in entry.selected_by):
-                check_selections(folder, len(ops), [selection])
-                yield _asker(index.name, ops[selection.op], selection)
+        ops, entries = asked(index)
+        for selection in (s for entry, selected_by in entries if entry.name == folder.name for s in selected_by):
+            check_selections(folder, len(ops), [selection])
+            yield _asker(index.name, ops[selection.op], selection)
 
 
 def _asker(artifact: str, op: OpFacts, selection: Selection) -> Asker:

@@ -132,8 +132,13 @@ def restore(
             for path, archive in zip(paths, archives, strict=True)
         ]
         hint = "--force restores the first one all the same; DeepGEMM will not find its kernels then"
-        if any(all(difference.field.startswith(_BAKED) for difference in one.differences) for one in compared):
-            hint = "--no-baked restores all else"
+        for archive, one in zip(archives, compared, strict=True):
+            of_baked = [difference for difference in one.differences if difference.field.startswith(_BAKED)]
+            if of_baked and archive.index.baked:
+                where = archive.index.baked.record.dir
+                others = "" if len(of_baked) == len(one.differences) else f"; {hint}"
+                hint = f"restore --to {where}, where it was baked, or leave that out with --no-baked{others}"
+                break
         choice = choose(compared, force=force, hint=hint)
         position = compared.index(choice)
         for other in archives[:position] + archives[position + 1 :]:

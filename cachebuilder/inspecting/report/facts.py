@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -206,25 +206,15 @@ def _of_plan(path: Path, data: bytes) -> Facts:
 def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
     with open_archive(path) as archive:
         index = archive.index
-        of_flashinfer = index.flashinfer
-        gemms = of_flashinfer.gemms if of_flashinfer else ()
-        entries = [
-            *(
-                (entry, entry_files.kernel_name(index.fingerprint.generation, entry.name) or "", entry.selected_by)
-                for entry in index.entries
-            ),
-            *(
-                (entry, GEMM_FUNCTION, _after(len(index.ops), entry.selected_by))
-                for entry in (of_flashinfer.entries if of_flashinfer else ())
-            ),
-        ]
-        check_selections(path, len(index.ops) + len(gemms), (s for _, _, selected_by in entries for s in selected_by))
-        files: dict[str, dict[str, bytes]] = {entry.name: {} for entry, _, _ in entries}
+        ops, asked_entries = asked(index)
+        check_selections(path, len(ops), (s for _, selected_by in asked_entries for s in selected_by))
+        files: dict[str, dict[str, bytes]] = {entry.name: {} for entry, _ in asked_entries}
         for member, data in archive.files():
             files.setdefault(member.entry.name, {})[member.file.name] = data
         archive.drain()
     kernels = []
-    for entry, name, selected_by in entries:
+    for entry, selected_by in asked_entries:
+        name = entry_files.kernel_name(index.fingerprint.generation, entry.name) or GEMM_FUNCTION
         cubin_file = entry_files.CUBIN if name != GEMM_FUNCTION else GEMM_CUBIN
         kernels.append(
             KernelFacts(
@@ -248,9 +238,9 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
         generation=index.fingerprint.generation,
         gpu=index.gpu,
         arch=index.fingerprint.arch,
-        ops=(*map(op_facts, index.ops), *map(_gemm_facts, gemms)),
+        ops=ops,
         kernels=tuple(kernels),
-        modules={module.name: module.files[0].size for module in (of_flashinfer.modules if of_flashinfer else ())},
+        modules={m.name: m.files[0].size for m in (index.flashinfer.modules if index.flashinfer else ())},
         size=path.stat().st_size,
         sha256=sha256,
         index=index,
@@ -259,11 +249,14 @@ def _of_artifact(path: Path, sha256: str, verify_report: Path | None) -> Facts:
     )
 
 
-def asked(index: Index) -> Iterator[tuple[tuple[Entry, ...], list[OpFacts]]]:
-    """The entries of DeepGEMM with their ops, then those of FlashInfer's GEMM with its shapes, if there are any."""
-    yield index.entries, [op_facts(fields) for fields in index.ops]
+def asked(index: Index) -> tuple[tuple[OpFacts, ...], list[tuple[Entry, tuple[Selection, ...]]]]:
+    """An artifact's ops, with the shapes of FlashInfer's GEMM behind them, and where they ask for each entry."""
+    ops = tuple(map(op_facts, index.ops))
+    entries = [(entry, entry.selected_by) for entry in index.entries]
     if index.flashinfer:
-        yield index.flashinfer.entries, [_gemm_facts(fields) for fields in index.flashinfer.gemms]
+        entries += [(entry, _after(len(ops), entry.selected_by)) for entry in index.flashinfer.entries]
+        ops += tuple(map(_gemm_facts, index.flashinfer.gemms))
+    return ops, entries
 
 
 def _gemm_facts(fields: Mapping[str, object]) -> OpFacts:
