@@ -94,6 +94,23 @@ def both_layouts(module: ModuleType) -> None:
     module._estimate_masked_standard_layout_peak_bytes = estimate  # type: ignore[attr-defined]
 
 
+def one_token_a_draft(module: ModuleType) -> None:
+    """Take one token of each draft, as if the model had refused the draft's own (``srt/speculative/eagle_utils.py``).
+
+    SGLang reads back from the device how many it took; a number without meaning, of which zero would never end.
+    """
+    sample = module.eagle_sample
+
+    def sample_one(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        predicted, lengths, indices = sample(*args, **kwargs)
+        ones = torch.ones(lengths.shape, dtype=lengths.dtype, device="cpu")
+        return predicted, ones.to(lengths.device), indices
+
+    module.eagle_sample = sample_one  # type: ignore[attr-defined]
+
+
 def fork_processes(module: ModuleType) -> None:
     """Fork SGLang's processes, which it would spawn: each would import torch and all of SGLang again.
 
@@ -193,3 +210,11 @@ def one_chunk_a_sequence(module: ModuleType) -> None:
         return cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 2)
 
     module.prepare_chunk_indices = prepare  # type: ignore[attr-defined]
+
+
+def no_tracked_states(module: ModuleType) -> None:
+    """Keep no states of lightning attention at chunk bounds (``layers/attention/linear/lightning_backend.py``).
+
+    SGLang counts on the device for which sequences it keeps them, and compares with the host's count.
+    """
+    module.LightningAttentionBackend._prepare_seg_la_track_store = lambda *args: (None, None)

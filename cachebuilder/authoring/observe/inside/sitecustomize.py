@@ -34,6 +34,8 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "sglang.srt.managers.scheduler": sglang.note_settings,
     "sglang.srt.layers.moe.moe_runner.deep_gemm": sglang.both_layouts,
     "sglang.srt.layers.quantization.kv_cache": sglang.default_scales_of_keys,
+    "sglang.srt.layers.attention.linear.lightning_backend": sglang.no_tracked_states,
+    "sglang.srt.speculative.eagle_utils": sglang.one_token_a_draft,
     "sglang.srt.model_executor.model_runner": sglang.note_loaded_weights,
     "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": sglang.note_context_chunk,
 }
@@ -73,6 +75,12 @@ if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
         "sglang.srt.distributed.parallel_state": ranks.all_ranks_on_this_machine,
         "sglang.srt.distributed.device_communicators.shm_broadcast": ranks.no_message_queue,
     }
+    if os.environ.get("CACHEBUILDER_EACH_RANK"):
+        AFTER_IMPORT |= {
+            "torch.distributed.distributed_c10d": ranks.silent_gpus,
+            "sglang.srt.entrypoints.engine": sglang.fork_processes,
+        }
+        del AFTER_IMPORT["sglang.srt.managers.data_parallel_controller"]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
