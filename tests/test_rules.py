@@ -593,10 +593,12 @@ def test_ling_3_has_linear_attention_whose_beta_is_apart_where_it_is_not_quantis
 
 
 def test_ling_3_is_read_as_vllm_runs_it_since_it_has_the_class() -> None:
-    with pytest.raises(ModelError, match=r"wanted vllm 0.33.0 or later, which has BailingMoeV3ForCausalLM"):
+    with pytest.raises(ModelError, match=r"wanted vllm 0.32.0 or later, which has BailingMoeV3ForCausalLM"):
         derived_of(LING_3, engine_version="0.25.0")
     with pytest.raises(ModelError, match="no rule here reads BailingMoeV3ForCausalLM as sglang runs it: wanted vllm"):
         derived_of(LING_3, "sglang")
+    with pytest.raises(ModelError, match=r"attention\.g_proj: wanted N of each rank a multiple of 128"):
+        derived_of(LING_3, engine_version="0.32.0", tp=4)
     with pytest.raises(ModelError, match="no_kda_lora: wanted true, with which alone vLLM loads it, found false"):
         derived_of({**LING_3, "no_kda_lora": False})
 

@@ -5,8 +5,8 @@
 
 `RECIPES` has each recipe of a book, the checkpoint that it serves, and the parallel layouts of its serve commands on
 eight H200. `RUNS` has what each engine asked DeepGEMM for when it was run whole on the virtual GPU with that checkpoint's
-config and layout (``benchmarks/observe.py --rules``), fewer layers, but one of each kind. A recipe names the engine's
-release: the oldest of those that were run which has the model's class.
+config and layout (``benchmarks/observe.py --rules``), fewer layers, but one of each kind. A recipe names the release
+that was run: the newest one where the oldest has no class for the model.
 
 Verdicts on a layout:
     exact: the manifest has just the shapes of GEMMs that the engine asked for, and all the kernels of its run.

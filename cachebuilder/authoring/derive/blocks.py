@@ -184,11 +184,13 @@ class Mla:
         if sparse:
             Indexer(f"{at}.indexer", on=self.on).add(model, config, serving, layers)
         if kind := config.fields.get(f"{self.of}{self.gate}") if self.gate else None:
-            # A gate for each head spans at most one block of the checkpoint, so that no rank has a part of it.
             if kind not in ("headwise", "head_wise", "elementwise", "element_wise"):
                 raise ModelError(f"{config.path}: {self.of}{self.gate}: no rule here reads {kind!r:.40}")
+            # A gate for each head spans at most one block of the checkpoint, so no rank has a part of it: dots3-note
+            # (headwise), and Ling 3 since vLLM 0.33.0 (models/bailing_moe_v3.py, replicate_g_proj).
             by_head = kind.startswith("head")
-            whole = replace(attention, ranks=1) if by_head and heads <= BLOCK else attention
+            undivided = by_head and (kind == "headwise" or (heads <= BLOCK and serving.at_least("0.33.0")))
+            whole = replace(attention, ranks=1) if undivided else attention
             gates = heads if by_head else heads * value
             model.linears.append(
                 whole.replicated(f"{at}.g_proj", gates, hidden)

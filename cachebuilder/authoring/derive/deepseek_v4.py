@@ -53,14 +53,14 @@ class DraftProjections:
     def _dspark(self, config: Config, serving: Serving, linears: Linears) -> list[Linear]:
         """The projection of the target's hidden states, and that of all stages' keys and values from it.
 
-        vLLM 0.25.0 and 0.33.0 ``models/deepseek_v4/nvidia/dspark.py``: three stages, whatever num_nextn_predict_layers
-        is. Before 0.33.0, each stage's own ``fused_wqa_wkv`` projects its keys and values.
+        vLLM 0.25.0 to 0.33.0 ``models/deepseek_v4/nvidia/dspark.py``: three stages, whatever num_nextn_predict_layers
+        is. Before 0.32.0, each stage's own ``fused_wqa_wkv`` projects its keys and values.
         """
         targets, stages = config.numbers("dspark_target_layer_ids"), config.number("n_mtp_layers", 3)
         hidden, dim = config.number("hidden_size"), config.number("head_dim")
         keys = [Part(f"mtp.{stage}.attn.wkv", dim) for stage in range(stages)]
         wide = Size(len(targets), f"{len(targets)} target layers") * hidden
-        own = [linears.replicated("mtp.context_wkv_proj", keys, hidden)] if serving.at_least("0.33.0") else []
+        own = [linears.replicated("mtp.context_wkv_proj", keys, hidden)] if serving.at_least("0.32.0") else []
         return [linears.replicated("mtp.0.main_proj", hidden, wide), *own]
 
 

@@ -225,6 +225,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "MuseGlimmerForCausalLM": Family(
         (Attention(own_gate="output_gate_proj", split_in=("sglang",)), Mlp()),
+        since={"vllm": "0.32.0", "sglang": "0.5.23"},
         unused="layer_rope_theta out_hidden_size output_multiplier post_norm_eps projector_hidden_size qk_scale_factor",
     ),
     "HYV3ForCausalLM": Family(  # vLLM models/hy_v3.py, SGLang models/hunyuan_v3.py
@@ -258,7 +259,7 @@ FAMILIES: dict[str, Family] = {
             replace(_BAILING_MOE, whole=(), padded=True),
             Projection("eh_proj", on=draft),
         ),
-        since={"vllm": "0.33.0"},
+        since={"vllm": "0.32.0"},
         abbreviated=True,
         unused=_MLA_UNUSED + " expert_swiglu_limit_list group_norm_size kda_lower_bound kda_safe_gate linear_attention "
         "mtp_use_kda num_kv_heads_for_linear_attn share_expert_swiglu_limit_list short_conv_kernel_size use_kda_lora",
@@ -270,7 +271,7 @@ FAMILIES: dict[str, Family] = {
             Moe(shared="n_shared_experts", padded=True, dense=Mlp(padded=True), on=decoder_only(after_dense)),
             Projection("eh_proj", on=draft),
         ),
-        since={"vllm": "0.33.0"},
+        since={"vllm": "0.32.0"},
         unused=_MLA_UNUSED + " apply_mla_qkv_lora_rescale swa_num_key_value_heads",
     ),
     "Ernie4_5_MoeForCausalLM": Family(  # SGLang models/ernie4.py; the draft layer is dense (ernie_mtp.py)
