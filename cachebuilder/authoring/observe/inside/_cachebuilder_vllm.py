@@ -57,6 +57,18 @@ def note_context_chunk(module: ModuleType) -> None:
     builder.determine_chunked_prefill_workspace_size = staticmethod(compute_and_note)
 
 
+def fork_with_a_gpu(module: ModuleType) -> None:
+    """Let vLLM fork after it has asked for the GPU, as 0.33.0 does before it starts the engine's process.
+
+    A real GPU cannot be used in a fork; the virtual one's state is this process's own memory. vLLM would spawn
+    (``_maybe_force_spawn``), and torch would refuse the GPU in the fork (``torch/cuda/__init__.py``).
+    """
+    import torch
+
+    module.cuda_is_initialized = lambda: False  # type: ignore[attr-defined]
+    torch.cuda._is_in_bad_fork = lambda: False
+
+
 def group_of_engines(module: ModuleType) -> None:
     """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
 
