@@ -385,3 +385,18 @@ def test_the_hook_does_nothing_in_a_process_that_is_not_observed() -> None:
     environment.pop("CACHEBUILDER_OBSERVE", None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "AfterImport" not in done.stdout
+
+
+def test_vllm_gets_the_strides_of_a_cache_larger_than_this_host(tmp_path: Path) -> None:
+    (tmp_path / "runner.py").write_text(
+        "import torch\n\n\nclass GPUModelRunner:\n    def _reshape_kv_cache_tensors(self, target_shape):\n"
+        "        stride = torch.empty(target_shape).stride()\n        return stride, torch.empty(1, device='cpu').device.type\n"
+    )
+    code = (
+        "import runner, _cachebuilder_vllm as hooks\nhooks.strides_without_memory(runner)\n"
+        "print(runner.GPUModelRunner()._reshape_kv_cache_tensors((1 << 44, 8)))\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "((8, 1), 'cpu')\n"

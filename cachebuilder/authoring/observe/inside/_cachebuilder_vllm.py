@@ -69,6 +69,25 @@ def fork_with_a_gpu(module: ModuleType) -> None:
     torch.cuda._is_in_bad_fork = lambda: False
 
 
+def strides_without_memory(module: ModuleType) -> None:
+    """Let vLLM 0.25.0 ask for the strides of a cache of states without as much memory of the host.
+
+    It makes a tensor of the cache's shape on the CPU, reads its strides and drops it (``_reshape_kv_cache_tensors``).
+    A host that serves has that address space; this one may not, and a model with few layers has a large cache.
+    """
+    import torch
+
+    reshape = getattr(module.GPUModelRunner, "_reshape_kv_cache_tensors", None)
+    if reshape is None or "torch.empty(target_shape).stride()" not in inspect.getsource(reshape):
+        return
+
+    def reshape_on_meta(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("meta"):
+            return reshape(*args, **kwargs)
+
+    module.GPUModelRunner._reshape_kv_cache_tensors = reshape_on_meta
+
+
 def group_of_engines(module: ModuleType) -> None:
     """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
 
