@@ -400,3 +400,18 @@ def test_vllm_gets_the_strides_of_a_cache_larger_than_this_host(tmp_path: Path) 
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "((8, 1), 'cpu')\n"
+
+
+def test_a_function_that_is_an_operator_of_torch_is_seen(tmp_path: Path) -> None:
+    code = (
+        "import sys, types, torch, _cachebuilder_calls as hooks\n"
+        "copy = types.ModuleType('deep_gemm')\ncopy.__file__ = '/x/deep_gemm/__init__.py'\n"
+        "copy.get_paged_mqa_logits_metadata = torch.ops.aten.clone\nhooks.wrap_functions(copy)\n"
+        "copy.get_paged_mqa_logits_metadata(torch.zeros(3, 1, dtype=torch.int32))\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": str(folder), "CACHEBUILDER_OBSERVE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    first = json.loads(next(tmp_path.glob("calls-*.jsonl")).read_text().splitlines()[0])
+    assert first["function"] == "get_paged_mqa_logits_metadata"
+    assert first["args"] == [{"dtype": "int32", "shape": [3, 1], "stride": [1, 1]}]
