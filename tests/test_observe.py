@@ -415,3 +415,20 @@ def test_a_function_that_is_an_operator_of_torch_is_seen(tmp_path: Path) -> None
     first = json.loads(next(tmp_path.glob("calls-*.jsonl")).read_text().splitlines()[0])
     assert first["function"] == "get_paged_mqa_logits_metadata"
     assert first["args"] == [{"dtype": "int32", "shape": [3, 1], "stride": [1, 1]}]
+
+
+def test_vllm_s_requests_accept_the_drafts_that_they_have_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "sampler.py").write_text(
+        "import types\nimport torch\n\nPLACEHOLDER_TOKEN_ID = -1\n\n\nclass RejectionSampler:\n"
+        "    def forward(self, metadata, logits):\n"
+        "        return types.SimpleNamespace(sampled_token_ids=torch.full((2, 3), 7, dtype=torch.int32))\n"
+    )
+    code = (
+        "import types, sampler, _cachebuilder_vllm as hooks\nhooks.accept_every_draft(sampler)\n"
+        "drafts = types.SimpleNamespace(num_draft_tokens=[2, 0])\n"
+        "print(sampler.RejectionSampler().forward(drafts, None).sampled_token_ids.tolist())\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[[0, 0, 0], [0, -1, -1]]\n"

@@ -88,6 +88,28 @@ def strides_without_memory(module: ModuleType) -> None:
     module.GPUModelRunner._reshape_kv_cache_tensors = reshape_on_meta
 
 
+def accept_every_draft(module: ModuleType) -> None:
+    """Let each request accept all of its drafts, and no more than it has.
+
+    Where a request has fewer drafts than another one of its step, vLLM's kernel leaves places empty. A virtual GPU runs
+    no kernel, so they hold a token: vLLM would count tokens that it has not scheduled, and the request would never end
+    (``v1/sample/rejection_sampler.py``, 0.25.0 and 0.33.0).
+    """
+    forward = module.RejectionSampler.forward
+
+    def forward_and_accept(self: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        output = forward(self, metadata, *args, **kwargs)
+        tokens = torch.zeros_like(output.sampled_token_ids, device="cpu")
+        for row, drafts in enumerate(metadata.num_draft_tokens):
+            tokens[row, drafts + 1 :] = module.PLACEHOLDER_TOKEN_ID
+        output.sampled_token_ids.copy_(tokens)
+        return output
+
+    module.RejectionSampler.forward = forward_and_accept
+
+
 def group_of_engines(module: ModuleType) -> None:
     """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
 

@@ -32,6 +32,7 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.model_executor.layers.attention.mla_attention": vllm.note_context_chunk,
     "vllm.utils.system_utils": vllm.fork_with_a_gpu,
     "vllm.v1.worker.gpu_model_runner": vllm.strides_without_memory,
+    "vllm.v1.sample.rejection_sampler": vllm.accept_every_draft,
     "sglang.srt.managers.scheduler": sglang.note_settings,
     "sglang.srt.layers.moe.moe_runner.deep_gemm": sglang.both_layouts,
     "sglang.srt.layers.quantization.kv_cache": sglang.default_scales_of_keys,
