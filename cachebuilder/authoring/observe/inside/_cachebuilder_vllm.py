@@ -69,6 +69,15 @@ def fork_with_a_gpu(module: ModuleType) -> None:
     torch.cuda._is_in_bad_fork = lambda: False
 
 
+def log_no_experts(module: ModuleType) -> None:
+    """Leave the list of a rank's experts out of vLLM's log.
+
+    It reads from the GPU how many there are (``torch.where``), which may be any number here (``expert_map_manager.py`` of
+    ``layers/fused_moe``, 0.25.0 and 0.33.0).
+    """
+    module.ExpertMapManager.get_compressed_map_string = lambda self: ""
+
+
 def strides_without_memory(module: ModuleType) -> None:
     """Let vLLM 0.25.0 ask for the strides of a cache of states without as much memory of the host.
 

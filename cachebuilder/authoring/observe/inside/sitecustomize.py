@@ -30,6 +30,7 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.config.vllm": vllm.note_settings,
     "vllm.model_executor.model_loader.base_loader": vllm.note_loaded_weights,
     "vllm.model_executor.layers.attention.mla_attention": vllm.note_context_chunk,
+    "vllm.model_executor.layers.fused_moe.expert_map_manager": vllm.log_no_experts,
     "vllm.utils.system_utils": vllm.fork_with_a_gpu,
     "vllm.v1.worker.gpu_model_runner": vllm.strides_without_memory,
     "vllm.v1.sample.rejection_sampler": vllm.accept_every_draft,
