@@ -72,8 +72,8 @@ def fork_with_a_gpu(module: ModuleType) -> None:
 def log_no_experts(module: ModuleType) -> None:
     """Leave the list of a rank's experts out of vLLM's log.
 
-    It reads from the GPU how many there are (``torch.where``), which may be any number here (``expert_map_manager.py`` of
-    ``layers/fused_moe``, 0.25.0 and 0.33.0).
+    It reads from the GPU how many there are (``torch.where``), which may be any number here
+    (``layers/fused_moe/expert_map_manager.py``, 0.25.0 and 0.33.0).
     """
     module.ExpertMapManager.get_compressed_map_string = lambda self: ""
 
