@@ -10,7 +10,8 @@ model's own draft layers. Without a LAYOUT, all of the engine's in the folder's 
 added to the results for each observation, also for one that failed. ``plot.py`` makes the docs' table from them.
 
 ``--rules`` compares with the manifest that ``cachebuilder manifest --model`` writes for the same deployment: which
-kernels of this run it lacks (``observe --check``), and which shapes each of them has.
+kernels of this run it lacks (``observe --check``), and which shapes each of them has. ``--manifests FOLDER`` keeps
+the manifests that were observed.
 
 Seconds and memory depend on the machine and on what else runs on it; CPU seconds depend less. Memory is the most that all
 processes of the engine held at once, shared pages counted once (PSS, sampled every 2 s).
@@ -245,6 +246,7 @@ def observe(
         "sources": observation.sources,
         "no_op": dict(observed.unexpressed),
         "uncalled": [[one.modules, one.count, one.shapes, one.warmed] for one in observed.uncalled],
+        "manifest": observation.manifest,
     }
     if with_flashinfer:
         row["flashinfer"] = observation.flashinfer.model_dump() if observation.flashinfer else {}
@@ -286,6 +288,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--with-flashinfer", action="store_true", help="also what the engine takes from FlashInfer")
     parser.add_argument("--rules", action="store_true", help="compare with the manifest that the rules write")
+    parser.add_argument("--manifests", type=Path, help="a folder that gets each observation's manifest")
     parser.add_argument("models", nargs="+")
     arguments = parser.parse_args(own)
     for model in arguments.models:
@@ -293,6 +296,10 @@ def main() -> None:
         for layout in [only] if only else layouts(Path(folder)):
             row = observe(Path(folder), layout, arguments.gpu, more, arguments.with_flashinfer, arguments.rules)
             row |= machine()
+            manifest = row.pop("manifest", "")
+            if arguments.manifests and manifest:
+                name = f"{row['model']}-{layout}-{arguments.gpu}-{row['engine'].replace(' ', '-')}.yaml".lower()
+                (arguments.manifests / name).write_text(manifest)
             with arguments.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row, indent=1), flush=True)

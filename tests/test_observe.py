@@ -397,3 +397,50 @@ def test_the_hook_does_nothing_in_a_process_that_is_not_observed() -> None:
     environment.pop("CACHEBUILDER_OBSERVE", None)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "AfterImport" not in done.stdout
+
+
+def test_vllm_gets_the_strides_of_a_cache_larger_than_this_host(tmp_path: Path) -> None:
+    (tmp_path / "runner.py").write_text(
+        "import torch\n\n\nclass GPUModelRunner:\n    def _reshape_kv_cache_tensors(self, target_shape):\n"
+        "        stride = torch.empty(target_shape).stride()\n        return stride, torch.empty(1, device='cpu').device.type\n"
+    )
+    code = (
+        "import runner, _cachebuilder_vllm as hooks\nhooks.strides_without_memory(runner)\n"
+        "print(runner.GPUModelRunner()._reshape_kv_cache_tensors((1 << 44, 8)))\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "((8, 1), 'cpu')\n"
+
+
+def test_a_function_that_is_an_operator_of_torch_is_seen(tmp_path: Path) -> None:
+    code = (
+        "import sys, types, torch, _cachebuilder_calls as hooks\n"
+        "copy = types.ModuleType('deep_gemm')\ncopy.__file__ = '/x/deep_gemm/__init__.py'\n"
+        "copy.get_paged_mqa_logits_metadata = torch.ops.aten.clone\nhooks.wrap_functions(copy)\n"
+        "copy.get_paged_mqa_logits_metadata(torch.zeros(3, 1, dtype=torch.int32))\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": str(folder), "CACHEBUILDER_OBSERVE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    first = json.loads(next(tmp_path.glob("calls-*.jsonl")).read_text().splitlines()[0])
+    assert first["function"] == "get_paged_mqa_logits_metadata"
+    assert first["args"] == [{"dtype": "int32", "shape": [3, 1], "stride": [1, 1]}]
+
+
+def test_vllm_s_requests_accept_the_drafts_that_they_have_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "sampler.py").write_text(
+        "import types\nimport torch\n\nPLACEHOLDER_TOKEN_ID = -1\n\n\nclass RejectionSampler:\n"
+        "    def forward(self, metadata, logits):\n"
+        "        return types.SimpleNamespace(sampled_token_ids=torch.full((2, 3), 7, dtype=torch.int32))\n"
+    )
+    code = (
+        "import types, sampler, _cachebuilder_vllm as hooks\nhooks.accept_every_draft(sampler)\n"
+        "drafts = types.SimpleNamespace(num_draft_tokens=[2, 0])\n"
+        "print(sampler.RejectionSampler().forward(drafts, None).sampled_token_ids.tolist())\n"
+    )
+    folder = Path(engines.__file__).parent / "inside"
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[[0, 0, 0], [0, -1, -1]]\n"

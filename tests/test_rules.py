@@ -553,3 +553,110 @@ def test_mimo_v2_5_s_interleaved_weights_are_read_where_each_rank_has_one_part()
 
 def test_each_text_model_has_a_family() -> None:
     assert set(TEXT_MODELS.values()) <= set(FAMILIES)
+
+
+LING_3 = {
+    "architectures": ["BailingMoeV3ForCausalLM"],
+    "num_hidden_layers": 3,  # layer 0 has linear attention, 1 is the last of its group, 2 is behind the last whole one
+    "layer_group_size": 2,
+    "first_k_dense_replace": 1,
+    "no_kda_lora": True,
+    "hidden_size": 2560,
+    "intermediate_size": 6144,
+    "head_dim": 128,
+    "num_attention_heads": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "gated_attention_proj_granularity_type": "head_wise",
+    "num_experts": 512,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "num_shared_experts": 1,
+    "quantization_config": configs.BLOCK_FP8 | {"modules_to_not_convert": ["b_proj", "lm_head"]},
+}
+
+
+def test_ling_3_has_linear_attention_whose_beta_is_apart_where_it_is_not_quantised() -> None:
+    latent = {(32 * 192 // 4, 2560), (576, 2560), (32 * 256 // 4, 512), (2560, 32 * 128 // 4)}
+    linear = {(32 * 128 // 4, 2560), (2560, 32 * 128 // 4)}
+    dense_mlp, shared = {(2 * 6144 // 4, 2560), (2560, 6144 // 4)}, {(512, 2560), (2560, 256)}  # 192 rows are padded
+    derived = derived_of(LING_3, tp=4)
+    assert dense(derived) == latent | linear | {(3 * 4096 // 4, 2560)} | dense_mlp | shared
+    assert not derived.unread
+    whole = derived_of({**LING_3, "quantization_config": configs.BLOCK_FP8}, tp=4)
+    assert any("self_attn" in item.what or "qkvb_proj" in item.what for item in whole.left_out)  # N 3080
+    layers = {line.split(":")[0] for item in derived.ops for line in item.serves}
+    assert "attention.qkv_proj, layers 0" in layers
+    assert "attention.kv_b_proj, layers 1–2" in layers
+
+
+def test_ling_3_is_read_as_vllm_runs_it_since_it_has_the_class() -> None:
+    with pytest.raises(ModelError, match=r"wanted vllm 0.32.0 or later, which has BailingMoeV3ForCausalLM"):
+        derived_of(LING_3, engine_version="0.25.0")
+    with pytest.raises(ModelError, match="no rule here reads BailingMoeV3ForCausalLM as sglang runs it: wanted vllm"):
+        derived_of(LING_3, "sglang")
+    with pytest.raises(ModelError, match=r"attention\.g_proj: wanted N of each rank a multiple of 128"):
+        derived_of(LING_3, engine_version="0.32.0", tp=4)
+    with pytest.raises(ModelError, match="no_kda_lora: wanted true, with which alone vLLM loads it, found false"):
+        derived_of({**LING_3, "no_kda_lora": False})
+
+
+DOTS_3 = {
+    "architectures": ["Dots3NoteForCausalLM"],
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "sliding_attention"],
+    "first_k_dense_replace": 1,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "attention_gate_type": "headwise",
+    "num_attention_heads": 128,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 512,
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "swa_attention_gate_type": "elementwise",
+    "swa_num_attention_heads": 64,
+    "swa_qk_nope_head_dim": 192,
+    "swa_qk_rope_head_dim": 64,
+    "swa_v_head_dim": 128,
+    "swa_q_lora_rank": 1024,
+    "swa_kv_lora_rank": 1024,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 1536,
+    "n_shared_experts": 1,
+    "quantization_config": configs.BLOCK_FP8,
+}
+
+
+def test_dots_3_has_two_kinds_of_latent_attention_and_pads_its_mlps() -> None:
+    full = {(1600, 5120), (128 * 192 // 8, 1024), (128 * 256 // 8, 512), (5120, 128 * 128 // 8), (8192, 1024)}
+    sliding = {(2112, 5120), (64 * 256 // 8, 1024), (64 * 320 // 8, 1024), (5120, 64 * 128 // 8)}
+    gates = {(128, 5120), (64 * 128 // 8, 5120)}
+    mlps = {(2 * 14336 // 8, 5120), (5120, 14336 // 8), (512, 5120), (5120, 256)}
+    derived = derived_of(DOTS_3, tp=8, ep=8)
+    assert dense(derived) == full | sliding | gates | mlps
+    assert not derived.unread
+    rows = {item.op.n: getattr(item.op, "max_tokens", None) for item in derived.ops if item.op.op == "fp8_gemm_nt"}  # type: ignore[attr-defined]
+    assert rows[64 * 320 // 8] == 64 * 1024  # the window's keys are projected from the cache
+    with pytest.raises(ModelError, match="attention_gate_type: no rule here reads 'rowwise'"):
+        derived_of({**DOTS_3, "attention_gate_type": "rowwise"})
+
+
+def test_a_dspark_draft_projects_the_hidden_states_of_its_target_layers() -> None:
+    dspark = {"dspark_block_size": 5, "dspark_markov_rank": 256, "dspark_target_layer_ids": [0, 1, 2]}
+    target = derived_of(configs.DEEPSEEK_V4_FLASH | {"num_nextn_predict_layers": 0})
+    tree = configs.DEEPSEEK_V4_FLASH | dspark | {"num_nextn_predict_layers": 1}
+    assert dense(derived_of(tree, engine_version="0.25.0")) - dense(target) == {(4096, 3 * 4096)}
+    newest = derived_of(tree)
+    assert dense(newest) - dense(target) == {(4096, 3 * 4096)}
+    lines = {(item.op.n, line.split(",")[0]) for item in newest.ops for line in item.serves if "mtp." in line}  # type: ignore[attr-defined]
+    assert lines == {(4096, "mtp.0.main_proj"), (3 * 512, "mtp.context_wkv_proj")}
+    assert not newest.unread
+    assert "dspark_block_size" in derived_of(tree, "sglang").unread

@@ -5,7 +5,8 @@
 
 `RECIPES` has each recipe of a book, the checkpoint that it serves, and the parallel layouts of its serve commands on
 eight H200. `RUNS` has what each engine asked DeepGEMM for when it was run whole on the virtual GPU with that checkpoint's
-config and layout (``benchmarks/observe.py --rules``), fewer layers, but one of each kind.
+config and layout (``benchmarks/observe.py --rules``), fewer layers, but one of each kind. A recipe names the release
+that was run: the newest one where the oldest has no class for the model.
 
 Verdicts on a layout:
     exact: the manifest has just the shapes of GEMMs that the engine asked for, and all the kernels of its run.
@@ -122,10 +123,16 @@ def judged() -> Iterator[Judged]:
 
 
 def of_recipes(lines: list[Judged]) -> dict[tuple[str, str], dict[str, list[Judged]]]:
-    """(book, engine) → recipe → its layouts."""
+    """(book, engine with its releases) → recipe → its layouts."""
+    releases: dict[str, set[str]] = {}
+    for line in lines:
+        name, release = line.engine.split()
+        releases.setdefault(name, set()).add(release)
     books: dict[tuple[str, str], dict[str, list[Judged]]] = {}
     for line in lines:
-        books.setdefault((line.book, line.engine), {}).setdefault(f"{line.recipe} ({line.model})", []).append(line)
+        name = line.engine.split()[0]
+        engine = f"{name} {', '.join(sorted(releases[name]))}"
+        books.setdefault((line.book, engine), {}).setdefault(f"{line.recipe} ({line.model})", []).append(line)
     return books
 
 
@@ -150,10 +157,10 @@ def layouts_table(lines: list[Judged]) -> list[str]:
     """Each checkpoint with its layouts under their verdicts, as Markdown."""
     words = [word for word in VERDICTS if any(line.verdict == word for line in lines)]
     rows = [f"| engine | checkpoint | {' | '.join(words)} |", f"|{' --- |' * (2 + len(words))}"]
-    for (_, engine), found in of_recipes(lines).items():
+    for found in of_recipes(lines).values():
         for own in found.values():
             cells = [", ".join(line.layout for line in own if line.verdict == word) for word in words]
-            rows.append(f"| {engine} | {own[0].model} | {' | '.join(cells)} |")
+            rows.append(f"| {own[0].engine} | {own[0].model} | {' | '.join(cells)} |")
     return rows
 
 

@@ -13,10 +13,12 @@ from typing import Protocol
 
 from cachebuilder.authoring.derive.config import Config
 from cachebuilder.authoring.derive.layer_kinds import Layers, Numbers, Where, attending, everywhere
-from cachebuilder.authoring.derive.layers import Experts, LeftOut, Linears, Model, Part, layers_text
+from cachebuilder.authoring.derive.layers import Experts, Linears, Model, Part, layers_text
+from cachebuilder.authoring.derive.quantization import BLOCK
 from cachebuilder.authoring.derive.serving import Serving
 from cachebuilder.authoring.derive.size import Size
 from cachebuilder.errors import ModelError
+from cachebuilder.ops.device import round_up
 
 
 class Block(Protocol):
@@ -135,21 +137,36 @@ class Mla:
 
     vLLM 0.33.0 ``models/deepseek_v2.py`` (``DeepseekV2MLAAttention``, ``Indexer``), ``models/deepseek_v32``; SGLang
     0.5.23 ``models/deepseek_v2.py``, ``layers/attention/dsa/dsa_indexer.py``.
+
+    Attributes:
+        of: what stands before the names of the config's fields.
+        indexed: these layers are those with the indexer.
+        gate: the field of the kind of gate that ``g_proj`` gives, if there is one.
+        out: the output projection's name.
     """
 
     at: str = "self_attn"
+    of: str = ""
+    indexed: bool = True
+    gate: str = ""
+    out: str = "o_proj"
     on: Where = everywhere
 
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
         """Add the projections. ``kv_b_proj`` is also called for context that is in the cache."""
         numbers, at = self.on(config, layers), self.at
-        hidden, heads = config.number("hidden_size"), config.number("num_attention_heads")
-        nope, rope = config.number("qk_nope_head_dim"), config.number("qk_rope_head_dim", least=0)
-        value, kv_rank = config.number("v_head_dim"), config.number("kv_lora_rank")
+        if self.of and not numbers:
+            return
+        hidden, heads = config.number("hidden_size"), config.number(f"{self.of}num_attention_heads")
+        nope, rope = (
+            config.number(f"{self.of}qk_{name}_head_dim", least=least) for name, least in (("nope", 1), ("rope", 0))
+        )
+        value, kv_rank = config.number(f"{self.of}v_head_dim"), config.number(f"{self.of}kv_lora_rank")
+        sparse = self.indexed and config.has("index_topk")
         attention = Linears(numbers, serving.ranks.attention)
         q, kv_a = heads * (nope + rope), kv_rank + rope
-        if config.has("q_lora_rank"):
-            q_rank = config.number("q_lora_rank")
+        if config.has(f"{self.of}q_lora_rank"):
+            q_rank = config.number(f"{self.of}q_lora_rank")
             fused = [Part(f"{at}.q_a_proj", q_rank), Part(f"{at}.kv_a_proj_with_mqa", kv_a)]
             model.linears += [
                 attention.replicated(f"{at}.fused_qkv_a_proj", fused, hidden),
@@ -161,11 +178,25 @@ class Mla:
                 attention.replicated(f"{at}.kv_a_proj_with_mqa", kv_a, hidden),
             ]
         kv_b = attention.column(f"{at}.kv_b_proj", heads * (nope + value), kv_rank)
-        if prefix := serving.prefix_tokens(config):
+        if prefix := serving.prefix_tokens(config, sparse):
             kv_b = replace(kv_b, tokens=prefix, note=f"Also called for context in the cache, up to {prefix} tokens.")
-        model.linears += [kv_b, attention.row(f"{at}.o_proj", hidden, heads * value)]
-        if config.has("index_topk"):
+        model.linears += [kv_b, attention.row(f"{at}.{self.out}", hidden, heads * value)]
+        if sparse:
             Indexer(f"{at}.indexer", on=self.on).add(model, config, serving, layers)
+        if kind := config.fields.get(f"{self.of}{self.gate}") if self.gate else None:
+            if kind not in ("headwise", "head_wise", "elementwise", "element_wise"):
+                raise ModelError(f"{config.path}: {self.of}{self.gate}: no rule here reads {kind!r:.40}")
+            # A gate for each head spans at most one block of the checkpoint, so no rank has a part of it: dots3-note
+            # (headwise), and Ling 3 since vLLM 0.33.0 (models/bailing_moe_v3.py, replicate_g_proj).
+            by_head = kind.startswith("head")
+            undivided = by_head and (kind == "headwise" or (heads <= BLOCK and serving.at_least("0.33.0")))
+            whole = replace(attention, ranks=1) if undivided else attention
+            gates = heads if by_head else heads * value
+            model.linears.append(
+                whole.replicated(f"{at}.g_proj", gates, hidden)
+                if whole.ranks == 1
+                else whole.column(f"{at}.g_proj", gates, hidden)
+            )
 
 
 @dataclass(frozen=True)
@@ -194,52 +225,18 @@ class Indexer:
 
 
 @dataclass(frozen=True)
-class GatedDeltaNet:
-    """Linear attention with a recurrent state, of Qwen3-Next and Qwen3.5.
-
-    vLLM 0.33.0 ``layers/mamba/gdn/qwen_gdn_linear_attn.py``: Qwen3-Next's checkpoint has one weight for query, key,
-    value and z, Qwen3.5's has two. Qwen3-Next's ``in_proj_ba`` has no block-FP8 weights: "ba_proj doesn't support
-    blockwise fp8 quantization". SGLang 0.5.23 ``models/qwen3_next.py``, ``models/qwen3_5.py``.
-    """
-
-    on: Where
-    parts: bool = True
-    at: str = "linear_attn"
-
-    def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
-        """Add the projections into and out of the state."""
-        numbers, hidden = self.on(config, layers), config.number("hidden_size")
-        keys = config.number("linear_num_key_heads") * config.number("linear_key_head_dim")
-        values = config.number("linear_num_value_heads") * config.number("linear_value_head_dim")
-        if not numbers:
-            return
-        linears, at = Linears(numbers, serving.ranks.attention), self.at
-        qkvz: Size | list[Part] = 2 * (keys + values)
-        if self.parts:
-            sizes = {"qkv": (keys, keys, values), "z": (values,)}
-            qkvz = [Part(f"{at}.in_proj_{name}", size) for name, of_name in sizes.items() for size in of_name]
-            heads = config.number("linear_num_value_heads")
-            ba = [Part(f"{at}.in_proj_{name}", heads) for name in "ba"]
-            model.linears.append(linears.column(f"{at}.in_proj_ba", ba, hidden))
-        else:
-            model.left_out.append(LeftOut(f"{at}.in_proj_ba", "both engines expect it without block-FP8 weights"))
-        model.linears += [
-            linears.column(f"{at}.in_proj_qkvz", qkvz, hidden),
-            linears.row(f"{at}.out_proj", hidden, values),
-        ]
-
-
-@dataclass(frozen=True)
 class Mlp:
     """A dense gated MLP: ``gate_up_proj`` and ``down_proj``, divided among all tensor parallel ranks.
 
     Attributes:
         split_in: engines that do not fuse gate and up.
+        padded: each rank's part is padded to whole blocks of the checkpoint.
     """
 
     width: str = "intermediate_size"
     at: str = "mlp"
     split_in: tuple[str, ...] = ()
+    padded: bool = False
     on: Where = everywhere
 
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
@@ -249,6 +246,7 @@ class Mlp:
             hidden, width = config.number("hidden_size"), config.number(self.width)
             if numbers:
                 linears = Linears(numbers, serving.ranks.dense)
+                width = _whole_blocks(width, linears.ranks) if self.padded else width
                 model.linears += linears.gated_mlp(self.at, hidden, width, serving.name not in self.split_in)
 
 
@@ -288,6 +286,7 @@ class Moe:
             (``is_sequence_parallel`` in vLLM, ``parallel_group="replicated"`` in SGLang).
         dense: the block of the layers without experts.
         split_in: engines that do not fuse a shared expert's gate and up.
+        padded: each rank's part of a shared expert is padded to whole blocks of the checkpoint.
     """
 
     experts: str = "n_routed_experts|num_experts|num_local_experts"
@@ -299,6 +298,7 @@ class Moe:
     whole: tuple[str, ...] = ("vllm", "sglang")
     dense: Mlp | None = Mlp()
     split_in: tuple[str, ...] = ()
+    padded: bool = False
     at: str = "mlp"
     on: Where = everywhere
 
@@ -321,6 +321,13 @@ class Moe:
         if whole and not fused:
             ranks = serving.ranks.shared if serving.name in self.whole else serving.tp
             linears = Linears(numbers, ranks)
+            whole = _whole_blocks(whole, ranks) if self.padded else whole
             model.linears += linears.gated_mlp(self.shared_at, hidden, whole, serving.name not in self.split_in)
         routed = Experts(count, topk + fused, hidden, width, numbers, fused, module=f"{self.at}.experts")
         model.experts.append(routed)
+
+
+def _whole_blocks(width: Size, ranks: int) -> Size:
+    """``width`` with each rank's part padded to whole blocks."""
+    padded = round_up(width, BLOCK * ranks)
+    return width if padded == width else Size(padded, f"({width.how}, padded to whole blocks on each rank)")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from cachebuilder.authoring.derive.blocks import Indexer
 from cachebuilder.authoring.derive.config import Config, short
 from cachebuilder.authoring.derive.layer_kinds import Layers, Numbers
-from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linears, Model, Part, layers_text
+from cachebuilder.authoring.derive.layers import Call, Experts, LeftOut, Linear, Linears, Model, Part, layers_text
 from cachebuilder.authoring.derive.serving import Serving
+from cachebuilder.authoring.derive.size import Size
 from cachebuilder.errors import ModelError
 
 
@@ -32,19 +33,35 @@ class HyperConnections:
 
 @dataclass(frozen=True)
 class DraftProjections:
-    """``e_proj`` and ``h_proj`` of the draft layers."""
+    """``e_proj`` and ``h_proj`` of the draft layers; DSpark's draft layers have two others instead."""
 
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
         """Add both. h_proj takes a token's streams as so many rows (SGLang 0.5.23 models/deepseek_v4_nextn.py)."""
         if not layers.draft:
             return
-        hidden, rows = config.number("hidden_size"), config.number("hc_mult", 1) * serving.largest_m
-        linears = Linears(layers.draft, 1)
+        hidden, linears = config.number("hidden_size"), Linears(layers.draft, 1)
+        if serving.name == "vllm" and config.has("dspark_block_size"):
+            model.linears += self._dspark(config, serving, linears)
+            return
+        rows = config.number("hc_mult", 1) * serving.largest_m
         h_proj = linears.replicated("mtp.h_proj", [Part("h_proj", hidden)], hidden)
         model.linears += [
             linears.replicated("mtp.e_proj", [Part("e_proj", hidden)], hidden),
             replace(h_proj, tokens=rows, note=f"Up to {rows} rows: hc_mult rows a token."),
         ]
+
+    def _dspark(self, config: Config, serving: Serving, linears: Linears) -> list[Linear]:
+        """The projection of the target's hidden states, and that of all stages' keys and values from it.
+
+        vLLM 0.25.0 to 0.33.0 ``models/deepseek_v4/nvidia/dspark.py``: three stages, whatever num_nextn_predict_layers
+        is. Before 0.32.0, each stage's own ``fused_wqa_wkv`` projects its keys and values.
+        """
+        targets, stages = config.numbers("dspark_target_layer_ids"), config.number("n_mtp_layers", 3)
+        hidden, dim = config.number("hidden_size"), config.number("head_dim")
+        keys = [Part(f"mtp.{stage}.attn.wkv", dim) for stage in range(stages)]
+        wide = Size(len(targets), f"{len(targets)} target layers") * hidden
+        own = [linears.replicated("mtp.context_wkv_proj", keys, hidden)] if serving.at_least("0.32.0") else []
+        return [linears.replicated("mtp.0.main_proj", hidden, wide), *own]
 
 
 @dataclass(frozen=True)

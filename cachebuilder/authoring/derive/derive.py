@@ -176,7 +176,11 @@ class _Rank:
     def _other(self, number: int, module: str, weight: str) -> str:
         """Why a weight is not FP8 by blocks; empty where it is."""
         prefix = "" if weight.startswith("mtp.") else self._model.name(number)
-        if self._serving.keeps_unquantized(self._checkpoint, prefix + weight, prefix + module):
+        if self._model.abbreviated:
+            kept = self._checkpoint.names_end(prefix + weight)
+        else:
+            kept = self._serving.keeps_unquantized(self._checkpoint, prefix + weight, prefix + module)
+        if kept:
             return "the checkpoint keeps it unquantised"
         return self._checkpoint.other(prefix + weight)
 

@@ -9,13 +9,13 @@ most draft models (a plain ``nn.Linear``, vLLM 0.33.0 ``models/deepseek_mtp.py``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from cachebuilder.authoring.derive import deepseek_v4
 from cachebuilder.authoring.derive.blocks import (
     Attention,
     Block,
-    GatedDeltaNet,
     InterleavedQkv,
     Mla,
     Mlp,
@@ -37,10 +37,12 @@ from cachebuilder.authoring.derive.layer_kinds import (
     laguna,
     last_of_group,
     listed,
+    of_ling_3,
     other_than,
     stepped,
 )
 from cachebuilder.authoring.derive.layers import Model
+from cachebuilder.authoring.derive.recurrent import GatedDeltaNet, KimiDelta
 from cachebuilder.authoring.derive.serving import Serving
 
 #: No model has a tenth of these; a config that names more would fill this machine's memory.
@@ -52,16 +54,20 @@ class Family:
     """What the layers of a model are made of.
 
     Attributes:
+        since: the engines that the rules read, each with the first of the read releases that has the class; empty: all.
         layers, draft: the fields of the numbers of decoder layers and of draft layers.
         draft_prefix: see `Layers`.
+        abbreviated: see `Model`.
         unused: fields, with spaces between them, on which no shape of these models depends; the comment says why.
         unknown: what the config leaves open.
     """
 
     blocks: tuple[Block, ...]
+    since: Mapping[str, str] = field(default_factory=dict)
     layers: str = "num_hidden_layers"
     draft: str = "num_nextn_predict_layers|num_mtp_layers"
     draft_prefix: str = "model.layers."
+    abbreviated: bool = False
     unused: str = ""
     unknown: tuple[str, ...] = ()
 
@@ -107,6 +113,7 @@ _BAILING_MOE = Moe(
     whole=("sglang",),
     on=after_dense,
 )
+_DOTS_SLIDING = listed("layer_types", "sliding_attention", drafts=True)
 _BAILING = Family((_BAILING_ATTENTION, _BAILING_MOE))  # Ling and Ring 1.5 and 2: models/bailing_moe.py in both
 _MIMO_ATTENTION = (  # models/mimo_v2.py in both
     Attention(value_dim="v_head_dim", checked=False, on=listed("hybrid_layer_pattern", 0)),
@@ -218,6 +225,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "MuseGlimmerForCausalLM": Family(
         (Attention(own_gate="output_gate_proj", split_in=("sglang",)), Mlp()),
+        since={"vllm": "0.32.0", "sglang": "0.5.23"},
         unused="layer_rope_theta out_hidden_size output_multiplier post_norm_eps projector_hidden_size qk_scale_factor",
     ),
     "HYV3ForCausalLM": Family(  # vLLM models/hy_v3.py, SGLang models/hunyuan_v3.py
@@ -243,6 +251,28 @@ FAMILIES: dict[str, Family] = {
             _BAILING_MOE,
         ),
         unused=_MLA_UNUSED + " group_norm_size",
+    ),
+    "BailingMoeV3ForCausalLM": Family(  # Ling 3: vLLM models/bailing_moe_v3.py, bailing_moe_v3_mtp.py
+        (
+            Mla(at="attention", gate="gated_attention_proj_granularity_type", out="dense", on=of_ling_3),
+            KimiDelta(on=other_than(of_ling_3)),
+            replace(_BAILING_MOE, whole=(), padded=True),
+            Projection("eh_proj", on=draft),
+        ),
+        since={"vllm": "0.32.0"},
+        abbreviated=True,
+        unused=_MLA_UNUSED + " expert_swiglu_limit_list group_norm_size kda_lower_bound kda_safe_gate linear_attention "
+        "mtp_use_kda num_kv_heads_for_linear_attn share_expert_swiglu_limit_list short_conv_kernel_size use_kda_lora",
+    ),
+    "Dots3NoteForCausalLM": Family(  # vLLM models/dots3_note; its draft layer is dense
+        (
+            Mla(gate="attention_gate_type", on=other_than(_DOTS_SLIDING)),
+            Mla(of="swa_", indexed=False, gate="attention_gate_type", on=_DOTS_SLIDING),
+            Moe(shared="n_shared_experts", padded=True, dense=Mlp(padded=True), on=decoder_only(after_dense)),
+            Projection("eh_proj", on=draft),
+        ),
+        since={"vllm": "0.32.0"},
+        unused=_MLA_UNUSED + " apply_mla_qkv_lora_rescale swa_num_key_value_heads",
     ),
     "Ernie4_5_MoeForCausalLM": Family(  # SGLang models/ernie4.py; the draft layer is dense (ernie_mtp.py)
         (
@@ -275,7 +305,7 @@ FAMILIES: dict[str, Family] = {
             deepseek_v4.DraftProjections(),
         ),
         unused="num_key_value_heads qk_rope_head_dim qk_nope_head_dim v_head_dim index_topk compress_rates "
-        "expert_dtype layer_types num_hash_layers mlp_layer_types swiglu_limit",
+        "expert_dtype layer_types num_hash_layers mlp_layer_types swiglu_limit dspark_markov_rank",
     ),
 }
 
@@ -328,10 +358,12 @@ def family_of(config: Config) -> Family | None:
 def describe(config: Config, serving: Serving) -> Model:
     """The layers of ``config``'s model. Raises ModelError for a field that is missing or makes no sense."""
     family, unknown = (known, ()) if (known := family_of(config)) else _plain(config)
+    serving.check_class(config, family.since)
     decoder = config.number(family.layers, most=_MOST_LAYERS)
     drafts = config.number(family.draft, 0, least=0, most=_MOST_LAYERS)
     layers = Layers(tuple(range(decoder)), tuple(range(decoder, decoder + drafts)), family.draft_prefix)
-    model = Model(name=layers.name, unused=tuple(family.unused.split()), unknown=[*family.unknown, *unknown])
+    unused = tuple(family.unused.split())
+    model = Model(layers.name, family.abbreviated, unused=unused, unknown=[*family.unknown, *unknown])
     for block in family.blocks:
         block.add(model, config, serving, layers)
     return model

@@ -112,6 +112,12 @@ def last_of_group(config: Config, layers: Layers) -> Numbers:
     return tuple(number for number in layers.decoder if (number + 1) % size == 0) + layers.draft
 
 
+def of_ling_3(config: Config, layers: Layers) -> Numbers:
+    """Of Ling 3: as `last_of_group`, and the layers behind the last whole group (``_is_kda_layer``, vLLM 0.33.0)."""
+    size = config.number("layer_group_size")
+    return last_of_group(config, layers) + layers.decoder[len(layers.decoder) // size * size :]
+
+
 def after_dense(config: Config, layers: Layers) -> Numbers:
     """Layers with experts: from ``first_k_dense_replace`` on each ``moe_layer_freq``-th; the draft layers, too.
 

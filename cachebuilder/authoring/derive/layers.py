@@ -140,11 +140,13 @@ class Model:
 
     Attributes:
         name: what stands before the modules' names in the checkpoint, for each layer's number.
+        abbreviated: the checkpoint's list of unquantised modules may have the ends of their names alone.
         unused: fields of the config on which no shape of this model depends.
         unknown: what the config leaves open.
     """
 
     name: Callable[[int], str] = "model.layers.{}.".format
+    abbreviated: bool = False
     linears: list[Linear] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)

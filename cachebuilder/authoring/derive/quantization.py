@@ -75,6 +75,10 @@ class Checkpoint:
             for entry in self.unquantized
         )
 
+    def names_end(self, module: str) -> bool:
+        """Whether an entry of the unquantised modules is ``module``, or the last components of its name."""
+        return any(module == entry or module.endswith(f".{entry}") for entry in self.unquantized)
+
     @cached_property
     def of_experts(self) -> str:
         """Those of the names that have to do with experts, as one text to search."""

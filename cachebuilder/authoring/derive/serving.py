@@ -160,6 +160,26 @@ class Serving(EngineOptions):
         if self.gpu.major not in (9, 10, 12):
             raise ModelError(f"wanted a Hopper or Blackwell GPU, found {self.gpu.name} ({self.gpu.capability})")
 
+    def check_class(self, config: Config, since: Mapping[str, str]) -> None:
+        """Raise ModelError where this engine's release lacks the model's class, or no rule reads how it runs it.
+
+        Args:
+            since: engine → the first of the read releases that has the class; empty: all do.
+        """
+        if not since:
+            return
+        if (first := since.get(self.name)) is None:
+            raise ModelError(
+                f"{config.path}: no rule here reads {config.architecture} as {self.name} runs it: wanted "
+                f"{' or '.join(since)}",
+                hint="observe the engine (cachebuilder observe), or record it (cachebuilder record)",
+            )
+        if not self.at_least(first):
+            raise ModelError(
+                f"{config.path}: wanted {self.name} {first} or later, which has {config.architecture}, found "
+                f"{self.version}"
+            )
+
     @property
     def ranks(self) -> Ranks:
         """How many ranks share each kind of layer."""
@@ -180,8 +200,12 @@ class Serving(EngineOptions):
         """The largest M of a dense GEMM."""
         raise NotImplementedError
 
-    def prefix_tokens(self, config: Config) -> int | None:
-        """The largest M of ``kv_b_proj``; None where it is not also called for context that is already in the cache."""
+    def prefix_tokens(self, config: Config, sparse: bool) -> int | None:
+        """The largest M of ``kv_b_proj``; None where it is not also called for context that is already in the cache.
+
+        Args:
+            sparse: the layer has an indexer.
+        """
         return None
 
     def fuses_shared_experts(self, config: Config, shared: int) -> bool:

@@ -161,7 +161,7 @@ class Sglang(Serving):
         chunk = self.max_tokens // self.dp
         return max(min(2 * chunk if chunk > 8192 else 16 * 1024, 128 * 1024), self.max_tokens)
 
-    def prefix_tokens(self, config: Config) -> int:
+    def prefix_tokens(self, config: Config, sparse: bool) -> int:
         """SGLANG_MAX_KV_CHUNK_CAPACITY (srt/environ.py): the most tokens of the cache that are projected at once.
 
         With the batch's own, or in chunks: srt/models/deepseek_common/attention_forward_methods/forward_mha.py.

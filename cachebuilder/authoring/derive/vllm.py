@@ -105,7 +105,7 @@ class Vllm(Serving):
         """``max_num_batched_tokens``."""
         return self.max_tokens
 
-    def prefix_tokens(self, config: Config) -> int | None:
+    def prefix_tokens(self, config: Config, sparse: bool) -> int | None:
         """Rows of the chunked-context workspace: one call of ``kv_b_proj`` may take all of them.
 
         ``determine_chunked_prefill_workspace_size`` (vllm/model_executor/layers/attention/mla_attention.py, 0.25.0 and
@@ -113,7 +113,7 @@ class Vllm(Serving):
         vLLM's own warm-up of this layer ends at max_num_batched_tokens. Sparse attention reads the cache through the
         absorbed projection only.
         """
-        if config.has("index_topk"):
+        if sparse:
             return None
         length = self.max_model_len or config.number("max_position_embeddings", 1 << 17)
         rows = min(max(8 * length, 4 * self.max_seqs * _CACHE_BLOCK), 64 * 1024)

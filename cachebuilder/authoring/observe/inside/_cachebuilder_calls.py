@@ -20,6 +20,9 @@ FOLDER = os.environ.get("CACHEBUILDER_OBSERVE", "")
 QUANTISED = ("torch.float8_e4m3fn", "torch.float4_e2m1fn_x2", "torch.uint8", "torch.int8", "torch.int32")
 #: FlashInfer's function that calls its own copy of DeepGEMM.
 FLASHINFER_GEMM = "fp8_blockscale_gemm_sm90"
+#: What a copy of DeepGEMM binds its functions as: Python's, pybind11's, tvm-ffi's, and since vLLM 0.32.0 also torch's
+#: operators as such (``third_party/deep_gemm/_C.py``, ``_bind_guarded_ops``).
+FUNCTIONS = ("function", "builtin_function_or_method", "Function", "method", "OpOverloadPacket")
 #: DeepGEMM's modules of functions in plain torch.
 HELPERS = (".utils.math", ".utils.dist", ".testing")
 #: How many frames are looked at, and how many of the engine's are written down; the nearest first.
@@ -248,7 +251,7 @@ def wrap_functions(module: ModuleType) -> None:
     note({"torch": os.path.dirname(getattr(sys.modules.get("torch"), "__file__", None) or "")})
     for part in filter(None, (module, sys.modules.get(f"{module.__name__}.utils.layout"))):
         for name, value in list(vars(part).items()):
-            is_function = type(value).__name__ in ("function", "builtin_function_or_method", "Function", "method")
+            is_function = type(value).__name__ in FUNCTIONS
             is_setting = name.startswith(("_", "set_", "get_num_sms", "get_mk_alignment"))
             is_helper = str(getattr(value, "__module__", "")).endswith(HELPERS)
             if is_function and not is_setting and not is_helper:

@@ -57,6 +57,68 @@ def note_context_chunk(module: ModuleType) -> None:
     builder.determine_chunked_prefill_workspace_size = staticmethod(compute_and_note)
 
 
+def fork_with_a_gpu(module: ModuleType) -> None:
+    """Let vLLM fork after it has asked for the GPU, as 0.33.0 does before it starts the engine's process.
+
+    A real GPU cannot be used in a fork; the virtual one's state is this process's own memory. vLLM would spawn
+    (``_maybe_force_spawn``), and torch would refuse the GPU in the fork (``torch/cuda/__init__.py``).
+    """
+    import torch
+
+    module.cuda_is_initialized = lambda: False  # type: ignore[attr-defined]
+    torch.cuda._is_in_bad_fork = lambda: False
+
+
+def log_no_experts(module: ModuleType) -> None:
+    """Leave the list of a rank's experts out of vLLM's log.
+
+    It reads from the GPU how many there are (``torch.where``), which may be any number here
+    (``layers/fused_moe/expert_map_manager.py``, 0.25.0 and 0.33.0).
+    """
+    module.ExpertMapManager.get_compressed_map_string = lambda self: ""
+
+
+def strides_without_memory(module: ModuleType) -> None:
+    """Let vLLM 0.25.0 ask for the strides of a cache of states without as much memory of the host.
+
+    It makes a tensor of the cache's shape on the CPU, reads its strides and drops it (``_reshape_kv_cache_tensors``).
+    A host that serves has that address space; this one may not, and a model with few layers has a large cache.
+    """
+    import torch
+
+    reshape = getattr(module.GPUModelRunner, "_reshape_kv_cache_tensors", None)
+    if reshape is None or "torch.empty(target_shape).stride()" not in inspect.getsource(reshape):
+        return
+
+    def reshape_on_meta(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("meta"):
+            return reshape(*args, **kwargs)
+
+    module.GPUModelRunner._reshape_kv_cache_tensors = reshape_on_meta
+
+
+def accept_every_draft(module: ModuleType) -> None:
+    """Let each request accept all of its drafts, and no more than it has.
+
+    Where a request has fewer drafts than another one of its step, vLLM's kernel leaves places empty. A virtual GPU runs
+    no kernel, so they hold a token: vLLM would count tokens that it has not scheduled, and the request would never end
+    (``v1/sample/rejection_sampler.py``, 0.25.0 and 0.33.0).
+    """
+    forward = module.RejectionSampler.forward
+
+    def forward_and_accept(self: Any, metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        output = forward(self, metadata, *args, **kwargs)
+        tokens = torch.zeros_like(output.sampled_token_ids, device="cpu")
+        for row, drafts in enumerate(metadata.num_draft_tokens):
+            tokens[row, drafts + 1 :] = module.PLACEHOLDER_TOKEN_ID
+        output.sampled_token_ids.copy_(tokens)
+        return output
+
+    module.RejectionSampler.forward = forward_and_accept
+
+
 def group_of_engines(module: ModuleType) -> None:
     """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
 
