@@ -374,6 +374,13 @@ def test_an_alignment_that_the_engine_sets_by_call_is_swept(tmp_path: Path) -> N
     (tmp_path / "calls-1.jsonl").write_text("\n".join(lines) + "\n")
     text = manifest_text(calls.read(tmp_path), About(gpus.find(TARGET), "x", "engine", 0), {})
     assert "max_rows: 256, alignment: per-call}" in text
+    # One alignment in this run, but the engine asked DeepGEMM for it: SM90 has one answer, SM100 several.
+    (tmp_path / "calls-1.jsonl").write_text(lines[0] + "\n")
+    (tmp_path / "facts-1.jsonl").write_text('{"asks_alignment": true}\n')
+    texts = [
+        manifest_text(calls.read(tmp_path), About(gpus.find(gpu), "x", "engine", 0), {}) for gpu in ("H200", "B200")
+    ]
+    assert ["per-call" in text for text in texts] == [False, True]
 
 
 def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:

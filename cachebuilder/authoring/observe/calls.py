@@ -36,6 +36,7 @@ class Facts(Record):
         max_model_len: tokens of one sequence.
         context_chunk: cached tokens that MLA takes up at once.
         torch: the folder of the torch that DeepGEMM was imported with.
+        asks_alignment: the engine asked DeepGEMM for the alignment of a call's rows.
     """
 
     max_num_batched_tokens: int | None = None
@@ -43,6 +44,7 @@ class Facts(Record):
     max_model_len: int | None = None
     context_chunk: int | None = None
     torch: str | None = None
+    asks_alignment: bool = False
 
 
 @dataclass
