@@ -235,11 +235,23 @@ def test_sglangs_command_gets_what_it_needs(tmp_path: Path, words: tuple[str, ..
     assert ("--dp-size" in added) == (words == ("--dp-size=8",))
 
 
-def test_sglangs_pipeline_stages_are_refused_with_the_way_that_is_left() -> None:
-    command = ["sglang", "serve", "--model-path", "m", "--pp-size", "2"]
-    with pytest.raises(RecordingError, match="--pp-size: wanted 1, found 2") as refused:
-        engines.launch(command, {}, gpus.find(TARGET))
-    assert "manifest --model" in str(refused.value.hint)
+def test_one_process_has_all_pipeline_stages_of_sglang() -> None:
+    launch = engines.launch(["sglang", "serve", "--model-path", "m", "--pp-size", "2"], {}, gpus.find(TARGET))
+    assert launch.server is not None and launch.server.stages == 2
+    assert launch.command[-2:] == ("--pp-size", "1") and launch.environment["CACHEBUILDER_OBSERVE_STAGES"] == "2"
+
+
+def test_sglang_serves_a_model_with_images_without_its_processor(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    command = ["sglang", "serve", "--model-path", str(tmp_path)]
+    option = "--json-model-override-args"
+    launch = engines.launch([*command, f'{option}={{"vocab_size": 1000}}'], {}, gpus.find(TARGET))
+    fields = launch.command[launch.command.index(option) + 1]  # behind the user's own: the last one counts
+    assert json.loads(fields) == {"vocab_size": 1000, "language_model_only": True}
+    with pytest.raises(RecordingError, match=f"{option}: wanted a JSON object, found '1'"):
+        engines.launch([*command, option, "1"], {}, gpus.find(TARGET))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert option not in engines.launch(command, {}, gpus.find(TARGET)).command
 
 
 def test_one_process_stands_for_all_data_parallel_engines_and_pipeline_stages() -> None:

@@ -103,3 +103,34 @@ torch.cuda.synchronize()
 
 def test_a_graph_is_captured_and_an_event_carries_the_capture_to_the_streams_that_wait(tmp_path: Path) -> None:
     assert run(CAPTURES, tmp_path).exit_code == 0
+
+
+RANKS_OF_PROCESSES = """
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def rank(own: int, port: int) -> None:
+    dist.init_process_group(backend="nccl", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=own)
+    gpus, processes = dist.new_group([0, 1], backend="nccl"), dist.new_group([0, 1], backend="gloo")
+    told = torch.tensor([7 if own == 0 else 0])
+    dist.broadcast(told, src=0, group=processes)
+    assert int(told) == 7, told
+    values = torch.ones(8, device="cuda")
+    dist.all_reduce(values, group=gpus)
+    dist.all_gather_into_tensor(torch.empty(16, device="cuda"), values, group=gpus)
+
+
+if __name__ == "__main__":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(rank, (port,), nprocs=2)
+"""
+
+
+def test_each_rank_may_be_a_process_that_talks_to_the_others_while_their_gpus_send_nothing(tmp_path: Path) -> None:
+    run(RANKS_OF_PROCESSES, tmp_path, CACHEBUILDER_OBSERVE_RANKS="2", CACHEBUILDER_EACH_RANK="1")

@@ -1,4 +1,4 @@
-"""Makes this process one rank of as many as it asks for."""
+"""Makes this process one rank of as many as it asks for, or one of as many processes, whose GPUs send nothing."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ def one_rank_of_many(module: ModuleType) -> None:
 
     module.init_process_group, module.new_group = init_process_group, new_fake_group  # type: ignore[attr-defined]
     module.monitored_barrier = lambda *args, **kwargs: None  # type: ignore[attr-defined] # only gloo has one
+
+
+def silent_gpus(module: ModuleType) -> None:
+    """Make each group of GPUs one that does nothing, while the processes of all ranks talk to each other by gloo."""
+    init, new_group = module.init_process_group, module.new_group
+
+    def init_process_group(*args: Any, backend: Any = None, pg_options: Any = None, **kwargs: Any) -> None:
+        import torch.testing._internal.distributed.fake_pg  # noqa: F401 # registers "fake"
+
+        init("cpu:gloo,cuda:fake", **kwargs)
+
+    def new_silent_group(
+        ranks: Any = None, *args: Any, backend: Any = None, pg_options: Any = None, **kwargs: Any
+    ) -> Any:
+        return new_group(ranks, *args, backend=backend if backend == "gloo" else "fake", **kwargs)
+
+    module.init_process_group, module.new_group = init_process_group, new_silent_group  # type: ignore[attr-defined]
 
 
 def all_ranks_on_this_machine(module: ModuleType) -> None:

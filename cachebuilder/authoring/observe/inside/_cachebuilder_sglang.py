@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import os
 from types import ModuleType
 from typing import Any
 
 from _cachebuilder_calls import note, note_weights  # type: ignore[import-not-found]
 from _cachebuilder_compilers import Nothing  # type: ignore[import-not-found]
 
+#: Stages of pipeline parallelism, whose layers one process has.
+STAGES = int(os.environ.get("CACHEBUILDER_OBSERVE_STAGES", 1))
+
 
 def note_settings(module: ModuleType) -> None:
     """Write down what SGLang's scheduler works with (``srt/managers/scheduler.py``).
 
-    The tokens of all groups of data parallel attention come together before the experts.
+    The tokens of all groups of data parallel attention come together before the experts. Pipeline stages may choose
+    larger chunks than were asked for (``max_prefill_buffer_tokens`` in ``srt/arg_groups/overrides.py``).
     """
     init = module.Scheduler.__init__
 
@@ -20,6 +26,8 @@ def note_settings(module: ModuleType) -> None:
         init(self, *args, **kwargs)
         groups = module.get_parallel().attn_dp_size
         tokens = self.chunked_prefill_size or self.max_prefill_tokens
+        if STAGES > 1 and module.get_schedule().enable_dynamic_chunking:
+            tokens = max(tokens, self.max_prefill_tokens or 0, math.ceil(tokens * 1.25))
         note(
             {
                 "max_num_batched_tokens": groups * tokens,
@@ -86,9 +94,63 @@ def both_layouts(module: ModuleType) -> None:
     module._estimate_masked_standard_layout_peak_bytes = estimate  # type: ignore[attr-defined]
 
 
+def one_token_a_draft(module: ModuleType) -> None:
+    """Take one token of each draft, as if the model had refused the draft's own (``srt/speculative/eagle_utils.py``).
+
+    SGLang reads back from the device how many it took; a number without meaning, of which zero would never end.
+    """
+    sample = module.eagle_sample
+
+    def sample_one(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        predicted, lengths, indices = sample(*args, **kwargs)
+        ones = torch.ones(lengths.shape, dtype=lengths.dtype, device="cpu")
+        return predicted, ones.to(lengths.device), indices
+
+    module.eagle_sample = sample_one  # type: ignore[attr-defined]
+
+
+def fork_processes(module: ModuleType) -> None:
+    """Fork SGLang's processes, which it would spawn: each would import torch and all of SGLang again.
+
+    ``srt/entrypoints/engine.py``. torch refuses a GPU that was used before the fork; the virtual one can be forked.
+    """
+    settle = module._set_envs_and_config
+
+    def settle_and_fork(*args: Any, **kwargs: Any) -> None:
+        import torch
+
+        settle(*args, **kwargs)
+        module.mp.set_start_method("fork", force=True)
+        torch.cuda._is_in_bad_fork = lambda: False
+
+    module._set_envs_and_config = settle_and_fork  # type: ignore[attr-defined]
+
+
 def one_scheduler(module: ModuleType) -> None:
     """Start the process of rank 0 alone (``srt/entrypoints/engine.py``)."""
     module._calculate_rank_ranges = lambda node_rank: (range(1), range(1), 1, 1)  # type: ignore[attr-defined]
+
+
+def one_scheduler_forked(module: ModuleType) -> None:
+    """Start the process of rank 0 alone, as a fork."""
+    one_scheduler(module)
+    fork_processes(module)
+
+
+def stages_of_both_kinds(module: ModuleType) -> None:
+    """Make each second layer's indexer one of a stage that is not the last (``layers/attention/dsa/dsa_indexer.py``).
+
+    There it leaves one SM free, for what the stage before sends.
+    """
+    init = module.Indexer.__init__
+
+    def init_in_a_stage(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.logits_with_pp_recv = self.layer_id % 2 == 0
+
+    module.Indexer.__init__ = init_in_a_stage
 
 
 class NoPipe:
@@ -148,3 +210,11 @@ def one_chunk_a_sequence(module: ModuleType) -> None:
         return cu_seqlens.new_zeros(cu_seqlens.numel() - 1, 2)
 
     module.prepare_chunk_indices = prepare  # type: ignore[attr-defined]
+
+
+def no_tracked_states(module: ModuleType) -> None:
+    """Keep no states of lightning attention at chunk bounds (``layers/attention/linear/lightning_backend.py``).
+
+    SGLang counts on the device for which sequences it keeps them, and compares with the host's count.
+    """
+    module.LightningAttentionBackend._prepare_seg_la_track_store = lambda *args: (None, None)

@@ -34,9 +34,12 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.utils.system_utils": vllm.fork_with_a_gpu,
     "vllm.v1.worker.gpu_model_runner": vllm.strides_without_memory,
     "vllm.v1.sample.rejection_sampler": vllm.accept_every_draft,
+    "sglang.srt.entrypoints.engine": sglang.fork_processes,
     "sglang.srt.managers.scheduler": sglang.note_settings,
     "sglang.srt.layers.moe.moe_runner.deep_gemm": sglang.both_layouts,
     "sglang.srt.layers.quantization.kv_cache": sglang.default_scales_of_keys,
+    "sglang.srt.layers.attention.linear.lightning_backend": sglang.no_tracked_states,
+    "sglang.srt.speculative.eagle_utils": sglang.one_token_a_draft,
     "sglang.srt.model_executor.model_runner": sglang.note_loaded_weights,
     "sglang.srt.model_executor.forward_batch_deepseek_mha_mixin": sglang.note_context_chunk,
 }
@@ -58,6 +61,8 @@ if os.environ.get("CACHEBUILDER_BAKE"):
         "torch._inductor.runtime.autotune_cache": compilers.no_choice_kept,
         "vllm.config.vllm": vllm.note_settings,
     }
+if os.environ.get("CACHEBUILDER_OBSERVE_STAGES"):
+    AFTER_IMPORT |= {"sglang.srt.layers.attention.dsa.dsa_indexer": sglang.stages_of_both_kinds}
 if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
     AFTER_IMPORT |= {
         "torch.distributed.distributed_c10d": ranks.one_rank_of_many,
@@ -69,11 +74,17 @@ if os.environ.get("CACHEBUILDER_OBSERVE_RANKS"):
         "vllm.v1.worker.gpu.dp_utils": vllm.engines_do_the_same,
         "vllm.v1.engine.coordinator": vllm.coordinate_one_engine,
         "vllm.v1.engine.utils": vllm.start_one_engine,
-        "sglang.srt.entrypoints.engine": sglang.one_scheduler,
+        "sglang.srt.entrypoints.engine": sglang.one_scheduler_forked,
         "sglang.srt.managers.data_parallel_controller": sglang.one_group,
         "sglang.srt.distributed.parallel_state": ranks.all_ranks_on_this_machine,
         "sglang.srt.distributed.device_communicators.shm_broadcast": ranks.no_message_queue,
     }
+    if os.environ.get("CACHEBUILDER_EACH_RANK"):
+        AFTER_IMPORT |= {
+            "torch.distributed.distributed_c10d": ranks.silent_gpus,
+            "sglang.srt.entrypoints.engine": sglang.fork_processes,
+        }
+        del AFTER_IMPORT["sglang.srt.managers.data_parallel_controller"]
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
