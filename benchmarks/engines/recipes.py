@@ -77,7 +77,7 @@ def rules_shapes(config: dict[str, Any], engine: str, layout: str) -> set[Shape]
 def without_drafts(config: dict[str, Any]) -> dict[str, Any]:
     """The config with no layers of multi-token prediction."""
     text = config.get("text_config", config)
-    fields = {name: 0 if name in DRAFTS else value for name, value in text.items()}
+    fields = {name: 0 if name in DRAFTS else value for name, value in text.items() if not name.startswith("dspark_")}
     return {**config, "text_config": fields} if "text_config" in config else fields
 
 
