@@ -19,6 +19,10 @@ class Nothing:
             raise AttributeError(name)
         return self
 
+    def plan(self, *args: Any, **kwargs: Any) -> list[int]:
+        """A plan of attention, which FlashInfer 0.7.2 wants to be there (``prefill.py``)."""
+        return []
+
 
 class CompilesNothing:
     """In place of CuTe-DSL's ``cute.compile``, which is called and, with options, indexed."""
