@@ -82,6 +82,7 @@ def no_cubins(module: ModuleType) -> None:
     module.setup_cubin_loader = lambda path: None  # type: ignore[attr-defined]
     module.get_artifact = module.get_cubin = lambda *args, **kwargs: b"nothing"  # type: ignore[attr-defined]
     module.get_meta_hash = lambda *args, **kwargs: ""  # type: ignore[attr-defined]
+    module.verify_symlinked_headers = lambda *args, **kwargs: None  # type: ignore[attr-defined]
 
 
 def no_tilelang(module: ModuleType) -> None:
