@@ -365,6 +365,15 @@ def test_scales_that_are_packed_already_are_told_by_their_types(
     assert op.fields == {"n": 128, "k": 512} | fields
 
 
+def test_fp4_weights_are_an_op_of_their_own_by_whatever_name_the_function_is_called(tmp_path: Path) -> None:
+    a, b = tensor(2, 64, 512, dtype="float8_e4m3fn"), tensor(2, 128, 256, dtype="int8")
+    pairs = [[operand, tensor(2, 64, 1, dtype="int32")] for operand in (a, b)]
+    line = call("fp8_m_grouped_gemm_nt_masked", *pairs, tensor(2, 64, 128), tensor(2, dtype="int32"), 8)
+    (tmp_path / "calls-1.jsonl").write_text(line + "\n")
+    [op] = calls.read(tmp_path).ops
+    assert (op.name, op.fields["n"], op.fields["k"]) == ("m_grouped_fp8_fp4_gemm_nt_masked", 128, 512)
+
+
 def test_an_alignment_that_the_engine_sets_by_call_is_swept(tmp_path: Path) -> None:
     rows, weight, out = tensor(256, 64), tensor(2, 16, 64), tensor(256, 16)
     lines = [
@@ -374,6 +383,13 @@ def test_an_alignment_that_the_engine_sets_by_call_is_swept(tmp_path: Path) -> N
     (tmp_path / "calls-1.jsonl").write_text("\n".join(lines) + "\n")
     text = manifest_text(calls.read(tmp_path), About(gpus.find(TARGET), "x", "engine", 0), {})
     assert "max_rows: 256, alignment: per-call}" in text
+    # One alignment in this run, but the engine asked DeepGEMM for it: SM90 has one answer, SM100 several.
+    (tmp_path / "calls-1.jsonl").write_text(lines[0] + "\n")
+    (tmp_path / "facts-1.jsonl").write_text('{"asks_alignment": true}\n')
+    texts = [
+        manifest_text(calls.read(tmp_path), About(gpus.find(gpu), "x", "engine", 0), {}) for gpu in ("H200", "B200")
+    ]
+    assert ["per-call" in text for text in texts] == [False, True]
 
 
 def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ class OpBase(BaseModel):
     maximum: ClassVar[str | None] = None
     #: The function's names in DeepGEMM's versions, preferred name first; empty: the op's own name.
     entry_points: ClassVar[tuple[str, ...]] = ()
+    #: Names of other ops' functions that are the same function, which then looks at its operands.
+    also_called: ClassVar[tuple[str, ...]] = ()
     #: Major compute capabilities of the GPUs on which any DeepGEMM has the op.
     majors: ClassVar[tuple[int, ...]] = (9, 10, 12)
     #: The DeepGEMMs that have the function, for the error if the installed one lacks it; empty: all known ones.
@@ -95,7 +97,7 @@ class OpBase(BaseModel):
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """The names of DeepGEMM's functions that are this op."""
-        return (cls.model_fields["op"].annotation.__args__[0], *cls.entry_points)  # type: ignore[union-attr]
+        return (cls.model_fields["op"].annotation.__args__[0], *cls.entry_points, *cls.also_called)  # type: ignore[union-attr]
 
     @classmethod
     def sighting(cls, call: SeenCall) -> Sighting:

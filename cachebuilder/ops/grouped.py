@@ -253,6 +253,7 @@ class MGroupedFp8Fp4GemmNtContiguous(ContiguousFp8Gemm):
 
     majors = (10, 12)
     formats = ("fp8", "fp4")
+    also_called = ("m_grouped_fp8_gemm_nt_contiguous",)  # deep_gemm/__init__.py has one function for both
 
     op: Literal["m_grouped_fp8_fp4_gemm_nt_contiguous"]
 
@@ -351,6 +352,7 @@ class MGroupedFp8Fp4GemmNtMasked(MaskedFp8Gemm):
 
     majors = (10, 12)
     formats = ("fp8", "fp4")
+    also_called = ("m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked")
 
     op: Literal["m_grouped_fp8_fp4_gemm_nt_masked"]
     k: Fp8K

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Facts(Record):
         max_model_len: tokens of one sequence.
         context_chunk: cached tokens that MLA takes up at once.
         torch: the folder of the torch that DeepGEMM was imported with.
+        asks_alignment: the engine asked DeepGEMM for the alignment of a call's rows.
     """
 
     max_num_batched_tokens: int | None = None
@@ -43,6 +44,7 @@ class Facts(Record):
     max_model_len: int | None = None
     context_chunk: int | None = None
     torch: str | None = None
+    asks_alignment: bool = False
 
 
 @dataclass
@@ -142,7 +144,10 @@ def read(folder: Path) -> Observed:
     copies: dict[Path, None] = {}
     gemms: dict[tuple[int, int], int] = {}
     files = sorted(folder.glob("calls-*.jsonl"))
-    functions = {name: model for model in OPS.values() for name in model.names()}
+    functions: dict[str, list[type[OpBase]]] = {}
+    for model in OPS.values():
+        for name in model.names():
+            functions.setdefault(name, []).append(model)
     called: dict[bool, set[str]] = {False: set(), True: set()}  # in the warm-up or not → the modules that called
     for file in files:
         for call, count in _read_file(file):
@@ -161,10 +166,7 @@ def read(folder: Path) -> Observed:
                 call.sm_count or 0,
                 call.alignment,
             )
-            try:
-                _add(ops, functions[call.function], seen, call, count)
-            except (KeyError, Inexpressible) as error:
-                why = f"{call.function}: {error}" if isinstance(error, Inexpressible) else f"{call.function}: no op"
+            if why := _add_to_one(ops, functions.get(call.function, []), seen, call, count):
                 unexpressed[why] = unexpressed.get(why, 0) + count
     notes = _notes(folder)
     return Observed(
@@ -203,6 +205,19 @@ def _value(value: Any) -> Any:
     if isinstance(value, dict) and "shape" in value:
         return Tensor(tuple(value["shape"]), tuple(value["stride"]), value["dtype"])
     return value
+
+
+def _add_to_one(ops: dict[str, SeenOp], models: Sequence[type[OpBase]], seen: SeenCall, call: _Call, count: int) -> str:
+    """Add a call to the first op that has it; returns why there is none, which the first one knows."""
+    why = ""
+    for model in models:
+        try:
+            _add(ops, model, seen, call, count)
+        except Inexpressible as error:
+            why = why or f"{call.function}: {error}"
+        else:
+            return ""
+    return why or f"{call.function}: no op"
 
 
 def _add(ops: dict[str, SeenOp], model: type[OpBase], seen: SeenCall, call: _Call, count: int) -> None:

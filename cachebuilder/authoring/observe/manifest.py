@@ -100,7 +100,8 @@ def _fields(op: SeenOp, facts: Facts, gpu: Gpu) -> dict[str, Any]:
         fields["max_m"] = limit[0]
     elif maximum and (limit := bound(op, facts)):
         fields[maximum] = limit[0]
-    if len(op.alignments) > 1:
+    # An engine that asks may take another one at another M; on SM90, DeepGEMM has one answer.
+    if len(op.alignments) > 1 or (op.alignments and facts.asks_alignment and gpu.major > 9):
         fields["alignment"] = "per-call"
     sm_counts = sorted(count for count in op.sm_counts if count)
     if sm_counts and sm_counts != [gpu.sm_count]:

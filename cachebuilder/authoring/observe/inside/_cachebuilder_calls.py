@@ -23,6 +23,8 @@ FLASHINFER_GEMM = "fp8_blockscale_gemm_sm90"
 #: What a copy of DeepGEMM binds its functions as: Python's, pybind11's, tvm-ffi's, and since vLLM 0.32.0 also torch's
 #: operators as such (``third_party/deep_gemm/_C.py``, ``_bind_guarded_ops``).
 FUNCTIONS = ("function", "builtin_function_or_method", "Function", "method", "OpOverloadPacket")
+#: The question to DeepGEMM by which engines choose the alignment of a call's rows.
+ALIGNMENT = "get_theoretical_mk_alignment_for_contiguous_layout"
 #: DeepGEMM's modules of functions in plain torch.
 HELPERS = (".utils.math", ".utils.dist", ".testing")
 #: How many frames are looked at, and how many of the engine's are written down; the nearest first.
@@ -48,6 +50,7 @@ class Calls:
         self._inside = threading.local()
         self._written = 0.0
         self._pid = 0
+        self._asks_alignment = False
 
     def wrap(self, module: ModuleType, name: str, function: Any) -> Any:
         """``function``, which also writes down that it was called."""
@@ -69,8 +72,11 @@ class Calls:
     def _note(self, module: ModuleType, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors: list[Any] = []
         described = kind(args, tensors), kind(kwargs, tensors)
-        if not tensors:
-            return  # a setting, or a question
+        if not tensors:  # a setting, or a question
+            if name == ALIGNMENT and not self._asks_alignment:
+                self._asks_alignment = True
+                note({"asks_alignment": True})
+            return
         sm_count = _ask(module, "get_num_sms")
         alignment = _ask(module, "get_mk_alignment_for_contiguous_layout")
         caller, weight_of = sys._getframe(2), owner(tensors)

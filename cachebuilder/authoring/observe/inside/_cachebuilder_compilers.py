@@ -14,6 +14,10 @@ class Nothing:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """A launch: no kernel runs on the virtual GPU."""
 
+    def init(self, *args: Any) -> Nothing:
+        """The runner that a module of FlashInfer's makes, as ``fused_moe_90`` does."""
+        return self
+
     def __getattr__(self, name: str) -> Nothing:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -37,10 +41,6 @@ class CompilesNothing:
 
 class GemmsOfNothing(Nothing):
     """In place of FlashInfer's module ``fp8_blockscale_gemm_90``, and of the runner that it makes."""
-
-    def init(self) -> GemmsOfNothing:
-        """The runner."""
-        return self
 
     def get_workspace_size(self, m: int, n: int, k: int) -> int:
         """No memory is needed."""

@@ -18,7 +18,8 @@ def note_settings(module: ModuleType) -> None:
     """Write down what SGLang's scheduler works with (``srt/managers/scheduler.py``).
 
     The tokens of all groups of data parallel attention come together before the experts. Pipeline stages may choose
-    larger chunks than were asked for (``max_prefill_buffer_tokens`` in ``srt/arg_groups/overrides.py``).
+    larger chunks than were asked for (``max_prefill_buffer_tokens`` in ``srt/arg_groups/overrides.py``). V3.2's indexer
+    takes each token of a draft for a sequence (``srt/layers/attention/dsa_backend.py``).
     """
     init = module.Scheduler.__init__
 
@@ -28,10 +29,11 @@ def note_settings(module: ModuleType) -> None:
         tokens = self.chunked_prefill_size or self.max_prefill_tokens
         if STAGES > 1 and module.get_schedule().enable_dynamic_chunking:
             tokens = max(tokens, self.max_prefill_tokens or 0, math.ceil(tokens * 1.25))
+        drafts = module.get_spec().speculative_num_draft_tokens or 1
         note(
             {
                 "max_num_batched_tokens": groups * tokens,
-                "max_num_seqs": self.max_running_requests,
+                "max_num_seqs": self.max_running_requests * drafts,
                 "max_model_len": self.model_config.context_len,
             }
         )
@@ -218,3 +220,34 @@ def no_tracked_states(module: ModuleType) -> None:
     SGLang counts on the device for which sequences it keeps them, and compares with the host's count.
     """
     module.LightningAttentionBackend._prepare_seg_la_track_store = lambda *args: (None, None)
+
+
+class CompressionPlans:
+    """In place of the module that plans DeepSeek-V4's compressed keys: plans of its sizes, which say nothing."""
+
+    def plan_decode(self, requests: Any, *args: Any) -> Any:
+        """16 bytes for each request."""
+        return _bytes(requests, requests.shape[0], 16)
+
+    plan_decode_legacy = plan_decode
+
+    def plan_prefill(self, requests: Any, *args: Any) -> tuple[Any, Any]:
+        """16 and 8 bytes for each token."""
+        tokens = args[5]
+        return _bytes(requests, tokens, 16), _bytes(requests, tokens, 8)
+
+    def plan_prefill_legacy(self, requests: Any, *args: Any) -> tuple[Any, Any]:
+        """The same; it takes fewer arguments."""
+        tokens = args[3]
+        return _bytes(requests, tokens, 16), _bytes(requests, tokens, 8)
+
+
+def _bytes(beside: Any, rows: int, columns: int) -> Any:
+    import torch
+
+    return torch.zeros(rows, columns, dtype=torch.uint8, device=beside.device)
+
+
+def plan_nothing(module: ModuleType) -> None:
+    """Plan no compressed keys (``kernels/ops/attention/dsv4/compress.py``): SGLang's own module makes these tensors."""
+    module._jit_compress_plan_module = CompressionPlans  # type: ignore[attr-defined]

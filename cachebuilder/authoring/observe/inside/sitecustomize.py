@@ -51,6 +51,7 @@ if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
         "flashinfer.jit.cubin_loader": compilers.no_cubins,
         "sglang.kernels.jit.utils.compile.loader": sglang.no_modules,
         "sglang.kernels.ops.attention.fla.index": sglang.one_chunk_a_sequence,
+        "sglang.kernels.ops.attention.dsv4.compress": sglang.plan_nothing,
         "sglang.kernels.jit.utils.occupancy": sglang.one_cluster,
         "tilelang.jit.kernel": compilers.no_tilelang,
         "triton.runtime.jit": compilers.no_triton,
