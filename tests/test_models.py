@@ -132,7 +132,8 @@ class TestModelShapes:
         left_out = " ".join(item.what for item in derived.left_out)
         [einsum] = (item.op for item in derived.ops if item.op.op == "fp8_einsum")
         assert (einsum.h, einsum.d, einsum.r) == (8 // tp, 1024, 4096)
-        assert [(i.op.n, i.op.k) for i in derived.ops if i.op.op == "tf32_hc_prenorm_gemm"] == [(24, 16384)]
+        first = [(24, 4096)] if engine == "vllm" else []  # the first layer's streams are equal
+        assert [(i.op.n, i.op.k) for i in derived.ops if i.op.op == "tf32_hc_prenorm_gemm"] == [(24, 16384), *first]
         assert "256 of MXFP4 weights" in left_out
 
     def test_deepseek_v4_with_fp8_experts(self, engine: str, tp: int) -> None:

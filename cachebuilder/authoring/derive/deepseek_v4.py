@@ -25,10 +25,16 @@ class HyperConnections:
     def add(self, model: Model, config: Config, serving: Serving, layers: Layers) -> None:
         """Add the call that projects all streams of a token."""
         if config.has("hc_mult"):
-            streams = config.number("hc_mult")
-            n, k = streams * (streams + 2), streams * config.number("hidden_size")
+            streams, hidden = config.number("hc_mult"), config.number("hidden_size")
+            n, k = streams * (streams + 2), streams * hidden
             what = f"hyper-connections, {layers_text(layers.all)}: N = {n.how}; K = {k.how}"
             model.calls.append(Call("tf32_hc_prenorm_gemm", {"n": n, "k": k}, what))
+            if serving.name == "vllm" and serving.at_least("0.32.0"):
+                # The first layer's streams are all the embedding: mhc_pre_broadcast_tilelang, nvidia/model.py.
+                what = (
+                    f"hyper-connections, {layers_text(layers.decoder[:1])}: N = {n.how}; K = {hidden.how}: one stream"
+                )
+                model.calls.append(Call("tf32_hc_prenorm_gemm", {"n": n, "k": hidden}, what))
 
 
 @dataclass(frozen=True)

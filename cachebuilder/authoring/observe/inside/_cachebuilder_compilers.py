@@ -23,6 +23,10 @@ class Nothing:
             raise AttributeError(name)
         return self
 
+    def plan(self, *args: Any, **kwargs: Any) -> list[int]:
+        """A plan of attention, which FlashInfer 0.7.2 wants to be there (``prefill.py``)."""
+        return []
+
 
 class CompilesNothing:
     """In place of CuTe-DSL's ``cute.compile``, which is called and, with options, indexed."""
@@ -78,6 +82,7 @@ def no_cubins(module: ModuleType) -> None:
     module.setup_cubin_loader = lambda path: None  # type: ignore[attr-defined]
     module.get_artifact = module.get_cubin = lambda *args, **kwargs: b"nothing"  # type: ignore[attr-defined]
     module.get_meta_hash = lambda *args, **kwargs: ""  # type: ignore[attr-defined]
+    module.verify_symlinked_headers = lambda *args, **kwargs: None  # type: ignore[attr-defined]
 
 
 def no_tilelang(module: ModuleType) -> None:
