@@ -194,6 +194,11 @@ def no_modules(module: ModuleType) -> None:
     module.load_jit = lambda *args, **kwargs: Nothing()  # type: ignore[attr-defined]
 
 
+def keep_no_kernels(module: ModuleType) -> None:
+    """Keep kernels of CuTe-DSL in memory alone (``kernels/jit/cute_aot_cache.py``): none was compiled."""
+    module.get_jit_cache = lambda *args, **kwargs: module.JITCache()  # type: ignore[attr-defined]
+
+
 def one_cluster(module: ModuleType) -> None:
     """Answer how many clusters fit: it decides a parameter of a kernel of SGLang's own, which is not built.
 

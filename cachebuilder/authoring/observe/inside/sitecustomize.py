@@ -49,6 +49,7 @@ if os.environ.get("CACHEBUILDER_OBSERVE_COMPILE_NOTHING"):
         "flashinfer.autotuner": compilers.no_tactics,
         "flashinfer.jit.core": compilers.no_flashinfer,
         "flashinfer.jit.cubin_loader": compilers.no_cubins,
+        "sglang.kernels.jit.cute_aot_cache": sglang.keep_no_kernels,
         "sglang.kernels.jit.utils.compile.loader": sglang.no_modules,
         "sglang.kernels.ops.attention.fla.index": sglang.one_chunk_a_sequence,
         "sglang.kernels.ops.attention.dsv4.compress": sglang.plan_nothing,
