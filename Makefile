@@ -34,7 +34,8 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
-# A new release: run it (benchmarks/observe.py), or build its classes; record its answers with benchmarks/engines/cases.py.
+# A new release: install it (benchmarks/engines/install.sh) and run it (benchmarks/observe.py), or build its classes;
+# record its answers with benchmarks/engines/cases.py.
 engines-check: $(VENV)/installed
 	PYTHONPATH=. $(VENV)/bin/python benchmarks/engines/cases.py
 
