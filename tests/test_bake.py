@@ -160,6 +160,7 @@ def test_a_command_for_several_gpus_cannot_be_baked(tmp_path: Path) -> None:
 
 
 def test_what_is_changed_in_vllms_command_is_in_no_key(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     launch = engines.launch_to_bake(["vllm", "serve", str(tmp_path)], {})
     assert [change.what.split()[0] for change in launch.changes] == [
         "--load-format", "--skip-tokenizer-init", "--port", "VLLM_NO_USAGE_STATS=1",

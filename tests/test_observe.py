@@ -194,6 +194,13 @@ def test_a_program_that_fails_shows_its_last_lines(run: Run, tmp_path: Path) -> 
     assert Path(log).read_text() == "no such model\n"
 
 
+def test_the_lines_of_a_failed_program_are_shown_in_their_order(run: Run, tmp_path: Path) -> None:
+    lines = ["raise OSError(name)", "OSError: no such model", *"abcde", "OSError: no such model"]
+    program = f"print({chr(10).join(lines)!r}); exit(1)"
+    done = run("observe", "-o", tmp_path / "m.yaml", "--gpu", TARGET, "--", sys.executable, "-c", program)
+    assert "exit code 1\n" + "\n".join(lines) + "\n" in done.stderr
+
+
 def test_no_process_is_left_over_not_even_of_another_group(run: Run, tmp_path: Path) -> None:
     """ninja starts each compiler in a process group of its own."""
     program = (
@@ -208,6 +215,7 @@ def test_no_process_is_left_over_not_even_of_another_group(run: Run, tmp_path: P
 
 
 def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     command = ["vllm", "serve", str(tmp_path), "-tp", "8", "--port=8001", "--enforce-eager"]
     launch = engines.launch(command, {"VLLM_NO_USAGE_STATS": "1"}, gpus.find(TARGET))
     assert launch.server == Server("vllm", "http://127.0.0.1:8001", str(tmp_path), 8)
@@ -224,6 +232,7 @@ def test_vllms_command_gets_what_it_needs_and_nothing_that_it_has(tmp_path: Path
     "words", [("--dp", "8", "--enable-dp-attention"), ("--dp-size=8",)], ids=["attention", "whole"]
 )
 def test_sglangs_command_gets_what_it_needs(tmp_path: Path, words: tuple[str, ...]) -> None:
+    (tmp_path / "config.json").write_text("{}")
     command = ["python", "-m", "sglang.launch_server", "--model-path", str(tmp_path), "--tp=8", *words]
     launch = engines.launch(command, {}, gpus.find(TARGET))
     assert launch.server is not None
@@ -233,6 +242,32 @@ def test_sglangs_command_gets_what_it_needs(tmp_path: Path, words: tuple[str, ..
     assert launch.environment["CACHEBUILDER_OBSERVE_RANKS"] == "8"
     # Replicas ask for the same; the groups of data parallel attention bring their tokens to the same experts.
     assert ("--dp-size" in added) == (words == ("--dp-size=8",))
+
+
+@pytest.mark.parametrize("command", [["vllm", "serve"], ["sglang", "serve", "--model-path"]], ids=["vllm", "sglang"])
+def test_a_models_folder_that_no_engine_could_read_is_refused_before_it_starts(
+    command: list[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+
+    def refusal() -> str:
+        with pytest.raises(RecordingError) as refused:
+            engines.launch([*command, str(tmp_path)], {}, gpus.find(TARGET))
+        return str(refused.value)
+
+    assert refusal() == f"{tmp_path}: wanted the model's config.json there, found none"
+    config.write_text('{"architectures": [')
+    assert refusal().startswith(f"{config}: wanted JSON, found ")
+    config.write_text("[1]")
+    assert refusal() == f"{config}: wanted a JSON object, found [1]"
+    config.unlink()
+    (tmp_path / "params.json").write_text("{}")  # Mistral's own format
+    assert engines.launch([*command, str(tmp_path)], {}, gpus.find(TARGET)).server
+    assert engines.launch([*command, "Qwen/Qwen3-8B-FP8"], {}, gpus.find(TARGET)).server  # a name on a hub
+    with pytest.raises(
+        RecordingError, match=r"\./absent: wanted the model's folder, with its config\.json; found nothing"
+    ):
+        engines.launch([*command, "./absent"], {}, gpus.find(TARGET))
 
 
 def test_one_process_has_all_pipeline_stages_of_sglang() -> None:

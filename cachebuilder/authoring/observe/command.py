@@ -95,7 +95,8 @@ class Arguments:
             self.changes.append(Change(" ".join(options), why))
 
     def need_no_weights(self, model: str) -> None:
-        """Add what lets a folder with no more than a config serve."""
+        """Add what lets a folder with no more than a config serve. Raises `RecordingError` if that cannot be read."""
+        _check_folder(model)
         self.add("no weights are needed: shapes and formats are the model's own", "--load-format", "dummy")
         if os.path.isdir(model) and not any(Path(model).glob("tokenizer*")):
             self.add("the model's folder has no tokenizer; requests are token numbers", "--skip-tokenizer-init")
@@ -119,6 +120,28 @@ class Arguments:
             changes=(*self.changes, *(Change(f"{name}={value}", why) for name, (value, why) in new.items())),
             server=server,
         )
+
+
+def _check_folder(model: str) -> None:
+    """Refuse a path where an engine would take it for a name on a hub, or end with a long trace.
+
+    A file, or a folder with Mistral's ``params.json``, is the engine's to read.
+    """
+    folder, config = Path(model), Path(model, "config.json")
+    if model.startswith((".", "/")) and not folder.exists():
+        raise RecordingError(f"{model}: wanted the model's folder, with its config.json; found nothing there")
+    if not model or not folder.is_dir() or (folder / "params.json").exists():
+        return
+    try:
+        fields = json.loads(config.read_bytes())
+    except FileNotFoundError:
+        raise RecordingError(f"{model}: wanted the model's config.json there, found none") from None
+    except OSError as error:
+        raise RecordingError(f"{config}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise RecordingError(f"{config}: wanted JSON, found {error}") from None
+    if not isinstance(fields, dict):
+        raise RecordingError(f"{config}: wanted a JSON object, found {fields!r:.40}")
 
 
 def common_variables(model: str, gpu: Gpu, ranks: int) -> dict[str, tuple[str, str]]:

@@ -217,6 +217,7 @@ def _failure(reason: str, setting: Setting) -> RecordingError | PlanError:
             hint=f"this engine calls more of CUDA than cachebuilder knows: report it; {output}",
         )
     lines = without_traces(setting.log.read_text(errors="replace")).splitlines()
-    errors = [line for line in lines if re.search(r"Error\b", line)][-4:]
-    shown = "\n".join(line[-300:] for line in dict.fromkeys([*errors, *lines[-6:]]))
+    errors = [number for number, line in enumerate(lines) if re.search(r"Error\b", line)][-4:]
+    last = range(max(len(lines) - 6, 0), len(lines))
+    shown = "\n".join(lines[number][-300:] for number in sorted({*errors, *last}))
     return RecordingError(f"{reason}\n{shown}".rstrip(), hint=output)
