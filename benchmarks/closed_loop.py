@@ -90,7 +90,7 @@ def loop(folder: Path, layout: str, gpu: str, more: list[str]) -> dict[str, Any]
     command = serve_command(folder, layout, more)
     with TemporaryDirectory() as name:
         work = Path(name)
-        observation = observe.observe(command, gpus.find(gpu), environment=os.environ)
+        observation = observe.observe(command, observe.Host(gpus.find(gpu), os.environ))
         (work / "m.yaml").write_text(observation.manifest)
         inputs = cachebuilder.load_manifest(work / "m.yaml", deep_gemm=observation.installation.path)
         built = cachebuilder.build(inputs, work / "a.tar.zst")

@@ -216,7 +216,7 @@ def observe(
     with memory() as most:
         try:
             observation = observing.observe(
-                command, gpus.find(gpu), environment=os.environ, with_flashinfer=with_flashinfer
+                command, observing.Host(gpus.find(gpu), os.environ), with_flashinfer=with_flashinfer
             )
         except CacheBuilderError as error:
             observation, row["error"] = None, re.sub(r"(/[\w.+-]+)+/", "…/", str(error))

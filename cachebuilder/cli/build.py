@@ -25,6 +25,7 @@ from cachebuilder.manifest import schema as manifests
 
 @dataclass(frozen=True)
 class _Options:
+    device: DeviceChoice
     jobs: int | None
     separate: bool
     check_code: int
@@ -45,12 +46,12 @@ class _Options:
     help="The artifact's file; default: dist/<name>.tar.zst. oci://… or s3://…: write the default file and push it.",
 )
 @shared.tools_options
-@shared.device_option
 @shared.progress_options
 @shared.store_options
 @shared.option_group(
     "how",
     _Options,
+    shared.device_option,
     click.option("-j", "--jobs", type=click.IntRange(min=1), help="Compilers at once; default: one for each core."),
     click.option("--separate", is_flag=True, help="Compile each kernel by itself: slower, but the same bytes."),
     click.option(
@@ -67,7 +68,6 @@ def build(
     engine: EngineOptions,
     output: Path | str | None,
     tools: shared.ToolPaths,
-    device: DeviceChoice,
     kept: shared.StoreOptions,
     how: _Options,
 ) -> None:
@@ -96,7 +96,7 @@ def build(
         output = Path("dist") / f"{inputs.manifest.name}.tar.zst"
     options = CompileOptions(how.jobs, kept.use_store, not how.separate, how.check_code, shared_store)
     with shared.show_progress() as progress:
-        built = cachebuilder.build(inputs, output, options=options, device=device, progress=progress)
+        built = cachebuilder.build(inputs, output, options=options, device=how.device, progress=progress)
     _print_summary(built)
     if destination is not None:
         run_push(destination, (built.packed.path,))
@@ -112,10 +112,8 @@ def _observe(
     with shared.show_progress() as progress:
         observation = observing.observe(
             command,
-            find_gpu(engine.gpu or ""),
+            observing.Host(find_gpu(engine.gpu or ""), os.environ, tools.nvcc),
             with_flashinfer=engine.with_flashinfer,
-            nvcc=tools.nvcc,
-            environment=os.environ,
             progress=progress,
         )
     print_summary(observation)

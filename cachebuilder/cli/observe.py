@@ -68,11 +68,9 @@ def observe(
     with shared.show_progress() as progress:
         observation = observing.observe(
             command,
-            target,
+            observing.Host(target, os.environ, nvcc),
             name=name,
             with_flashinfer=engine.with_flashinfer,
-            nvcc=nvcc,
-            environment=os.environ,
             progress=progress,
         )
         if output is not None:

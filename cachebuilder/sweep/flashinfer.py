@@ -38,6 +38,8 @@ from cachebuilder.sweep.warm import Process
 from cachebuilder.virtual_gpu import library as virtual_gpu
 
 _HERE = Path(__file__).parent
+#: An answer's type → the word for the child.
+_KINDS: dict[type[Record], str] = {ModulesAnswer: "modules", GemmsAnswer: "gemms", GemmTrialsAnswer: "trials"}
 _PACKAGE_ROOT = Path(__file__).parents[2]
 #: Variables with these beginnings change what torch, CUDA or FlashInfer do: a child does not inherit them.
 _DROPPED = ("CUDA_", "PYTORCH_", "TORCH_", "NVIDIA_", "NVCC_", "VIRTUAL_GPU_", "FLASHINFER_", "TRTLLM_")
@@ -87,7 +89,7 @@ def build_modules(
         def report() -> None:
             progress("FlashInfer's modules", *_ninja_steps(scratch))
 
-        answer = _call("modules", job, environment, scratch, ModulesAnswer, flashinfer, report)
+        answer = _call(job, environment, scratch, ModulesAnswer, flashinfer, report)
         return {name: Path(path).read_bytes() for name, path in answer.built.items()}
 
 
@@ -144,7 +146,7 @@ def call_gemms(
     with scratch_folder() as scratch:
         environment = _serving(root, compiler, scratch) | virtual_gpu.environment(gpu)
         job = GemmsJob(flashinfer=str(flashinfer.path), gpu=gpu, gemms=tuple(gemms), modules=tuple(modules))
-        return _call("gemms", job, environment, scratch, GemmsAnswer, flashinfer)
+        return _call(job, environment, scratch, GemmsAnswer, flashinfer)
 
 
 def try_gemms(
@@ -165,7 +167,7 @@ def try_gemms(
         modules = (entries.GEMM_MODULE,)
         job = GemmTrialsJob(flashinfer=str(flashinfer.path), gemms=tuple(gemms), modules=modules, points=tuple(points))
         environment = _serving(root, compiler, scratch)
-        return _call("trials", job, environment, scratch, GemmTrialsAnswer, flashinfer)
+        return _call(job, environment, scratch, GemmTrialsAnswer, flashinfer)
 
 
 def _serving(root: Path, compiler: Compiler, scratch: Path) -> dict[str, str]:
@@ -249,7 +251,6 @@ def _ninja_steps(folder: Path) -> tuple[int, int]:
 
 
 def _call(
-    kind: str,
     job: Record,
     environment: dict[str, str],
     folder: Path,
@@ -258,6 +259,7 @@ def _call(
     report: Callable[[], None] = lambda: None,
 ) -> A:
     """Run the child with ``job`` in ``folder``, and ``report`` while it runs; returns its answer."""
+    kind = _KINDS[answer]
     (folder / JOB).write_text(job.model_dump_json())
     log = folder / "log.txt"
     command = [sys.executable, "-P", "-m", "cachebuilder.sweep.flashinfer_child", str(folder), kind]

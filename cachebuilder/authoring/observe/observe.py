@@ -67,6 +67,21 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Host:
+    """What a command finds where it is observed.
+
+    Attributes:
+        gpu: the virtual GPU.
+        environment: the user's variables.
+        nvcc: the compiler whose version DeepGEMM is told; None: the one that is found.
+    """
+
+    gpu: Gpu
+    environment: Mapping[str, str]
+    nvcc: Path | None = None
+
+
+@dataclass(frozen=True)
 class Lack:
     """What a manifest lacks.
 
@@ -88,22 +103,19 @@ class Lack:
 
 def observe(
     command: Sequence[str],
-    gpu: Gpu,
+    host: Host,
     *,
     name: str | None = None,
     with_flashinfer: bool = False,
-    nvcc: Path | None = None,
-    environment: Mapping[str, str],
     progress: Progress = no_progress,
 ) -> Observation:
-    """Run ``command`` on a virtual ``gpu``, and make a manifest of what it asks DeepGEMM for.
+    """Run ``command`` on a virtual GPU, and make a manifest of what it asks DeepGEMM for.
 
     Args:
         command: the user's serve command, or a program that calls DeepGEMM and ends. Its Python must have the torch
             that this one has, since the virtual GPU is made for that.
         name: the manifest's; default: from the model and the GPU.
         with_flashinfer: let the engine take from FlashInfer what it would take while it serves, and write that too.
-        environment: the user's variables.
         progress: the steps are "start", "requests" and "plan".
 
     Raises:
@@ -112,7 +124,8 @@ def observe(
         ManifestError: what was observed makes no manifest.
         InstallationError, ToolchainError: something is missing on this machine.
     """
-    toolchain = toolchains.find(nvcc)
+    gpu, environment = host.gpu, host.environment
+    toolchain = toolchains.find(host.nvcc)
     launch = engines.launch(command, environment, gpu, with_flashinfer)
     with scratch_folder() as folder:
         compiler = recording_compiler(folder, toolchain.version_text)
