@@ -18,6 +18,7 @@ import zstandard
 
 from cachebuilder import building
 from cachebuilder.artifact import signature
+from cachebuilder.common.folders import Folder
 from cachebuilder.errors import ArtifactError, TransferError
 from cachebuilder.restoring.machine import Machine
 from cachebuilder.restoring.restore import restore
@@ -372,15 +373,41 @@ def test_twelve_at_once_keep_what_they_fetched_until_they_have_used_it(
     meet = threading.Barrier(12)
 
     def use(number: int) -> bytes:
-        with fetch.fetched(f"oci://{there.host}/crowd{number}:v1", Machine(None), FEW) as path:
-            meet.wait(300)  # ends a hang; not how long it may take
-            return path.read_bytes()
+        try:
+            with fetch.fetched(f"oci://{there.host}/crowd{number}:v1", Machine(None), FEW) as path:
+                meet.wait(300)  # ends a hang; not how long it may take
+                return path.read_bytes()
+        except BaseException:
+            meet.abort()  # the others wait no longer
+            raise
 
     for _ in range(2):
         with ThreadPoolExecutor(12) as pool:
-            assert set(pool.map(use, range(12))) == {artifact.read_bytes()}
+            uses = [pool.submit(use, number) for number in range(12)]
+        failures = [error for one in uses if (error := one.exception())]
+        assert [error for error in failures if not isinstance(error, threading.BrokenBarrierError)] == []
+        assert {one.result() for one in uses} == {artifact.read_bytes()}
     with fetch.fetched(f"oci://{there.host}/crowd0:v1", Machine(None), FEW):
         assert len(list((tmp_path / "c" / "fetched").iterdir())) == 8
+
+
+def test_a_folder_that_another_process_removes_before_it_is_opened_is_made_again(
+    there: Registry, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHEBUILDER_CACHE_DIR", str(tmp_path / "c"))
+    push_to(there.host, "removed", artifact)
+    open_folder, removed = Folder.open, []
+
+    def removed_once(self: Folder, name: str) -> Folder:
+        if self.path.name == "fetched" and not removed:
+            os.rmdir(self.path / name)
+            removed.append(name)
+        return open_folder(self, name)
+
+    monkeypatch.setattr(Folder, "open", removed_once)
+    with fetch.fetched(f"oci://{there.host}/removed:v1", Machine(None), FEW) as path:
+        assert path.read_bytes() == artifact.read_bytes()
+    assert removed == [path.parent.name]
 
 
 def test_progress_counts_the_bytes(there: Registry, artifact: Path, tmp_path: Path) -> None:
