@@ -433,6 +433,17 @@ def test_a_line_that_no_process_writes_is_an_error(tmp_path: Path) -> None:
         calls.read(tmp_path)
 
 
+def run_with_hooks(code: str, *folders: Path, **variables: str) -> str:
+    """What Python prints of ``code``, with the hooks' modules and those in ``folders`` to import."""
+    inside = Path(engines.__file__).parent / "inside"
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(map(str, (inside, *folders)))}
+    if "CACHEBUILDER_OBSERVE" not in variables:
+        environment.pop("CACHEBUILDER_OBSERVE", None)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_the_hook_runs_the_sitecustomize_that_it_hides(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("print('the own one')\n")
     folder = Path(engines.__file__).parent / "inside"
@@ -443,11 +454,7 @@ def test_the_hook_runs_the_sitecustomize_that_it_hides(tmp_path: Path) -> None:
 
 def test_the_hook_does_nothing_in_a_process_that_is_not_observed() -> None:
     code = "import sys, sitecustomize; print([type(f).__name__ for f in sys.meta_path])"
-    folder = Path(engines.__file__).parent / "inside"
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    environment.pop("CACHEBUILDER_OBSERVE", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "AfterImport" not in done.stdout
+    assert "AfterImport" not in run_with_hooks(code)
 
 
 def test_vllm_gets_the_strides_of_a_cache_larger_than_this_host(tmp_path: Path) -> None:
@@ -459,10 +466,7 @@ def test_vllm_gets_the_strides_of_a_cache_larger_than_this_host(tmp_path: Path) 
         "import runner, _cachebuilder_vllm as hooks\nhooks.strides_without_memory(runner)\n"
         "print(runner.GPUModelRunner()._reshape_kv_cache_tensors((1 << 44, 8)))\n"
     )
-    folder = Path(engines.__file__).parent / "inside"
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "((8, 1), 'cpu')\n"
+    assert run_with_hooks(code, tmp_path) == "((8, 1), 'cpu')\n"
 
 
 def test_a_function_that_is_an_operator_of_torch_is_seen(tmp_path: Path) -> None:
@@ -472,9 +476,7 @@ def test_a_function_that_is_an_operator_of_torch_is_seen(tmp_path: Path) -> None
         "copy.get_paged_mqa_logits_metadata = torch.ops.aten.clone\nhooks.wrap_functions(copy)\n"
         "copy.get_paged_mqa_logits_metadata(torch.zeros(3, 1, dtype=torch.int32))\n"
     )
-    folder = Path(engines.__file__).parent / "inside"
-    environment = os.environ | {"PYTHONPATH": str(folder), "CACHEBUILDER_OBSERVE": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    run_with_hooks(code, CACHEBUILDER_OBSERVE=str(tmp_path))
     first = json.loads(next(tmp_path.glob("calls-*.jsonl")).read_text().splitlines()[0])
     assert first["function"] == "get_paged_mqa_logits_metadata"
     assert first["args"] == [{"dtype": "int32", "shape": [3, 1], "stride": [1, 1]}]
@@ -491,7 +493,4 @@ def test_vllm_s_requests_accept_the_drafts_that_they_have_and_no_more(tmp_path: 
         "drafts = types.SimpleNamespace(num_draft_tokens=[2, 0])\n"
         "print(sampler.RejectionSampler().forward(drafts, None).sampled_token_ids.tolist())\n"
     )
-    folder = Path(engines.__file__).parent / "inside"
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{tmp_path}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "[[0, 0, 0], [0, -1, -1]]\n"
+    assert run_with_hooks(code, tmp_path) == "[[0, 0, 0], [0, -1, -1]]\n"

@@ -133,4 +133,5 @@ if __name__ == "__main__":
 
 
 def test_each_rank_may_be_a_process_that_talks_to_the_others_while_their_gpus_send_nothing(tmp_path: Path) -> None:
-    run(RANKS_OF_PROCESSES, tmp_path, CACHEBUILDER_OBSERVE_RANKS="2", CACHEBUILDER_EACH_RANK="1")
+    both = {"CACHEBUILDER_OBSERVE_RANKS": "2", "CACHEBUILDER_EACH_RANK": "1"}
+    assert run(RANKS_OF_PROCESSES, tmp_path, **both).exit_code == 0
