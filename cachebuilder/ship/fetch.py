@@ -23,7 +23,7 @@ from cachebuilder.ship.retry import Retries
 #: How many fetched artifacts are kept, so that the next verb on the same one need not fetch it. They may be removed at
 #: any time.
 _KEPT = 8
-#: How often a folder is made that other processes remove.
+#: How often a folder is made again that another process has removed.
 _TRIES = 100
 
 
@@ -102,19 +102,20 @@ def fetched(
 @contextlib.contextmanager
 def _in_use(parent: Folder, name: str) -> Iterator[None]:
     """Keep other processes from removing a folder, which is made if it is missing."""
-    for left in reversed(range(_TRIES)):
+    for _ in range(_TRIES):
         try:
             folder = parent.make(name, 0o700)
         except FileNotFoundError:  # another process removed it after it was made, and before it was opened
-            if left:
-                continue
-            raise
+            continue
         with folder:
             lock(folder.handle, wait=True, shared=True)  # waits only for a process that removes it
             if _is_still(parent, name, folder):
                 yield
                 return
-    raise InstallationError(f"{parent.path / name}: other processes remove it as often as it is made")
+    raise InstallationError(
+        f"{parent.path / name}: made {_TRIES} times, and removed each time before it could be used",
+        hint="find out what removes it, or set CACHEBUILDER_CACHE_DIR to another folder",
+    )
 
 
 def _is_still(parent: Folder, name: str, folder: Folder) -> bool:
