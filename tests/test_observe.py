@@ -494,3 +494,15 @@ def test_vllm_s_requests_accept_the_drafts_that_they_have_and_no_more(tmp_path: 
         "print(sampler.RejectionSampler().forward(drafts, None).sampled_token_ids.tolist())\n"
     )
     assert run_with_hooks(code, tmp_path) == "[[0, 0, 0], [0, -1, -1]]\n"
+
+
+def test_vllm_moves_states_of_one_accepted_token_at_least(tmp_path: Path) -> None:
+    (tmp_path / "mamba_utils.py").write_text(
+        "def preprocess_mamba(scheduler_output, input_batch):\n    print(input_batch.num_accepted_tokens_cpu_tensor.tolist())\n"
+    )
+    code = (
+        "import types, torch, mamba_utils, _cachebuilder_vllm as hooks\nhooks.one_accepted_token_at_least(mamba_utils)\n"
+        "batch = types.SimpleNamespace(num_accepted_tokens_cpu_tensor=torch.tensor([0, 3, 1]))\n"
+        "mamba_utils.preprocess_mamba(None, batch)\n"
+    )
+    assert run_with_hooks(code, tmp_path) == "[1, 3, 1]\n"

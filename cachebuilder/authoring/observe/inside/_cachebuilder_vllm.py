@@ -119,6 +119,22 @@ def accept_every_draft(module: ModuleType) -> None:
     module.RejectionSampler.forward = forward_and_accept
 
 
+def one_accepted_token_at_least(module: ModuleType) -> None:
+    """Let a sequence have accepted one token at least, before the states of its linear attention are moved.
+
+    vLLM 0.33.0 counts on the device how many drafts a step accepted, and reads the number back; here it is none
+    (``v1/worker/mamba_utils.py``, ``preprocess_mamba``).
+    """
+    preprocess = module.preprocess_mamba
+
+    def preprocess_accepted(*args: Any, **kwargs: Any) -> None:
+        batch = inspect.signature(preprocess).bind(*args, **kwargs).arguments["input_batch"]
+        batch.num_accepted_tokens_cpu_tensor.clamp_(min=1)
+        preprocess(*args, **kwargs)
+
+    module.preprocess_mamba = preprocess_accepted  # type: ignore[attr-defined]
+
+
 def group_of_engines(module: ModuleType) -> None:
     """Join the other data parallel engines by a group that does nothing (vLLM 0.25.0 ``distributed/utils.py``)."""
 

@@ -34,6 +34,7 @@ AFTER_IMPORT = dict.fromkeys(COPIES, calls.wrap_functions) | {
     "vllm.utils.system_utils": vllm.fork_with_a_gpu,
     "vllm.v1.worker.gpu_model_runner": vllm.strides_without_memory,
     "vllm.v1.sample.rejection_sampler": vllm.accept_every_draft,
+    "vllm.v1.worker.mamba_utils": vllm.one_accepted_token_at_least,
     "sglang.srt.entrypoints.engine": sglang.fork_processes,
     "sglang.srt.managers.scheduler": sglang.note_settings,
     "sglang.srt.layers.moe.moe_runner.deep_gemm": sglang.both_layouts,
