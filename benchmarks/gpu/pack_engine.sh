@@ -12,7 +12,7 @@ mkdir -p "$out"
 excluded=(torch torchvision torchaudio 'torchvision.libs' torchcodec 'torchcodec.libs' triton nvidia numpy 'numpy.libs'
     transformers sympy networkx numba llvmlite cv2 'opencv_python_headless.libs' opencv_python_headless PyNvVideoCodec
     pip setuptools z3 tilelang tokenspeed_triton nvidia_cutlass_dsl pillow.libs PIL cudnn hf_xet tokenizers uvloop
-    pycountry grpc 'torch-*' 'triton-*' 'numpy-*' 'transformers-*' 'tokenizers-*')
+    pycountry grpc 'torch-*' 'triton-*' 'numpy-*' 'transformers-*' 'tokenizers-*' huggingface_hub 'huggingface_hub-*')
 options=(--exclude=__pycache__ --exclude='_vllm_fa2_C*' --exclude=vllm-rs --exclude='flashinfer_cubin/cubins' --exclude='*.a')
 for name in "${excluded[@]}"; do options+=(--exclude="./$name"); done
 tar -C "$site" "${options[@]}" -c . | xz -T2 -3 | split -b "${part}M" - "$out/engine.part-"

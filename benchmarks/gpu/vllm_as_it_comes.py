@@ -15,10 +15,11 @@ MODEL is a folder with a config.json; weights are dummies. Each run is a process
 - ``served``: the same with ``cachebuilder run DIR -- vllm serve``, asked over HTTP (``--served ARTIFACT``).
 - ``cold``: no artifact, the toolkit there.
 
-Prints one JSON object a run: seconds until the engine is up, until the first token, the longest step of each batch, decoded
-tokens a second, a digest of all tokens, what the engine's log says of its phases, and how many compilations there were:
-calls of compilers, which wrappers count, and lines in the log of the frozen nvcc. Then a table. Each run leaves its log and
-the parts of its cache keys in the folder of ``--logs``. Run it as root, for the mount namespace.
+Prints one JSON object a run: seconds until the engine is up, of which how many imported vLLM, until the first token, the
+longest step of each batch, decoded tokens a second, a digest of all tokens, what the engine's log says of its phases, and
+how many compilations there were: calls of compilers, which wrappers count, and lines in the log of the frozen nvcc. Then
+a table. Each run leaves its log and the parts of its cache keys in the folder of ``--logs``. Run it as root, for the
+mount namespace.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
     started = time.monotonic()
     from vllm import LLM, SamplingParams
 
+    imported = time.monotonic() - started
     llm = LLM(
         model=model,
         load_format="dummy",
@@ -105,6 +107,7 @@ def child(model: str, max_len: int, steps: str, graphs: bool) -> None:
         decode[str(batch)] = round(batch * len(seconds) / sum(seconds), 1)
     result = {
         "up": round(up, 1),
+        "import": round(imported, 1),
         "first_token": round(first or 0, 3),
         "longest_step": longest,
         "decode": decode,
