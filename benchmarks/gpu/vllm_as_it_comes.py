@@ -149,6 +149,7 @@ def run(name: str, environment: dict[str, str], arguments: list[str], hidden: bo
         Path("/mnt/empty").mkdir(exist_ok=True)
         command = ["unshare", "-m", "sh", "-c", HIDE, "sh", *command]
     calls = log.with_suffix(".calls")
+    calls.unlink(missing_ok=True)  # a run of this name before it
     environment = environment | counted(log.parent / f"compilers-{name}", calls, environment["PATH"])
     environment["KEYS_FILE"] = str(log.with_suffix(".keys.json"))
     started = time.monotonic()
@@ -182,6 +183,7 @@ def serve(dir: Path, model: str, environment: dict[str, str], steps: str, log: P
     command += ["--max-model-len", "16384", "--max-num-batched-tokens", "8192", "--moe-backend", "deep_gemm"]
     command += ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "8765", "--jit-monitor-mode", "error"]
     calls = log.with_suffix(".calls")
+    calls.unlink(missing_ok=True)  # a run of this name before it
     environment = environment | counted(log.parent / "compilers-served", calls, environment["PATH"])
     longest: dict[str, float] = {}
     started = time.monotonic()
