@@ -138,6 +138,21 @@ def test_baked_caches_go_where_they_were_baked_only(artifact: Path, tmp_path: Pa
     assert "TRITON_CACHE_DIR" not in run("env", elsewhere).stdout
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["eager", "compiled ahead of time"])
+def test_another_patch_release_of_python_counts_where_a_key_holds_it(ahead: bool, here: Path) -> None:
+    graphs = here / baked.FOLDER / "vllm" / "torch_compile_cache" / "torch_aot_compile"
+    if ahead:
+        (graphs / ("a" * 64)).mkdir(parents=True)
+    fill(here)
+    record = baked.collect(here).record
+    release, minor = sys.version.split()[0], f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert record.python == (release if ahead else minor)
+    assert not any(name == "Python" for name, _, _ in baked.differences(record, here))
+    for other, found in {f"{minor}.99": release, "3.99": minor}.items():
+        another = record.model_copy(update={"python": other})
+        assert ("Python", other, found) in baked.differences(another, here)
+
+
 def test_no_baked_serves_without_them(artifact: Path, here: Path, run: Run) -> None:
     put(artifact, here)
     command = ("run", here, "--force", "--no-baked", "--", sys.executable, "-c", "import os; print(dict(os.environ))")

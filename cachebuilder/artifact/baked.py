@@ -29,7 +29,7 @@ class BakedRecord(Record):
     Attributes:
         command: what was run to fill them.
         gpu: its name as CUDA gives it.
-        python: its version, to the patch.
+        python: its version; to the patch only where vLLM kept graphs compiled ahead of time, whose keys hold that.
         dir: the restored folder: vLLM's caches hold absolute paths.
         packages: name → version.
         folders: name → the folder that it is imported from.

@@ -62,7 +62,7 @@ def record(dir: Path, command: str, gpu: str, environment: Mapping[str, str]) ->
     return BakedRecord(
         command=command,
         gpu=gpu,
-        python=platform.python_version(),
+        python=_python(to_the_patch=_has_graphs_compiled_ahead(dir)),
         dir=str(dir.absolute()),
         packages=_versions(),
         folders=_folders(),
@@ -157,7 +157,7 @@ def differences(
         pairs.append(("GPU", baked.gpu, gpu.name))
     here, folders = _versions(), _folders()
     if here.keys() & baked.packages.keys():
-        pairs.append(("Python", baked.python, platform.python_version()))
+        pairs.append(("Python", baked.python, _python(to_the_patch=baked.python.count(".") > 1)))
     pairs += [(name, baked.packages[name], here[name]) for name in baked.packages if name in here]
     pairs += [(f"{name}'s folder", baked.folders[name], folders[name]) for name in baked.folders if name in folders]
     names = sorted({*baked.names, *_settings(environment)}) if environment is not None else []
@@ -201,6 +201,21 @@ def _hashed_by_vllm(dir: Path) -> set[str]:
     """The names of the variables that vLLM wrote down as parts of its keys."""
     files = (dir / FOLDER / "vllm" / "torch_compile_cache").rglob("cache_key_factors.json")
     return {name for file in files for name in json.loads(file.read_text())["env"]}
+
+
+def _has_graphs_compiled_ahead(dir: Path) -> bool:
+    """Whether vLLM kept graphs that torch compiled ahead of time, which it does not where it runs eager.
+
+    The folder is that of vLLM 0.25.0 ``compilation/decorators.py``.
+    """
+    graphs = dir / FOLDER / "vllm" / "torch_compile_cache" / "torch_aot_compile"
+    return graphs.is_dir() and any(graphs.iterdir())
+
+
+def _python(to_the_patch: bool) -> str:
+    """Python's version, as keys hold it: like 3.12.3, or like 3.12, which names the ABI of compiled modules."""
+    version = platform.python_version()
+    return version if to_the_patch else ".".join(version.split(".")[:2])
 
 
 def _settings(environment: Mapping[str, str]) -> set[str]:
