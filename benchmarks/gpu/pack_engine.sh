@@ -1,19 +1,24 @@
 #!/usr/bin/env bash
-# Pack an installed engine for a machine that nothing can be fetched on, in parts that travel one by one.
+# Pack an engine's environment for a machine that nothing can be fetched on, in parts that travel one by one.
 #
-#     benchmarks/gpu/pack_engine.sh SITE-PACKAGES OUT [PART_MIB]
+#     benchmarks/gpu/pack_engine.sh ENVIRONMENT OUT [PART_MIB]
 #
 # Left out is what a machine with torch has already, and what vLLM 0.25.0 does not load on SM90: FlashAttention 2's
-# library, CuTe-DSL, FlashInfer's cubins for other GPUs. Unpack: cat OUT/engine.part-* | tar -xJ -C FOLDER, and put FOLDER
-# on PYTHONPATH.
+# library, CuTe-DSL, FlashInfer's cubins for other GPUs. OUT/engine.names lists what the environment has, so that
+# unpack_engine.sh gives the other machine the same packages and no others.
 set -euo pipefail
-site=$1 out=$2 part=${3:-58}
+environment=$1 out=$2 part=${3:-58}
+site=$(cd "$environment"/lib/python3.*/site-packages && pwd)
 mkdir -p "$out"
-excluded=(torch torchvision torchaudio 'torchvision.libs' torchcodec 'torchcodec.libs' triton nvidia numpy 'numpy.libs'
+ls "$site" >"$out/engine.names"
+excluded=(torch torchvision torchaudio 'torchvision.libs' torchcodec 'torchcodec.libs' triton numpy 'numpy.libs'
     transformers sympy networkx numba llvmlite cv2 'opencv_python_headless.libs' opencv_python_headless PyNvVideoCodec
     pip setuptools z3 tilelang tokenspeed_triton nvidia_cutlass_dsl pillow.libs PIL cudnn hf_xet tokenizers uvloop
     pycountry grpc 'torch-*' 'triton-*' 'numpy-*' 'transformers-*' 'tokenizers-*' huggingface_hub 'huggingface_hub-*')
+# Of NVIDIA's wheels the headers travel: keys of humming's hold which there are.
+excluded+=(nvidia/cudnn nvidia/cusparselt nvidia/nccl nvidia/nvshmem nvidia/cu13/{bin,cccl,lib,nvvm})
 options=(--exclude=__pycache__ --exclude='_vllm_fa2_C*' --exclude=vllm-rs --exclude='flashinfer_cubin/cubins' --exclude='*.a')
-for name in "${excluded[@]}"; do options+=(--exclude="./$name"); done
-tar -C "$site" "${options[@]}" -c . | xz -T2 -3 | split -b "${part}M" - "$out/engine.part-"
+options+=(--exclude='bin/python*' --exclude='bin/uv*')
+for name in "${excluded[@]}"; do options+=(--exclude="${site#"$environment"/}/$name"); done
+tar -C "$environment" "${options[@]}" -c bin "${site#"$environment"/}" | xz -T2 -3 | split -b "${part}M" - "$out/engine.part-"
 ls -l "$out"
