@@ -363,12 +363,16 @@ def main(
             result["compilations"] = len(count.read_text().splitlines()) if count.exists() else 0
             results.append(result)
             print(json.dumps(result), flush=True)
-    print(f"{'run':<14}{'up s':>8}{'first s':>9}{'longest step s':>16}{'tok/s 1':>9}{'8':>9}{'31':>9}{'compiled':>10}")
+    print(
+        f"{'run':<14}{'up s':>8}{'import s':>10}{'first s':>9}{'longest step s':>16}"
+        f"{'tok/s 1':>9}{'8':>9}{'31':>9}{'compiled':>10}"
+    )
     for result in results:
         steps_of = result.get("longest_step") or result.get("longest_request") or {"": 0}
         decode = result.get("decode", {})
         print(
-            f"{result['run']:<14}{result.get('up', 0):>8}{result.get('first_token', 0):>9}{max(steps_of.values()):>16}"
+            f"{result['run']:<14}{result.get('up', 0):>8}{result.get('import', 0):>10}"
+            f"{result.get('first_token', 0):>9}{max(steps_of.values()):>16}"
             + "".join(f"{decode.get(key, 0):>9}" for key in ("1", "8", "31"))
             + f"{result['compilations']:>10}"
         )
