@@ -5,8 +5,9 @@
 
 MODEL is a folder with a config.json; weights are dummies. Each run is a process of its own with empty caches of its own:
 
-- ``restored``: the artifact restored, the variables that ``cachebuilder env --engine vllm`` prints and no others, in a mount
-  namespace in which the CUDA toolkit is hidden.
+- ``restored``: the artifact restored, the variables that ``cachebuilder env --engine vllm`` prints, in a mount namespace in
+  which the CUDA toolkit is hidden. Beside them each run has those of ``own_caches``: folders of its own for what the
+  artifact does not hold, no usage statistics, no network, and the engine in the process that times its steps.
 - ``switched-off``: the same with VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0, for the cost of that switch.
 - ``second-start``: ``restored`` once more, on the caches that it left: a second start on the card's own warm caches.
 - ``baked``: an artifact that also has the caches of the other compilers, which ``cachebuilder bake`` filled, restored where
